@@ -1,0 +1,237 @@
+"""What tensors a checkpoint's files hold, read from their safetensors headers alone.
+
+Nothing here trusts the file: a header is checked as a whole before any of it is used, and no tensor is read.
+Format: https://huggingface.co/docs/safetensors (8 bytes little-endian length, JSON, data without holes).
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_nullspace.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors library itself."""
+MAX_JSON_BYTES = 100_000_000
+
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+}  # fmt: skip
+
+FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
+"""The dtypes in which adapter weights can be measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as its header describes it.
+
+    Attributes:
+        name: Its full name.
+        dtype: The safetensors name of its type, such as ``BF16``.
+        shape: Its dimensions.
+        file: The file that holds it.
+        begin: Offset of its first byte in the file's data.
+        nbytes: Its size in bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    nbytes: int
+
+
+def printable(text: object, limit: int = 120) -> str:
+    """``text`` with everything but plain printable characters escaped, for messages about untrusted names."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return shown if len(shown) <= limit else f"{shown[:limit]}…"
+
+
+def read_json_object(file: Path, what: str) -> dict[str, Any]:
+    """The JSON object in ``file``.
+
+    Raises:
+        CheckpointError: The file is missing, too large, not UTF-8, not JSON, or not an object; ``what`` names it.
+    """
+    try:
+        size = file.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{file}: {what} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: {what} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: {what} cannot be read: {error.strerror}") from None
+    return _json_object(data, f"{file}: {what}")
+
+
+def _json_object(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where} is not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where} is not JSON: {error.msg} at line {error.lineno}") from None
+    except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
+        raise CheckpointError(f"{where} is not JSON that can be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise CheckpointError(f"{where} names {printable(twice)!r} twice")
+    return entries
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, by name, in the order of its header.
+
+    Raises:
+        CheckpointError: The file is missing, truncated, or its header does not describe its data exactly.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise CheckpointError(
+                    f"{file}: not a whole safetensors file: it has {size:,} bytes"
+                    + (f" and claims a header of {length:,}" if len(prefix) == 8 else "")
+                    + "; save or download it again"
+                )
+            header = _json_object(stream.read(length), f"{file}: the safetensors header")
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: the weights are missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: the weights cannot be read: {error.strerror}") from None
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor(file, name, entry) for name, entry in header.items()}
+    _check_ranges(file, tensors.values(), size - 8 - length)
+    return tensors
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _tensor(file: Path, name: str, entry: object) -> TensorInfo:
+    where = f"{file}: tensor {printable(name)!r}"
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where}: its header entry is not an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise CheckpointError(f"{where}: unknown dtype {printable(dtype)!r}")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise CheckpointError(f"{where}: its shape {printable(shape)} is not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise CheckpointError(f"{where}: its data_offsets {printable(offsets)} are not a begin and an end")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * _BITS[dtype] // 8:
+        raise CheckpointError(
+            f"{where}: shape {printable(shape)} of {dtype} takes {math.prod(shape) * _BITS[dtype] // 8:,} bytes, "
+            f"but its data_offsets hold {end - begin:,}"
+        )
+    return TensorInfo(name, dtype, tuple(shape), file, begin, end - begin)
+
+
+def _check_ranges(file: Path, tensors: Iterable[TensorInfo], data_size: int) -> None:
+    at = 0
+    for tensor in sorted(tensors, key=lambda t: (t.begin, t.nbytes)):
+        if tensor.begin != at:
+            fault = "overlaps the one before it" if tensor.begin < at else "leaves a hole before it"
+            raise CheckpointError(f"{file}: the data of tensor {printable(tensor.name)!r} {fault} (byte {at:,})")
+        at += tensor.nbytes
+    if at != data_size:
+        raise CheckpointError(
+            f"{file}: its header describes {at:,} bytes of data, but the file holds {data_size:,}; "
+            "it was cut short or altered: save or download it again"
+        )
+
+
+def read_tensors(directory: Path, stem: str) -> dict[str, TensorInfo]:
+    """All tensors of a checkpoint, from ``<stem>.safetensors`` or the shards of ``<stem>.safetensors.index.json``.
+
+    Args:
+        directory: The checkpoint.
+        stem: ``model``, or ``adapter_model`` for PEFT.
+
+    Raises:
+        CheckpointError: No safetensors weights, weights that lie outside ``directory``, or shards and index that
+            disagree.
+    """
+    single = directory / f"{stem}.safetensors"
+    index = directory / f"{stem}.safetensors.index.json"
+    if single.exists() and index.exists():
+        raise CheckpointError(f"{directory}: holds both {single.name} and {index.name}; remove the one that is stale")
+    if index.exists():
+        return _read_shards(directory, index)
+    if not single.exists():
+        pickled = [name for name in (f"{stem}.bin", f"pytorch_{stem}.bin", f"{stem}.pt") if (directory / name).exists()]
+        if pickled:
+            raise CheckpointError(
+                f"{directory / pickled[0]}: pickled weights can run code and are never opened; save the model again "
+                "with safe_serialization=True"
+            )
+        raise CheckpointError(f"{directory}: no weights: neither {single.name} nor {index.name} is there")
+    return read_header(inside(directory, single.name))
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The path of ``name`` in ``directory``, which must not lead out of it (the hub cache's own blobs excepted).
+
+    Raises:
+        CheckpointError: ``name`` is no plain file name, or a link to somewhere else.
+    """
+    file = directory / name
+    if not name or name != Path(name).name or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{directory}: {printable(name)!r} is not the name of a file in this directory")
+    home, target = directory.resolve(), file.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if target.parent not in allowed:
+        raise CheckpointError(f"{file}: is a link out of the checkpoint, to {target}; copy the file into the directory")
+    return file
+
+
+def _read_shards(directory: Path, index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json_object(inside(directory, index.name), "the index of the weights").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensor names to files")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        for name, tensor in read_header(inside(directory, shard)).items():
+            if weight_map.get(name) != shard:
+                said = f"puts it into {printable(weight_map[name])!r}" if name in weight_map else "does not name it"
+                raise CheckpointError(f"{tensor.file}: holds tensor {printable(name)!r}, but {index.name} {said}")
+            tensors[name] = tensor
+    missing = _first_missing(weight_map, tensors)
+    if missing is not None:
+        raise CheckpointError(
+            f"{directory / weight_map[missing]}: does not hold tensor {printable(missing)!r}, which {index.name} "
+            "promises; copy all shards of one save"
+        )
+    stray = [file for file in directory.glob(f"{index.name.split('.')[0]}-*-of-*.safetensors")
+             if file.name not in set(weight_map.values())]  # fmt: skip
+    if stray:
+        raise CheckpointError(
+            f"{stray[0]}: is a shard that {index.name} does not name; remove what is left of another save"
+        )
+    return tensors
+
+
+def _first_missing(wanted: Mapping[str, object], found: Mapping[str, object]) -> str | None:
+    return next((name for name in wanted if name not in found), None)

@@ -1,0 +1,82 @@
+"""A checkpoint and its adapted layers, whatever their format."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_nullspace.checkpoint.header import TensorInfo, printable
+from pytest_nullspace.errors import CheckpointError
+
+_LAYER_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
+
+# The order in which the common decoder blocks run their projections; names not listed sort after, by name.
+_FORWARD_ORDER = ("self_attn", "attn", "attention", "mlp", "q_proj", "k_proj", "v_proj", "o_proj",
+                  "gate_proj", "up_proj", "down_proj")  # fmt: skip
+_PLACE = {name: place for place, name in enumerate(_FORWARD_ORDER)}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One adapted linear layer.
+
+    Attributes:
+        name: Its module path in the plain model.
+        rank: Rows of its down projection.
+        in_features: Width of its input.
+        out_features: Width of its output.
+    """
+
+    name: str
+    rank: int
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An adapter on disk.
+
+    Attributes:
+        directory: Where it lies.
+        format: ``LoRA-Null``.
+        config_file: The file that stands for it among the tests.
+        config: That file's content.
+        layers: Its adapted layers, in model order; never empty.
+        tensors: Every tensor in its weight files, by name.
+    """
+
+    directory: Path
+    format: str
+    config_file: Path
+    config: Mapping[str, Any]
+    layers: tuple[LayerSpec, ...]
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def ranks(self) -> str:
+        """The ranks of its layers in words: ``rank 16`` or ``ranks 8-64``."""
+        ranks = {layer.rank for layer in self.layers}
+        return f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)}-{max(ranks)}"
+
+
+def model_order(name: str) -> tuple[tuple[int, int, str], ...]:
+    """A sort key that puts layer 2 before layer 10 and a block's projections in the order in which they run."""
+    return tuple(
+        (0, int(part), "") if part.isdecimal() and part.isascii() else (1, _PLACE.get(part, len(_PLACE)), part)
+        for part in name.split(".")
+    )
+
+
+def in_model_order(directory: Path, layers: Iterable[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """``layers``, sorted, each with a name that can be a test's.
+
+    Raises:
+        CheckpointError: A name holds characters that no module path has, such as ``::`` or ``[``.
+    """
+    layers = tuple(layers)
+    for layer in layers:
+        if not _LAYER_NAME.fullmatch(layer.name):
+            raise CheckpointError(f"{directory}: {printable(layer.name)!r} is not the name of a layer")
+    return tuple(sorted(layers, key=lambda layer: model_order(layer.name)))

@@ -1,0 +1,145 @@
+"""The checkpoint's config file as a test file, its adapted layers as tests."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_nullspace.errors import NullspaceError, NullspaceWarning
+from pytest_nullspace.invariants import MODEL, Expectations, Tier, Verdict, judge, judge_averages
+from pytest_nullspace.progress import showing_progress
+from pytest_nullspace.report import terminal
+from pytest_nullspace.session import CheckpointRun
+from pytest_nullspace.stats import FIGURES, RunStats
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class CheckpointFile(pytest.File):
+    """The file that stands for a checkpoint; its id is its path under rootdir, or its whole path outside."""
+
+    run: CheckpointRun
+    expectations: Expectations
+
+    @classmethod
+    def of(cls, parent: pytest.Collector, run: CheckpointRun, expectations: Expectations) -> "Self":
+        """The node of ``run``'s checkpoint."""
+        file = run.checkpoint.config_file
+        node: Self = cls.from_parent(parent, path=file, nodeid=node_id(file, parent.config.rootpath))
+        node.run, node.expectations = run, expectations
+        return node
+
+    def collect(self) -> Iterator["GateItem"]:
+        """One item for each gated layer, and one for the averages where every layer is gated."""
+        for name in self.run.gated:
+            yield LayerItem.from_parent(self, name=name)
+        if self.run.gates_all:
+            yield ModelItem.from_parent(self, name=MODEL)
+
+
+def node_id(file: Path, rootdir: Path) -> str:
+    """The id of a checkpoint's file among pytest's nodes."""
+    return (file.relative_to(rootdir) if file.is_relative_to(rootdir) else file).as_posix()
+
+
+class GateItem(pytest.Item):
+    """A test that judges what was measured; the first to be set up measures, for all."""
+
+    parent: CheckpointFile
+
+    def setup(self) -> None:
+        """Have the checkpoint measured; whatever prevents that is an error of every item."""
+        try:
+            with showing_progress(self.config) as progress:
+                self.parent.run.measured(progress)
+        except NullspaceError as error:
+            pytest.fail(str(error), pytrace=False)
+
+    def runtest(self) -> None:
+        """Fail in the fail tier, warn in the warn tier."""
+        verdict, explanation = self.judge(self.parent.run.measured())
+        if verdict.tier is Tier.FAIL:
+            pytest.fail(explanation, pytrace=False)
+        if verdict.tier is Tier.WARN:
+            try:
+                self.warn(NullspaceWarning(f"{self.name}: {verdict.summary}"))
+            except NullspaceWarning:
+                pytest.fail(f"{explanation}\n(warnings are errors here)", pytrace=False)
+
+    def judge(self, run: RunStats) -> tuple[Verdict, str]:
+        """The verdict, and the message that a failure shows."""
+        raise AssertionError("each kind of item judges its own subject")
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        """Where the item lies; pytest takes a third part that ends the id for a Python name and rewrites it."""
+        return self.path, 0, f"layer {self.name}"
+
+    def record(self, **properties: str | float) -> None:
+        """Put figures into the report, for JUnit and other reporters."""
+        self.user_properties.extend(properties.items())
+
+
+class LayerItem(GateItem):
+    """Judges one layer."""
+
+    def judge(self, run: RunStats) -> tuple[Verdict, str]:
+        """Hold the layer's figures against its thresholds."""
+        layer = run.layer(self.name)
+        if layer is None:
+            pytest.fail(f"{self.name} was not measured", pytrace=False)
+        verdict = judge(layer, self.parent.expectations)
+        self.record(tier=str(verdict.tier), rows=layer.rows, **{figure: layer.figure(figure) for figure in FIGURES})
+        return verdict, terminal.layer_failure(layer, verdict)
+
+
+class ModelItem(GateItem):
+    """Judges the averages over all layers."""
+
+    def judge(self, run: RunStats) -> tuple[Verdict, str]:
+        """Hold the averages against the thresholds."""
+        verdict = judge_averages(run, self.parent.expectations)
+        self.record(tier=str(verdict.tier), layers=len(run.layers), **{figure: run.mean(figure) for figure in FIGURES})
+        return verdict, terminal.model_failure(run, verdict)
+
+
+def select(items: list[pytest.Item], runs: tuple[CheckpointRun, ...]) -> list[pytest.Item]:
+    """Tell each run which layers to measure, and drop the items of averages that no longer are over all layers.
+
+    Asked for alone, the item of the averages has all layers measured for it.
+
+    Returns:
+        The items to deselect.
+    """
+    layers: dict[int, set[str]] = {id(run): set() for run in runs}
+    models: dict[int, ModelItem] = {}
+    for item in items:
+        if isinstance(item, LayerItem):
+            layers[id(item.parent.run)].add(item.name)
+        elif isinstance(item, ModelItem):
+            models[id(item.parent.run)] = item
+        else:
+            for run, names in wanted_by_test(item, runs):
+                layers[id(run)].update(names)
+    dropped: list[pytest.Item] = []
+    for run in runs:
+        names, model = layers[id(run)], models.get(id(run))
+        gated_here = {i.name for i in items if isinstance(i, LayerItem) and i.parent.run is run}
+        if model is not None and 0 < len(gated_here) < len(run.gated):
+            dropped.append(model)
+        elif model is not None:
+            names.update(run.gated)
+        run.selected = names
+    return dropped
+
+
+def wanted_by_test(item: pytest.Item, runs: tuple[CheckpointRun, ...]) -> Iterator[tuple[CheckpointRun, Any]]:
+    """The layers that a user's test wants measured, by its use of ``nullspace_layer`` and ``nullspace_run``."""
+    callspec = getattr(item, "callspec", None)
+    wanted = callspec.params.get("nullspace_layer") if callspec is not None else None
+    if wanted is not None:
+        yield runs[wanted[0]], {wanted[1]}
+    if "nullspace_run" in getattr(item, "fixturenames", ()):
+        for run in runs:
+            yield run, run.gated

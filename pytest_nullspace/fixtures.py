@@ -1,0 +1,62 @@
+"""Fixtures for tests that users write about the gated checkpoint; the gate and they share one measurement."""
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_nullspace.session import CheckpointRun
+    from pytest_nullspace.stats import LayerStats, RunStats
+
+RUNS = pytest.StashKey[tuple["CheckpointRun", ...]]()
+"""Where the plugin keeps the checkpoints of this run of pytest."""
+
+NO_MODEL = "no --nullspace-model was given"
+
+
+def runs_of(config: pytest.Config) -> "tuple[CheckpointRun, ...]":
+    """The checkpoints of this run; none where the plugin is inert."""
+    return config.stash.get(RUNS, ())
+
+
+def parametrize(metafunc: pytest.Metafunc) -> None:
+    """Parametrize ``nullspace_layer`` over the gated layers of every checkpoint."""
+    if "nullspace_layer" not in metafunc.fixturenames:
+        return
+    runs = runs_of(metafunc.config)
+    params = [(number, name) for number, run in enumerate(runs) for name in run.gated]
+    ids = [name if len(runs) == 1 else f"{runs[number].checkpoint.directory.name}:{name}" for number, name in params]
+    if not params:
+        params, ids = [pytest.param(None, marks=pytest.mark.skip(NO_MODEL))], ["none"]  # type: ignore[list-item]
+    metafunc.parametrize("nullspace_layer", params, ids=ids, indirect=True)
+
+
+def _measured(run: "CheckpointRun", config: pytest.Config) -> "RunStats":
+    from pytest_nullspace.errors import NullspaceError
+    from pytest_nullspace.progress import showing_progress
+
+    try:
+        with showing_progress(config) as progress:
+            return run.measured(progress)
+    except NullspaceError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture
+def nullspace_layer(request: pytest.FixtureRequest) -> "LayerStats":
+    """What was measured at one adapted layer; the test runs once for each layer that is gated."""
+    number, name = request.param
+    layer = _measured(runs_of(request.config)[number], request.config).layer(name)
+    assert layer is not None
+    return layer
+
+
+@pytest.fixture
+def nullspace_run(request: pytest.FixtureRequest) -> "RunStats":
+    """What was measured of the checkpoint, all layers."""
+    runs = runs_of(request.config)
+    if not runs:
+        pytest.skip(NO_MODEL)
+    if len(runs) > 1:
+        pytest.fail(f"nullspace_run is of one checkpoint, but {len(runs)} are given", pytrace=False)
+    return _measured(runs[0], request.config)

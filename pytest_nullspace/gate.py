@@ -1,0 +1,166 @@
+"""The hooks of a run of pytest that gates: its nodes come in, its outcome is held complete, its reports go out."""
+
+import os
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+
+from pytest_nullspace import stats
+from pytest_nullspace.collect import CheckpointFile, GateItem, node_id, select
+from pytest_nullspace.errors import NullspaceError
+from pytest_nullspace.invariants import Expectations, Stage
+from pytest_nullspace.options import Settings, stats_file
+from pytest_nullspace.report import markdown, terminal
+from pytest_nullspace.session import open_runs
+
+_SHARED = "nullspace_shared_folder"
+
+
+class Gate:
+    """Registered as a plugin where at least one model is named."""
+
+    def __init__(self, config: pytest.Config, settings: Settings) -> None:
+        self.settings = settings
+        self.expectations = Expectations(Stage(settings.stage), settings.overrides)
+        self.runs = open_runs(settings)
+        self._files = {run.checkpoint.config_file: run for run in self.runs}
+        self._config = config
+        self._expected: list[str] = []
+        self._judged: set[str] = set()
+        self._problems: list[str] = []
+        self._folder: TemporaryDirectory[str] | None = None
+        shared = getattr(config, "workerinput", {}).get(_SHARED)
+        if shared is not None:
+            self._share(Path(shared))
+
+    # --- nodes in ---------------------------------------------------------------------------------------------------
+
+    def pytest_report_header(self) -> list[str]:
+        """Say what is gated, before anything is loaded."""
+        return [terminal.header(run.checkpoint, len(run.gated), self.settings) for run in self.runs]
+
+    def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        """Answer for a checkpoint's file that was named on the command line, as an id copied from a report is."""
+        run = self._files.get(file_path)
+        if run is None or not parent.session.isinitpath(file_path):
+            return None
+        return CheckpointFile.of(parent, run, self.expectations)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(
+        self, collector: pytest.Collector
+    ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        """Add the checkpoints to what the session collects, wherever they lie, unless some were named by id."""
+        report = yield
+        if isinstance(collector, pytest.Session) and report.passed and not any(map(collector.isinitpath, self._files)):
+            nodes = [CheckpointFile.of(collector, run, self.expectations) for run in self.runs]
+            report.result = [*(report.result or ()), *nodes]
+        return report
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> Generator[None, None, None]:
+        """After every other selection, tell the runs which layers are to be measured."""
+        yield
+        dropped = select(items, self.runs)
+        if dropped:
+            items[:] = [item for item in items if item not in dropped]
+            config.hook.pytest_deselected(items=dropped)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Remember which tests of the gate must be judged."""
+        self._expected = [item.nodeid for item in session.items if isinstance(item, GateItem)]
+
+    # --- several processes ------------------------------------------------------------------------------------------
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell an xdist worker where the outcome of the measurement is shared."""
+        if self._folder is None:
+            self._folder = TemporaryDirectory(prefix="pytest-nullspace-")
+            self._share(Path(self._folder.name))
+        node.workerinput[_SHARED] = self._folder.name
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: Sequence[str]) -> None:
+        """Remember on the controller which tests of the gate the workers must judge."""
+        prefixes = tuple(f"{node_id(file, self._config.rootpath)}::" for file in self._files)
+        self._expected = [name for name in ids if name.startswith(prefixes)]
+
+    def _share(self, folder: Path) -> None:
+        for number, run in enumerate(self.runs):
+            run.share(folder, number)
+
+    # --- outcome out ------------------------------------------------------------------------------------------------
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Remember which tests came to a verdict: passed, failed, or failed as a user's xfail mark expects."""
+        judged = report.failed or (report.when == "call" and (report.passed or hasattr(report, "wasxfail")))
+        if judged:
+            self._judged.add(report.nodeid)
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Save and report what was measured; a run that looks green without all having been judged is not."""
+        if hasattr(session.config, "workerinput") or session.config.option.collectonly:
+            return
+        self._write()
+        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            self._hold_complete()
+        if self._problems and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _hold_complete(self) -> None:
+        if not self._expected:
+            self._problems.append("no layer was gated: the selection leaves none of the model's tests")
+        missing = [name for name in self._expected if name not in self._judged]
+        if missing:
+            self._problems.append(
+                f"{len(missing)} of {len(self._expected)} tests of the gate were not run or were skipped, "
+                f"{missing[0]} among them: nothing is green that was not measured"
+            )
+
+    def _write(self) -> None:
+        measured = [(run, outcome) for run in self.runs if (outcome := run.peek()) is not None]
+        try:
+            for run, outcome in measured:
+                if self.settings.save_stats is not None:
+                    stats.write(outcome, stats_file(self.settings.save_stats, run.checkpoint.directory))
+            document = "\n".join(markdown.report(outcome, self.expectations) for _, outcome in measured)
+            for file in self.settings.reports:
+                stats.write_atomically(file, document)
+            _append_step_summary(document)
+        except NullspaceError as error:
+            self._problems.append(str(error))
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print the report of every checkpoint, then whatever keeps the run from being complete."""
+        for run in self.runs:
+            outcome = run.peek()
+            if outcome is not None:
+                terminalreporter.section(f"nullspace: {node_id(run.checkpoint.directory, self._config.rootpath)}")
+                terminal.write(terminalreporter, outcome, self.expectations)
+        for problem in self._problems:
+            terminalreporter.write_line(f"nullspace: NOT GATED: {problem}", red=True, bold=True)
+        if self.settings.save_stats is not None and not self._problems:
+            terminalreporter.write_line(f"nullspace: statistics saved to {self.settings.save_stats}")
+
+    def pytest_unconfigure(self) -> None:
+        """Remove what the processes shared."""
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def _append_step_summary(document: str) -> None:
+    """Show the report on the page of a GitHub Actions job, where pytest runs in one."""
+    file = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not file or not document:
+        return
+    try:
+        with Path(file).open("a", encoding="utf-8") as summary:
+            summary.write(document + "\n")
+    except OSError as error:
+        raise NullspaceError(f"GITHUB_STEP_SUMMARY: {file} cannot be written: {error.strerror}") from None

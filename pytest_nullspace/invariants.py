@@ -1,0 +1,231 @@
+"""The invariants: which figure may lie where, and the verdict on a layer or on the averages of a run. Pure.
+
+The default thresholds are those of the reference script, and leakage against chance beside them: a random subspace
+can pass ``‖BX‖/‖X‖ < 0.1``, but never ``leakage / chance < 0.5``.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+
+from pytest_nullspace.errors import OptionError
+from pytest_nullspace.stats import FIGURES, LayerStats, RunStats
+
+
+class Tier(StrEnum):
+    """How a figure is judged."""
+
+    PASS = "pass"
+    WARN = "warn"
+    FAIL = "fail"
+
+    @classmethod
+    def worst(cls, tiers: Iterable["Tier"]) -> "Tier":
+        """The most severe of ``tiers``; pass if there is none."""
+        order = list(cls)
+        return max(tiers, key=order.index, default=cls.PASS)
+
+
+class Stage(StrEnum):
+    """Of which moment the checkpoint is: what holds of one may not hold of the other."""
+
+    TRAINED = "trained"
+    INIT = "init"
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """Where a figure passes and where it fails; between the two it warns.
+
+    Attributes:
+        figure: A name in `FIGURES`.
+        passes: The bound of the pass tier, itself outside it.
+        fails: The bound of the fail tier, itself outside it.
+        lower_is_better: Whether the pass tier lies below ``passes`` or above.
+    """
+
+    figure: str
+    passes: float
+    fails: float
+    lower_is_better: bool
+
+    def tier(self, value: float) -> Tier:
+        """The tier of ``value``; what is not finite fails."""
+        if not math.isfinite(value):
+            return Tier.FAIL
+        if value < self.passes if self.lower_is_better else value > self.passes:
+            return Tier.PASS
+        return Tier.FAIL if (value > self.fails if self.lower_is_better else value < self.fails) else Tier.WARN
+
+    @property
+    def bound(self) -> str:
+        """Both bounds in words."""
+        sign, beyond = ("<", ">") if self.lower_is_better else (">", "<")
+        return f"pass {sign} {self.passes:g}, fail {beyond} {self.fails:g}"
+
+    def replaced(self, passes: float, fails: float) -> "Threshold":
+        """The threshold with other bounds.
+
+        Raises:
+            OptionError: They are not finite, or lie the wrong way round.
+        """
+        if not (math.isfinite(passes) and math.isfinite(fails)):
+            raise OptionError(f"{self.figure}: the bounds must be finite, not {passes:g} and {fails:g}")
+        if passes > fails if self.lower_is_better else passes < fails:
+            better = "lower" if self.lower_is_better else "higher"
+            raise OptionError(
+                f"{self.figure}: {better} is better, so PASS {passes:g} cannot lie beyond FAIL {fails:g}; swap them"
+            )
+        return Threshold(self.figure, passes, fails, self.lower_is_better)
+
+
+_TRAINED = (
+    Threshold("preservation", 0.1, 0.5, lower_is_better=True),
+    Threshold("effectiveness", 1e-4, 1e-6, lower_is_better=False),
+    Threshold("contribution", 1e-2, 1e-3, lower_is_better=False),
+    Threshold("leakage", 0.5, 0.75, lower_is_better=True),
+)
+_INIT = (
+    Threshold("preservation", 0.1, 0.5, lower_is_better=True),
+    Threshold("effectiveness", 1e-6, 1e-4, lower_is_better=True),
+    Threshold("leakage", 0.5, 0.75, lower_is_better=True),
+)
+_DEFAULTS = {Stage.TRAINED: _TRAINED, Stage.INIT: _INIT}
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Bounds that a user sets for a figure, in the layers that ``layers`` (a glob) names."""
+
+    layers: str
+    figure: str
+    passes: float
+    fails: float
+
+
+@dataclass(frozen=True)
+class Expectations:
+    """What is expected of every layer of a run.
+
+    Attributes:
+        stage: Whether training has happened.
+        overrides: Bounds set by the user; of several that fit a layer the last holds.
+    """
+
+    stage: Stage = Stage.TRAINED
+    overrides: Sequence[Override] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse overrides of figures that this stage does not judge, and bounds that cannot be."""
+        defaults = {threshold.figure: threshold for threshold in _DEFAULTS[self.stage]}
+        for override in self.overrides:
+            if override.figure not in defaults:
+                raise OptionError(
+                    f"no figure {override.figure!r} is judged at stage {self.stage}; there are {', '.join(defaults)}"
+                )
+            defaults[override.figure].replaced(override.passes, override.fails)
+
+    def thresholds(self, layer: str) -> tuple[Threshold, ...]:
+        """The thresholds that hold for the layer of that name (``model`` for the averages)."""
+        return tuple(self._overridden(t, layer) for t in _DEFAULTS[self.stage])
+
+    def _overridden(self, threshold: Threshold, layer: str) -> Threshold:
+        for override in self.overrides:
+            if override.figure == threshold.figure and fnmatchcase(layer, override.layers):
+                threshold = threshold.replaced(override.passes, override.fails)
+        return threshold
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One figure held against its threshold."""
+
+    value: float
+    threshold: Threshold
+    tier: Tier
+
+    @property
+    def badness(self) -> float:
+        """How far the value lies towards the bad side, 1 being the bound of the pass tier; for sorting only."""
+        if not math.isfinite(self.value):
+            return math.inf
+        better, worse = (self.threshold.passes, self.value)
+        if not self.threshold.lower_is_better:
+            better, worse = worse, better
+        return worse / better if better > 0 else math.inf
+
+    def __str__(self) -> str:
+        """The verdict in a phrase, such as ``preservation 0.61 > 0.5``."""
+        threshold, value = self.threshold, f"{self.threshold.figure} {self.value:.4g}"
+        if not math.isfinite(self.value):
+            return f"{value} is not finite"
+        if self.tier is Tier.FAIL:
+            return f"{value} {'>' if threshold.lower_is_better else '<'} {threshold.fails:g}"
+        sign = ("<", ">=") if threshold.lower_is_better else (">", "<=")
+        return f"{value} {sign[self.tier is Tier.WARN]} {threshold.passes:g}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement on one layer, or on the averages.
+
+    Attributes:
+        subject: The layer's name, or ``model``.
+        findings: One for each figure that is judged.
+        defect: Why nothing could be judged, or None.
+    """
+
+    subject: str
+    findings: tuple[Finding, ...]
+    defect: str | None = None
+
+    @property
+    def tier(self) -> Tier:
+        """The worst tier of its findings; a defect fails, and so does having nothing to judge."""
+        if self.defect is not None or not self.findings:
+            return Tier.FAIL
+        return Tier.worst(finding.tier for finding in self.findings)
+
+    @property
+    def severity(self) -> tuple[bool, int, float]:
+        """A sort key: defects last, then by tier, then by how far its worst figure lies towards the bad side."""
+        worst = max((finding.badness for finding in self.findings), default=math.inf)
+        return self.defect is not None, list(Tier).index(self.tier), worst
+
+    @property
+    def summary(self) -> str:
+        """The findings of its tier in one line, worst first to be read."""
+        if self.defect is not None:
+            return self.defect
+        return ", ".join(str(finding) for finding in self.findings if finding.tier is self.tier)
+
+
+def judge(layer: LayerStats, expectations: Expectations) -> Verdict:
+    """Hold every figure of ``layer`` against its threshold."""
+    return _judge(layer.name, {figure: layer.figure(figure) for figure in FIGURES}, expectations, layer.defect)
+
+
+MODEL = "model"
+"""The name of the item that judges the averages of all layers."""
+
+
+def judge_averages(run: RunStats, expectations: Expectations) -> Verdict:
+    """Hold the averages over all layers against the thresholds, as the reference's summary does."""
+    defective = [layer.name for layer in run.layers if layer.defect is not None]
+    defect = None
+    if not run.complete:
+        defect = f"only {len(run.layers)} of {run.checkpoint_layers} layers were measured"
+    elif defective:
+        defect = f"{len(defective)} of {len(run.layers)} layers could not be judged, {defective[0]} among them"
+    averages = {figure: run.mean(figure) for figure in FIGURES}
+    return _judge(MODEL, averages, expectations, defect)
+
+
+def _judge(subject: str, figures: Mapping[str, float], expectations: Expectations, defect: str | None) -> Verdict:
+    findings = tuple(
+        Finding(value := figures[threshold.figure], threshold, threshold.tier(value))
+        for threshold in expectations.thresholds(subject)
+    )
+    return Verdict(subject, findings, defect)

@@ -1,0 +1,245 @@
+"""The streaming pass: text through the model once, forward hooks that add to sums, no activation kept."""
+
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_nullspace import kernels
+from pytest_nullspace.model import AdaptedLayer, AdaptedModel
+from pytest_nullspace.stats import LayerStats
+
+PROBE_TOKENS = 8
+"""Tokens of the uncounted forward that finds out where the pass may end."""
+
+Progress = Callable[[int, int], None]
+"""Told how many windows of how many are done."""
+
+
+def measure(
+    adapted: AdaptedModel,
+    windows: Sequence[Sequence[int]],
+    *,
+    layers: Collection[str] | None = None,
+    batch_size: int = 1,
+    max_rows: int | None = None,
+    seed: int = 42,
+    progress: Progress | None = None,
+) -> tuple[LayerStats, ...]:
+    """Run ``windows`` through the model and take every figure of the chosen layers.
+
+    Args:
+        adapted: The model; it is left as it was, hooks removed.
+        windows: Token ids; windows of equal length that follow one another share a batch, so nothing is padded.
+        layers: The names of the layers to measure; all if None.
+        batch_size: Windows a forward.
+        max_rows: At most so many rows a layer, drawn evenly and seeded from all windows; all rows if None.
+        seed: Of that draw.
+        progress: Called after each batch.
+
+    Returns:
+        The figures in the model's order of layers. A layer that saw no row, or saw NaN or infinity, has a `defect`.
+    """
+    chosen = [layer for name, layer in adapted.layers.items() if layers is None or name in layers]
+    drawn = draw_rows([len(window) for window in windows], max_rows, seed)
+    entry = _entry(adapted.model, chosen)
+    recorder = _Recorder(adapted.device)
+    done = 0
+    with torch.inference_mode():
+        last_block = _last_block(entry, chosen, adapted, windows[0][:PROBE_TOKENS])
+        with recorder.watching(chosen), _stopping_after(last_block):
+            for tokens, rows in _batches(windows, drawn, batch_size, adapted.device):
+                recorder.start_batch(rows)
+                with suppress(_PassedLastBlockError):
+                    entry(input_ids=tokens, use_cache=False)
+                done += len(tokens)
+                if progress is not None:
+                    progress(done, len(windows))
+    return tuple(_stats(layer, recorder.means(layer)) for layer in chosen)
+
+
+def _stats(layer: AdaptedLayer, means: kernels.Means) -> LayerStats:
+    down, up, base = layer.weight_norms()
+    rank, in_features = layer.down_matrix.shape
+    return LayerStats(
+        name=layer.name,
+        rows=means.rows,
+        in_features=in_features,
+        rank=rank,
+        out_features=layer.out_features,
+        input_norm=means.input,
+        down_norm=means.down,
+        update_norm=means.update,
+        base_norm=means.base,
+        output_norm=means.output,
+        mean_leakage=means.leakage,
+        down_weight_norm=down,
+        up_weight_norm=up,
+        base_weight_norm=base,
+    )
+
+
+def draw_rows(lengths: Sequence[int], max_rows: int | None, seed: int) -> list[list[int]] | None:
+    """Which rows of each window are counted when ``max_rows`` caps them.
+
+    Each window gives its share, to within one row.
+
+    Args:
+        lengths: Rows of each window.
+        max_rows: How many rows to keep.
+        seed: Of the choice within each window.
+
+    Returns:
+        Sorted row numbers for each window, ``min(max_rows, sum(lengths))`` in all; None where every row counts.
+    """
+    total = sum(lengths)
+    if max_rows is None or max_rows >= total:
+        return None
+    choose = random.Random(seed)
+    drawn, before = [], 0
+    for length in lengths:
+        share = (before + length) * max_rows // total - before * max_rows // total
+        drawn.append(sorted(choose.sample(range(length), share)))
+        before += length
+    return drawn
+
+
+def _batches(
+    windows: Sequence[Sequence[int]], drawn: list[list[int]] | None, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Token batches ``(b, length)``, each with the numbers of the counted rows among its ``b · length``."""
+    for length, run in groupby(range(len(windows)), key=lambda i: len(windows[i])):
+        numbers = list(run)
+        for first in range(0, len(numbers), batch_size):
+            batch = numbers[first : first + batch_size]
+            tokens = torch.tensor([list(windows[i]) for i in batch], device=device)
+            rows = None
+            if drawn is not None:
+                counted = [position * length + row for position, i in enumerate(batch) for row in drawn[i]]
+                rows = torch.tensor(counted, dtype=torch.long, device=device)
+            yield tokens, rows
+
+
+class _Recorder:
+    """Collects each watched layer's activations while it runs, and adds them to its sums when it ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._states: dict[str, Tensor] = {}
+        self._rows: Tensor | None = None
+        self._input: Tensor | None = None
+        self._input_norms = torch.empty(0)
+
+    def start_batch(self, rows: Tensor | None) -> None:
+        """From here on count the rows numbered in ``rows``, or all."""
+        self._rows = rows
+        self._input = None
+
+    def means(self, layer: AdaptedLayer) -> kernels.Means:
+        return kernels.compute(self._states[layer.name])
+
+    @contextmanager
+    def watching(self, layers: Sequence[AdaptedLayer]) -> Iterator[None]:
+        """Hooks on every layer of ``layers``, removed at the end whatever happens."""
+        with ExitStack() as hooks:
+            for layer in layers:
+                self._states[layer.name] = kernels.empty(self._device)
+                seen: dict[str, Tensor] = {}
+                for part in ("down", "up", "base"):
+                    handle = getattr(layer, part).register_forward_hook(partial(_keep, seen, part))
+                    hooks.callback(handle.remove)
+                whitener = kernels.whitener(layer.down_matrix).to(self._device, torch.float32)
+                handle = layer.layer.register_forward_hook(partial(self._add, layer, seen, whitener))
+                hooks.callback(handle.remove)
+            try:
+                yield
+            finally:
+                self._input = None
+
+    def _add(
+        self, layer: AdaptedLayer, seen: dict[str, Tensor], whitener: Tensor, _: nn.Module, args: Any, output: Tensor
+    ) -> None:
+        x = args[0]
+        if x is not self._input:
+            self._input, self._input_norms = x, kernels.row_norms(self._counted(x))
+        up, base = self._counted(seen["up"]), self._counted(seen["base"])
+        kernels.update(
+            self._states[layer.name],
+            self._input_norms,
+            self._counted(seen["down"]),
+            up,
+            base,
+            # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.
+            base + layer.scale * up if layer.has_bias else self._counted(output),
+            scale=layer.scale,
+            whitener=whitener,
+        )
+        seen.clear()
+
+    def _counted(self, values: Tensor) -> Tensor:
+        values = values.reshape(-1, values.shape[-1])
+        return values if self._rows is None else values.index_select(0, self._rows)
+
+
+def _keep(seen: dict[str, Tensor], part: str, _: nn.Module, __: Any, output: Tensor) -> None:
+    seen[part] = output
+
+
+class _PassedLastBlockError(Exception):
+    """Raised inside the model to end a forward after the last block that holds a measured layer."""
+
+
+def _entry(model: nn.Module, layers: Sequence[AdaptedLayer]) -> nn.Module:
+    """The decoder without its head where no measured layer lies outside it, else the whole model."""
+    decoder = getattr(model, "base_model", model)
+    inside = set(map(id, decoder.modules()))
+    return decoder if all(id(layer.layer) in inside for layer in layers) else model
+
+
+def _last_block(
+    entry: nn.Module, layers: Sequence[AdaptedLayer], adapted: AdaptedModel, tokens: Sequence[int]
+) -> nn.Module | None:
+    """The block after which no measured layer can run, found by watching a short forward; None where there is none.
+
+    A block is an element of an outermost `torch.nn.ModuleList`. The forward may end after one only if each measured
+    layer lies in a block and each such block runs exactly once.
+    """
+    blocks = _blocks(entry)
+    holding = {id(block): block for layer in layers if (block := blocks.get(id(layer.layer))) is not None}
+    if not all(id(layer.layer) in blocks for layer in layers):
+        return None
+    ran: list[nn.Module] = []
+    with ExitStack() as hooks:
+        for block in holding.values():
+            hooks.callback(block.register_forward_hook(lambda module, *_: ran.append(module)).remove)
+        entry(input_ids=torch.tensor([list(tokens)], device=adapted.device), use_cache=False)
+    return ran[-1] if len(ran) == len(holding) == len(set(map(id, ran))) else None
+
+
+def _blocks(entry: nn.Module) -> dict[int, nn.Module]:
+    """For each module inside a block, by its id, that block."""
+    found: dict[int, nn.Module] = {}
+    for module in entry.modules():
+        if isinstance(module, nn.ModuleList) and id(module) not in found:
+            for block in module:
+                for part in block.modules():
+                    found.setdefault(id(part), block)
+    return found
+
+
+@contextmanager
+def _stopping_after(block: nn.Module | None) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise _PassedLastBlockError
+
+    handle = None if block is None else block.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()

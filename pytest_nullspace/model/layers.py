@@ -1,0 +1,66 @@
+"""A model with adapted layers, as the measuring pass sees it, whatever the format it came from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """Where to look at one adapted linear layer while the model runs.
+
+    Its modules are called once per forward of the layer: ``layer(x) = scale · up(down(x)) + base(x) [+ bias]``.
+
+    Attributes:
+        name: Its module path in the plain model.
+        layer: The module whose input is ``x`` and whose output is the layer's.
+        down: Output ``Bx``, shape ``(…, r)``.
+        up: Output ``ABx``, shape ``(…, out)``, before the scale.
+        base: Output ``W_res x``, shape ``(…, out)``, without a bias.
+        scale: What ``up``'s output is multiplied by.
+        down_matrix: The matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64 on the CPU.
+        has_bias: Whether the layer's output holds a bias on top of the two parts.
+    """
+
+    name: str
+    layer: nn.Module
+    down: nn.Module
+    up: nn.Module
+    base: nn.Module
+    scale: float
+    down_matrix: Tensor
+    has_bias: bool
+
+    @property
+    def out_features(self) -> int:
+        """Width of the layer's output."""
+        weight = self.up.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[0]
+
+    def weight_norms(self) -> tuple[float, float, float]:
+        """The Frobenius norms of B, A and W_res as stored, summed in float64."""
+        return _frobenius(self.down), _frobenius(self.up), _frobenius(self.base)
+
+
+def _frobenius(module: nn.Module) -> float:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A model ready for the measuring pass, in eval mode.
+
+    Attributes:
+        model: The whole model; takes ``input_ids``.
+        layers: Its adapted layers by name.
+        device: Where its inputs go.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, AdaptedLayer]
+    device: torch.device

@@ -1,0 +1,142 @@
+"""The plain architecture of a LoRA-Null directory, rebuilt with its adapted layers in their places.
+
+The directory's Python files are never imported: its config names a plain architecture that transformers itself has,
+and its tensors say which linear layers were replaced.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.lora_null import BIAS, PROTECT_DOWN
+from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
+from pytest_nullspace.model.weights import fill
+
+# Fields that lead to code, to other weights, or to a dtype of their own; none of them shapes the plain architecture.
+_NOT_ARCHITECTURE = (
+    "auto_map", "architectures", "custom_pipelines", "lora_r", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_internal", "experts_implementation", "_experts_implementation", "quantization_config",
+    "torch_dtype", "dtype", "_name_or_path", "transformers_version", "use_cache", "model_type",
+)  # fmt: skip
+
+
+class AdaptedLinear(nn.Module):
+    """``y = A B x + W_res x [+ bias]``, with ``x − P_A P_B x`` in place of B's input in the protecting variant.
+
+    The names of its parameters are those in the files.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool, protected: int | None) -> None:
+        super().__init__()
+        self.BLinear = nn.Linear(in_features, rank, bias=False)
+        self.ALinear = nn.Linear(rank, out_features, bias=False)
+        self.residual = nn.Linear(in_features, out_features, bias=False)
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.PBLinear = None if protected is None else nn.Linear(in_features, protected, bias=False)
+        self.PALinear = None if protected is None else nn.Linear(protected, in_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x``, shape ``(…, in)``; returns ``(…, out)``."""
+        kept = x if self.PALinear is None or self.PBLinear is None else x - self.PALinear(self.PBLinear(x))
+        y: Tensor = self.residual(x) + self.ALinear(self.BLinear(kept))
+        return y if self.bias is None else y.add_(self.bias)
+
+    def down_matrix(self) -> Tensor:
+        """The matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64 on the CPU."""
+        down = self.BLinear.weight.detach().to("cpu", torch.float64)
+        if self.PALinear is None or self.PBLinear is None:
+            return down
+        protect_up = self.PALinear.weight.detach().to("cpu", torch.float64)
+        protect_down = self.PBLinear.weight.detach().to("cpu", torch.float64)
+        return down - (down @ protect_up) @ protect_down
+
+
+_PARAMETER_OF = {"weight_residual": "residual.weight", BIAS: "bias"}
+"""Names in the files that differ from the names in `AdaptedLinear`."""
+
+
+def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> AdaptedModel:
+    """Rebuild the checkpoint's model on ``device``.
+
+    Raises:
+        CheckpointError: The architecture is unknown or does not have the checkpoint's layers, a tensor has no place,
+            or a parameter has no tensor.
+    """
+    model = _plain_model(checkpoint, dtype)
+    for spec in checkpoint.layers:
+        protect = checkpoint.tensors.get(f"{spec.name}.{PROTECT_DOWN}")
+        adapted = _empty(
+            AdaptedLinear,
+            spec.in_features,
+            spec.out_features,
+            spec.rank,
+            bias=f"{spec.name}.{BIAS}" in checkpoint.tensors,
+            protected=None if protect is None else protect.shape[0],
+        )
+        _replace(model, spec.name, adapted, checkpoint)
+    fill(model, {_renamed(name, checkpoint): info for name, info in checkpoint.tensors.items()}, device, dtype)
+    return AdaptedModel(model.eval(), {spec.name: _view(model, spec.name) for spec in checkpoint.layers}, device)
+
+
+def _plain_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+    fields: dict[str, Any] = {k: v for k, v in checkpoint.config.items() if k not in _NOT_ARCHITECTURE}
+    model_type = checkpoint.config["model_type"]
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a config that it cannot build from
+        raise CheckpointError(
+            f"{checkpoint.config_file}: transformers cannot build a causal {model_type!r} model from it: {error}"
+        ) from error
+    return model
+
+
+def _empty(kind: type[AdaptedLinear], *args: int, bias: bool, protected: int | None) -> AdaptedLinear:
+    with torch.device("meta"):
+        return kind(*args, bias=bias, protected=protected)
+
+
+def _replace(model: nn.Module, name: str, adapted: AdaptedLinear, checkpoint: Checkpoint) -> None:
+    try:
+        original = model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(
+            f"{checkpoint.directory}: the weights adapt {name}, but a {checkpoint.config['model_type']} model of this "
+            "config has no such layer; config.json and the weights are of different models"
+        ) from None
+    if not isinstance(original, nn.Linear):
+        raise CheckpointError(f"{checkpoint.directory}: {name} is a {type(original).__name__}, not a linear layer")
+    shape = (adapted.residual.out_features, adapted.residual.in_features)
+    if tuple(original.weight.shape) != shape:
+        raise CheckpointError(
+            f"{checkpoint.directory}: {name} is {shape} in the weights, {tuple(original.weight.shape)} by config.json"
+        )
+    model.set_submodule(name, adapted)
+
+
+def _renamed(name: str, checkpoint: Checkpoint) -> str:
+    for part, parameter in _PARAMETER_OF.items():
+        if name.endswith(f".{part}"):
+            return name.removesuffix(part) + parameter
+    return name
+
+
+def _view(model: nn.Module, name: str) -> AdaptedLayer:
+    adapted = model.get_submodule(name)
+    assert isinstance(adapted, AdaptedLinear)
+    return AdaptedLayer(
+        name=name,
+        layer=adapted,
+        down=adapted.BLinear,
+        up=adapted.ALinear,
+        base=adapted.residual,
+        scale=1.0,
+        down_matrix=adapted.down_matrix(),
+        has_bias=adapted.bias is not None,
+    )

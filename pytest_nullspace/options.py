@@ -1,0 +1,303 @@
+"""Every option with its ini twin, in one table; `Settings` is what they come to.
+
+The command line wins over ini, ini over the default. Paths on the command line are relative to the folder in which
+pytest was started, paths in an ini file to that file.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pytest_nullspace.errors import OptionError
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_nullspace.invariants import Override
+
+PREFIX = "--nullspace-"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for.
+
+    Attributes:
+        models: The checkpoints' directories.
+        calib_dataset: The preserved text, as given.
+        text_folder: The folder to which its path is relative.
+        calib_size: Windows to draw from it.
+        seqlen: Tokens a window; None for 2048 or what the model allows, whichever is less.
+        max_activation_samples: Activation rows a layer at most; None for all.
+        seed: Of the choice of windows and rows.
+        batch_size: Windows a forward.
+        device: ``auto`` or a torch device.
+        dtype: ``auto`` or a torch dtype.
+        layers: A glob that the names of the gated layers match.
+        stage: ``trained`` or ``init``.
+        overrides: Thresholds of the user's own.
+        save_stats: Where to save the statistics.
+        reports: Where to write reports.
+    """
+
+    models: tuple[Path, ...]
+    calib_dataset: str
+    text_folder: Path
+    calib_size: int
+    seqlen: int | None
+    max_activation_samples: int | None
+    seed: int
+    batch_size: int
+    device: str
+    dtype: str
+    layers: str
+    stage: str
+    overrides: "tuple[Override, ...]"
+    save_stats: Path | None
+    reports: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """One value as the user wrote it, and where."""
+
+    text: str
+    folder: Path
+    in_ini: bool
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A row of the table: how an option is called, read and explained."""
+
+    name: str
+    metavar: str
+    help: str
+    read: Callable[[_Given], Any]
+    default: Any = None
+    repeatable: bool = False
+
+    @property
+    def dest(self) -> str:
+        return "nullspace_" + self.name.replace("-", "_")
+
+    @property
+    def flag(self) -> str:
+        return PREFIX + self.name
+
+
+def _text(given: _Given) -> str:
+    if not given.text.strip():
+        raise OptionError("is empty")
+    return given.text
+
+
+def _path(given: _Given) -> Path:
+    # Not resolved: pytest does not follow links in the paths of tests either.
+    return Path(os.path.normpath(given.folder / Path(_text(given)).expanduser()))
+
+
+def _whole(least: int) -> Callable[[_Given], int]:
+    def read(given: _Given) -> int:
+        try:
+            value = int(given.text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise OptionError(f"takes a whole number from {least}, not {given.text!r}")
+        return value
+
+    return read
+
+
+def _one_of(*choices: str) -> Callable[[_Given], str]:
+    def read(given: _Given) -> str:
+        if given.text not in choices:
+            raise OptionError(f"takes {', '.join(choices[:-1])} or {choices[-1]}, not {given.text!r}")
+        return given.text
+
+    return read
+
+
+def _device(given: _Given) -> str:
+    if not re.fullmatch(r"auto|cpu|(cuda|xpu)(:\d+)?", given.text):
+        raise OptionError(f"takes auto, cpu, cuda, cuda:N, xpu or xpu:N, not {given.text!r}")
+    return given.text
+
+
+def _report(given: _Given) -> Path:
+    path = _path(given)
+    if path.suffix != ".md":
+        raise OptionError(f"takes a file that ends in .md, not {given.text!r}")
+    return path
+
+
+def _override(given: _Given) -> "Override":
+    from pytest_nullspace.invariants import Override
+
+    form = "GLOB FIGURE PASS FAIL" if given.in_ini else "FIGURE:PASS:FAIL"
+    parts = given.text.split() if given.in_ini else ["*", *given.text.split(":")]
+    try:
+        layers, figure, passes, fails = parts
+        bounds = float(passes), float(fails)
+    except ValueError:
+        raise OptionError(f"takes {form}, such as {form_example(given.in_ini)}, not {given.text!r}") from None
+    if not all(map(math.isfinite, bounds)):
+        raise OptionError(f"takes finite bounds, not {given.text!r}")
+    return Override(layers, figure, *bounds)
+
+
+def form_example(in_ini: bool) -> str:
+    """A threshold as one writes it in ini or on the command line."""
+    return "*.down_proj preservation 0.2 0.6" if in_ini else "preservation:0.2:0.6"
+
+
+_OPTIONS = (
+    _Option("model", "DIR", "Gate the adapter in DIR: one test per adapted layer.", _path, repeatable=True),
+    _Option(
+        "calib-dataset",
+        "TEXT",
+        "The text whose knowledge must survive: wikitext2, c4, ptb, triviaqa, nqopen, a .txt, .jsonl, .json, .csv or "
+        ".parquet file, a folder saved by datasets, or hub:owner/name[:config[:split[:column]]].",
+        lambda given: (_text(given), given.folder),
+        default="wikitext2",
+    ),
+    _Option("calib-size", "N", "Windows to draw from the text.", _whole(1), default=16),
+    _Option("seqlen", "N", "Tokens a window (default 2048, or what the model allows).", _whole(1)),
+    _Option(
+        "max-activation-samples",
+        "N",
+        "Activation rows per layer at most, drawn evenly from all windows (default: all).",
+        _whole(1),
+    ),
+    _Option("seed", "N", "Seed of the choice of windows and rows.", _whole(0), default=42),
+    _Option("batch-size", "N", "Windows per forward.", _whole(1), default=1),
+    _Option("device", "DEVICE", "auto, cpu, cuda, cuda:N, xpu or xpu:N.", _device, default="auto"),
+    _Option(
+        "dtype",
+        "DTYPE",
+        "auto (float32 on CPU, the checkpoint's own elsewhere), float32, float16 or bfloat16.",
+        _one_of("auto", "float32", "float16", "bfloat16"),
+        default="auto",
+    ),
+    _Option("layers", "GLOB", "Gate only the layers whose names match GLOB.", _text, default="*"),
+    _Option(
+        "stage",
+        "STAGE",
+        "trained, or init for a checkpoint before training, whose update must still be zero.",
+        _one_of("trained", "init"),
+        default="trained",
+    ),
+    _Option(
+        "threshold",
+        "FIGURE:PASS:FAIL",
+        "Judge FIGURE by other bounds; in ini one line GLOB FIGURE PASS FAIL for the layers that match GLOB.",
+        _override,
+        repeatable=True,
+    ),
+    _Option("save-stats", "JSON", "Save what was measured; {model} in the name stands for the directory's.", _path),
+    _Option("report", "FILE.md", "Write the report as Markdown.", _report, repeatable=True),
+)
+
+
+def add_options(parser: "pytest.Parser") -> None:
+    """Declare every option and its ini twin to pytest."""
+    group = parser.getgroup("nullspace", "gate a trained adapter (pytest-nullspace)")
+    for option in _OPTIONS:
+        default = f" (default {option.default})" if option.default is not None else ""
+        text = option.help + default
+        group.addoption(
+            option.flag,
+            dest=option.dest,
+            metavar=option.metavar,
+            action="append" if option.repeatable else "store",
+            default=None,
+            help=text,
+        )
+        kind: Literal["linelist", "string"] = "linelist" if option.repeatable else "string"
+        parser.addini(option.dest, text, type=kind, default=None)
+
+
+def read_settings(config: "pytest.Config") -> Settings | None:
+    """What the command line and the ini file ask for; None where no model is named, and the plugin does nothing.
+
+    Raises:
+        OptionError: An option does not take its value; the message names both.
+    """
+    model = _OPTIONS[0]
+    if not _given(config, model):
+        return None
+    values = {option.name: _read(config, option) for option in _OPTIONS}
+    calib_dataset = values["calib-dataset"]
+    if isinstance(calib_dataset, str):
+        calib_dataset = (calib_dataset, config.invocation_params.dir)
+    settings = Settings(
+        models=values["model"],
+        calib_dataset=calib_dataset[0],
+        text_folder=calib_dataset[1],
+        calib_size=values["calib-size"],
+        seqlen=values["seqlen"],
+        max_activation_samples=values["max-activation-samples"],
+        seed=values["seed"],
+        batch_size=values["batch-size"],
+        device=values["device"],
+        dtype=values["dtype"],
+        layers=values["layers"],
+        stage=values["stage"],
+        overrides=values["threshold"],
+        save_stats=values["save-stats"],
+        reports=values["report"],
+    )
+    _check_together(settings)
+    return settings
+
+
+def _check_together(settings: Settings) -> None:
+    from pytest_nullspace.invariants import Expectations, Stage
+
+    for i, directory in enumerate(settings.models):
+        if directory in settings.models[:i]:
+            raise OptionError(f"{PREFIX}model: {directory} is given twice")
+    try:
+        Expectations(Stage(settings.stage), settings.overrides)
+    except OptionError as error:
+        raise OptionError(f"{PREFIX}threshold: {error}") from None
+    if settings.save_stats is not None:
+        files = {stats_file(settings.save_stats, directory) for directory in settings.models}
+        if len(files) < len(settings.models):
+            raise OptionError(
+                f"{PREFIX}save-stats: {settings.save_stats} would hold several models at once; put {{model}} into its "
+                "name, and give models whose directories have different names"
+            )
+
+
+def stats_file(template: Path, directory: Path) -> Path:
+    """The statistics file of one checkpoint: ``{model}`` in the file's name stands for the directory's name."""
+    return template.with_name(template.name.replace("{model}", directory.name))
+
+
+def _given(config: "pytest.Config", option: _Option) -> list[_Given]:
+    said = config.getoption(option.dest)
+    if said is not None:
+        folder = config.invocation_params.dir
+        return [_Given(text, folder, False) for text in (said if option.repeatable else [said])]
+    said = config.getini(option.dest)
+    folder = config.inipath.parent if config.inipath is not None else config.rootpath
+    lines = said if isinstance(said, list) else [said] if said else []
+    return [_Given(text, folder, True) for text in lines]
+
+
+def _read(config: "pytest.Config", option: _Option) -> Any:
+    values = []
+    for given in _given(config, option):
+        try:
+            values.append(option.read(given))
+        except OptionError as error:
+            raise OptionError(f"{option.dest if given.in_ini else option.flag}: {error}") from None
+    if option.repeatable:
+        return tuple(values)
+    return values[0] if values else option.default

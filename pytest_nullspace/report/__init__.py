@@ -1,0 +1,1 @@
+"""What was measured, told: each report is rendered from statistics and expectations alone."""

@@ -1,0 +1,38 @@
+"""The report as Markdown, for a job's summary page or a file."""
+
+from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.invariants import Expectations, Tier, judge, judge_averages
+from pytest_nullspace.report.terminal import MARKS, reading
+from pytest_nullspace.stats import FIGURES, RunStats
+
+
+def escape(text: str) -> str:
+    """``text`` such that Markdown and HTML show it letter by letter."""
+    shown = printable(text, 1000)
+    for character in "\\`*_{}[]<>()#+-.!|&~":
+        shown = shown.replace(character, f"\\{character}")
+    return shown
+
+
+def report(run: RunStats, expectations: Expectations) -> str:
+    """A table of every layer and the averages, with the reading in words."""
+    verdicts = [judge(layer, expectations) for layer in run.layers]
+    counts = {tier: sum(verdict.tier is tier for verdict in verdicts) for tier in Tier}
+    lines = [
+        f"## nullspace: {escape(run.model_path)}",
+        "",
+        f"Gated {len(run.layers)} of {run.checkpoint_layers} layers on {escape(run.calib_dataset)}: "
+        f"**{counts[Tier.PASS]} passed, {counts[Tier.WARN]} warned, {counts[Tier.FAIL]} failed**.",
+        "",
+    ]
+    if run.complete:
+        averages = judge_averages(run, expectations)
+        lines += [f"- {line.replace('<', '&lt;')}" for line, _ in reading(averages, expectations.stage)]
+    lines += ["", "| | layer | " + " | ".join(f"`{formula}`" for formula in FIGURES.values()) + " | |"]
+    lines += ["|---|---|" + "---:|" * len(FIGURES) + "---|"]
+    for layer, verdict in zip(run.layers, verdicts, strict=True):
+        figures = " | ".join(f"{layer.figure(figure):.3e}" for figure in FIGURES)
+        why = "" if verdict.tier is Tier.PASS else escape(verdict.summary)
+        lines.append(f"| {MARKS[verdict.tier]} | {escape(layer.name)} | {figures} | {why} |")
+    lines.append("| | average | " + " | ".join(f"{run.mean(figure):.3e}" for figure in FIGURES) + " | |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,198 @@
+"""The report on the terminal: the reference's block for each layer, a table of the worst, and a reading in words."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.invariants import Expectations, Stage, Tier, Verdict, judge, judge_averages
+from pytest_nullspace.stats import FIGURES, LayerStats, RunStats
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_nullspace.options import Settings
+
+WORST_SHOWN = 5
+WIDTH = 60
+MARKS = {Tier.PASS: "✓", Tier.WARN: "⚠", Tier.FAIL: "✗"}
+
+
+def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> str:
+    """One line that says what will be gated, on which text, before anything is loaded."""
+    total = len(checkpoint.layers)
+    layers = f"{total} layers" if gated == total else f"{gated} of {total} layers"
+    return (
+        f"nullspace: {printable(checkpoint.directory, 1000)} ({checkpoint.format}, {layers}, {checkpoint.ranks}); "
+        f"text {printable(settings.calib_dataset, 1000)}, {settings.calib_size} windows; device {settings.device}"
+    )
+
+
+def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expectations) -> None:
+    """Print the report of one checkpoint: with ``-v`` a block for each layer, always the summary."""
+    verdicts = [judge(layer, expectations) for layer in run.layers]
+    if reporter.verbosity > 0:
+        for layer, verdict in zip(run.layers, verdicts, strict=True):
+            for line in block(layer, verdict):
+                reporter.write_line(line)
+    for line, tier in summary(run, verdicts, expectations):
+        markup = {} if tier is None else {_COLOURS[tier]: True}
+        reporter.write_line(line, **markup)
+
+
+_COLOURS = {Tier.PASS: "green", Tier.WARN: "yellow", Tier.FAIL: "red"}
+
+
+def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
+    """The reference's block for one layer."""
+    marks = {finding.threshold.figure: MARKS[finding.tier] for finding in verdict.findings}
+    yield "=" * WIDTH
+    yield f"Layer: {printable(layer.name)}"
+    yield "=" * WIDTH
+    yield f"samples: {layer.rows}"
+    yield f"input width: {layer.in_features}, rank: {layer.rank}, output width: {layer.out_features}"
+    yield "-" * WIDTH
+    yield "activation norms:"
+    for label, value in (
+        ("||X|| (avg):", layer.input_norm),
+        ("||BX|| (avg):", layer.down_norm),
+        ("||ABX|| (avg):", layer.update_norm),
+        ("||W_residual @ X||:", layer.base_norm),
+        ("||full output||:", layer.output_norm),
+    ):
+        yield f"  {label:<22} {value:.6f}"
+    yield "-" * WIDTH
+    yield "null-space figures:"
+    for figure in ("preservation", "effectiveness", "leakage"):
+        yield f"  {FIGURES[figure] + ':':<22} {layer.figure(figure):.3e}  {marks.get(figure, '')}".rstrip()
+    yield "-" * WIDTH
+    yield "adapter contribution:"
+    yield f"  {FIGURES['contribution'] + ':':<22} {layer.contribution:.3e}  {marks.get('contribution', '')}".rstrip()
+    yield "-" * WIDTH
+    yield (
+        f"weight norms:  ||B||_F {layer.down_weight_norm:.6f}   ||A||_F {layer.up_weight_norm:.6f}   "
+        f"||W_residual||_F {layer.base_weight_norm:.6f}"
+    )
+    if verdict.defect is not None:
+        yield f"  {MARKS[Tier.FAIL]} {verdict.defect}"
+
+
+def summary(
+    run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations
+) -> Iterator[tuple[str, Tier | None]]:
+    """The lines of the summary, each with the tier that colours it."""
+    about = run.about
+    text, seconds = about.get("text", {}), about.get("measured", {}).get("seconds", {})
+    if text:
+        yield (
+            f"text {printable(run.calib_dataset, 1000)}: {text['windows']} windows, {text['tokens']:,} tokens; "
+            f"{about['device']} {about['dtype']}; loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s",
+            None,
+        )
+    counts = {tier: sum(verdict.tier is tier for verdict in verdicts) for tier in Tier}
+    worst = Tier.worst(verdict.tier for verdict in verdicts)
+    yield (
+        f"gated {len(run.layers)} of {run.checkpoint_layers} layers: {counts[Tier.PASS]} passed, "
+        f"{counts[Tier.WARN]} warned, {counts[Tier.FAIL]} failed",
+        worst if run.complete else Tier.WARN if worst is Tier.PASS else worst,
+    )
+    yield "", None
+    yield from _table(run, verdicts)
+    if run.complete:
+        averages = judge_averages(run, expectations)
+        yield "", None
+        yield "reading (averages over all layers):", None
+        yield from reading(averages, expectations.stage)
+
+
+def _table(run: RunStats, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, Tier | None]]:
+    ordered = sorted(zip(run.layers, verdicts, strict=True), key=lambda pair: pair[1].severity, reverse=True)
+    shown = ordered[:WORST_SHOWN]
+    width = max(len("average"), *(len(printable(layer.name)) for layer, _ in shown))
+    title = "worst layers" if len(ordered) > len(shown) else "layers"
+    yield f"  {title:<{width}} " + "".join(f"{formula:>20}" for formula in FIGURES.values()), None
+    for layer, verdict in shown:
+        yield _row(MARKS[verdict.tier], printable(layer.name), width, map(layer.figure, FIGURES), verdict)
+    yield _row(" ", "average", width, map(run.mean, FIGURES), None)
+
+
+def _row(mark: str, name: str, width: int, values: Iterable[float], verdict: Verdict | None) -> tuple[str, Tier | None]:
+    line = f"{mark} {name:<{width}} " + "".join(f"{value:>20.3e}" for value in values)
+    if verdict is not None and verdict.defect is not None:
+        line += f"  {verdict.defect}"
+    return line, None if verdict is None or verdict.tier is Tier.PASS else verdict.tier
+
+
+def reading(verdict: Verdict, stage: Stage) -> Iterator[tuple[str, Tier | None]]:
+    """What the verdict's figures mean, a line each."""
+    if verdict.defect is not None:
+        yield f"{MARKS[Tier.FAIL]} {verdict.defect}", Tier.FAIL
+        return
+    for finding in verdict.findings:
+        figure = finding.threshold.figure
+        words = (_INIT_WORDS if stage is Stage.INIT else {}).get(figure, _WORDS[figure])[finding.tier]
+        value = f"{finding.value:.2%}" if figure == "contribution" else f"{finding.value:.2e}"
+        if figure == "leakage":
+            words = words.format(against_chance=_against_chance(finding.value))
+        yield f"{MARKS[finding.tier]} {FIGURES[figure]} {value} ({finding.threshold.bound}): {words}", finding.tier
+
+
+def _against_chance(leakage: float) -> str:
+    if not math.isfinite(leakage):
+        return "not measurable against chance"
+    if leakage > 1:
+        return f"{leakage:.1f} times louder than a random subspace"
+    return f"{1 / leakage:.3g} times quieter than a random subspace" if leakage else "perfectly quiet"
+
+
+_WORDS = {
+    "preservation": {
+        Tier.PASS: "the null space is well kept; B is still approximately in it",
+        Tier.WARN: "the null space is degraded, but acceptable",
+        Tier.FAIL: "the null space is lost: B reads what this text uses; was B trained, or is this other data?",
+    },
+    "effectiveness": {
+        Tier.PASS: "the adapter learned: A moved from zero to a meaningful value",
+        Tier.WARN: "a small update; possibly under-fitted",
+        Tier.FAIL: "nothing learned: A frozen by mistake, or the learning rate or the steps far too small",
+    },
+    "contribution": {
+        Tier.PASS: "a clear effect on the output",
+        Tier.WARN: "a small influence on the output",
+        Tier.FAIL: "almost no influence on the output: rank, training time or learning rate too small",
+    },
+    "leakage": {
+        Tier.PASS: "the adapter's input space is {against_chance}",
+        Tier.WARN: "the adapter's input space is only {against_chance}",
+        Tier.FAIL: "not a null space of this text: {against_chance}",
+    },
+}
+_INIT_WORDS = {
+    "effectiveness": {
+        Tier.PASS: "no update yet, as it must be before training",
+        Tier.WARN: "a small update already, although this is said to be the initial checkpoint",
+        Tier.FAIL: "an update already: this is no initial checkpoint; drop --nullspace-stage=init",
+    }
+}
+
+
+def layer_failure(layer: LayerStats, verdict: Verdict) -> str:
+    """The message of a failed layer: the verdict first, then every figure with its bounds, then a reading."""
+    norms = (
+        f"mean norms over {layer.rows} rows: ||X|| {layer.input_norm:.6g}, ||BX|| {layer.down_norm:.6g}, "
+        f"||ABX|| {layer.update_norm:.6g}, ||W_residual X|| {layer.base_norm:.6g}, ||output|| {layer.output_norm:.6g}"
+    )
+    return _failure(verdict, norms)
+
+
+def model_failure(run: RunStats, verdict: Verdict) -> str:
+    """The message of failed averages, likewise."""
+    return _failure(verdict, f"averages over {len(run.layers)} layers")
+
+
+def _failure(verdict: Verdict, measured: str) -> str:
+    lines = [verdict.summary, "", measured]
+    if verdict.defect is None:
+        lines += [line for line, _ in reading(verdict, Stage.TRAINED)]
+    return "\n".join(lines)

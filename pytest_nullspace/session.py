@@ -1,0 +1,255 @@
+"""Measure each checkpoint once per run, whatever the number of workers, and keep the outcome, good or bad.
+
+Only this module reaches torch, and only inside a function.
+"""
+
+import hashlib
+import platform
+import time
+import traceback
+from collections.abc import Callable, Collection
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
+from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError, TextError
+from pytest_nullspace.options import PREFIX, Settings
+from pytest_nullspace.stats import RunStats, from_json, write, write_atomically
+
+DEFAULT_SEQLEN = 2048
+"""Tokens a window, as in the reference, where the model allows as many."""
+
+
+class CheckpointRun:
+    """One checkpoint in this run of pytest: its layers that are gated, those selected, and what was measured.
+
+    Attributes:
+        checkpoint: What lies on disk.
+        gated: The names of the layers that have a test, in model order.
+        selected: The names of the layers to measure, once collection has ended.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        self.checkpoint = checkpoint
+        self.gated = tuple(spec.name for spec in checkpoint.layers if fnmatchcase(spec.name, settings.layers))
+        if not self.gated:
+            raise OptionError(
+                f"{PREFIX}layers: {settings.layers!r} matches none of the {len(checkpoint.layers)} layers of "
+                f"{checkpoint.directory}; the first is {checkpoint.layers[0].name}"
+            )
+        self.selected: set[str] = set()
+        self._settings = settings
+        self._outcome: RunStats | NullspaceError | None = None
+        self._shared: _SharedOutcome | None = None
+
+    @property
+    def gates_all(self) -> bool:
+        """Whether every adapted layer has a test."""
+        return len(self.gated) == len(self.checkpoint.layers)
+
+    def share(self, folder: Path, number: int) -> None:
+        """Keep the outcome in ``folder`` as well, for the other processes of this run of pytest."""
+        self._shared = _SharedOutcome(folder, number)
+
+    def measured(self, progress: Callable[[int, int], None] | None = None) -> RunStats:
+        """What was measured, measuring first if no process of this run has.
+
+        Raises:
+            NullspaceError: The measurement failed, now or before; it is not tried again.
+        """
+        if self._outcome is None:
+            self._outcome = (
+                self._measure(progress)
+                if self._shared is None
+                else self._shared.get_or(lambda: self._measure(progress))
+            )
+        if isinstance(self._outcome, NullspaceError):
+            raise self._outcome
+        return self._outcome
+
+    def peek(self) -> RunStats | None:
+        """What was measured, if it was; nothing is measured now."""
+        outcome = self._outcome if self._shared is None else self._shared.peek()
+        return outcome if isinstance(outcome, RunStats) else None
+
+    def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
+        try:
+            return measure_checkpoint(self.checkpoint, self._settings, self.selected, progress)
+        except NullspaceError as error:
+            return error
+        except Exception as error:
+            return MeasurementError(
+                f"{self.checkpoint.directory}: the measurement failed unexpectedly: {type(error).__name__}: {error}\n"
+                + "".join(traceback.format_exception(error))
+            )
+
+
+class _SharedOutcome:
+    """One outcome in a folder that several processes share: the first that asks makes it, the others read it."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self._lock = folder / f"{number}.lock"
+        self._started = folder / f"{number}.started"
+        self._measured = folder / f"{number}.json"
+        self._failed = folder / f"{number}.failed"
+
+    def get_or(self, measure: Callable[[], RunStats | NullspaceError]) -> RunStats | NullspaceError:
+        from filelock import FileLock
+
+        with FileLock(self._lock):
+            outcome = self.peek()
+            if outcome is not None:
+                return outcome
+            if self._started.exists():
+                return MeasurementError(
+                    "the worker that measured this checkpoint died before it had finished, perhaps out of memory; "
+                    f"lower {PREFIX}seqlen or {PREFIX}batch-size, or run without -n to see it happen"
+                )
+            self._started.touch()
+            outcome = measure()
+            if isinstance(outcome, NullspaceError):
+                write_atomically(self._failed, str(outcome))
+            else:
+                write(outcome, self._measured)
+            return outcome
+
+    def peek(self) -> RunStats | NullspaceError | None:
+        if self._measured.exists():
+            return from_json(self._measured.read_text("utf-8"), str(self._measured))
+        return MeasurementError(self._failed.read_text("utf-8")) if self._failed.exists() else None
+
+
+def open_runs(settings: Settings) -> tuple[CheckpointRun, ...]:
+    """Every checkpoint that the settings name, read without torch.
+
+    Raises:
+        CheckpointError: One of them is none.
+        OptionError: The option ``layers`` matches no layer of one.
+    """
+    return tuple(CheckpointRun(open_checkpoint(directory), settings) for directory in settings.models)
+
+
+def measure_checkpoint(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    layers: Collection[str],
+    progress: Callable[[int, int], None] | None = None,
+) -> RunStats:
+    """Read the text, load the model, and measure ``layers`` in one pass.
+
+    Raises:
+        NullspaceError: Any of it is not possible.
+    """
+    import torch
+
+    from pytest_nullspace import calibration
+    from pytest_nullspace.measure import measure
+    from pytest_nullspace.model import load_model
+
+    started = time.perf_counter()
+    source = calibration.parse_source(settings.calib_dataset, settings.text_folder)
+    text = calibration.read_text(source)
+    tokenize = calibration.load_tokenizer(checkpoint.directory)
+    device = _device(settings.device)
+    dtype = _dtype(settings.dtype, checkpoint, device)
+    adapted = load_model(checkpoint, device, dtype)
+    seqlen = _seqlen(settings.seqlen, adapted.model)
+    windows = calibration.draw_windows(text, tokenize, count=settings.calib_size, seqlen=seqlen, seed=settings.seed)
+    loaded = time.perf_counter()
+    figures = measure(
+        adapted,
+        [window.tokens for window in windows],
+        layers=layers,
+        batch_size=settings.batch_size,
+        max_rows=settings.max_activation_samples,
+        seed=settings.seed,
+        progress=progress,
+    )
+    passed = time.perf_counter()
+    return RunStats(
+        model_path=str(checkpoint.directory),
+        calib_dataset=settings.calib_dataset,
+        layers=figures,
+        checkpoint_layers=len(checkpoint.layers),
+        about={
+            "format": checkpoint.format,
+            "weights_sha256": _hashes(checkpoint),
+            "text": {
+                "sha256": calibration.text_hash(text),
+                "windows": len(windows),
+                "seqlen": seqlen,
+                "tokens": sum(len(window.tokens) for window in windows),
+                "starts": [window.start for window in windows],
+            },
+            "settings": {
+                "calib_size": settings.calib_size,
+                "max_activation_samples": settings.max_activation_samples,
+                "seed": settings.seed,
+                "batch_size": settings.batch_size,
+                "layers": settings.layers,
+                "stage": settings.stage,
+            },
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "libraries": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("pytest-nullspace", "torch", "transformers", "safetensors")},
+            },
+            "measured": {
+                "at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "host": platform.node(),
+                "device_name": _device_name(torch, device),
+                "seconds": {"load": round(loaded - started, 3), "pass": round(passed - loaded, 3)},
+            },
+        },
+    )
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = accelerator.type if accelerator is not None and accelerator.type in ("cuda", "xpu") else "cpu"
+    device = torch.device(name)
+    if device.type != "cpu":
+        module = getattr(torch, device.type)
+        if not module.is_available() or (device.index or 0) >= module.device_count():
+            raise OptionError(f"{PREFIX}device: torch sees no {name} on this machine; choose cpu or leave it at auto")
+    return device
+
+
+def _dtype(name: str, checkpoint: Checkpoint, device: Any) -> Any:
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    if device.type == "cpu" or "F32" in stored or "F64" in stored:
+        return torch.float32
+    return torch.bfloat16 if "BF16" in stored else torch.float16
+
+
+def _device_name(torch: Any, device: Any) -> str:
+    return str(getattr(torch, device.type).get_device_name(device)) if device.type != "cpu" else platform.machine()
+
+
+def _seqlen(asked: int | None, model: Any) -> int:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if asked is None:
+        return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
+    if limit is not None and asked > limit:
+        raise TextError(f"{PREFIX}seqlen: {asked} tokens are more than the {limit} that the model takes")
+    return asked
+
+
+def _hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    hashes = {}
+    for file in files:
+        with file.open("rb") as stream:
+            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes

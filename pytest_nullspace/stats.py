@@ -1,0 +1,276 @@
+"""What a run measured, and the file it is saved in: a superset of the reference script's JSON, with its very keys.
+
+Pure data: no torch, no pytest. A figure that is not finite is saved as ``null`` and read back as NaN, which no
+verdict passes.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pytest_nullspace.errors import StatsError
+
+SCHEMA = "pytest-nullspace/run"
+SCHEMA_VERSION = 1
+
+FIGURES = {
+    "preservation": "||BX||/||X||",
+    "effectiveness": "||ABX||/||X||",
+    "contribution": "||ABX||/||output||",
+    "leakage": "leakage / chance",
+}
+"""The figures that can be judged, with the formula that reports show."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats:
+    """What was measured at one layer.
+
+    Attributes:
+        name: Its module path.
+        rows: Activation rows that were seen.
+        in_features: Width of its input.
+        rank: Rank of its adapter.
+        out_features: Width of its output.
+        input_norm: Mean of ``‖x‖`` over rows.
+        down_norm: Mean of ``‖Bx‖``.
+        update_norm: Mean of ``‖ABx‖``, scale included.
+        base_norm: Mean of ``‖W_res x‖``.
+        output_norm: Mean of ``‖ABx + W_res x‖``, bias left out.
+        mean_leakage: Mean of ``‖Px‖² / ‖x‖²``, P the projector on B's row space; in [0, 1]. NaN if never measured.
+        down_weight_norm: Frobenius norm of B.
+        up_weight_norm: Frobenius norm of A.
+        base_weight_norm: Frobenius norm of W_res.
+    """
+
+    name: str
+    rows: int
+    in_features: int
+    rank: int
+    out_features: int
+    input_norm: float
+    down_norm: float
+    update_norm: float
+    base_norm: float
+    output_norm: float
+    mean_leakage: float
+    down_weight_norm: float
+    up_weight_norm: float
+    base_weight_norm: float
+
+    @property
+    def preservation(self) -> float:
+        """``‖Bx‖ / ‖x‖``: how much of the input reaches the down projection."""
+        return _ratio(self.down_norm, self.input_norm)
+
+    @property
+    def effectiveness(self) -> float:
+        """``‖ABx‖ / ‖x‖``: how large the learned update is."""
+        return _ratio(self.update_norm, self.input_norm)
+
+    @property
+    def contribution(self) -> float:
+        """``‖ABx‖ / ‖output‖``: the update's share of the layer's output."""
+        return _ratio(self.update_norm, self.output_norm)
+
+    @property
+    def chance(self) -> float:
+        """``r / in``: the leakage of a random subspace of this rank, on any data."""
+        return _ratio(self.rank, self.in_features)
+
+    @property
+    def leakage(self) -> float:
+        """Leakage over chance: 1 is what a random subspace gets, 0 is a perfect null space."""
+        return _ratio(self.mean_leakage, self.chance)
+
+    def figure(self, name: str) -> float:
+        """The figure of that name in `FIGURES`."""
+        value: float = getattr(self, name)
+        return value
+
+    @property
+    def defect(self) -> str | None:
+        """Why the layer cannot be judged at all, or None."""
+        if not self.rows:
+            return "no activation row reached it"
+        norms = (self.down_weight_norm, self.up_weight_norm, self.base_weight_norm)
+        if not all(map(math.isfinite, norms)):
+            return "non-finite weights (NaN or infinity)"
+        if not all(map(math.isfinite, (self.input_norm, self.down_norm, self.update_norm, self.base_norm))):
+            return "non-finite activations (NaN or infinity)"
+        if not math.isfinite(self.output_norm):
+            return "non-finite output (NaN or infinity)"
+        if self.input_norm == 0:
+            return "its input is zero in every row"
+        if self.output_norm == 0:
+            return "its output is zero in every row"
+        return None
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+# Our field -> the key in the file. All but the last two are the reference's own.
+_KEYS = {
+    "name": "layer_name",
+    "rows": "num_samples",
+    "input_norm": "X_norm",
+    "down_norm": "BX_norm",
+    "update_norm": "ABX_norm",
+    "base_norm": "ResidualX_norm",
+    "output_norm": "FullOutput_norm",
+    "preservation": "BX_ratio",
+    "effectiveness": "ABX_ratio",
+    "contribution": "adapter_contribution",
+    "down_weight_norm": "B_weight_norm",
+    "up_weight_norm": "A_weight_norm",
+    "base_weight_norm": "Residual_weight_norm",
+    "in_features": "in_features",
+    "rank": "rank",
+    "out_features": "out_features",
+    "mean_leakage": "leakage",
+    "chance": "leakage_chance",
+    "leakage": "leakage_over_chance",
+}
+
+
+@dataclass(frozen=True)
+class RunStats:
+    """All that was measured of one checkpoint in one run.
+
+    Attributes:
+        model_path: The checkpoint, as it was given.
+        calib_dataset: The text, as it was given.
+        layers: What was measured, in model order.
+        checkpoint_layers: How many layers the checkpoint adapts, measured or not.
+        about: Settings, hashes, library versions, and whatever else tells two runs apart.
+    """
+
+    model_path: str
+    calib_dataset: str
+    layers: tuple[LayerStats, ...]
+    checkpoint_layers: int
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def layer(self, name: str) -> LayerStats | None:
+        """The layer of that name, if it was measured."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every adapted layer was measured."""
+        return len(self.layers) == self.checkpoint_layers
+
+    def mean(self, figure: str) -> float:
+        """The average of a figure over the layers, as the reference's summary takes it."""
+        return fmean(layer.figure(figure) for layer in self.layers) if self.layers else math.nan
+
+
+def to_json(run: RunStats) -> str:
+    """The run as the text of a statistics file; the same run gives the same text."""
+    document = {
+        "model_path": run.model_path,
+        "calib_dataset": run.calib_dataset,
+        "num_layers": len(run.layers),
+        "stats": [{key: _plain(getattr(layer, name)) for name, key in _KEYS.items()} for layer in run.layers],
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "checkpoint_layers": run.checkpoint_layers,
+        **run.about,
+    }
+    return json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _plain(value: str | int | float) -> str | int | float | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(text: str, where: str) -> RunStats:
+    """Read a statistics file of ours, or of the reference script (whose files lack leakage).
+
+    Args:
+        text: The file's content.
+        where: Its path, for messages.
+
+    Raises:
+        StatsError: It is no such file, or misses what every such file has.
+    """
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise StatsError(f"{where}: not JSON: {error}") from None
+    if not isinstance(document, dict) or not isinstance(document.get("stats"), list):
+        raise StatsError(f"{where}: not a statistics file: it has no list 'stats'")
+    if document.get("schema", SCHEMA) != SCHEMA or document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        raise StatsError(
+            f"{where}: of schema {document.get('schema')} {document.get('schema_version')}, not {SCHEMA} 1"
+        )
+    layers = tuple(_layer(entry, f"{where}: stats[{i}]") for i, entry in enumerate(document["stats"]))
+    if document.get("num_layers", len(layers)) != len(layers):
+        raise StatsError(f"{where}: says num_layers {document['num_layers']}, but holds {len(layers)}")
+    known = {"model_path", "calib_dataset", "num_layers", "stats", "schema", "schema_version", "checkpoint_layers"}
+    return RunStats(
+        model_path=str(document.get("model_path", "")),
+        calib_dataset=str(document.get("calib_dataset", "")),
+        layers=layers,
+        checkpoint_layers=document.get("checkpoint_layers", len(layers)),
+        about={key: value for key, value in document.items() if key not in known},
+    )
+
+
+_ABSENT_IN_REFERENCE: Mapping[str, float] = {"in_features": 0, "rank": 0, "out_features": 0, "mean_leakage": math.nan}
+
+
+def _layer(entry: object, where: str) -> LayerStats:
+    if not isinstance(entry, dict) or not isinstance(entry.get("layer_name"), str):
+        raise StatsError(f"{where}: not a layer: it has no 'layer_name'")
+    values: dict[str, Any] = {}
+    for name in LayerStats.__slots__:
+        value = entry.get(_KEYS[name], _ABSENT_IN_REFERENCE.get(name))
+        wanted = str if name == "name" else int if name in ("rows", "in_features", "rank", "out_features") else float
+        if value is None and wanted is float and _KEYS[name] in entry:
+            value = math.nan
+        if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
+            raise StatsError(f"{where}: {_KEYS[name]} must be {wanted.__name__}, not {value!r}")
+        values[name] = value
+    return LayerStats(**values)
+
+
+def write(run: RunStats, file: Path) -> None:
+    """Save the run so that ``file`` holds either its old content or all of the new.
+
+    Raises:
+        StatsError: It cannot be written; the old file is untouched.
+    """
+    write_atomically(file, to_json(run))
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replace ``file`` by one that holds ``text``, at once or not at all.
+
+    Raises:
+        StatsError: It cannot be written; the old file is untouched.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=file.parent, prefix=f".{file.name}.", delete=False
+        ) as new:
+            try:
+                new.write(text)
+                new.flush()
+                os.fsync(new.fileno())
+                Path(new.name).chmod(0o644)
+                Path(new.name).replace(file)
+            except BaseException:
+                Path(new.name).unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise StatsError(f"{file}: cannot be written: {error.strerror}") from None
