@@ -1,5 +1,6 @@
 """The checkpoint's config file as a test file, its adapted layers as tests."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ import pytest
 
 from pytest_nullspace.errors import NullspaceError, NullspaceWarning
 from pytest_nullspace.invariants import MODEL, Expectations, Tier, Verdict, judge, judge_averages
-from pytest_nullspace.progress import showing_progress
+from pytest_nullspace.progress import fail_measuring, showing_progress
 from pytest_nullspace.report import terminal
 from pytest_nullspace.session import CheckpointRun
 from pytest_nullspace.stats import FIGURES, RunStats
@@ -55,7 +56,7 @@ class GateItem(pytest.Item):
             with showing_progress(self.config) as progress:
                 self.parent.run.measured(progress)
         except NullspaceError as error:
-            pytest.fail(str(error), pytrace=False)
+            fail_measuring(error, self.config)
 
     def runtest(self) -> None:
         """Fail in the fail tier, warn in the warn tier."""
@@ -64,7 +65,9 @@ class GateItem(pytest.Item):
             pytest.fail(explanation, pytrace=False)
         if verdict.tier is Tier.WARN:
             try:
-                self.warn(NullspaceWarning(f"{self.name}: {verdict.summary}"))
+                # No line of the config is to blame, so none is quoted, as `Node.warn` would.
+                warning = NullspaceWarning(f"{self.name}: {verdict.summary}")
+                warnings.warn_explicit(warning, None, filename=str(self.path), lineno=0)
             except NullspaceWarning:
                 pytest.fail(f"{explanation}\n(warnings are errors here)", pytrace=False)
 

@@ -33,13 +33,13 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 
 def _measured(run: "CheckpointRun", config: pytest.Config) -> "RunStats":
     from pytest_nullspace.errors import NullspaceError
-    from pytest_nullspace.progress import showing_progress
+    from pytest_nullspace.progress import fail_measuring, showing_progress
 
     try:
         with showing_progress(config) as progress:
             return run.measured(progress)
     except NullspaceError as error:
-        pytest.fail(str(error), pytrace=False)
+        fail_measuring(error, config)
 
 
 @pytest.fixture

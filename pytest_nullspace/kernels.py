@@ -87,9 +87,11 @@ def whitener(down: Tensor) -> Tensor:
         down: B, shape ``(r, in)``.
 
     Returns:
-        Shape ``(rank of B, r)``, float64.
+        Shape ``(rank of B, r)``, float64; NaN where B is not finite, so that its leakage is NaN.
     """
     down = down.double()
+    if not bool(torch.isfinite(down).all()):
+        return torch.full((1, len(down)), torch.nan, dtype=torch.float64)
     scale = down.abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
     down = down / scale
     eigenvalues, vectors = _eigh(down @ down.mT)

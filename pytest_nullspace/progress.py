@@ -1,9 +1,14 @@
-"""Progress through the windows, on a terminal only, without disturbing what pytest captures."""
+"""How a measurement shows while it runs and when it fails, without disturbing what pytest captures."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import pytest
+
+from pytest_nullspace.errors import NullspaceError
+
+_TOLD = pytest.StashKey[set[str]]()
 
 
 @contextmanager
@@ -36,3 +41,11 @@ def showing_progress(config: pytest.Config) -> Iterator[Callable[[int, int], Non
     finally:
         if shown:
             write("")
+
+
+def fail_measuring(error: NullspaceError, config: pytest.Config) -> NoReturn:
+    """Fail the test that needed the measurement; only the first to meet an error tells more than its first line."""
+    told, message = config.stash.setdefault(_TOLD, set()), str(error)
+    first = message.partition("\n")[0] if message in told else message
+    told.add(message)
+    pytest.fail(first, pytrace=False)

@@ -204,7 +204,7 @@ def from_json(text: str, where: str) -> RunStats:
     """
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StatsError(f"{where}: not JSON: {error}") from None
     if not isinstance(document, dict) or not isinstance(document.get("stats"), list):
         raise StatsError(f"{where}: not a statistics file: it has no list 'stats'")
@@ -215,12 +215,20 @@ def from_json(text: str, where: str) -> RunStats:
     layers = tuple(_layer(entry, f"{where}: stats[{i}]") for i, entry in enumerate(document["stats"]))
     if document.get("num_layers", len(layers)) != len(layers):
         raise StatsError(f"{where}: says num_layers {document['num_layers']}, but holds {len(layers)}")
+    seen: set[str] = set()
+    for i, layer in enumerate(layers):
+        if layer.name in seen:
+            raise StatsError(f"{where}: stats[{i}]: layer {layer.name} is there twice")
+        seen.add(layer.name)
+    checkpoint_layers = document.get("checkpoint_layers", len(layers))
+    if not _is_count(checkpoint_layers) or checkpoint_layers < len(layers):
+        raise StatsError(f"{where}: checkpoint_layers must be a number from {len(layers)}, not {checkpoint_layers!r}")
     known = {"model_path", "calib_dataset", "num_layers", "stats", "schema", "schema_version", "checkpoint_layers"}
     return RunStats(
         model_path=str(document.get("model_path", "")),
         calib_dataset=str(document.get("calib_dataset", "")),
         layers=layers,
-        checkpoint_layers=document.get("checkpoint_layers", len(layers)),
+        checkpoint_layers=checkpoint_layers,
         about={key: value for key, value in document.items() if key not in known},
     )
 
@@ -234,13 +242,29 @@ def _layer(entry: object, where: str) -> LayerStats:
     values: dict[str, Any] = {}
     for name in LayerStats.__slots__:
         value = entry.get(_KEYS[name], _ABSENT_IN_REFERENCE.get(name))
-        wanted = str if name == "name" else int if name in ("rows", "in_features", "rank", "out_features") else float
-        if value is None and wanted is float and _KEYS[name] in entry:
-            value = math.nan
-        if isinstance(value, bool) or not isinstance(value, (int, float) if wanted is float else wanted):
-            raise StatsError(f"{where}: {_KEYS[name]} must be {wanted.__name__}, not {value!r}")
+        if name in _COUNTS:
+            if not _is_count(value):
+                raise StatsError(f"{where}: {_KEYS[name]} must be a whole number from 0, not {value!r}")
+        elif name != "name":
+            value = _number(math.nan if value is None and _KEYS[name] in entry else value, f"{where}: {_KEYS[name]}")
         values[name] = value
     return LayerStats(**values)
+
+
+_COUNTS = ("rows", "in_features", "rank", "out_features")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _number(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise StatsError(f"{where} must be a number, not {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise StatsError(f"{where} must be a number that a float can hold") from None
 
 
 def write(run: RunStats, file: Path) -> None:
@@ -260,8 +284,9 @@ def write_atomically(file: Path, text: str) -> None:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        # The only text that is not UTF-8 is a path's; escaped so, it is what JSON means by it.
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=file.parent, prefix=f".{file.name}.", delete=False
+            "w", encoding="utf-8", errors="backslashreplace", dir=file.parent, prefix=f".{file.name}.", delete=False
         ) as new:
             try:
                 new.write(text)

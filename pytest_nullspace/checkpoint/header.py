@@ -5,7 +5,6 @@ Format: https://huggingface.co/docs/safetensors (8 bytes little-endian length, J
 """
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,9 +138,14 @@ def _tensor(file: Path, name: str, entry: object) -> TensorInfo:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise CheckpointError(f"{where}: its data_offsets {printable(offsets)} are not a begin and an end")
     begin, end = offsets
-    if end - begin != math.prod(shape) * _BITS[dtype] // 8:
+    elements = 1
+    for size in shape:  # stop early: the whole product of a hostile shape can have millions of digits
+        elements *= size
+        if elements >= 2**63:
+            raise CheckpointError(f"{where}: its shape {printable(shape)} is larger than any file")
+    if end - begin != elements * _BITS[dtype] // 8:
         raise CheckpointError(
-            f"{where}: shape {printable(shape)} of {dtype} takes {math.prod(shape) * _BITS[dtype] // 8:,} bytes, "
+            f"{where}: shape {printable(shape)} of {dtype} takes {elements * _BITS[dtype] // 8:,} bytes, "
             f"but its data_offsets hold {end - begin:,}"
         )
     return TensorInfo(name, dtype, tuple(shape), file, begin, end - begin)
@@ -198,7 +202,10 @@ def inside(directory: Path, name: str) -> Path:
     file = directory / name
     if not name or name != Path(name).name or "\\" in name or "\0" in name:
         raise CheckpointError(f"{directory}: {printable(name)!r} is not the name of a file in this directory")
-    home, target = directory.resolve(), file.resolve()
+    try:
+        home, target = directory.resolve(), file.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name that no file can have
+        raise CheckpointError(f"{directory}: {printable(name)!r} leads to no file: {printable(error)}") from None
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")

@@ -5,7 +5,7 @@ the original had a bias, ``ALinear.bias (out)``. A variant also holds ``PBLinear
 ``PALinear.weight (in, p)``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pytest_nullspace.checkpoint.header import FLOATING, TensorInfo, printable, read_json_object, read_tensors
@@ -38,9 +38,9 @@ def read(directory: Path) -> Checkpoint:
             f"{directory}: no adapted layer: none of its {len(tensors)} tensors is named <layer>.{DOWN}; "
             "was the plain model saved instead of the adapted one?"
         )
-    layers = [_layer(directory, name, tensors) for name in names]
+    layers = in_model_order(directory, (_layer(directory, name, tensors) for name in names))
     _check_rank(config_file, config.get("lora_r"), layers)
-    return Checkpoint(directory, FORMAT, config_file, config, in_model_order(directory, layers), tensors)
+    return Checkpoint(directory, FORMAT, config_file, config, layers, tensors)
 
 
 def _layer_of(tensor: str) -> str | None:
@@ -87,7 +87,7 @@ def _layer(directory: Path, name: str, tensors: Mapping[str, TensorInfo]) -> Lay
     return LayerSpec(name, rank, in_features, out_features)
 
 
-def _check_rank(config_file: Path, lora_r: object, layers: list[LayerSpec]) -> None:
+def _check_rank(config_file: Path, lora_r: object, layers: Sequence[LayerSpec]) -> None:
     if lora_r is None:
         return
     if not isinstance(lora_r, int) or isinstance(lora_r, bool) or lora_r < 1:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.header import TensorInfo, printable
 from pytest_nullspace.checkpoint.lora_null import BIAS, PROTECT_DOWN
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
@@ -79,7 +80,7 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Ad
             protected=None if protect is None else protect.shape[0],
         )
         _replace(model, spec.name, adapted, checkpoint)
-    fill(model, {_renamed(name, checkpoint): info for name, info in checkpoint.tensors.items()}, device, dtype)
+    fill(model, _by_parameter(checkpoint), device, dtype)
     return AdaptedModel(model.eval(), {spec.name: _view(model, spec.name) for spec in checkpoint.layers}, device)
 
 
@@ -117,10 +118,25 @@ def _replace(model: nn.Module, name: str, adapted: AdaptedLinear, checkpoint: Ch
         raise CheckpointError(
             f"{checkpoint.directory}: {name} is {shape} in the weights, {tuple(original.weight.shape)} by config.json"
         )
+    if original.bias is not None and adapted.bias is None:
+        raise CheckpointError(f"{checkpoint.directory}: {name} has a bias by config.json, but there is no {name}.{BIAS}")
     model.set_submodule(name, adapted)
 
 
-def _renamed(name: str, checkpoint: Checkpoint) -> str:
+def _by_parameter(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in checkpoint.tensors.items():
+        parameter = _parameter_of(name)
+        if parameter in tensors:
+            raise CheckpointError(
+                f"{checkpoint.directory}: tensors {printable(tensors[parameter].name)} and {printable(name)} are for "
+                "the same parameter"
+            )
+        tensors[parameter] = info
+    return tensors
+
+
+def _parameter_of(name: str) -> str:
     for part, parameter in _PARAMETER_OF.items():
         if name.endswith(f".{part}"):
             return name.removesuffix(part) + parameter

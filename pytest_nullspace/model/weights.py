@@ -90,7 +90,7 @@ def _fill_from(
                 filled = [name for name in names if name in tensors]
                 value = _read(stored, tensors[filled[0]], dtype)
                 for other in filled[1:]:
-                    _check_tied(file, filled[0], other, value, _read(stored, tensors[other], dtype))
+                    _check_tied(file, filled[0], other, value, _read_alone(tensors[other], device, dtype))
                 for name in names:
                     _put(model, name, value)
     except (SafetensorError, OSError) as error:
@@ -100,6 +100,11 @@ def _fill_from(
 def _read(stored: safe_open, info: TensorInfo, dtype: torch.dtype) -> Tensor:
     value: Tensor = stored.get_tensor(info.name)  # type: ignore[no-untyped-call]
     return value.to(dtype) if value.is_floating_point() else value
+
+
+def _read_alone(info: TensorInfo, device: torch.device, dtype: torch.dtype) -> Tensor:
+    with safe_open(info.file, framework="pt", device=str(device)) as stored:
+        return _read(stored, info, dtype)
 
 
 def _check_tied(file: Path, first: str, second: str, value: Tensor, other: Tensor) -> None:

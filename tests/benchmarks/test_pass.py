@@ -1,0 +1,55 @@
+"""The measuring pass against the bare forward pass of the same decoder over the same windows."""
+
+import statistics
+import time
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.measure import measure
+from pytest_nullspace.model import AdaptedModel, load_model
+from tests import tiny
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")),
+]
+ALTERNATIONS = 9
+
+
+def bare(adapted: AdaptedModel, windows: list[list[int]]) -> None:
+    """The decoder alone, as the pass runs it, with nothing watching."""
+    with torch.inference_mode():
+        for window in windows:
+            decoder = adapted.model.base_model
+            assert isinstance(decoder, torch.nn.Module)
+            decoder(input_ids=torch.tensor([window], device=adapted.device), use_cache=False)
+    if adapted.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.benchmark(group="pass")
+def test_pass_over_bare_forward(
+    benchmark: BenchmarkFixture, device: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Pass over bare forward, median of alternations, on a decoder of 8 layers 512 wide."""
+    model = tiny.llama(
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8, max_position_embeddings=512
+    )
+    folder = tiny.lora_null(tmp_path_factory.mktemp("pass") / "ft", model, rank=32)
+    adapted = load_model(open_checkpoint(folder), torch.device(device), torch.float32)
+    windows = torch.randint(0, 128, (2, 512), generator=torch.Generator().manual_seed(0)).tolist()
+    measure(adapted, windows)
+    bare(adapted, windows)
+    ratios = []
+    for _ in range(ALTERNATIONS):
+        start = time.perf_counter()
+        bare(adapted, windows)
+        middle = time.perf_counter()
+        measure(adapted, windows)
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+    benchmark.pedantic(measure, (adapted, windows), rounds=3)  # type: ignore[no-untyped-call]
+    benchmark.extra_info["pass_over_bare_forward"] = statistics.median(ratios)

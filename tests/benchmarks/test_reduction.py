@@ -1,0 +1,93 @@
+"""Throughput of the activation reduction, as a share of what the memory of the device can do.
+
+Run with ``pytest tests/benchmarks --benchmark-enable`` (``tox -e bench``); ordinary test runs skip these.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from pytest_nullspace import kernels
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")),
+]
+RANK = 128
+
+
+def synchronised(work: Callable[[], object], device: str) -> Callable[[], None]:
+    """``work``, ended only when the device has done it."""
+
+    def run() -> None:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def seconds(work: Callable[[], object], device: str, rounds: int = 15) -> float:
+    """Median time of ``work``."""
+    run, times = synchronised(work, device), []
+    run()
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [576, 4096, 14336])
+@pytest.mark.benchmark(group="reduction")
+def test_row_norms(benchmark: BenchmarkFixture, device: str, dtype: torch.dtype, width: int) -> None:
+    """The norms of 2048 rows, with bytes per second beside those of a plain copy of the same rows."""
+    rows = torch.randn(2048, width, device=device).to(dtype)
+    copy = torch.empty_like(rows)
+    _record(benchmark, device, rows.nbytes, lambda: kernels.row_norms(rows), lambda: copy.copy_(rows))
+    torch.testing.assert_close(kernels.row_norms(rows).double(), rows.double().norm(dim=-1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [576, 4096])
+@pytest.mark.benchmark(group="reduction")
+def test_layer_update(benchmark: BenchmarkFixture, device: str, dtype: torch.dtype, width: int) -> None:
+    """All figures of one layer from one window of 1024 rows: three reads of the output's width, one of the rank's."""
+    up, base, output = (torch.randn(1024, width, device=device).to(dtype) for _ in range(3))
+    down = torch.randn(1024, RANK, device=device).to(dtype)
+    norms, whitener = torch.rand(1024, device=device) + 1, torch.eye(RANK, device=device)
+    state = kernels.empty(device)
+
+    def update() -> None:
+        kernels.update(state, norms, down, up, base, output, scale=1.0, whitener=whitener)
+
+    parts: list[tuple[Tensor, Tensor]] = [(part, torch.empty_like(part)) for part in (up, base, output, down)]
+
+    def copy() -> None:
+        for source, target in parts:
+            target.copy_(source)
+
+    _record(benchmark, device, sum(source.nbytes for source, _ in parts), update, copy)
+    assert state[0] > 0
+
+
+def _record(
+    benchmark: BenchmarkFixture, device: str, nbytes: int, work: Callable[[], object], copy: Callable[[], object]
+) -> None:
+    """Time ``work``; a copy reads and writes, so its bandwidth is twice its bytes over its time."""
+    copied = seconds(copy, device)
+    worked = seconds(work, device)
+    benchmark(synchronised(work, device))
+    benchmark.extra_info |= {
+        "bytes_per_second": nbytes / worked,
+        "copy_bytes_per_second": 2 * nbytes / copied,
+        "share_of_copy_bandwidth": nbytes / worked / (2 * nbytes / copied),
+    }

@@ -1,0 +1,43 @@
+"""Runs of the real plugin, each in a process of its own, on tiny checkpoints."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+Gate = Callable[..., pytest.RunResult]
+
+LOOSE = ("--nullspace-threshold=preservation:2:3", "--nullspace-threshold=leakage:5:6")
+"""Bounds by which the random adapters of `tests.tiny` pass."""
+QUICK = ("--nullspace-calib-dataset=text.txt", "--nullspace-calib-size=2", "--nullspace-seqlen=32")
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One tiny LoRA-Null checkpoint for the whole session; to be copied, never changed."""
+    return tiny.lora_null(tmp_path_factory.mktemp("made") / "ft")
+
+
+@pytest.fixture
+def checkpoint(made: Path, pytester: pytest.Pytester) -> Path:
+    """A copy of it at ``runs/ft`` in the test's own folder, with a text beside."""
+    (pytester.path / "text.txt").write_text(tiny.TEXT)
+    (pytester.path / "pytest.ini").write_text("[pytest]\n")
+    copy: Path = pytester.path / "runs" / "ft"
+    shutil.copytree(made, copy)
+    return copy
+
+
+@pytest.fixture
+def gate(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """Run pytest with the quick text options and a model, ``runs/ft`` unless told otherwise."""
+    monkeypatch.setenv("COLUMNS", "200")  # so that no line of the summary is cut
+
+    def run(*args: str, model: str | None = "runs/ft", quick: tuple[str, ...] = QUICK) -> pytest.RunResult:
+        models = () if model is None else (f"--nullspace-model={model}",)
+        return pytester.runpytest_subprocess("-p", "no:randomly", *models, *quick, *args)
+
+    return run

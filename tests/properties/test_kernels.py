@@ -1,0 +1,211 @@
+"""The kernels against synthetic subspaces and against plain float64 arithmetic."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pytest_nullspace import kernels
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+WIDTHS = st.integers(2, 40)
+SEEDS = st.integers(0, 2**31)
+EXACT = 1e-6
+
+
+def rows_in(basis: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Random rows ``(count, d)`` inside the span of the orthonormal ``basis (k, d)``."""
+    return torch.randn(count, len(basis), generator=generator, dtype=torch.float64) @ basis
+
+
+def orthonormal(count: int, width: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal rows ``(count, width)``."""
+    square = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    basis: Tensor = torch.linalg.qr(square)[0][:count]
+    return basis
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def state_of(
+    x: Tensor, down: Tensor, up: Tensor, base: Tensor, scale: float = 1.0, whitening: torch.dtype = torch.float32
+) -> Tensor:
+    """The kernel's state after one update with these rows."""
+    state = kernels.empty()
+    bx = x @ down.mT
+    abx, wx = bx @ up.mT, x @ base.mT
+    whitener = kernels.whitener(down).to(whitening)
+    kernels.update(state, kernels.row_norms(x), bx, abx, wx, scale * abx + wx, scale=scale, whitener=whitener)
+    return state
+
+
+def naive(x: Tensor, down: Tensor, up: Tensor, base: Tensor, scale: float = 1.0) -> kernels.Means:
+    """The same figures by their definitions, in float64, with an explicit projector."""
+    x, down, up, base = (t.double() for t in (x, down, up, base))
+    bx = x @ down.mT
+    abx, wx = scale * bx @ up.mT, x @ base.mT
+    projector = torch.linalg.pinv(down) @ down
+    leakage = (x @ projector).norm(dim=1).square() / x.norm(dim=1).square()
+    means = [float(t.norm(dim=1).mean()) for t in (x, bx, abx, wx, abx + wx)]
+    return kernels.Means(len(x), *means, float(leakage.mean()))
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows, B, A and W of one layer with random sizes, float32."""
+    width, out, rows = draw(WIDTHS), draw(WIDTHS), draw(st.integers(1, 60))
+    rank = draw(st.integers(1, width))
+    generator = seeded(draw(SEEDS))
+    shapes = ((rows, width), (rank, width), (out, rank), (out, width))
+    x, down, up, base = (torch.randn(*shape, generator=generator) for shape in shapes)
+    return x, down, up, base
+
+
+@given(st.data(), WIDTHS, SEEDS)
+def test_a_subspace_inside_the_complement_of_the_rows_leaks_nothing(data: st.DataObject, width: int, seed: int) -> None:
+    """B inside the orthogonal complement of span(X) gives preservation 0 and leakage 0."""
+    used = data.draw(st.integers(1, width - 1))
+    rank = data.draw(st.integers(1, width - used))
+    basis = orthonormal(width, width, seeded(seed))
+    x, down = rows_in(basis[:used], 20, seeded(seed + 1)), basis[used : used + rank]
+    means = kernels.compute(state_of(x, down, torch.ones(3, rank).double(), torch.ones(3, width).double()))
+    assert means.down / means.input < 1e-14
+    assert means.leakage < 1e-13
+
+
+@given(st.data(), WIDTHS, SEEDS)
+def test_a_subspace_that_holds_the_rows_takes_all(data: st.DataObject, width: int, seed: int) -> None:
+    """B whose row space contains span(X) gives leakage 1, whatever B's own basis is."""
+    rank = data.draw(st.integers(1, width))
+    basis = orthonormal(rank, width, seeded(seed))
+    mixed = torch.randn(rank, rank, generator=seeded(seed + 1), dtype=torch.float64) + 3 * torch.eye(rank)
+    x = rows_in(basis, 20, seeded(seed + 2))
+    down = mixed @ basis
+    means = kernels.compute(
+        state_of(x, down, torch.ones(3, rank).double(), torch.ones(3, width).double(), whitening=torch.float64)
+    )
+    assert means.leakage == pytest.approx(1, rel=1e-6)
+
+
+@given(st.integers(1, 16), SEEDS)
+def test_a_random_subspace_leaks_rank_over_width(rank: int, seed: int) -> None:
+    """A random B of rank r gives leakage r/d in expectation: over many rows, within five standard errors."""
+    width, rows = 32, 4000
+    x = torch.randn(rows, width, generator=seeded(seed))
+    down = torch.randn(rank, width, generator=seeded(seed + 1))
+    means = kernels.compute(state_of(x, down, torch.ones(2, rank), torch.ones(2, width)))
+    # ‖Px‖²/‖x‖² of an isotropic x follows Beta(r/2, (d-r)/2).
+    deviation = math.sqrt(2 * rank * (width - rank) / (width**2 * (width + 2)) / rows)
+    assert abs(means.leakage - rank / width) < 5 * deviation
+
+
+@given(layers(), st.floats(1e-6, 1e6))
+def test_leakage_does_not_see_the_scale_of_b(layer: tuple[Tensor, Tensor, Tensor, Tensor], factor: float) -> None:
+    """Leakage is unchanged when B is multiplied by a number, while preservation is multiplied by it."""
+    x, down, up, base = (t.double() for t in layer)
+    plain = kernels.compute(state_of(x, down, up, base, whitening=torch.float64))
+    scaled = kernels.compute(state_of(x, factor * down, up, base, whitening=torch.float64))
+    assert scaled.leakage == pytest.approx(plain.leakage, rel=1e-6, abs=1e-12)
+    assert scaled.down == pytest.approx(factor * plain.down, rel=EXACT)
+
+
+@given(layers(), st.floats(-4, 4).filter(lambda s: abs(s) > 0.01))
+def test_every_mean_is_that_of_plain_float64_arithmetic(
+    layer: tuple[Tensor, Tensor, Tensor, Tensor], scale: float
+) -> None:
+    """On float64 activations every figure agrees with its definition to 1e-9 relative."""
+    x, down, up, base = (t.double() for t in layer)
+    got = kernels.compute(state_of(x, down, up, base, scale, whitening=torch.float64))
+    assert got == pytest.approx(naive(x, down, up, base, scale), rel=1e-7, abs=1e-12)
+
+
+@given(layers(), st.sampled_from([torch.float16, torch.bfloat16]))
+def test_half_precision_rows_are_measured_within_their_precision(
+    layer: tuple[Tensor, Tensor, Tensor, Tensor], dtype: torch.dtype
+) -> None:
+    """The norm of half-precision rows is that of their float64 values: no precision beyond the rows' own is lost."""
+    x = layer[0].to(dtype)
+    assert kernels.row_norms(x).dtype == torch.float32
+    torch.testing.assert_close(kernels.row_norms(x).double(), x.double().norm(dim=-1), rtol=EXACT, atol=0)
+
+
+@given(layers(), st.data())
+def test_any_split_of_the_rows_in_any_order_gives_the_same_answer(
+    layer: tuple[Tensor, Tensor, Tensor, Tensor], data: st.DataObject
+) -> None:
+    """Merge is associative and does not see order: every partition of the rows merges to the whole."""
+    x, down, up, base = layer
+    whole = kernels.compute(state_of(x, down, up, base))
+    order = torch.tensor(data.draw(st.permutations(range(len(x)))))
+    parts = data.draw(st.integers(1, len(x)))
+    states = [state_of(part, down, up, base) for part in x[order].tensor_split(parts)]
+    split = kernels.compute(kernels.merge(data.draw(st.permutations(states))))
+    assert split == pytest.approx(whole, rel=EXACT, abs=1e-12)
+    nested = kernels.merge([states[0], kernels.merge([kernels.empty(), *states[1:]])])
+    torch.testing.assert_close(nested, kernels.merge(states), rtol=1e-12, atol=1e-12)
+
+
+@given(layers(), st.integers(-35, 35))
+def test_huge_and_tiny_magnitudes_neither_overflow_nor_vanish(
+    layer: tuple[Tensor, Tensor, Tensor, Tensor], exponent: int
+) -> None:
+    """Float32 rows of any magnitude that float32 holds have the right norm on the CPU, even where squares do not."""
+    x = layer[0].clamp(-3, 3) * 10.0**exponent
+    want = x.double().norm(dim=-1)
+    normal = want > 1e-36  # below, the rows themselves are denormal
+    torch.testing.assert_close(kernels.row_norms(x).double()[normal], want[normal], rtol=1e-5, atol=0)
+
+
+@given(st.integers(2, 30), SEEDS)
+def test_a_rank_deficient_b_is_measured_by_the_space_that_it_spans(width: int, seed: int) -> None:
+    """Repeated and zero rows of B change no leakage: the projector is on what B spans."""
+    rank = max(1, width // 2)
+    down = orthonormal(rank, width, seeded(seed))
+    x = torch.randn(10, width, generator=seeded(seed + 1), dtype=torch.float64)
+    deficient = torch.cat((down, down[:1], torch.zeros(1, width)))
+    up, base = torch.ones(2, rank).double(), torch.ones(2, width).double()
+    plain = kernels.compute(state_of(x, down, up, base, whitening=torch.float64))
+    wide = kernels.compute(state_of(x, deficient, torch.ones(2, rank + 2).double(), base, whitening=torch.float64))
+    assert wide.leakage == pytest.approx(plain.leakage, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", range(5))
+def test_a_single_non_finite_activation_makes_its_mean_non_finite(value: float, part: int) -> None:
+    """NaN or infinity in one element of one row cannot vanish in a mean."""
+    activations = [torch.randn(6, 4, generator=seeded(part)) for _ in range(5)]
+    activations[part][3, 2] = value
+    state = kernels.empty()
+    x, *rest = activations
+    kernels.update(state, kernels.row_norms(x), *rest, scale=1.0, whitener=torch.eye(4))
+    means = kernels.compute(state)
+    assert not math.isfinite(means[1 + part])
+
+
+def test_rows_of_zeros_have_no_direction_and_do_not_dilute_leakage() -> None:
+    """A zero row counts in the norms, but leakage is the mean over the rows that have a direction."""
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    state = state_of(x, torch.tensor([[1.0, 0.0]]), torch.ones(2, 1), torch.ones(2, 2))
+    means = kernels.compute(state)
+    assert means.leakage == pytest.approx(9 / 25)
+    assert means.input == pytest.approx(2.5)
+
+
+def test_no_rows_give_no_figures() -> None:
+    """The mean of nothing is NaN, which no verdict passes; zero would pass."""
+    means = kernels.compute(kernels.empty())
+    assert means.rows == 0
+    assert all(math.isnan(value) for value in means[1:])
+
+
+def test_a_zero_b_spans_nothing() -> None:
+    """B = 0 has no row space, so nothing leaks and nothing is divided by zero."""
+    means = kernels.compute(state_of(torch.randn(5, 4), torch.zeros(2, 4), torch.ones(3, 2), torch.ones(3, 4)))
+    assert means.leakage == 0
+    assert means.down == 0

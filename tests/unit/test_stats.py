@@ -1,0 +1,429 @@
+"""What a run measured, and the file it is saved in."""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_nullspace.errors import StatsError
+from pytest_nullspace.stats import FIGURES, LayerStats, RunStats, from_json, to_json, write, write_atomically
+
+LAYER = LayerStats(
+    name="model.layers.0.self_attn.q_proj",
+    rows=100,
+    in_features=64,
+    rank=4,
+    out_features=32,
+    input_norm=8.0,
+    down_norm=0.25,
+    update_norm=0.5,
+    base_norm=7.5,
+    output_norm=10.0,
+    mean_leakage=0.001,
+    down_weight_norm=2.0,
+    up_weight_norm=3.0,
+    base_weight_norm=40.0,
+)
+RUN = RunStats(
+    "models/ft", "wikitext2", (LAYER, dataclasses.replace(LAYER, name="model.layers.10.mlp.up_proj")), 3, {"k": [1]}
+)
+
+REFERENCE_KEYS = {
+    "layer_name", "num_samples", "X_norm", "BX_norm", "ABX_norm", "ResidualX_norm", "FullOutput_norm", "BX_ratio",
+    "ABX_ratio", "adapter_contribution", "B_weight_norm", "A_weight_norm", "Residual_weight_norm",
+}  # fmt: skip
+
+# Written by hand, with the keys and in the order in which the reference script writes them.
+REFERENCE_FILE = """
+{
+  "model_path": "output/LoRA_Null_v2/ft",
+  "calib_dataset": "wikitext2",
+  "num_layers": 2,
+  "stats": [
+    {
+      "layer_name": "model.layers.0.self_attn.q_proj",
+      "num_samples": 100,
+      "X_norm": 12.345678329467773,
+      "BX_norm": 0.12345600128173828,
+      "ABX_norm": 0.23456700146198273,
+      "ResidualX_norm": 11.987653732299805,
+      "FullOutput_norm": 12.456789016723633,
+      "BX_ratio": 0.009999937,
+      "ABX_ratio": 0.018999928,
+      "adapter_contribution": 0.018830455,
+      "B_weight_norm": 123.456789,
+      "A_weight_norm": 45.678901,
+      "Residual_weight_norm": 234.56789
+    },
+    {
+      "layer_name": "model.layers.0.mlp.down_proj",
+      "num_samples": 100,
+      "X_norm": 1,
+      "BX_norm": 0.5,
+      "ABX_norm": 0,
+      "ResidualX_norm": 2.0,
+      "FullOutput_norm": 2.0,
+      "BX_ratio": 0.5,
+      "ABX_ratio": 0.0,
+      "adapter_contribution": 0.0,
+      "B_weight_norm": 11.3137,
+      "A_weight_norm": 0.0,
+      "Residual_weight_norm": NaN
+    }
+  ]
+}
+"""
+
+
+def same(a: RunStats, b: RunStats) -> bool:
+    """Whether two runs agree in every field, NaN being equal to NaN."""
+    return repr(a) == repr(b)
+
+
+# Figures
+
+
+def test_figures_are_the_ratios_that_their_formulas_say() -> None:
+    """Each figure is the quotient of the two norms in its formula; leakage is held against r / in."""
+    assert LAYER.preservation == 0.25 / 8
+    assert LAYER.effectiveness == 0.5 / 8
+    assert LAYER.contribution == 0.5 / 10
+    assert LAYER.chance == 4 / 64
+    assert LAYER.leakage == 0.001 / (4 / 64)
+    assert {name: LAYER.figure(name) for name in FIGURES} == {
+        "preservation": LAYER.preservation,
+        "effectiveness": LAYER.effectiveness,
+        "contribution": LAYER.contribution,
+        "leakage": LAYER.leakage,
+    }
+
+
+def test_a_ratio_to_zero_is_no_number() -> None:
+    """A quotient by zero is NaN, not an exception and not infinity."""
+    layer = dataclasses.replace(LAYER, input_norm=0.0, output_norm=0.0, in_features=0)
+    assert all(math.isnan(layer.figure(name)) for name in FIGURES)
+
+
+def test_a_sound_layer_has_no_defect() -> None:
+    """A layer whose every norm is a number can be judged, even with A = 0 and leakage never measured."""
+    assert LAYER.defect is None
+    assert dataclasses.replace(LAYER, update_norm=0.0, up_weight_norm=0.0, mean_leakage=math.nan).defect is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("input_norm", "non-finite activations"),
+        ("down_norm", "non-finite activations"),
+        ("update_norm", "non-finite activations"),
+        ("base_norm", "non-finite activations"),
+        ("output_norm", "non-finite output"),
+        ("down_weight_norm", "non-finite weights"),
+        ("up_weight_norm", "non-finite weights"),
+        ("base_weight_norm", "non-finite weights"),
+    ],
+)
+def test_a_norm_that_is_no_number_is_a_defect(field: str, said: str, value: float) -> None:
+    """NaN or infinity in any norm is told by where it is."""
+    change: dict[str, Any] = {field: value}
+    defect = dataclasses.replace(LAYER, **change).defect
+    assert defect is not None
+    assert defect.startswith(said)
+
+
+def test_nothing_seen_and_nothing_but_zeros_are_defects() -> None:
+    """A layer that saw no row, or only zeros, cannot be judged; weights are blamed before what follows from them."""
+    assert dataclasses.replace(LAYER, rows=0, input_norm=math.nan).defect == "no activation row reached it"
+    assert dataclasses.replace(LAYER, input_norm=0.0).defect == "its input is zero in every row"
+    assert dataclasses.replace(LAYER, output_norm=0.0).defect == "its output is zero in every row"
+    broken = dataclasses.replace(LAYER, up_weight_norm=math.nan, output_norm=math.nan, update_norm=math.nan)
+    assert broken.defect == "non-finite weights (NaN or infinity)"
+
+
+def test_a_run_finds_its_layers_and_averages_them() -> None:
+    """A layer is found by its name, and an average is the plain mean over layers."""
+    other = dataclasses.replace(LAYER, name="b", down_norm=0.75)
+    run = RunStats("m", "t", (LAYER, other), 2)
+    assert run.layer("b") is other
+    assert run.layer("c") is None
+    assert run.mean("preservation") == 0.5 / 8
+    assert run.complete
+    assert not RUN.complete
+    assert math.isnan(RunStats("m", "t", (), 0).mean("preservation"))
+
+
+def test_one_layer_without_a_figure_leaves_the_average_without_one() -> None:
+    """An average never leaves a NaN out."""
+    run = RunStats("m", "t", (LAYER, dataclasses.replace(LAYER, down_norm=math.nan)), 2)
+    assert math.isnan(run.mean("preservation"))
+
+
+# The file
+
+NORMS = st.floats(0, 1e300) | st.just(math.nan)
+LAYERS = st.builds(
+    LayerStats,
+    name=st.text(),
+    rows=st.integers(0, 2**40),
+    in_features=st.integers(0, 10**6),
+    rank=st.integers(0, 1024),
+    out_features=st.integers(0, 10**6),
+    input_norm=NORMS,
+    down_norm=NORMS,
+    update_norm=NORMS,
+    base_norm=NORMS,
+    output_norm=NORMS,
+    mean_leakage=NORMS,
+    down_weight_norm=NORMS,
+    up_weight_norm=NORMS,
+    base_weight_norm=NORMS,
+)
+
+
+@given(
+    model=st.text(),
+    text=st.text(),
+    layers=st.lists(LAYERS, max_size=3, unique_by=lambda layer: layer.name),
+    unmeasured=st.integers(0, 5),
+    about=st.dictionaries(st.sampled_from(["device", "text", "settings"]), st.integers() | st.text() | st.none()),
+)
+def test_a_run_survives_its_file(
+    model: str, text: str, layers: list[LayerStats], unmeasured: int, about: dict[str, Any]
+) -> None:
+    """Every run, with any figure NaN, is read back as it was saved, bit by bit, and saves as the same text again."""
+    run = RunStats(model, text, tuple(layers), len(layers) + unmeasured, about)
+    saved = to_json(run)
+    assert same(from_json(saved, "f.json"), run)
+    assert to_json(from_json(saved, "f.json")) == saved
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(value: float) -> None:
+    """The file is strict JSON: no NaN literal, which other readers refuse; null is read as NaN."""
+    text = to_json(RunStats("m", "t", (dataclasses.replace(LAYER, down_norm=value),), 1))
+
+    def refuse(literal: str) -> None:
+        raise AssertionError(literal)
+
+    entry = json.loads(text, parse_constant=refuse)["stats"][0]
+    assert entry["BX_norm"] is None
+    assert entry["BX_ratio"] is None
+    assert entry["X_norm"] == 8.0
+    read = from_json(text, "f").layers[0]
+    assert math.isnan(read.down_norm)
+    assert read.defect is not None
+
+
+def test_the_file_is_a_superset_of_the_references() -> None:
+    """Every key of the reference is there under its own name, with its own meaning."""
+    document = json.loads(to_json(RUN))
+    assert {"model_path", "calib_dataset", "num_layers", "stats"} <= set(document)
+    assert document["num_layers"] == len(document["stats"]) == 2
+    assert (document["model_path"], document["calib_dataset"]) == ("models/ft", "wikitext2")
+    assert document["stats"][0].keys() >= REFERENCE_KEYS
+    assert {key: document["stats"][0][key] for key in REFERENCE_KEYS} == {
+        "layer_name": "model.layers.0.self_attn.q_proj",
+        "num_samples": 100,
+        "X_norm": 8.0,
+        "BX_norm": 0.25,
+        "ABX_norm": 0.5,
+        "ResidualX_norm": 7.5,
+        "FullOutput_norm": 10.0,
+        "BX_ratio": 0.03125,
+        "ABX_ratio": 0.0625,
+        "adapter_contribution": 0.05,
+        "B_weight_norm": 2.0,
+        "A_weight_norm": 3.0,
+        "Residual_weight_norm": 40.0,
+    }
+    assert document["k"] == [1]
+
+
+def test_the_references_own_file_is_read() -> None:
+    """A file of the reference script gives its figures; what it does not measure is NaN, and no defect."""
+    run = from_json(REFERENCE_FILE, "ref.json")
+    assert (run.model_path, run.calib_dataset) == ("output/LoRA_Null_v2/ft", "wikitext2")
+    assert run.complete
+    first, second = run.layers
+    assert (first.name, first.rows, first.defect) == ("model.layers.0.self_attn.q_proj", 100, None)
+    assert first.preservation == pytest.approx(1.0e-2, rel=1e-5)
+    assert first.effectiveness == pytest.approx(1.9e-2, rel=1e-5)
+    assert first.contribution == pytest.approx(1.883e-2, rel=1e-3)
+    assert math.isnan(first.leakage)
+    assert second.input_norm == 1.0
+    assert isinstance(second.input_norm, float)
+    assert second.defect == "non-finite weights (NaN or infinity)"
+
+
+def broken(change: Callable[[dict[str, Any]], object]) -> str:
+    """The message with which a changed file is refused; it names the file."""
+    document = json.loads(to_json(RUN))
+    change(document)
+    with pytest.raises(StatsError) as caught:
+        from_json(json.dumps(document), "f.json")
+    assert str(caught.value).startswith("f.json: ")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "key", sorted(REFERENCE_KEYS - {"BX_ratio", "ABX_ratio", "adapter_contribution", "layer_name"})
+)
+def test_a_layer_without_one_of_the_references_fields_is_refused(key: str) -> None:
+    """A missing field is named with the layer's place in the file."""
+    assert f"f.json: stats[1]: {key} must be" in broken(lambda document: document["stats"][1].pop(key))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("num_samples", 1.5, "stats[1]: num_samples must be a whole number from 0, not 1.5"),
+        ("num_samples", None, "stats[1]: num_samples must be a whole number from 0, not None"),
+        ("num_samples", True, "stats[1]: num_samples must be a whole number from 0, not True"),
+        ("num_samples", -1, "stats[1]: num_samples must be a whole number from 0, not -1"),
+        ("rank", "4", "stats[1]: rank must be a whole number from 0, not '4'"),
+        ("rank", -4, "stats[1]: rank must be a whole number from 0, not -4"),
+        ("X_norm", "1.0", "stats[1]: X_norm must be a number, not '1.0'"),
+        ("X_norm", False, "stats[1]: X_norm must be a number, not False"),
+        ("X_norm", [1.0], "stats[1]: X_norm must be a number, not [1.0]"),
+        ("X_norm", 10**400, "stats[1]: X_norm must be a number that a float can hold"),
+        ("leakage", {}, "stats[1]: leakage must be a number, not {}"),
+        ("layer_name", None, "stats[1]: not a layer: it has no 'layer_name'"),
+        ("layer_name", 3, "stats[1]: not a layer: it has no 'layer_name'"),
+        ("layer_name", LAYER.name, f"stats[1]: layer {LAYER.name} is there twice"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_refused(key: str, value: object, said: str) -> None:
+    """A field that is not what it must be is named with its place and its value."""
+    assert said in broken(lambda document: document["stats"][1].update({key: value}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stats": None}, "not a statistics file: it has no list 'stats'"),
+        ({"stats": {}}, "not a statistics file: it has no list 'stats'"),
+        ({"stats": [3]}, "stats[0]: not a layer"),
+        ({"num_layers": 5}, "says num_layers 5, but holds 2"),
+        ({"num_layers": "2"}, "says num_layers 2, but holds 2"),
+        ({"schema": "other"}, "of schema other 1, not pytest-nullspace/run 1"),
+        ({"schema_version": 2}, "of schema pytest-nullspace/run 2, not pytest-nullspace/run 1"),
+        ({"checkpoint_layers": "3"}, "checkpoint_layers must be a number from 2, not "),
+        ({"checkpoint_layers": None}, "checkpoint_layers must be a number from 2, not "),
+        ({"checkpoint_layers": 1}, "checkpoint_layers must be a number from 2, not "),
+        ({"checkpoint_layers": True}, "checkpoint_layers must be a number from 2, not "),
+    ],
+)
+def test_a_document_that_contradicts_itself_is_refused(change: dict[str, Any], said: str) -> None:
+    """Fields of the whole file that are missing, of another schema, or at odds with its layers are named."""
+    assert said in broken(lambda document: document.update(change))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"stats": 1}', "[" * 100_000, "9" * 5000])
+def test_what_is_no_statistics_file_is_refused(text: str) -> None:
+    """Anything else than a statistics file is refused by name, never with a traceback."""
+    with pytest.raises(StatsError, match=r"^f\.json: not "):
+        from_json(text, "f.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@given(
+    document=st.fixed_dictionaries(
+        {"stats": st.lists(JSON | st.fixed_dictionaries(dict.fromkeys(sorted(REFERENCE_KEYS), JSON)), max_size=2)},
+        optional={"num_layers": JSON, "checkpoint_layers": JSON, "model_path": JSON, "schema": JSON},
+    )
+)
+def test_any_json_is_read_or_refused(document: dict[str, Any]) -> None:
+    """No document makes reading raise anything but StatsError, and what is read can be judged and saved."""
+    try:
+        run = from_json(json.dumps(document), "f.json")
+    except StatsError:
+        return
+    assert all(isinstance(layer.defect, str | None) for layer in run.layers)
+    json.loads(to_json(run))
+
+
+# Writing
+
+
+def test_a_run_is_written_and_read(tmp_path: Path) -> None:
+    """The file is made with the folders above it, readable by all, and nothing else is left there."""
+    file = tmp_path / "a" / "b" / "stats.json"
+    write(RUN, file)
+    assert same(from_json(file.read_text("utf-8"), str(file)), RUN)
+    assert list(file.parent.iterdir()) == [file]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o644
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the disk is full the message says so, the old file is whole, and no half of the new one is left."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = tmp_path / "stats.json"
+    file.write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StatsError, match=re.escape(f"{file}: cannot be written: No space left on device")):
+        write(RUN, file)
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_an_interrupt_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the midst of writing is not swallowed, and leaves nothing behind."""
+
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    file = tmp_path / "stats.json"
+    file.write_text("old")
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(RUN, file)
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    """A directory in the file's place, and a file in its folder's place, are told by name and left as they were."""
+    (tmp_path / "stats.json").mkdir()
+    with pytest.raises(StatsError, match=r"stats\.json: cannot be written: Is a directory"):
+        write(RUN, tmp_path / "stats.json")
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(StatsError, match=r"cannot be written: "):
+        write(RUN, tmp_path / "file" / "stats.json")
+    assert (tmp_path / "file").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "stats.json"]
+
+
+def test_a_link_is_replaced_by_the_file(tmp_path: Path) -> None:
+    """Writing never reaches through a link: the file it leads to is untouched."""
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    write_atomically(tmp_path / "link", "new")
+    assert (tmp_path / "target").read_text() == "old"
+    assert (tmp_path / "link").read_text() == "new"
+
+
+def test_a_path_that_is_not_utf8_can_be_saved(tmp_path: Path) -> None:
+    """A model's path may hold bytes that are no text; the file is still written, and read back the same."""
+    run = dataclasses.replace(RUN, model_path=os.fsdecode(b"models/\xff"))
+    write(run, tmp_path / "stats.json")
+    assert same(from_json((tmp_path / "stats.json").read_text("utf-8"), "f"), run)
