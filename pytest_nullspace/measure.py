@@ -46,6 +46,8 @@ def measure(
         The figures in the model's order of layers. A layer that saw no row, or saw NaN or infinity, has a `defect`.
     """
     chosen = [layer for name, layer in adapted.layers.items() if layers is None or name in layers]
+    if not chosen:
+        return ()
     drawn = draw_rows([len(window) for window in windows], max_rows, seed)
     entry = _entry(adapted.model, chosen)
     recorder = _Recorder(adapted.device)
@@ -56,7 +58,7 @@ def measure(
             for tokens, rows in _batches(windows, drawn, batch_size, adapted.device):
                 recorder.start_batch(rows)
                 with suppress(_PassedLastBlockError):
-                    entry(input_ids=tokens, use_cache=False)
+                    _forward(entry, adapted, tokens)
                 done += len(tokens)
                 if progress is not None:
                     progress(done, len(windows))
@@ -153,6 +155,8 @@ class _Recorder:
                 for part in ("down", "up", "base"):
                     handle = getattr(layer, part).register_forward_hook(partial(_keep, seen, part))
                     hooks.callback(handle.remove)
+                if not layer.has_magnitude:
+                    hooks.enter_context(_bias_apart(layer.base))
                 whitener = kernels.whitener(layer.down_matrix).to(self._device, torch.float32)
                 handle = layer.layer.register_forward_hook(partial(self._add, layer, seen, whitener))
                 hooks.callback(handle.remove)
@@ -167,17 +171,18 @@ class _Recorder:
         x = args[0]
         if x is not self._input:
             self._input, self._input_norms = x, kernels.row_norms(self._counted(x))
-        up, base = self._counted(seen["up"]), self._counted(seen["base"])
-        kernels.update(
-            self._states[layer.name],
-            self._input_norms,
-            self._counted(seen["down"]),
-            up,
-            base,
+        down, up, base = (self._counted(seen[part]) for part in ("down", "up", "base"))
+        output, scale = self._counted(output), layer.scale
+        if layer.has_magnitude:
+            bias = getattr(layer.base, "bias", None)
+            up, scale = output - base, 1.0
+            if isinstance(bias, Tensor):
+                base, output = base - bias, output - bias
+        elif layer.has_bias:
             # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.
-            base + layer.scale * up if layer.has_bias else self._counted(output),
-            scale=layer.scale,
-            whitener=whitener,
+            output = base + scale * up
+        kernels.update(
+            self._states[layer.name], self._input_norms, down, up, base, output, scale=scale, whitener=whitener
         )
         seen.clear()
 
@@ -190,6 +195,22 @@ def _keep(seen: dict[str, Tensor], part: str, _: nn.Module, __: Any, output: Ten
     seen[part] = output
 
 
+@contextmanager
+def _bias_apart(base: nn.Module) -> Iterator[None]:
+    """Within this context ``base`` adds its bias in a last hook of its own, so that earlier hooks see ``W x`` alone."""
+    bias = getattr(base, "bias", None)
+    if not isinstance(bias, nn.Parameter):
+        yield
+        return
+    handle = base.register_forward_hook(lambda _, __, output: output + bias)
+    base.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+    try:
+        yield
+    finally:
+        base.bias = bias
+        handle.remove()
+
+
 class _PassedLastBlockError(Exception):
     """Raised inside the model to end a forward after the last block that holds a measured layer."""
 
@@ -199,6 +220,12 @@ def _entry(model: nn.Module, layers: Sequence[AdaptedLayer]) -> nn.Module:
     decoder = getattr(model, "base_model", model)
     inside = set(map(id, decoder.modules()))
     return decoder if all(id(layer.layer) in inside for layer in layers) else model
+
+
+def _forward(entry: nn.Module, adapted: AdaptedModel, tokens: Tensor) -> None:
+    """Run the model on ``tokens (b, length)``; an encoder-decoder reads them on both sides, as it would when copying."""
+    both = {"decoder_input_ids": tokens} if adapted.is_encoder_decoder else {}
+    entry(input_ids=tokens, use_cache=False, **both)
 
 
 def _last_block(
@@ -217,7 +244,7 @@ def _last_block(
     with ExitStack() as hooks:
         for block in holding.values():
             hooks.callback(block.register_forward_hook(lambda module, *_: ran.append(module)).remove)
-        entry(input_ids=torch.tensor([list(tokens)], device=adapted.device), use_cache=False)
+        _forward(entry, adapted, torch.tensor([list(tokens)], device=adapted.device))
     return ran[-1] if len(ran) == len(holding) == len(set(map(id, ran))) else None
 
 

@@ -28,6 +28,7 @@ class Settings:
 
     Attributes:
         models: The checkpoints' directories.
+        base: The base model of adapters that do not carry theirs, a directory or hub id; None for what they name.
         calib_dataset: The preserved text, as given.
         text_folder: The folder to which its path is relative.
         calib_size: Windows to draw from it.
@@ -45,6 +46,7 @@ class Settings:
     """
 
     models: tuple[Path, ...]
+    base: str | None
     calib_dataset: str
     text_folder: Path
     calib_size: int
@@ -99,6 +101,11 @@ def _text(given: _Given) -> str:
 def _path(given: _Given) -> Path:
     # Not resolved: pytest does not follow links in the paths of tests either.
     return Path(os.path.normpath(given.folder / Path(_text(given)).expanduser()))
+
+
+def _directory_or_id(given: _Given) -> str:
+    local = _path(given)
+    return str(local) if local.is_dir() else _text(given)
 
 
 def _whole(least: int) -> Callable[[_Given], int]:
@@ -158,6 +165,12 @@ def form_example(in_ini: bool) -> str:
 
 _OPTIONS = (
     _Option("model", "DIR", "Gate the adapter in DIR: one test per adapted layer.", _path, repeatable=True),
+    _Option(
+        "base",
+        "DIR",
+        "The base model of a PEFT adapter, a directory or hub id (default: what its config names).",
+        _directory_or_id,
+    ),
     _Option(
         "calib-dataset",
         "TEXT",
@@ -237,6 +250,7 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         calib_dataset = (calib_dataset, config.invocation_params.dir)
     settings = Settings(
         models=values["model"],
+        base=values["base"],
         calib_dataset=calib_dataset[0],
         text_folder=calib_dataset[1],
         calib_size=values["calib-size"],

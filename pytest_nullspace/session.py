@@ -14,8 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pytest_nullspace import calibration
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
-from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError, TextError
+from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.errors import CheckpointError, MeasurementError, NullspaceError, OptionError, TextError
+from pytest_nullspace.hub import directory_of
 from pytest_nullspace.options import PREFIX, Settings
 from pytest_nullspace.stats import RunStats, from_json, write, write_atomically
 
@@ -145,17 +148,17 @@ def measure_checkpoint(
     """
     import torch
 
-    from pytest_nullspace import calibration
     from pytest_nullspace.measure import measure
     from pytest_nullspace.model import load_model
 
     started = time.perf_counter()
+    base = None if checkpoint.carries_base else base_directory(checkpoint, settings.base)
     source = calibration.parse_source(settings.calib_dataset, settings.text_folder)
     text = calibration.read_text(source)
-    tokenize = calibration.load_tokenizer(checkpoint.directory)
+    tokenize = calibration.load_tokenizer(_tokenizer_directory(checkpoint, base))
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, checkpoint, device)
-    adapted = load_model(checkpoint, device, dtype)
+    adapted = load_model(checkpoint, device, dtype, base)
     seqlen = _seqlen(settings.seqlen, adapted.model)
     windows = calibration.draw_windows(text, tokenize, count=settings.calib_size, seqlen=seqlen, seed=settings.seed)
     loaded = time.perf_counter()
@@ -176,6 +179,7 @@ def measure_checkpoint(
         checkpoint_layers=len(checkpoint.layers),
         about={
             "format": checkpoint.format,
+            "base": checkpoint.base,
             "weights_sha256": _hashes(checkpoint),
             "text": {
                 "sha256": calibration.text_hash(text),
@@ -206,6 +210,34 @@ def measure_checkpoint(
             },
         },
     )
+
+
+def base_directory(checkpoint: Checkpoint, asked: str | None) -> Path:
+    """Where the base model of ``checkpoint`` lies: what the option says, else what the adapter's config names.
+
+    Raises:
+        CheckpointError: Neither says, it cannot be had, or the config's base is not the one that was trained on.
+    """
+    if asked is not None:
+        return directory_of(asked, None, f"{PREFIX}base")
+    if checkpoint.changed_base is not None:
+        raise CheckpointError(
+            f"{checkpoint.config_file}: init_lora_weights {checkpoint.changed_base} changed the base's weights, and "
+            f"the adapter was not saved converted: on the untouched base {printable(checkpoint.base)} every figure "
+            f"would be wrong; give the changed base by {PREFIX}base=DIR"
+        )
+    if not checkpoint.base:
+        raise CheckpointError(
+            f"{checkpoint.config_file}: names no base_model_name_or_path; give it by {PREFIX}base=DIR"
+        )
+    how = f"{checkpoint.config_file}: base_model_name_or_path"
+    return directory_of(checkpoint.base, checkpoint.base_revision, how)
+
+
+def _tokenizer_directory(checkpoint: Checkpoint, base: Path | None) -> Path:
+    """The adapter's own tokenizer if one was saved with it, else its base's."""
+    has_own = any((checkpoint.directory / name).is_file() for name in calibration.TOKENIZER_FILES)
+    return checkpoint.directory if base is None or has_own else base
 
 
 def _device(name: str) -> Any:

@@ -5,7 +5,7 @@ A new format is one file here, with a ``read(directory) -> Checkpoint``, and one
 
 from pathlib import Path
 
-from pytest_nullspace.checkpoint import lora_null
+from pytest_nullspace.checkpoint import lora_null, peft
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec
 from pytest_nullspace.errors import CheckpointError
 
@@ -16,7 +16,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """Find out what is adapted in ``directory``.
 
     Args:
-        directory: A LoRA-Null or CorDA directory as transformers saves it.
+        directory: A LoRA-Null or CorDA directory as transformers saves it, or a LoRA adapter as PEFT does.
 
     Returns:
         The checkpoint, with at least one adapted layer.
@@ -27,8 +27,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if not directory.is_dir():
         what = "is a file; give the directory that holds it" if directory.exists() else "no such directory"
         raise CheckpointError(f"{directory}: {what}")
-    if not (directory / lora_null.CONFIG_FILE).exists():
-        raise CheckpointError(
-            f"{directory}: not a checkpoint: no {lora_null.CONFIG_FILE} in it; give the directory that training saved"
-        )
-    return lora_null.read(directory)
+    if (directory / peft.CONFIG_FILE).exists():  # first: an adapter's directory may hold its base's config as well
+        return peft.read(directory)
+    if (directory / lora_null.CONFIG_FILE).exists():
+        return lora_null.read(directory)
+    raise CheckpointError(
+        f"{directory}: not a checkpoint: neither {lora_null.CONFIG_FILE} nor {peft.CONFIG_FILE} is in it; give the "
+        "directory that training saved"
+    )

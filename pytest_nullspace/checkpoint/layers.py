@@ -40,11 +40,15 @@ class Checkpoint:
 
     Attributes:
         directory: Where it lies.
-        format: ``LoRA-Null``.
+        format: ``LoRA-Null`` or ``PEFT LoRA``.
         config_file: The file that stands for it among the tests.
         config: That file's content.
         layers: Its adapted layers, in model order; never empty.
         tensors: Every tensor in its weight files, by name.
+        outside: Names of trained tensors that no layer's test covers, as far as the format tells.
+        base: The base model that its config names, a path or a hub id; None where it carries its base.
+        base_revision: That base's revision on the hub.
+        changed_base: The initialisation that changed the base's weights, if one did: the adapter holds only with them.
     """
 
     directory: Path
@@ -53,6 +57,15 @@ class Checkpoint:
     config: Mapping[str, Any]
     layers: tuple[LayerSpec, ...]
     tensors: Mapping[str, TensorInfo]
+    outside: tuple[str, ...] = ()
+    base: str | None = None
+    base_revision: str | None = None
+    changed_base: str | None = None
+
+    @property
+    def carries_base(self) -> bool:
+        """Whether the directory holds the whole model."""
+        return self.base is None
 
     @property
     def ranks(self) -> str:

@@ -1,23 +1,39 @@
 """The module tree rebuilt from a checkpoint, ready to be measured. A new format is one loader here."""
 
+import warnings
+from pathlib import Path
+
 import torch
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.model import lora_null
+from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 
 __all__ = ["AdaptedLayer", "AdaptedModel", "load_model"]
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> AdaptedModel:
+def load_model(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, base: Path | None = None
+) -> AdaptedModel:
     """Build the checkpoint's model in eval mode, every weight from its files.
 
     Args:
         checkpoint: As `pytest_nullspace.checkpoint.open_checkpoint` found it.
         device: Where to run it.
         dtype: In which precision to run it.
+        base: The base model's directory, for a checkpoint that does not carry its base.
 
     Raises:
         CheckpointError: Config and weights do not make one model.
     """
-    return lora_null.load(checkpoint, device, dtype)
+    # What the libraries warn of is checked here tensor by tensor, and must not fail a user's run under -W error.
+    with warnings.catch_warnings(action="ignore"):
+        if checkpoint.carries_base:
+            from pytest_nullspace.model import lora_null
+
+            return lora_null.load(checkpoint, device, dtype)
+        if base is None:
+            raise CheckpointError(f"{checkpoint.directory}: an adapter of this format needs its base model")
+        from pytest_nullspace.model import peft
+
+        return peft.load(checkpoint, base, device, dtype)

@@ -11,17 +11,19 @@ from torch import Tensor, nn
 class AdaptedLayer:
     """Where to look at one adapted linear layer while the model runs.
 
-    Its modules are called once per forward of the layer: ``layer(x) = scale · up(down(x)) + base(x) [+ bias]``.
+    Its modules are called in each forward of the layer: ``layer(x) = scale · up(down(x)) + base(x) [+ bias]``, or,
+    where it has a magnitude (DoRA), ``layer(x) = m ∘ (scale · up(down(x)) + base(x)) [+ bias]``.
 
     Attributes:
         name: Its module path in the plain model.
         layer: The module whose input is ``x`` and whose output is the layer's.
         down: Output ``Bx``, shape ``(…, r)``.
         up: Output ``ABx``, shape ``(…, out)``, before the scale.
-        base: Output ``W_res x``, shape ``(…, out)``, without a bias.
+        base: Output ``W_res x``, shape ``(…, out)``, with a bias where it has one of its own.
         scale: What ``up``'s output is multiplied by.
         down_matrix: The matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64 on the CPU.
         has_bias: Whether the layer's output holds a bias on top of the two parts.
+        has_magnitude: Whether it is a DoRA layer. Its update is then all that it changes, ``layer(x) - base(x)``.
     """
 
     name: str
@@ -32,6 +34,7 @@ class AdaptedLayer:
     scale: float
     down_matrix: Tensor
     has_bias: bool
+    has_magnitude: bool = False
 
     @property
     def out_features(self) -> int:
@@ -64,3 +67,8 @@ class AdaptedModel:
     model: nn.Module
     layers: Mapping[str, AdaptedLayer]
     device: torch.device
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model reads text on two sides."""
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))

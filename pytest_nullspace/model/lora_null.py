@@ -119,7 +119,9 @@ def _replace(model: nn.Module, name: str, adapted: AdaptedLinear, checkpoint: Ch
             f"{checkpoint.directory}: {name} is {shape} in the weights, {tuple(original.weight.shape)} by config.json"
         )
     if original.bias is not None and adapted.bias is None:
-        raise CheckpointError(f"{checkpoint.directory}: {name} has a bias by config.json, but there is no {name}.{BIAS}")
+        raise CheckpointError(
+            f"{checkpoint.directory}: {name} has a bias by config.json, but there is no {name}.{BIAS}"
+        )
     model.set_submodule(name, adapted)
 
 

@@ -27,8 +27,9 @@ def report(run: RunStats, expectations: Expectations) -> str:
     ]
     if run.complete:
         averages = judge_averages(run, expectations)
-        lines += [f"- {line.replace('<', '&lt;')}" for line, _ in reading(averages, expectations.stage)]
-    lines += ["", "| | layer | " + " | ".join(f"`{formula}`" for formula in FIGURES.values()) + " | |"]
+        lines += [f"- {line.replace('<', '&lt;')}" for line, _ in reading(averages)]
+    formulas = (formula.replace("|", "\\|") for formula in FIGURES.values())  # a bare one would end the cell
+    lines += ["", "| | layer | " + " | ".join(f"`{formula}`" for formula in formulas) + " | |"]
     lines += ["|---|---|" + "---:|" * len(FIGURES) + "---|"]
     for layer, verdict in zip(run.layers, verdicts, strict=True):
         figures = " | ".join(f"{layer.figure(figure):.3e}" for figure in FIGURES)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.invariants import Expectations, Stage, Tier, Verdict, judge, judge_averages
+from pytest_nullspace.invariants import Expectations, Tier, Verdict, judge, judge_averages
 from pytest_nullspace.stats import FIGURES, LayerStats, RunStats
 
 if TYPE_CHECKING:
@@ -82,14 +82,9 @@ def summary(
     run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations
 ) -> Iterator[tuple[str, Tier | None]]:
     """The lines of the summary, each with the tier that colours it."""
-    about = run.about
-    text, seconds = about.get("text", {}), about.get("measured", {}).get("seconds", {})
-    if text:
-        yield (
-            f"text {printable(run.calib_dataset, 1000)}: {text['windows']} windows, {text['tokens']:,} tokens; "
-            f"{about['device']} {about['dtype']}; loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s",
-            None,
-        )
+    conditions = _conditions(run)
+    if conditions is not None:
+        yield conditions, None
     counts = {tier: sum(verdict.tier is tier for verdict in verdicts) for tier in Tier}
     worst = Tier.worst(verdict.tier for verdict in verdicts)
     yield (
@@ -103,13 +98,25 @@ def summary(
         averages = judge_averages(run, expectations)
         yield "", None
         yield "reading (averages over all layers):", None
-        yield from reading(averages, expectations.stage)
+        yield from reading(averages)
+
+
+def _conditions(run: RunStats) -> str | None:
+    try:
+        text, seconds = run.about["text"], run.about["measured"]["seconds"]
+        return (
+            f"text {printable(run.calib_dataset, 1000)}: {text['windows']} windows, {text['tokens']:,} tokens; "
+            f"{printable(run.about['device'])} {printable(run.about['dtype'])}; "
+            f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s"
+        )
+    except (KeyError, TypeError, ValueError):  # a file of another making may lack any of it
+        return None
 
 
 def _table(run: RunStats, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, Tier | None]]:
     ordered = sorted(zip(run.layers, verdicts, strict=True), key=lambda pair: pair[1].severity, reverse=True)
     shown = ordered[:WORST_SHOWN]
-    width = max(len("average"), *(len(printable(layer.name)) for layer, _ in shown))
+    width = max(len(name) for name in ("average", *(printable(layer.name) for layer, _ in shown)))
     title = "worst layers" if len(ordered) > len(shown) else "layers"
     yield f"  {title:<{width}} " + "".join(f"{formula:>20}" for formula in FIGURES.values()), None
     for layer, verdict in shown:
@@ -124,14 +131,15 @@ def _row(mark: str, name: str, width: int, values: Iterable[float], verdict: Ver
     return line, None if verdict is None or verdict.tier is Tier.PASS else verdict.tier
 
 
-def reading(verdict: Verdict, stage: Stage) -> Iterator[tuple[str, Tier | None]]:
+def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
     """What the verdict's figures mean, a line each."""
     if verdict.defect is not None:
         yield f"{MARKS[Tier.FAIL]} {verdict.defect}", Tier.FAIL
         return
     for finding in verdict.findings:
         figure = finding.threshold.figure
-        words = (_INIT_WORDS if stage is Stage.INIT else {}).get(figure, _WORDS[figure])[finding.tier]
+        unwanted = figure in _UNWANTED_WORDS and finding.threshold.lower_is_better
+        words = (_UNWANTED_WORDS if unwanted else _WORDS)[figure][finding.tier]
         value = f"{finding.value:.2%}" if figure == "contribution" else f"{finding.value:.2e}"
         if figure == "leakage":
             words = words.format(against_chance=_against_chance(finding.value))
@@ -168,7 +176,7 @@ _WORDS = {
         Tier.FAIL: "not a null space of this text: {against_chance}",
     },
 }
-_INIT_WORDS = {
+_UNWANTED_WORDS = {
     "effectiveness": {
         Tier.PASS: "no update yet, as it must be before training",
         Tier.WARN: "a small update already, although this is said to be the initial checkpoint",
@@ -194,5 +202,5 @@ def model_failure(run: RunStats, verdict: Verdict) -> str:
 def _failure(verdict: Verdict, measured: str) -> str:
     lines = [verdict.summary, "", measured]
     if verdict.defect is None:
-        lines += [line for line, _ in reading(verdict, Stage.TRAINED)]
+        lines += [line for line, _ in reading(verdict)]
     return "\n".join(lines)

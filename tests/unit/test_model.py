@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.model import AdaptedModel, load_model
+from pytest_nullspace.model import AdaptedLayer, AdaptedModel, load_model
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -106,6 +106,16 @@ def test_the_adapter_matters_to_that_comparison(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load(without).model), logits(tiny.llama()), rtol=1e-5, atol=1e-6)
 
 
+def watched(layer: AdaptedLayer, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The layer's output for ``x``, and those of its parts."""
+    seen: dict[str, Tensor] = {}
+    for part in ("down", "up", "base"):
+        getattr(layer, part).register_forward_hook(lambda _, __, output, part=part: seen.update({part: output}))
+    with torch.inference_mode():
+        output: Tensor = layer.layer(x)
+    return output, seen
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("protected", [None, 3])
 def test_each_layer_is_its_formula(tmp_path: Path, protected: int | None, bias: bool) -> None:
@@ -118,11 +128,7 @@ def test_each_layer_is_its_formula(tmp_path: Path, protected: int | None, bias: 
         kept = x - x @ weight["PBLinear.weight"].mT @ weight["PALinear.weight"].mT if protected else x
         down = kept @ weight["BLinear.weight"].mT
         up, base = down @ weight["ALinear.weight"].mT, x @ weight["weight_residual"].mT
-        seen: dict[str, Tensor] = {}
-        for part in ("down", "up", "base"):
-            getattr(layer, part).register_forward_hook(lambda _, __, output, part=part: seen.update({part: output}))
-        with torch.inference_mode():
-            output = layer.layer(x.float())
+        output, seen = watched(layer, x.float())
         assert layer.has_bias == ("ALinear.bias" in weight) == (bias and name.split(".")[-1] in "q_proj k_proj v_proj")
         total = up + base + weight.get("ALinear.bias", torch.zeros(1))
         for ours, wanted in ((seen["down"], down), (seen["up"], up), (seen["base"], base), (output, total)):

@@ -1,0 +1,147 @@
+"""PEFT directories: ``adapter_config.json`` and the adapter's own tensors; the base model lies elsewhere.
+
+Per adapted layer: ``base_model.model.<layer>.lora_A.weight (r, in)`` and ``….lora_B.weight (out, r)``, with DoRA also
+``….lora_magnitude_vector (out)``, with ``lora_bias`` also ``….lora_B.bias (out)``. Whatever else the file holds was
+trained too, and no layer test covers it.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytest_nullspace.checkpoint.header import FLOATING, TensorInfo, printable, read_json_object, read_tensors
+from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec, in_model_order
+from pytest_nullspace.errors import CheckpointError
+
+CONFIG_FILE = "adapter_config.json"
+FORMAT = "PEFT LoRA"
+PREFIX = "base_model.model."
+
+DOWN, UP, UP_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
+
+CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Values of ``init_lora_weights`` (pissa also as ``pissa_niter_N``) that take the adapter's start out of the base."""
+
+
+def read(directory: Path) -> Checkpoint:
+    """Read the adapter's config and headers.
+
+    Raises:
+        CheckpointError: It is no LoRA adapter, the config or the weights are unreadable, or they do not fit together.
+    """
+    config_file = directory / CONFIG_FILE
+    config = read_json_object(config_file, "the adapter's config")
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{config_file}: peft_type is {printable(kind)!r}: not a LoRA adapter, so it has no layers to gate"
+        )
+    tensors = read_tensors(directory, "adapter_model")
+    names = _layers(directory, tensors)
+    layers = [_layer(directory, name, tensors, config, config_file) for name in names]
+    inside = {f"{PREFIX}{name}.{part}" for name in names for part in (DOWN, UP)}
+    return Checkpoint(
+        directory=directory,
+        format=FORMAT,
+        config_file=config_file,
+        config=config,
+        layers=in_model_order(directory, layers),
+        tensors=tensors,
+        outside=tuple(sorted(set(tensors) - inside)),
+        base=_text(config, "base_model_name_or_path", config_file) or "",
+        base_revision=_text(config, "revision", config_file),
+        changed_base=_changed_base(config),
+    )
+
+
+def _text(config: Mapping[str, Any], field: str, config_file: Path) -> str | None:
+    value = config.get(field)
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"{config_file}: {field} must be text, not {printable(value)}")
+    return value
+
+
+def _changed_base(config: Mapping[str, Any]) -> str | None:
+    """The initialisation that moved weight out of the base; an adapter saved converted says ``true`` instead."""
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(CHANGES_THE_BASE):
+        return start
+    return "corda" if config.get("corda_config") else None
+
+
+def _layers(directory: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The names of the layers that have a lora_A or a lora_B of two dimensions."""
+    stray = next((name for name in tensors if not name.startswith(PREFIX)), None)
+    if stray is not None:
+        is_lora = ".lora_A." in stray or ".lora_B." in stray
+        raise CheckpointError(
+            f"{directory}: tensor {printable(stray)!r} does not begin with {PREFIX!r} as PEFT's do, so PEFT would "
+            "silently leave it out; "
+            + ("rename the keys or save the adapter with save_pretrained" if is_lora else "save the adapter again")
+        )
+    parts = (f".{DOWN}", f".{UP}")
+    names = {
+        name.removeprefix(PREFIX).removesuffix(part)
+        for name, tensor in tensors.items()
+        for part in parts
+        if name.endswith(part) and len(tensor.shape) == 2
+    }
+    named = next((name for name in tensors if re.search(r"\.lora_[AB]\.[^.]+\.weight$", name)), None)
+    if named is not None:
+        raise CheckpointError(
+            f"{directory}: tensor {printable(named)!r} carries the adapter's name, which PEFT takes out when it saves, "
+            "and would not find again; save the adapter with save_pretrained"
+        )
+    if not names:
+        raise CheckpointError(
+            f"{directory}: no adapted layer: none of its {len(tensors)} tensors is named {PREFIX}<layer>.{DOWN}"
+        )
+    return sorted(names)
+
+
+def _layer(
+    directory: Path, name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], config_file: Path
+) -> LayerSpec:
+    where = f"{directory}: layer {printable(name)}"
+    shapes = []
+    for part in (DOWN, UP):
+        tensor = tensors.get(f"{PREFIX}{name}.{part}")
+        if tensor is None:
+            raise CheckpointError(f"{where} has no {part}; the adapter is incomplete")
+        if tensor.dtype not in FLOATING:
+            raise CheckpointError(f"{where}: {part} is {tensor.dtype}, not a floating point type that is measured")
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            hint = "; an empty tensor is what ZeRO-3 leaves when it is saved ungathered" if 0 in tensor.shape else ""
+            raise CheckpointError(f"{where}: {part} has shape {list(tensor.shape)}, expected two dimensions{hint}")
+        shapes.append(tensor.shape)
+    (rank, in_features), (out_features, up_rank) = shapes
+    if rank != up_rank:
+        raise CheckpointError(f"{where}: {DOWN} has rank {rank}, {UP} has rank {up_rank}; they are of different runs")
+    expected = pattern_value(config.get("rank_pattern"), name, config.get("r"))
+    if expected != rank:
+        raise CheckpointError(
+            f"{config_file}: gives {printable(name)} the rank {printable(expected)}, but its {DOWN} has rank {rank}; "
+            "config and weights are of different runs, and the scale alpha / r would be wrong"
+        )
+    return LayerSpec(name, rank, in_features, out_features)
+
+
+def pattern_value(pattern: object, layer: str, default: Any) -> Any:
+    """What ``rank_pattern`` or ``alpha_pattern`` gives a layer: the first key that is, as a regex, an end of its name.
+
+    The rule is PEFT's own, of ``peft.utils.other.get_pattern_key``.
+
+    Raises:
+        CheckpointError: A key is no regular expression.
+    """
+    if not isinstance(pattern, Mapping):
+        return default
+    for key, value in pattern.items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", layer):
+                return value
+        except re.error as error:
+            raise CheckpointError(f"{printable(key)!r} in rank_pattern or alpha_pattern is no regex: {error}") from None
+    return default

@@ -1,0 +1,147 @@
+"""A PEFT adapter on its base model: PEFT's own layers and arithmetic, with every tensor proved to have its place.
+
+PEFT itself only warns about tensors that match nothing; here that is an error, because it would be the base model
+that is measured.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.header import printable, read_json_object
+from pytest_nullspace.checkpoint.peft import PREFIX
+from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
+
+_FIELDS = (
+    "r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "use_dora",
+    "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "lora_bias",
+    "target_parameters", "trainable_token_indices", "layer_replication",
+)  # fmt: skip
+"""The fields of adapter_config.json that shape the adapted model; no other reaches PEFT."""
+
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_SHOWN = 5
+
+
+def load(checkpoint: Checkpoint, base: Path, device: torch.device, dtype: torch.dtype) -> AdaptedModel:
+    """Load the base model from ``base`` and put the adapter on it.
+
+    Raises:
+        CheckpointError: The base cannot be loaded, or adapter and base do not match, tensor by tensor.
+    """
+    model = _base_model(checkpoint, base, dtype)
+    fields = {key: checkpoint.config[key] for key in _FIELDS if checkpoint.config.get(key) is not None}
+    try:
+        wrapped: Any = get_peft_model(model, LoraConfig(**fields))
+    except Exception as error:  # PEFT raises many kinds for a config that does not fit the model
+        raise CheckpointError(
+            f"{checkpoint.config_file}: PEFT cannot put this adapter on the base model {base}: {error}"
+        ) from error
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    _fill(wrapped, checkpoint, base)
+    _check_targets(checkpoint, base, found)
+    model.to(device).eval()
+    return AdaptedModel(model, {spec.name: _view(spec.name, found[spec.name]) for spec in checkpoint.layers}, device)
+
+
+def _base_model(checkpoint: Checkpoint, base: Path, dtype: torch.dtype) -> nn.Module:
+    config = read_json_object(base / "config.json", "the base model's config")
+    name = _CLASSES.get(str(checkpoint.config.get("task_type"))) or next(iter(config.get("architectures") or ()), "")
+    kind = getattr(transformers, str(name), None)
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        raise CheckpointError(f"{base}: its architecture {printable(name)!r} is not one of transformers' own")
+    try:
+        model, report = kind.from_pretrained(
+            str(base),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers raises many kinds for a directory that it cannot load
+        raise CheckpointError(f"{base}: transformers cannot load the base model: {error}") from error
+    replaced = tuple(checkpoint.config.get("modules_to_save") or ())
+    missing = [key for key in sorted(report["missing_keys"]) if not any(part in replaced for part in key.split("."))]
+    if missing or report["mismatched_keys"]:
+        wrong = missing or [key for key, *_ in report["mismatched_keys"]]
+        raise CheckpointError(
+            f"{base}: its weights are not those of a whole {name}: {_some(wrong)} have no tensor of their shape there"
+        )
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+        tensors |= load_file(file)
+    try:
+        result = set_peft_model_state_dict(wrapped, tensors)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{checkpoint.directory}: the adapter does not fit the base model {base}: {error}"
+        ) from None
+    if result.unexpected_keys:
+        own = (name for name, module in wrapped.base_model.model.named_modules() if isinstance(module, LoraLayer))
+        raise CheckpointError(
+            f"{checkpoint.directory}: {len(result.unexpected_keys)} tensors of the adapter match nothing in the base "
+            f"model {base}: {_some(result.unexpected_keys)}; the base model's own layers are named like "
+            f"{_some(own)}. "
+            "Is this another architecture, or a prefix too many?"
+        )
+
+
+def _check_targets(checkpoint: Checkpoint, base: Path, found: dict[str, LoraLayer]) -> None:
+    saved = {spec.name for spec in checkpoint.layers}
+    missing = sorted(saved - set(found))
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.config_file}: the adapter holds {_some(missing)}, but its target_modules do not name them "
+            f"in the base model {base}; PEFT would leave them out"
+        )
+    covered = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in checkpoint.tensors}
+    unsaved = sorted(name for name in found if name not in saved and name not in covered)
+    if unsaved:
+        raise CheckpointError(
+            f"{checkpoint.config_file}: target_modules name {_some(unsaved)}, but the adapter holds no weights for "
+            "them; they would be measured with random ones"
+        )
+
+
+def _some(names: Iterable[object]) -> str:
+    listed = [printable(name) for name in names]
+    return ", ".join(listed[:_SHOWN]) + (f" … ({len(listed)} in all)" if len(listed) > _SHOWN else "")
+
+
+def _view(name: str, layer: Any) -> AdaptedLayer:
+    (adapter,) = layer.lora_A
+    down, base = layer.lora_A[adapter], layer.get_base_layer()
+    return AdaptedLayer(
+        name=name,
+        layer=layer,
+        down=down,
+        up=layer.lora_B[adapter],
+        base=base,
+        scale=float(layer.scaling[adapter]),
+        down_matrix=down.weight.detach().to("cpu", torch.float64),
+        has_bias=getattr(base, "bias", None) is not None,
+        has_magnitude=bool(layer.use_dora.get(adapter)),
+    )

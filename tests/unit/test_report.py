@@ -1,0 +1,363 @@
+"""The reports: the reference's block, the summary, the reading in words, Markdown; rendered from statistics alone."""
+
+import dataclasses
+import io
+import math
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_nullspace.checkpoint import Checkpoint, LayerSpec
+from pytest_nullspace.invariants import Expectations, Stage, Tier, judge, judge_averages
+from pytest_nullspace.report import markdown, terminal
+from pytest_nullspace.stats import FIGURES, LayerStats, RunStats
+
+TRAINED, INIT = Expectations(), Expectations(Stage.INIT)
+# The figures of the reference's own example.
+EXAMPLE = LayerStats(
+    name="model.layers.0.self_attn.q_proj",
+    rows=100,
+    in_features=4096,
+    rank=128,
+    out_features=4096,
+    input_norm=12.345678,
+    down_norm=0.123456,
+    update_norm=0.234567,
+    base_norm=11.987654,
+    output_norm=12.456789,
+    mean_leakage=0.0001,
+    down_weight_norm=123.456789,
+    up_weight_norm=45.678901,
+    base_weight_norm=234.56789,
+)
+BLOCK = """\
+============================================================
+Layer: model.layers.0.self_attn.q_proj
+============================================================
+samples: 100
+input width: 4096, rank: 128, output width: 4096
+------------------------------------------------------------
+activation norms:
+  ||X|| (avg):           12.345678
+  ||BX|| (avg):          0.123456
+  ||ABX|| (avg):         0.234567
+  ||W_residual @ X||:    11.987654
+  ||full output||:       12.456789
+------------------------------------------------------------
+null-space figures:
+  ||BX||/||X||:          1.000e-02  ✓
+  ||ABX||/||X||:         1.900e-02  ✓
+  leakage / chance:      3.200e-03  ✓
+------------------------------------------------------------
+adapter contribution:
+  ||ABX||/||output||:    1.883e-02  ✓
+------------------------------------------------------------
+weight norms:  ||B||_F 123.456789   ||A||_F 45.678901   ||W_residual||_F 234.567890"""
+LOST = dataclasses.replace(EXAMPLE, name="model.layers.1.mlp.up_proj", down_norm=9.0, mean_leakage=0.5)
+WEAK = dataclasses.replace(EXAMPLE, name="model.layers.2.mlp.up_proj", update_norm=0.05)
+BROKEN = dataclasses.replace(EXAMPLE, name="model.layers.3.mlp.up_proj", output_norm=math.nan)
+
+
+def run_of(*layers: LayerStats, of: int | None = None) -> RunStats:
+    return RunStats("models/ft", "wikitext2", layers, len(layers) if of is None else of)
+
+
+def summary(run: RunStats, expectations: Expectations = TRAINED) -> list[tuple[str, Tier | None]]:
+    return list(terminal.summary(run, [judge(layer, expectations) for layer in run.layers], expectations))
+
+
+def words(layer: LayerStats, expectations: Expectations = TRAINED) -> str:
+    return "\n".join(line for line, _ in terminal.reading(judge(layer, expectations)))
+
+
+# The block
+
+
+def test_the_block_is_the_references() -> None:
+    """Every line of the reference's block is there in its order and precision, leakage beside it."""
+    assert "\n".join(terminal.block(EXAMPLE, judge(EXAMPLE, TRAINED))) == BLOCK
+
+
+def test_the_block_marks_each_figure_by_its_own_tier() -> None:
+    """One figure's failure does not mark another, and a defect is said below the numbers."""
+    lines = list(terminal.block(LOST, judge(LOST, TRAINED)))
+    assert [line[-1] for line in lines if line.startswith("  ||BX||/") or line.startswith("  leakage")] == ["✗", "✗"]
+    assert next(line for line in lines if line.startswith("  ||ABX||/||X||")).endswith("✓")
+    assert any(line.endswith("⚠") for line in terminal.block(WEAK, judge(WEAK, TRAINED)))
+    assert list(terminal.block(BROKEN, judge(BROKEN, TRAINED)))[-1] == "  ✗ non-finite output (NaN or infinity)"
+
+
+def test_a_figure_that_is_not_judged_has_no_mark() -> None:
+    """At the initial stage contribution is shown but not judged."""
+    line = next(li for li in terminal.block(EXAMPLE, judge(EXAMPLE, INIT)) if li.startswith("  ||ABX||/||output||"))
+    assert line == "  ||ABX||/||output||:    1.883e-02"
+
+
+# The summary
+
+
+def test_the_summary_counts_and_averages() -> None:
+    """Layers are counted by tier, averages are shown below the table, and the reading follows."""
+    lines = [line for line, _ in summary(run_of(EXAMPLE, LOST, WEAK))]
+    assert lines[0] == "gated 3 of 3 layers: 1 passed, 1 warned, 1 failed"
+    average = next(line for line in lines if line.startswith("  average"))
+    mean = (0.123456 * 2 + 9.0) / 3 / 12.345678
+    assert average.split()[1] == f"{mean:.3e}"
+    assert "reading (averages over all layers):" in lines
+    assert len(lines) - lines.index("reading (averages over all layers):") == 1 + len(FIGURES)
+
+
+def test_the_worst_layers_come_first_and_few_are_shown() -> None:
+    """Of many layers only the worst are listed, defects before failures before warnings, each in its colour."""
+    many = [dataclasses.replace(EXAMPLE, name=f"model.layers.{i}.mlp.gate_proj") for i in range(20)]
+    found = summary(run_of(*many, WEAK, LOST, BROKEN))
+    rows = [(line.split()[:2], tier) for line, tier in found if re.match(r". model\.", line)]
+    assert len(rows) == terminal.WORST_SHOWN
+    assert rows[:3] == [
+        (["✗", BROKEN.name], Tier.FAIL),
+        (["✗", LOST.name], Tier.FAIL),
+        (["⚠", WEAK.name], Tier.WARN),
+    ]
+    assert {tier for _, tier in rows[3:]} == {None}
+    assert any(line.startswith("  worst layers ") for line, _ in found)
+    assert any(line.endswith("non-finite output (NaN or infinity)") for line, _ in found)
+
+
+def test_the_table_is_aligned() -> None:
+    """Every row of the table is as wide as its title, whatever the length of the names."""
+    table = [
+        line for line, _ in summary(run_of(EXAMPLE, LOST)) if "e-0" in line and not line.startswith(("✗ ||", "✓ ||"))
+    ]
+    title = next(line for line, _ in summary(run_of(EXAMPLE, LOST)) if line.startswith("  layers"))
+    rows = [line for line in table if "||" not in line and "chance" not in line]
+    assert len(rows) == 3
+    assert {len(line) for line in rows} == {len(title)}
+
+
+@pytest.mark.parametrize(
+    ("layers", "of", "tier"),
+    [
+        ((EXAMPLE,), 1, Tier.PASS),
+        ((EXAMPLE,), 2, Tier.WARN),
+        ((EXAMPLE, WEAK), 2, Tier.WARN),
+        ((EXAMPLE, LOST), 2, Tier.FAIL),
+        ((EXAMPLE, LOST), 3, Tier.FAIL),
+    ],
+)
+def test_the_count_has_the_colour_of_the_worst(layers: tuple[LayerStats, ...], of: int, tier: Tier) -> None:
+    """The counting line is green only where every adapted layer was gated and passed."""
+    assert next(t for line, t in summary(run_of(*layers, of=of)) if line.startswith("gated")) is tier
+
+
+def test_an_incomplete_run_has_no_reading_of_averages() -> None:
+    """Averages over some of the layers are not read as if they were the model's."""
+    assert not any("reading" in line for line, _ in summary(run_of(EXAMPLE, of=2)))
+    assert "null space is well kept" not in markdown.report(run_of(EXAMPLE, of=2), TRAINED)
+
+
+def test_a_run_of_no_layers_is_still_reported() -> None:
+    """A statistics file without layers is told as one, not with a traceback."""
+    assert summary(run_of(of=3))[0][0] == "gated 0 of 3 layers: 0 passed, 0 warned, 0 failed"
+    assert "Gated 0 of 3 layers" in markdown.report(run_of(of=3), TRAINED)
+
+
+def test_what_was_run_is_told_where_it_is_known() -> None:
+    """Text, device and times open the summary of a run of ours; a run that lacks them is reported without."""
+    about = {
+        "text": {"windows": 16, "tokens": 32768},
+        "device": "cuda:0",
+        "dtype": "bfloat16",
+        "measured": {"seconds": {"load": 2.04, "pass": 3.06}},
+    }
+    first = summary(dataclasses.replace(run_of(EXAMPLE), about=about))[0][0]
+    assert first == "text wikitext2: 16 windows, 32,768 tokens; cuda:0 bfloat16; loaded in 2.0 s, pass 3.1 s"
+    assert summary(run_of(EXAMPLE))[0][0].startswith("gated")
+
+
+def test_a_summary_of_a_foreign_file_is_not_stopped_by_what_it_lacks() -> None:
+    """Whatever else a statistics file holds under our names, its figures are reported."""
+    for about in ({"text": {"windows": 3}}, {"text": 3, "measured": []}, {"text": None, "measured": {"seconds": "x"}}):
+        assert summary(dataclasses.replace(run_of(EXAMPLE), about=about))[0][0].startswith("gated")
+
+
+@pytest.mark.parametrize(("verbose", "blocks"), [(0, 0), (1, 2)])
+def test_blocks_are_printed_when_asked_for(
+    pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch, verbose: int, blocks: int
+) -> None:
+    """The real terminal reporter prints the summary always, and a block for each layer with ``-v``."""
+    out = io.StringIO()
+    with monkeypatch.context() as patch:
+        patch.setattr(pytestconfig.option, "verbose", verbose)
+        terminal.write(pytest.TerminalReporter(pytestconfig, out), run_of(EXAMPLE, LOST), TRAINED)
+    assert out.getvalue().count("Layer: ") == blocks
+    assert "gated 2 of 2 layers: 1 passed, 0 warned, 1 failed" in out.getvalue()
+
+
+# The reading
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, "✓ ||BX||/||X|| 1.00e-02 (pass < 0.1, fail > 0.5): the null space is well kept"),
+        (
+            {"down_norm": 3.0},
+            "⚠ ||BX||/||X|| 2.43e-01 (pass < 0.1, fail > 0.5): the null space is degraded, but acceptable",
+        ),
+        ({"down_norm": 9.0}, "✗ ||BX||/||X|| 7.29e-01 (pass < 0.1, fail > 0.5): the null space is lost"),
+        ({}, "✓ ||ABX||/||X|| 1.90e-02 (pass > 0.0001, fail < 1e-06): the adapter learned"),
+        ({"update_norm": 1e-4}, "⚠ ||ABX||/||X|| 8.10e-06 (pass > 0.0001, fail < 1e-06): a small update"),
+        ({"update_norm": 0.0}, "✗ ||ABX||/||X|| 0.00e+00 (pass > 0.0001, fail < 1e-06): nothing learned"),
+        ({}, "✓ ||ABX||/||output|| 1.88% (pass > 0.01, fail < 0.001): a clear effect"),
+        ({"update_norm": 0.05}, "⚠ ||ABX||/||output|| 0.40% (pass > 0.01, fail < 0.001): a small influence"),
+        ({"update_norm": 0.0}, "✗ ||ABX||/||output|| 0.00% (pass > 0.01, fail < 0.001): almost no influence"),
+        ({}, "✓ leakage / chance 3.20e-03 (pass < 0.5, fail > 0.75): the adapter's input space is 312 times quieter"),
+        ({"mean_leakage": 0.02}, "⚠ leakage / chance 6.40e-01"),
+        ({"mean_leakage": 0.0625}, "not a null space of this text: 2.0 times louder than a random subspace"),
+        ({"mean_leakage": 0.0}, "the adapter's input space is perfectly quiet"),
+        ({"mean_leakage": math.nan}, "not a null space of this text: not measurable against chance"),
+    ],
+)
+def test_each_tier_of_each_figure_is_read_in_words(change: dict[str, float], said: str) -> None:
+    """Every tier of every figure has its own words, with the value and both bounds before them."""
+    layer = dataclasses.replace(EXAMPLE, **change)  # type: ignore[arg-type]
+    assert said in words(layer)
+
+
+def test_before_training_an_update_is_read_as_the_fault() -> None:
+    """At the initial stage the words for the update are the reverse, in the summary as in a failure's message."""
+    untouched = dataclasses.replace(EXAMPLE, update_norm=0.0)
+    assert "no update yet, as it must be before training" in words(untouched, INIT)
+    assert "this is no initial checkpoint; drop --nullspace-stage=init" in words(EXAMPLE, INIT)
+    message = terminal.layer_failure(EXAMPLE, judge(EXAMPLE, INIT))
+    assert "this is no initial checkpoint" in message
+    assert "the adapter learned" not in message
+    assert "this is no initial checkpoint" in markdown.report(run_of(EXAMPLE), INIT)
+
+
+def test_a_defect_is_all_that_is_read() -> None:
+    """Where nothing could be judged, no figure is read as if it meant anything."""
+    assert list(terminal.reading(judge(BROKEN, TRAINED))) == [("✗ non-finite output (NaN or infinity)", Tier.FAIL)]
+
+
+# Failures
+
+
+def test_a_failed_layers_message_is_the_verdict_then_everything() -> None:
+    """The first line is the verdict; below stand the norms it comes from, and every figure with its bounds."""
+    lines = terminal.layer_failure(LOST, judge(LOST, TRAINED)).splitlines()
+    assert lines[0] == "preservation 0.729 > 0.5, leakage 16 > 0.75"
+    assert lines[1] == ""
+    assert lines[2] == (
+        "mean norms over 100 rows: ||X|| 12.3457, ||BX|| 9, ||ABX|| 0.234567, ||W_residual X|| 11.9877, "
+        "||output|| 12.4568"
+    )
+    assert [line[0] for line in lines[3:]] == ["✗", "✓", "✓", "✗"]
+
+
+def test_a_defect_and_failed_averages_have_their_message() -> None:
+    """A defect is told with the norms alone; averages are told with the number of layers behind them."""
+    message = terminal.layer_failure(BROKEN, judge(BROKEN, TRAINED))
+    assert message.splitlines()[0] == "non-finite output (NaN or infinity)"
+    assert message.endswith("||output|| nan")
+    run = run_of(LOST, LOST)
+    assert "averages over 2 layers" in terminal.model_failure(run, judge_averages(run, TRAINED))
+
+
+# Markdown
+
+
+def cells(row: str) -> list[str]:
+    """The cells of a table row, as GitHub splits it: at every bar that no backslash precedes."""
+    return re.split(r"(?<!\\)\|", row)[1:-1]
+
+
+def test_the_markdown_table_is_one() -> None:
+    """Each row has the cells that its header has, so that the table is shown as one, formulas and reasons included."""
+    rows = [line for line in markdown.report(run_of(EXAMPLE, LOST, BROKEN), TRAINED).splitlines() if line[:1] == "|"]
+    assert len(rows) == 2 + 3 + 1
+    assert {len(cells(row)) for row in rows} == {3 + len(FIGURES)}
+    assert cells(rows[0])[2].strip() == r"`\|\|BX\|\|/\|\|X\|\|`"
+    assert cells(rows[2])[2:6] == [" 1.000e-02 ", " 1.900e-02 ", " 1.883e-02 ", " 3.200e-03 "]
+    assert "non\\-finite output" in rows[4]
+    assert cells(rows[-1])[1].strip() == "average"
+
+
+def test_the_markdown_counts_and_reads() -> None:
+    """The counts and the reading in words stand above the table."""
+    text = markdown.report(run_of(EXAMPLE, WEAK), TRAINED)
+    assert "## nullspace: models/ft" in text
+    assert "Gated 2 of 2 layers on wikitext2: **1 passed, 1 warned, 0 failed**." in text
+    assert "- ✓ ||BX||/||X|| 1.00e-02 (pass &lt; 0.1, fail > 0.5): the null space is well kept" in text
+    assert text.endswith("|\n")
+
+
+HOSTILE = "<img src=x onerror=alert(1)>\n# [x](y) | `z` &amp; \x1b[31m"
+
+
+def test_no_name_can_write_markdown_html_or_control_characters() -> None:
+    """Names from files and the command line are shown letter by letter, in every report."""
+    layer = dataclasses.replace(EXAMPLE, name=HOSTILE)
+    run = RunStats(HOSTILE, HOSTILE, (layer,), 1)
+    text = markdown.report(run, TRAINED)
+    assert "<img" not in text.replace("\\<", "")
+    assert "\x1b" not in text
+    assert "\n# " not in text
+    assert {len(cells(row)) for row in text.splitlines() if row[:1] == "|"} == {3 + len(FIGURES)}
+    plain = "\n".join([*terminal.block(layer, judge(layer, TRAINED)), *(line for line, _ in summary(run))])
+    assert "\x1b" not in plain
+
+
+@given(st.text())
+def test_escaped_text_leaves_no_markup_bare(text: str) -> None:
+    """After escaping, every character that Markdown or HTML could read has its backslash, and it is one line."""
+    escaped = markdown.escape(text)
+    assert escaped.isprintable()
+    bare = re.sub(r"\\[!-/:-@\[-`{-~]", "", escaped)
+    assert not set(bare) & set("\\`*_{}[]<>()#|&~!")
+
+
+NORMS = st.floats(0, 1e6) | st.just(math.nan)
+
+
+@given(x=NORMS, bx=NORMS, abx=NORMS, y=NORMS, leak=NORMS, rows=st.integers(0, 3), stage=st.sampled_from(Stage))
+def test_any_figures_can_be_reported(
+    x: float, bx: float, abx: float, y: float, leak: float, rows: int, stage: Stage
+) -> None:
+    """No figures, not even NaN or zeros everywhere, stop any report."""
+    layer = dataclasses.replace(
+        EXAMPLE, rows=rows, input_norm=x, down_norm=bx, update_norm=abx, output_norm=y, mean_leakage=leak
+    )
+    run, expectations = run_of(layer, EXAMPLE), Expectations(stage)
+    verdict = judge(layer, expectations)
+    assert list(terminal.block(layer, verdict))
+    assert summary(run, expectations)
+    assert terminal.layer_failure(layer, verdict)
+    assert terminal.model_failure(run, judge_averages(run, expectations))
+    assert markdown.report(run, expectations)
+
+
+# The header
+
+
+@dataclasses.dataclass
+class Asked:
+    """The settings that the header shows."""
+
+    calib_dataset: str = "wikitext2"
+    calib_size: int = 16
+    device: str = "auto"
+
+
+def test_the_header_says_what_will_be_gated(tmp_path: Path) -> None:
+    """Directory, format, layers, ranks and text are told in one line before anything is loaded."""
+    layers = (LayerSpec("a", 4, 8, 8), LayerSpec("b", 8, 8, 8))
+    checkpoint = Checkpoint(tmp_path, "LoRA-Null", tmp_path / "config.json", {}, layers, {})
+    asked = Asked()
+    assert terminal.header(checkpoint, 2, asked) == (  # type: ignore[arg-type]
+        f"nullspace: {tmp_path} (LoRA-Null, 2 layers, ranks 4-8); text wikitext2, 16 windows; device auto"
+    )
+    assert "1 of 2 layers" in terminal.header(checkpoint, 1, asked)  # type: ignore[arg-type]
