@@ -223,7 +223,7 @@ def _entry(model: nn.Module, layers: Sequence[AdaptedLayer]) -> nn.Module:
 
 
 def _forward(entry: nn.Module, adapted: AdaptedModel, tokens: Tensor) -> None:
-    """Run the model on ``tokens (b, length)``; an encoder-decoder reads them on both sides, as it would when copying."""
+    """Run the model on ``tokens (b, length)``; an encoder-decoder reads them on both sides."""
     both = {"decoder_input_ids": tokens} if adapted.is_encoder_decoder else {}
     entry(input_ids=tokens, use_cache=False, **both)
 

@@ -58,7 +58,7 @@ def inputs_of(adapted: AdaptedModel, windows: list[list[int]]) -> dict[str, Tens
         )
         for name, layer in adapted.layers.items()
     ]
-    extra = {"decoder_input_ids"} if adapted.model.config.is_encoder_decoder else set()
+    extra = {"decoder_input_ids"} if adapted.is_encoder_decoder else set()
     with torch.inference_mode():
         for window in windows:
             tokens = torch.tensor([window])
