@@ -64,16 +64,13 @@ class Gate:
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> Generator[None, None, None]:
-        """After every other selection, tell the runs which layers are to be measured."""
+        """After every other selection, tell the runs what to measure, and remember which tests must be judged."""
         yield
         dropped = select(items, self.runs)
         if dropped:
             items[:] = [item for item in items if item not in dropped]
             config.hook.pytest_deselected(items=dropped)
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Remember which tests of the gate must be judged."""
-        self._expected = [item.nodeid for item in session.items if isinstance(item, GateItem)]
+        self._expected = [item.nodeid for item in items if isinstance(item, GateItem)]
 
     # --- several processes ------------------------------------------------------------------------------------------
 

@@ -26,7 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except NullspaceError as error:
         raise pytest.UsageError(str(error)) from None
     config.stash[RUNS] = gate.runs
-    config.pluginmanager.register(gate, "nullspace-gate")
+    if config.pluginmanager.register(gate, "nullspace-gate") is None:
+        raise pytest.UsageError("a model is to be gated, but the gate is blocked by -p no:nullspace-gate")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

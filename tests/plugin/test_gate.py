@@ -1,13 +1,16 @@
 """The gate as its user meets it: ids, selection, verdicts, exit codes, and every way to a false green."""
 
 import json
+import os
+import pty
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
-from tests.plugin.conftest import LOOSE, Gate
+from tests.plugin.conftest import LOOSE, QUICK, Gate
 
 LAYERS = 21
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -379,6 +382,7 @@ SABOTAGE = {
     "protocol taken over": "def pytest_runtest_protocol(item, nextitem): return True\n",
     "exit 0": "import pytest\ndef pytest_runtest_teardown(): pytest.exit('enough', returncode=0)\n",
     "items cleared": "def pytest_collection_finish(session): session.items.clear()\n",
+    "one item dropped at the end": "def pytest_collection_finish(session): del session.items[3]\n",
     "loop taken over": "def pytest_runtestloop(session): return True\n",
 }
 
@@ -393,6 +397,11 @@ def test_what_was_not_judged_is_not_green(
     """Whatever a conftest does to keep layers from being judged, the run does not exit 0."""
     pytester.makeconftest(SABOTAGE[how])
     assert gate(*LOOSE, *mode).ret != 0
+
+
+def test_the_gate_cannot_be_blocked_behind_its_option(checkpoint: Path, gate: Gate) -> None:
+    """-p no:nullspace-gate would leave the option without its gate, so it is an error."""
+    usage_error(gate("-p", "no:nullspace-gate"), "ERROR: *the gate is blocked by -p no:nullspace-gate")
 
 
 @pytest.mark.parametrize("option", ["--setup-only", "--setup-plan", "--fixtures"])
@@ -497,3 +506,22 @@ def test_ini_twins_hold_and_their_paths_are_relative_to_the_ini_file(
     result.stdout.fnmatch_lines(["text text.txt: 3 windows, 96 tokens*"])
     again = pytester.runpytest_subprocess("-p", "no:randomly", "--nullspace-calib-size=2")
     again.stdout.fnmatch_lines(["text text.txt: 2 windows, 64 tokens*"])
+
+
+def test_progress_shows_on_a_terminal_and_leaves_no_trace(checkpoint: Path, pytester: pytest.Pytester) -> None:
+    """On a tty one line counts the windows while the first item measures; the report after it is whole."""
+    output = bytearray()
+
+    def read(terminal: int) -> bytes:
+        data = os.read(terminal, 4096)
+        output.extend(data)
+        return data
+
+    command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "--nullspace-model=runs/ft", *QUICK, *LOOSE]
+    assert pty.spawn(command, read) == 0
+    shown = output.decode()
+    assert "nullspace: window 1 of 2" in shown
+    assert "nullspace: window 2 of 2" in shown
+    after = shown.rpartition("nullspace: window 2 of 2")[2]
+    assert "runs/ft/config.json " in after
+    assert "gated 21 of 21 layers: 21 passed" in after
