@@ -33,11 +33,13 @@ class CheckpointFile(pytest.File):
         return node
 
     def collect(self) -> Iterator["GateItem"]:
-        """One item for each gated layer, and one for the averages where every layer is gated."""
+        """One item a gated layer, one for the averages where every layer is gated, one for the scope if asked."""
         for name in self.run.gated:
             yield LayerItem.from_parent(self, name=name)
         if self.run.gates_all:
             yield ModelItem.from_parent(self, name=MODEL)
+        if self.run.gates_scope:
+            yield ScopeItem.from_parent(self, name=SCOPE)
 
 
 def node_id(file: Path, rootdir: Path) -> str:
@@ -46,9 +48,21 @@ def node_id(file: Path, rootdir: Path) -> str:
 
 
 class GateItem(pytest.Item):
-    """A test that judges what was measured; the first to be set up measures, for all."""
+    """A test of the gate."""
 
     parent: CheckpointFile
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        """Where the item lies; pytest takes a third part that ends the id for a Python name and rewrites it."""
+        return self.path, 0, f"layer {self.name}"
+
+    def record(self, **properties: str | float) -> None:
+        """Put figures into the report, for JUnit and other reporters."""
+        self.user_properties.extend(properties.items())
+
+
+class MeasuredItem(GateItem):
+    """A test that judges what was measured; the first to be set up measures, for all."""
 
     def setup(self) -> None:
         """Have the checkpoint measured; whatever prevents that is an error of every item."""
@@ -75,16 +89,8 @@ class GateItem(pytest.Item):
         """The verdict, and the message that a failure shows."""
         raise AssertionError("each kind of item judges its own subject")
 
-    def reportinfo(self) -> tuple[Path, int, str]:
-        """Where the item lies; pytest takes a third part that ends the id for a Python name and rewrites it."""
-        return self.path, 0, f"layer {self.name}"
 
-    def record(self, **properties: str | float) -> None:
-        """Put figures into the report, for JUnit and other reporters."""
-        self.user_properties.extend(properties.items())
-
-
-class LayerItem(GateItem):
+class LayerItem(MeasuredItem):
     """Judges one layer."""
 
     def judge(self, run: RunStats) -> tuple[Verdict, str]:
@@ -97,7 +103,7 @@ class LayerItem(GateItem):
         return verdict, terminal.layer_failure(layer, verdict)
 
 
-class ModelItem(GateItem):
+class ModelItem(MeasuredItem):
     """Judges the averages over all layers."""
 
     def judge(self, run: RunStats) -> tuple[Verdict, str]:
@@ -105,6 +111,21 @@ class ModelItem(GateItem):
         verdict = judge_averages(run, self.parent.expectations)
         self.record(tier=str(verdict.tier), layers=len(run.layers), **{figure: run.mean(figure) for figure in FIGURES})
         return verdict, terminal.model_failure(run, verdict)
+
+
+SCOPE = "scope"
+"""The name of the item that holds that nothing was trained outside the layers."""
+
+
+class ScopeItem(GateItem):
+    """Holds that the layer tests cover every trained tensor, by the names in the files alone."""
+
+    def runtest(self) -> None:
+        """Fail where something was trained outside the layers."""
+        outside = self.parent.run.checkpoint.outside
+        self.record(outside=len(outside))
+        if outside:
+            pytest.fail(terminal.outside(outside), pytrace=False)
 
 
 def select(items: list[pytest.Item], runs: tuple[CheckpointRun, ...]) -> list[pytest.Item]:

@@ -40,7 +40,7 @@ class Gate:
 
     def pytest_report_header(self) -> list[str]:
         """Say what is gated, before anything is loaded."""
-        return [terminal.header(run.checkpoint, len(run.gated), self.settings) for run in self.runs]
+        return [line for run in self.runs for line in terminal.header(run.checkpoint, len(run.gated), self.settings)]
 
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         """Answer for a checkpoint's file that was named on the command line, as an id copied from a report is."""

@@ -43,6 +43,7 @@ class Settings:
         overrides: Thresholds of the user's own.
         save_stats: Where to save the statistics.
         reports: Where to write reports.
+        strict_scope: Whether a trained tensor that no layer test covers is a failure.
     """
 
     models: tuple[Path, ...]
@@ -61,6 +62,7 @@ class Settings:
     overrides: "tuple[Override, ...]"
     save_stats: Path | None
     reports: tuple[Path, ...]
+    strict_scope: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class _Option:
     read: Callable[[_Given], Any]
     default: Any = None
     repeatable: bool = False
+    switch: bool = False
 
     @property
     def dest(self) -> str:
@@ -134,6 +137,12 @@ def _device(given: _Given) -> str:
     if not re.fullmatch(r"auto|cpu|(cuda|xpu)(:\d+)?", given.text):
         raise OptionError(f"takes auto, cpu, cuda, cuda:N, xpu or xpu:N, not {given.text!r}")
     return given.text
+
+
+def _truth(given: _Given) -> bool:
+    if given.text.lower() not in ("true", "false"):
+        raise OptionError(f"takes true or false, not {given.text!r}")
+    return given.text.lower() == "true"
 
 
 def _report(given: _Given) -> Path:
@@ -214,6 +223,14 @@ _OPTIONS = (
     ),
     _Option("save-stats", "JSON", "Save what was measured; {model} in the name stands for the directory's.", _path),
     _Option("report", "FILE.md", "Write the report as Markdown.", _report, repeatable=True),
+    _Option(
+        "strict-scope",
+        "",
+        "Add the test `scope`, which fails where a PEFT adapter trained tensors that no layer test covers.",
+        _truth,
+        default=False,
+        switch=True,
+    ),
 )
 
 
@@ -221,16 +238,19 @@ def add_options(parser: "pytest.Parser") -> None:
     """Declare every option and its ini twin to pytest."""
     group = parser.getgroup("nullspace", "gate a trained adapter (pytest-nullspace)")
     for option in _OPTIONS:
-        default = f" (default {option.default})" if option.default is not None else ""
+        default = f" (default {option.default})" if option.default is not None and not option.switch else ""
         text = option.help + default
-        group.addoption(
-            option.flag,
-            dest=option.dest,
-            metavar=option.metavar,
-            action="append" if option.repeatable else "store",
-            default=None,
-            help=text,
-        )
+        if option.switch:
+            group.addoption(option.flag, dest=option.dest, action="store_const", const="true", default=None, help=text)
+        else:
+            group.addoption(
+                option.flag,
+                dest=option.dest,
+                metavar=option.metavar,
+                action="append" if option.repeatable else "store",
+                default=None,
+                help=text,
+            )
         kind: Literal["linelist", "string"] = "linelist" if option.repeatable else "string"
         parser.addini(option.dest, text, type=kind, default=None)
 
@@ -265,6 +285,7 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         overrides=values["threshold"],
         save_stats=values["save-stats"],
         reports=values["report"],
+        strict_scope=values["strict-scope"],
     )
     _check_together(settings)
     return settings

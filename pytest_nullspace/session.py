@@ -43,6 +43,11 @@ class CheckpointRun:
                 f"{PREFIX}layers: {settings.layers!r} matches none of the {len(checkpoint.layers)} layers of "
                 f"{checkpoint.directory}; the first is {checkpoint.layers[0].name}"
             )
+        if settings.strict_scope and checkpoint.carries_base:
+            raise OptionError(
+                f"{PREFIX}strict-scope: {checkpoint.directory} holds a whole model, and its files do not tell which of "
+                "its other tensors were trained; leave the option out for it"
+            )
         self.selected: set[str] = set()
         self._settings = settings
         self._outcome: RunStats | NullspaceError | None = None
@@ -52,6 +57,11 @@ class CheckpointRun:
     def gates_all(self) -> bool:
         """Whether every adapted layer has a test."""
         return len(self.gated) == len(self.checkpoint.layers)
+
+    @property
+    def gates_scope(self) -> bool:
+        """Whether a test holds that nothing was trained outside the layers."""
+        return self._settings.strict_scope
 
     def share(self, folder: Path, number: int) -> None:
         """Keep the outcome in ``folder`` as well, for the other processes of this run of pytest."""
@@ -180,6 +190,7 @@ def measure_checkpoint(
         about={
             "format": checkpoint.format,
             "base": checkpoint.base,
+            "outside": list(checkpoint.outside),
             "weights_sha256": _hashes(checkpoint),
             "text": {
                 "sha256": calibration.text_hash(text),

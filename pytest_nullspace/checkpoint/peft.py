@@ -2,7 +2,8 @@
 
 Per adapted layer: ``base_model.model.<layer>.lora_A.weight (r, in)`` and ``….lora_B.weight (out, r)``, with DoRA also
 ``….lora_magnitude_vector (out)``, with ``lora_bias`` also ``….lora_B.bias (out)``. Whatever else the file holds was
-trained too, and no layer test covers it.
+trained too, and no layer test covers it: LoRA on embeddings (``lora_embedding_A``), on convolutions (matrices of more
+than two dimensions) and on bare parameters (``target_parameters``), trained tokens, biases, whole modules.
 """
 
 import re
@@ -39,7 +40,7 @@ def read(directory: Path) -> Checkpoint:
             f"{config_file}: peft_type is {printable(kind)!r}: not a LoRA adapter, so it has no layers to gate"
         )
     tensors = read_tensors(directory, "adapter_model")
-    names = _layers(directory, tensors)
+    names = _layers(directory, tensors, config)
     layers = [_layer(directory, name, tensors, config, config_file) for name in names]
     inside = {f"{PREFIX}{name}.{part}" for name in names for part in (DOWN, UP)}
     return Checkpoint(
@@ -71,8 +72,8 @@ def _changed_base(config: Mapping[str, Any]) -> str | None:
     return "corda" if config.get("corda_config") else None
 
 
-def _layers(directory: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """The names of the layers that have a lora_A or a lora_B of two dimensions."""
+def _layers(directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> list[str]:
+    """The names of the linear layers that have a lora_A or a lora_B."""
     stray = next((name for name in tensors if not name.startswith(PREFIX)), None)
     if stray is not None:
         is_lora = ".lora_A." in stray or ".lora_B." in stray
@@ -86,7 +87,7 @@ def _layers(directory: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
         name.removeprefix(PREFIX).removesuffix(part)
         for name, tensor in tensors.items()
         for part in parts
-        if name.endswith(part) and len(tensor.shape) == 2
+        if name.endswith(part) and not _is_convolution(tensor)
     }
     named = next((name for name in tensors if re.search(r"\.lora_[AB]\.[^.]+\.weight$", name)), None)
     if named is not None:
@@ -94,11 +95,34 @@ def _layers(directory: Path, tensors: Mapping[str, TensorInfo]) -> list[str]:
             f"{directory}: tensor {printable(named)!r} carries the adapter's name, which PEFT takes out when it saves, "
             "and would not find again; save the adapter with save_pretrained"
         )
+    names = {name for name in names if not _is_parameter(name, tensors, config)}
     if not names:
+        held = f", only others such as {printable(min(tensors))}" if tensors else ""
         raise CheckpointError(
-            f"{directory}: no adapted layer: none of its {len(tensors)} tensors is named {PREFIX}<layer>.{DOWN}"
+            f"{directory}: no adapted layer: none of its {len(tensors)} tensors is {PREFIX}<layer>.{DOWN} of a linear "
+            f"layer{held}; there is nothing here that a layer test could cover"
         )
     return sorted(names)
+
+
+def _is_convolution(tensor: TensorInfo) -> bool:
+    return len(tensor.shape) > 2 and 0 not in tensor.shape
+
+
+def _is_parameter(name: str, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:
+    """Whether ``name``'s LoRA is on a bare parameter of a module, which its module computes with as it likes.
+
+    PEFT stacks several such wrappers on one module, and names the inner ones ``<module>.base_layer``.
+    """
+    module, down = re.sub(r"(\.base_layer)+$", "", name), tensors.get(f"{PREFIX}{name}.{DOWN}")
+    for target in config.get("target_parameters") or ():
+        owner, _, _ = str(target).rpartition(".")
+        if owner and f".{module}".endswith(f".{owner}"):
+            return True
+        rank = pattern_value(config.get("rank_pattern"), name, config.get("r"))
+        if not owner and down is not None and len(down.shape) == 2 and isinstance(rank, int) and rank < down.shape[0]:
+            return down.shape[0] % rank == 0  # one LoRA for each expert
+    return False
 
 
 def _layer(

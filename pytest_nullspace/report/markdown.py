@@ -2,7 +2,7 @@
 
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.invariants import Expectations, Tier, judge, judge_averages
-from pytest_nullspace.report.terminal import MARKS, reading
+from pytest_nullspace.report.terminal import MARKS, outside, outside_of, reading
 from pytest_nullspace.stats import FIGURES, RunStats
 
 
@@ -25,6 +25,8 @@ def report(run: RunStats, expectations: Expectations) -> str:
         f"**{counts[Tier.PASS]} passed, {counts[Tier.WARN]} warned, {counts[Tier.FAIL]} failed**.",
         "",
     ]
+    if names := outside_of(run):
+        lines += [f"{MARKS[Tier.WARN]} {escape(outside(names))}", ""]
     if run.complete:
         averages = judge_averages(run, expectations)
         lines += [f"- {line.replace('<', '&lt;')}" for line, _ in reading(averages)]

@@ -1,6 +1,7 @@
 """The report on the terminal: the reference's block for each layer, a table of the worst, and a reading in words."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,18 +16,46 @@ if TYPE_CHECKING:
     from pytest_nullspace.options import Settings
 
 WORST_SHOWN = 5
+OUTSIDE_SHOWN = 2
 WIDTH = 60
 MARKS = {Tier.PASS: "✓", Tier.WARN: "⚠", Tier.FAIL: "✗"}
 
 
-def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> str:
-    """One line that says what will be gated, on which text, before anything is loaded."""
+def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator[str]:
+    """What will be gated, on which text, and what lies outside, before anything is loaded."""
     total = len(checkpoint.layers)
     layers = f"{total} layers" if gated == total else f"{gated} of {total} layers"
-    return (
+    yield (
         f"nullspace: {printable(checkpoint.directory, 1000)} ({checkpoint.format}, {layers}, {checkpoint.ranks}); "
         f"text {printable(settings.calib_dataset, 1000)}, {settings.calib_size} windows; device {settings.device}"
     )
+    if checkpoint.outside:
+        yield f"nullspace: {outside(checkpoint.outside)}"
+
+
+_KINDS = (
+    (r"\.lora_magnitude_vector(\.weight)?", "DoRA magnitudes"),
+    (r"\.lora_B\.bias", "LoRA biases"),
+    (r"\.lora_embedding_[AB]", "LoRA matrices of embeddings"),
+    (r"\.lora_[AB]\.weight", "LoRA matrices of convolutions or bare parameters"),
+    (r"\.trainable_tokens_delta", "trained tokens"),
+    (r"\.bias", "biases"),
+    (r"", "whole weights"),
+)
+"""What trained tensors outside the layers are, by how their names end; the first that fits."""
+
+
+def outside(names: Sequence[str]) -> str:
+    """How many trained tensors no layer test covers, and which, by kind, the first of each by name."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kind = next(kind for ending, kind in _KINDS if re.search(rf"{ending}$", name))
+        kinds.setdefault(kind, []).append(printable(name.removeprefix("base_model.model.")))
+    told = (
+        f"{len(held)} {kind} ({', '.join(held[:OUTSIDE_SHOWN])}{', …' if len(held) > OUTSIDE_SHOWN else ''})"
+        for kind, held in kinds.items()
+    )
+    return f"outside the guarantee: trained tensors that no layer test covers, {len(names)} in all: {'; '.join(told)}"
 
 
 def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expectations) -> None:
@@ -92,6 +121,8 @@ def summary(
         f"{counts[Tier.WARN]} warned, {counts[Tier.FAIL]} failed",
         worst if run.complete else Tier.WARN if worst is Tier.PASS else worst,
     )
+    if names := outside_of(run):
+        yield outside(names), Tier.WARN
     yield "", None
     yield from _table(run, verdicts)
     if run.complete:
@@ -99,6 +130,12 @@ def summary(
         yield "", None
         yield "reading (averages over all layers):", None
         yield from reading(averages)
+
+
+def outside_of(run: RunStats) -> list[str]:
+    """The trained tensors that no layer test covers, as the run's file names them."""
+    names = run.about.get("outside")  # a file of another making may hold anything
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _conditions(run: RunStats) -> str | None:

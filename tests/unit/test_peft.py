@@ -1,6 +1,5 @@
 """PEFT adapters: measured as PEFT computes them, on several architectures, and proved applied."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,18 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measure import measure
 from pytest_nullspace.model import AdaptedModel, load_model
+from pytest_nullspace.report import terminal
 from pytest_nullspace.session import base_directory
 from pytest_nullspace.stats import LayerStats
 from tests import tiny
+from tests.adapters import adapter, change
 
 # PEFT's own, while the tests make adapters with it.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -26,21 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 EXACT = 1e-6
 WINDOWS = torch.randint(3, 120, (3, 24), generator=torch.Generator().manual_seed(5)).tolist()
 SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def adapter(folder: Path, model: Any, task: str | None = "CAUSAL_LM", **config: Any) -> Path:
-    """Save ``model`` as ``folder/base`` and a random LoRA on it as ``folder/adapter``; returns the adapter."""
-    model.save_pretrained(folder / "base")
-    torch.manual_seed(3)
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type=task, init_lora_weights=False, **config))
-    for name, parameter in wrapped.named_parameters():
-        if "lora_magnitude" in name or ("modules_to_save" in name and parameter.requires_grad):
-            parameter.data.mul_(1.1)
-    wrapped.save_pretrained(folder / "adapter")
-    file = folder / "adapter" / "adapter_config.json"
-    saved = json.loads(file.read_text())
-    file.write_text(json.dumps(saved | {"base_model_name_or_path": str(folder / "base")}))
-    return folder / "adapter"
 
 
 def opened(directory: Path) -> tuple[Checkpoint, AdaptedModel]:
@@ -205,15 +191,6 @@ def test_every_architecture_is_measured(name: str, tmp_path: Path) -> None:
     check_figures(adapted)
 
 
-def change(directory: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
-    """Edit the adapter's tensors and config in place."""
-    file = directory / "adapter_model.safetensors"
-    tensors, config = load_file(file), json.loads((directory / "adapter_config.json").read_text())
-    edit(tensors, config)
-    save_file(tensors, file)
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     return adapter(tmp_path, tiny.llama(), r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
@@ -288,20 +265,138 @@ def test_the_option_names_a_changed_base(saved: Path, tmp_path: Path) -> None:
     assert base_directory(open_checkpoint(saved), str(tmp_path / "base")) == tmp_path / "base"
 
 
-def test_what_no_layer_test_covers_is_listed(tmp_path: Path) -> None:
-    """modules_to_save and DoRA magnitudes are trained, so the checkpoint lists them as outside the layers."""
-    directory = adapter(
-        tmp_path,
-        tiny.llama(tie_word_embeddings=False),
-        r=4,
-        use_dora=True,
-        target_modules=["q_proj"],
-        modules_to_save=["lm_head"],
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    sizes = {**tiny.SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).eval()
+
+
+def untied() -> Any:
+    return tiny.llama(tie_word_embeddings=False)
+
+
+EMBEDDING = {"embed_tokens.base_layer.weight", "embed_tokens.lora_embedding_A", "embed_tokens.lora_embedding_B"}
+OUTSIDE: dict[str, tuple[Callable[[], Any], dict[str, Any], set[str], str]] = {
+    "embeddings": (untied, {"target_modules": ["q_proj", "embed_tokens"]}, EMBEDDING, "2 LoRA matrices of embeddings"),
+    "tied embeddings": (tiny.llama, {"target_modules": ["q_proj", "embed_tokens"]}, EMBEDDING, "1 whole weights"),
+    "trained tokens": (
+        tiny.llama,
+        {"trainable_token_indices": [1, 2, 5]},
+        {"embed_tokens.token_adapter.trainable_tokens_delta"},
+        "1 trained tokens",
+    ),
+    "every bias": (
+        tiny.qwen2,
+        {"bias": "all"},
+        {f"layers.{i}.self_attn.{part}.bias" for i in range(3) for part in ("q_proj.base_layer", "k_proj", "v_proj")},
+        "9 biases",
+    ),
+    "the layers' biases": (
+        tiny.qwen2,
+        {"bias": "lora_only"},
+        {f"layers.{i}.self_attn.q_proj.base_layer.bias" for i in range(3)},
+        "3 biases",
+    ),
+    "biases of the LoRA": (
+        tiny.llama,
+        {"lora_bias": True},
+        {f"layers.{i}.self_attn.q_proj.lora_B.bias" for i in range(3)},
+        "3 LoRA biases",
+    ),
+    "magnitudes": (
+        tiny.llama,
+        {"use_dora": True},
+        {f"layers.{i}.self_attn.q_proj.lora_magnitude_vector" for i in range(3)},
+        "3 DoRA magnitudes",
+    ),
+    "whole modules": (
+        untied,
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"lm_head.weight", "embed_tokens.weight"},
+        "2 whole weights",
+    ),
+    "experts by parameter": (
+        mixtral,
+        {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        {
+            f"layers.{i}.mlp.experts{base}.lora_{m}.weight"
+            for i in range(3)
+            for base in ("", ".base_layer")
+            for m in "AB"
+        },
+        "12 LoRA matrices of convolutions or bare parameters",
+    ),
+    "experts by a bare name": (
+        mixtral,
+        {"target_parameters": ["gate_up_proj"]},
+        {f"layers.{i}.mlp.experts.lora_{m}.weight" for i in range(3) for m in "AB"},
+        "6 LoRA matrices of convolutions or bare parameters",
+    ),
+    "a linear layer's weight as a parameter": (
+        tiny.llama,
+        {"target_parameters": ["v_proj.weight"]},
+        {f"layers.{i}.self_attn.v_proj.lora_{m}.weight" for i in range(3) for m in "AB"},
+        "6 LoRA matrices",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_what_no_layer_test_covers_is_applied_and_listed(kind: str, tmp_path: Path) -> None:
+    """Whatever else PEFT trains is named as outside, told by kind, and applied as PEFT applies it."""
+    make, config, names, told = OUTSIDE[kind]
+    directory = adapter(tmp_path, make(), **{"r": 4, "target_modules": ["q_proj"], **config})
+    checkpoint, adapted = opened(directory)
+    short = {name.removeprefix("base_model.model.").removeprefix("model.") for name in checkpoint.outside}
+    assert short == names
+    assert told in terminal.outside(checkpoint.outside)
+    assert [layer.name.rpartition(".")[2] for layer in checkpoint.layers] == ["q_proj"] * 3
+    check_figures(adapted)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, directory).eval()
+    tokens = torch.tensor(WINDOWS)
+    with torch.inference_mode():
+        torch.testing.assert_close(adapted.model(tokens).logits, theirs(tokens).logits, rtol=1e-6, atol=1e-6)
+
+
+def test_convolutions_are_listed(tmp_path: Path) -> None:
+    """LoRA on a convolution is outside the layers; the linear layers beside it are layers."""
+    config = transformers.Wav2Vec2Config(
+        **{**SMALL, "num_hidden_layers": 1}, intermediate_size=48, conv_dim=(16, 16), conv_stride=(5, 2),
+        conv_kernel=(10, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    directory = adapter(tmp_path, transformers.Wav2Vec2Model(config), None, r=4, target_modules=["q_proj", "conv"])
+    checkpoint, adapted = opened(directory)
+    assert list(adapted.layers) == ["encoder.layers.0.attention.q_proj"]
+    assert terminal.outside(checkpoint.outside).startswith(
+        "outside the guarantee: trained tensors that no layer test covers, 6 in all: 6 LoRA matrices of convolutions"
     )
-    outside = open_checkpoint(directory).outside
-    assert "base_model.model.lm_head.weight" in outside
-    assert sum("lora_magnitude_vector" in name for name in outside) == 3
-    assert len(outside) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (untied, {"target_modules": ["embed_tokens"]}),
+        (mixtral, {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+    ],
+    ids=["embeddings", "parameters"],
+)
+def test_an_adapter_that_lies_outside_altogether_is_an_error(
+    make: Callable[[], Any], config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where no layer test could cover anything there is nothing to gate, so nothing can be green."""
+    directory = adapter(tmp_path, make(), r=4, **config)
+    with pytest.raises(CheckpointError, match=r"no adapted layer: none of its .* there is nothing here that a layer"):
+        open_checkpoint(directory)
+
+
+def test_two_empty_matrices_are_not_taken_for_a_convolution(saved: Path) -> None:
+    """What ZeRO-3 leaves in both matrices of a layer is an error, not a tensor outside the layers."""
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    empty = {f"{name}.lora_{m}.weight": torch.empty(0, 1, 1) for m in "AB"}
+    change(saved, lambda tensors, _: tensors.update(empty))
+    with pytest.raises(CheckpointError, match="an empty tensor is what ZeRO-3 leaves"):
+        open_checkpoint(saved)
 
 
 def test_a_lora_null_directory_and_the_same_adapter_in_peft_give_the_same_figures(tmp_path: Path) -> None:

@@ -357,7 +357,7 @@ def test_the_header_says_what_will_be_gated(tmp_path: Path) -> None:
     layers = (LayerSpec("a", 4, 8, 8), LayerSpec("b", 8, 8, 8))
     checkpoint = Checkpoint(tmp_path, "LoRA-Null", tmp_path / "config.json", {}, layers, {})
     asked = Asked()
-    assert terminal.header(checkpoint, 2, asked) == (  # type: ignore[arg-type]
+    assert list(terminal.header(checkpoint, 2, asked)) == [  # type: ignore[arg-type]
         f"nullspace: {tmp_path} (LoRA-Null, 2 layers, ranks 4-8); text wikitext2, 16 windows; device auto"
-    )
-    assert "1 of 2 layers" in terminal.header(checkpoint, 1, asked)  # type: ignore[arg-type]
+    ]
+    assert "1 of 2 layers" in next(terminal.header(checkpoint, 1, asked))  # type: ignore[arg-type]

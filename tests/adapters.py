@@ -1,0 +1,43 @@
+"""Random adapters that PEFT itself made and saved, on the tiny models of `tests.tiny`."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests import tiny
+
+
+def adapter(folder: Path, model: Any, task: str | None = "CAUSAL_LM", name: str = "adapter", **config: Any) -> Path:
+    """Save ``model`` and a tokenizer as ``folder/base`` and a random LoRA on it as ``folder/<name>``; returns that."""
+    import peft  # it takes seconds, and few tests need it
+
+    with warnings.catch_warnings(action="ignore"):
+        model.save_pretrained(folder / "base")
+        tiny.tokenizer(folder / "base")
+        torch.manual_seed(3)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(task_type=task, init_lora_weights=False, **config))
+        for parameter_name, parameter in wrapped.named_parameters():
+            if "lora_magnitude" in parameter_name or ("modules_to_save" in parameter_name and parameter.requires_grad):
+                parameter.data.mul_(1.1)
+            if "trainable_tokens_delta" in parameter_name or (
+                parameter_name.endswith(".bias") and parameter.requires_grad
+            ):
+                parameter.data.add_(0.1)
+        wrapped.save_pretrained(folder / name)
+    change(folder / name, lambda _, saved: saved.update(base_model_name_or_path=str(folder / "base")))
+    return folder / name
+
+
+def change(directory: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
+    """Edit the adapter's tensors and config in place."""
+    file = directory / "adapter_model.safetensors"
+    tensors, config = load_file(file), json.loads((directory / "adapter_config.json").read_text())
+    edit(tensors, config)
+    save_file(tensors, file)
+    (directory / "adapter_config.json").write_text(json.dumps(config))
