@@ -11,7 +11,7 @@ from pytest_nullspace.errors import NullspaceError, NullspaceWarning
 from pytest_nullspace.invariants import MODEL, Expectations, Tier, Verdict, judge, judge_averages
 from pytest_nullspace.progress import fail_measuring, showing_progress
 from pytest_nullspace.report import terminal
-from pytest_nullspace.session import CheckpointRun
+from pytest_nullspace.session import GatedRun
 from pytest_nullspace.stats import FIGURES, RunStats
 
 if TYPE_CHECKING:
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class CheckpointFile(pytest.File):
-    """The file that stands for a checkpoint; its id is its path under rootdir, or its whole path outside."""
+    """The file that stands for what is gated; its id is its path under rootdir, or its whole path outside."""
 
-    run: CheckpointRun
+    run: GatedRun
     expectations: Expectations
 
     @classmethod
-    def of(cls, parent: pytest.Collector, run: CheckpointRun, expectations: Expectations) -> "Self":
-        """The node of ``run``'s checkpoint."""
-        file = run.checkpoint.config_file
+    def of(cls, parent: pytest.Collector, run: GatedRun, expectations: Expectations) -> "Self":
+        """The node of ``run``."""
+        file = run.file
         node: Self = cls.from_parent(parent, path=file, nodeid=node_id(file, parent.config.rootpath))
         node.run, node.expectations = run, expectations
         return node
@@ -99,7 +99,8 @@ class LayerItem(MeasuredItem):
         if layer is None:
             pytest.fail(f"{self.name} was not measured", pytrace=False)
         verdict = judge(layer, self.parent.expectations)
-        self.record(tier=str(verdict.tier), rows=layer.rows, **{figure: layer.figure(figure) for figure in FIGURES})
+        figures = {figure: layer.figure(figure) for figure in FIGURES if figure not in layer.absent}
+        self.record(tier=str(verdict.tier), rows=layer.rows, **figures)
         return verdict, terminal.layer_failure(layer, verdict)
 
 
@@ -109,7 +110,8 @@ class ModelItem(MeasuredItem):
     def judge(self, run: RunStats) -> tuple[Verdict, str]:
         """Hold the averages against the thresholds."""
         verdict = judge_averages(run, self.parent.expectations)
-        self.record(tier=str(verdict.tier), layers=len(run.layers), **{figure: run.mean(figure) for figure in FIGURES})
+        figures = {figure: run.mean(figure) for figure in FIGURES if figure not in run.absent}
+        self.record(tier=str(verdict.tier), layers=len(run.layers), **figures)
         return verdict, terminal.model_failure(run, verdict)
 
 
@@ -122,13 +124,13 @@ class ScopeItem(GateItem):
 
     def runtest(self) -> None:
         """Fail where something was trained outside the layers."""
-        outside = self.parent.run.checkpoint.outside
+        outside = self.parent.run.outside
         self.record(outside=len(outside))
         if outside:
             pytest.fail(terminal.outside(outside), pytrace=False)
 
 
-def select(items: list[pytest.Item], runs: tuple[CheckpointRun, ...]) -> list[pytest.Item]:
+def select(items: list[pytest.Item], runs: tuple[GatedRun, ...]) -> list[pytest.Item]:
     """Tell each run which layers to measure, and drop the items of averages that no longer are over all layers.
 
     Asked for alone, the item of the averages has all layers measured for it.
@@ -158,7 +160,7 @@ def select(items: list[pytest.Item], runs: tuple[CheckpointRun, ...]) -> list[py
     return dropped
 
 
-def wanted_by_test(item: pytest.Item, runs: tuple[CheckpointRun, ...]) -> Iterator[tuple[CheckpointRun, Any]]:
+def wanted_by_test(item: pytest.Item, runs: tuple[GatedRun, ...]) -> Iterator[tuple[GatedRun, Any]]:
     """The layers that a user's test wants measured, by its use of ``nullspace_layer`` and ``nullspace_run``."""
     callspec = getattr(item, "callspec", None)
     wanted = callspec.params.get("nullspace_layer") if callspec is not None else None

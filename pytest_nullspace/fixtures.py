@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_nullspace.session import CheckpointRun
+    from pytest_nullspace.session import GatedRun
     from pytest_nullspace.stats import LayerStats, RunStats
 
-RUNS = pytest.StashKey[tuple["CheckpointRun", ...]]()
+RUNS = pytest.StashKey[tuple["GatedRun", ...]]()
 """Where the plugin keeps the checkpoints of this run of pytest."""
 
-NO_MODEL = "no --nullspace-model was given"
+NO_MODEL = "no --nullspace-model was given, and no --nullspace-stats"
 
 
-def runs_of(config: pytest.Config) -> "tuple[CheckpointRun, ...]":
-    """The checkpoints of this run; none where the plugin is inert."""
+def runs_of(config: pytest.Config) -> "tuple[GatedRun, ...]":
+    """What is gated in this run; none where the plugin is inert."""
     return config.stash.get(RUNS, ())
 
 
@@ -25,13 +25,13 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
         return
     runs = runs_of(metafunc.config)
     params = [(number, name) for number, run in enumerate(runs) for name in run.gated]
-    ids = [name if len(runs) == 1 else f"{runs[number].checkpoint.directory.name}:{name}" for number, name in params]
+    ids = [name if len(runs) == 1 else f"{runs[number].name}:{name}" for number, name in params]
     if not params:
         params, ids = [pytest.param(None, marks=pytest.mark.skip(NO_MODEL))], ["none"]  # type: ignore[list-item]
     metafunc.parametrize("nullspace_layer", params, ids=ids, indirect=True)
 
 
-def _measured(run: "CheckpointRun", config: pytest.Config) -> "RunStats":
+def _measured(run: "GatedRun", config: pytest.Config) -> "RunStats":
     from pytest_nullspace.errors import NullspaceError
     from pytest_nullspace.progress import fail_measuring, showing_progress
 

@@ -20,13 +20,13 @@ _SHARED = "nullspace_shared_folder"
 
 
 class Gate:
-    """Registered as a plugin where at least one model is named."""
+    """Registered as a plugin where at least one model or saved run is named."""
 
     def __init__(self, config: pytest.Config, settings: Settings) -> None:
         self.settings = settings
         self.expectations = Expectations(Stage(settings.stage), settings.overrides)
         self.runs = open_runs(settings)
-        self._files = {run.checkpoint.config_file: run for run in self.runs}
+        self._files = {run.file: run for run in self.runs}
         self._config = config
         self._expected: list[str] = []
         self._judged: set[str] = set()
@@ -40,7 +40,7 @@ class Gate:
 
     def pytest_report_header(self) -> list[str]:
         """Say what is gated, before anything is loaded."""
-        return [line for run in self.runs for line in terminal.header(run.checkpoint, len(run.gated), self.settings)]
+        return [line for run in self.runs for line in run.header()]
 
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         """Answer for a checkpoint's file that was named on the command line, as an id copied from a report is."""
@@ -125,7 +125,7 @@ class Gate:
         try:
             for run, outcome in measured:
                 if self.settings.save_stats is not None:
-                    stats.write(outcome, stats_file(self.settings.save_stats, run.checkpoint.directory))
+                    stats.write(outcome, stats_file(self.settings.save_stats, run.name))
             document = "\n".join(markdown.report(outcome, self.expectations) for _, outcome in measured)
             for file in self.settings.reports:
                 stats.write_atomically(file, document)
@@ -138,7 +138,7 @@ class Gate:
         for run in self.runs:
             outcome = run.peek()
             if outcome is not None:
-                terminalreporter.section(f"nullspace: {node_id(run.checkpoint.directory, self._config.rootpath)}")
+                terminalreporter.section(f"nullspace: {node_id(run.path, self._config.rootpath)}")
                 terminal.write(terminalreporter, outcome, self.expectations)
         for problem in self._problems:
             terminalreporter.write_line(f"nullspace: NOT GATED: {problem}", red=True, bold=True)

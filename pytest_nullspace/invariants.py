@@ -203,8 +203,9 @@ class Verdict:
 
 
 def judge(layer: LayerStats, expectations: Expectations) -> Verdict:
-    """Hold every figure of ``layer`` against its threshold."""
-    return _judge(layer.name, {figure: layer.figure(figure) for figure in FIGURES}, expectations, layer.defect)
+    """Hold every figure of ``layer`` that was measured against its threshold."""
+    figures = {figure: layer.figure(figure) for figure in FIGURES if figure not in layer.absent}
+    return _judge(layer.name, figures, expectations, layer.defect)
 
 
 MODEL = "model"
@@ -219,7 +220,7 @@ def judge_averages(run: RunStats, expectations: Expectations) -> Verdict:
         defect = f"only {len(run.layers)} of {run.checkpoint_layers} layers were measured"
     elif defective:
         defect = f"{len(defective)} of {len(run.layers)} layers could not be judged, {defective[0]} among them"
-    averages = {figure: run.mean(figure) for figure in FIGURES}
+    averages = {figure: run.mean(figure) for figure in FIGURES if figure not in run.absent}
     return _judge(MODEL, averages, expectations, defect)
 
 
@@ -227,5 +228,6 @@ def _judge(subject: str, figures: Mapping[str, float], expectations: Expectation
     findings = tuple(
         Finding(value := figures[threshold.figure], threshold, threshold.tier(value))
         for threshold in expectations.thresholds(subject)
+        if threshold.figure in figures
     )
     return Verdict(subject, findings, defect)

@@ -28,6 +28,7 @@ class Settings:
 
     Attributes:
         models: The checkpoints' directories.
+        stats: Saved runs to gate without their models.
         base: The base model of adapters that do not carry theirs, a directory or hub id; None for what they name.
         calib_dataset: The preserved text, as given.
         text_folder: The folder to which its path is relative.
@@ -47,6 +48,7 @@ class Settings:
     """
 
     models: tuple[Path, ...]
+    stats: tuple[Path, ...]
     base: str | None
     calib_dataset: str
     text_folder: Path
@@ -175,6 +177,9 @@ def form_example(in_ini: bool) -> str:
 _OPTIONS = (
     _Option("model", "DIR", "Gate the adapter in DIR: one test per adapted layer.", _path, repeatable=True),
     _Option(
+        "stats", "JSON", "Gate the saved run in JSON, without its model and without torch.", _path, repeatable=True
+    ),
+    _Option(
         "base",
         "DIR",
         "The base model of a PEFT adapter, a directory or hub id (default: what its config names).",
@@ -256,13 +261,12 @@ def add_options(parser: "pytest.Parser") -> None:
 
 
 def read_settings(config: "pytest.Config") -> Settings | None:
-    """What the command line and the ini file ask for; None where no model is named, and the plugin does nothing.
+    """What the command line and the ini file ask for; None where nothing is to be gated, and the plugin does nothing.
 
     Raises:
         OptionError: An option does not take its value; the message names both.
     """
-    model = _OPTIONS[0]
-    if not _given(config, model):
+    if not any(_given(config, option) for option in _OPTIONS if option.name in ("model", "stats")):
         return None
     values = {option.name: _read(config, option) for option in _OPTIONS}
     calib_dataset = values["calib-dataset"]
@@ -270,6 +274,7 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         calib_dataset = (calib_dataset, config.invocation_params.dir)
     settings = Settings(
         models=values["model"],
+        stats=values["stats"],
         base=values["base"],
         calib_dataset=calib_dataset[0],
         text_folder=calib_dataset[1],
@@ -294,25 +299,35 @@ def read_settings(config: "pytest.Config") -> Settings | None:
 def _check_together(settings: Settings) -> None:
     from pytest_nullspace.invariants import Expectations, Stage
 
-    for i, directory in enumerate(settings.models):
-        if directory in settings.models[:i]:
-            raise OptionError(f"{PREFIX}model: {directory} is given twice")
+    for name, paths in (("model", settings.models), ("stats", settings.stats)):
+        twice = next((path for i, path in enumerate(paths) if path in paths[:i]), None)
+        if twice is not None:
+            raise OptionError(f"{PREFIX}{name}: {twice} is given twice")
     try:
         Expectations(Stage(settings.stage), settings.overrides)
     except OptionError as error:
         raise OptionError(f"{PREFIX}threshold: {error}") from None
     if settings.save_stats is not None:
-        files = {stats_file(settings.save_stats, directory) for directory in settings.models}
-        if len(files) < len(settings.models):
-            raise OptionError(
-                f"{PREFIX}save-stats: {settings.save_stats} would hold several models at once; put {{model}} into its "
-                "name, and give models whose directories have different names"
-            )
+        _check_save_stats(settings, settings.save_stats)
 
 
-def stats_file(template: Path, directory: Path) -> Path:
-    """The statistics file of one checkpoint: ``{model}`` in the file's name stands for the directory's name."""
-    return template.with_name(template.name.replace("{model}", directory.name))
+def _check_save_stats(settings: Settings, template: Path) -> None:
+    files = [
+        *(stats_file(template, directory.name) for directory in settings.models),
+        *(stats_file(template, file.stem) for file in settings.stats),
+    ]
+    if len(set(files)) < len(files):
+        raise OptionError(
+            f"{PREFIX}save-stats: {template} would hold several models at once; put {{model}} into its "
+            "name, and give models whose directories have different names"
+        )
+    if not set(files).isdisjoint(settings.stats):
+        raise OptionError(f"{PREFIX}save-stats: {template} would replace what {PREFIX}stats reads; give another name")
+
+
+def stats_file(template: Path, name: str) -> Path:
+    """The statistics file of one run: ``{model}`` in the file's name stands for ``name``."""
+    return template.with_name(template.name.replace("{model}", name))
 
 
 def _given(config: "pytest.Config", option: _Option) -> list[_Given]:

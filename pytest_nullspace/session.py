@@ -1,5 +1,7 @@
 """Measure each checkpoint once per run, whatever the number of workers, and keep the outcome, good or bad.
 
+A saved run stands in for a checkpoint: it is gated alike, and nothing is measured.
+
 Only this module reaches torch, and only inside a function.
 """
 
@@ -7,7 +9,9 @@ import hashlib
 import platform
 import time
 import traceback
-from collections.abc import Callable, Collection
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from importlib.metadata import version
@@ -17,36 +21,42 @@ from typing import Any
 from pytest_nullspace import calibration
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.errors import CheckpointError, MeasurementError, NullspaceError, OptionError, TextError
+from pytest_nullspace.checkpoint.layers import is_layer_name
+from pytest_nullspace.errors import (
+    CheckpointError,
+    MeasurementError,
+    NullspaceError,
+    OptionError,
+    StatsError,
+    TextError,
+)
 from pytest_nullspace.hub import directory_of
 from pytest_nullspace.options import PREFIX, Settings
-from pytest_nullspace.stats import RunStats, from_json, write, write_atomically
+from pytest_nullspace.report import terminal
+from pytest_nullspace.stats import RunStats, from_json, read, write, write_atomically
 
 DEFAULT_SEQLEN = 2048
 """Tokens a window, as in the reference, where the model allows as many."""
 
 
-class CheckpointRun:
-    """One checkpoint in this run of pytest: its layers that are gated, those selected, and what was measured.
+class GatedRun(ABC):
+    """What one file stands for in this run of pytest: layers that are gated, those selected, and their figures.
 
     Attributes:
-        checkpoint: What lies on disk.
+        path: What was given: a checkpoint's directory or a saved run.
+        file: The file that stands for it among pytest's nodes.
+        name: What ``{model}`` stands for in the names of files.
         gated: The names of the layers that have a test, in model order.
         selected: The names of the layers to measure, once collection has ended.
     """
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
-        self.checkpoint = checkpoint
-        self.gated = tuple(spec.name for spec in checkpoint.layers if fnmatchcase(spec.name, settings.layers))
+    def __init__(self, path: Path, file: Path, name: str, layers: Sequence[str], settings: Settings) -> None:
+        self.path, self.file, self.name = path, file, name
+        self.gated = tuple(layer for layer in layers if fnmatchcase(layer, settings.layers))
         if not self.gated:
             raise OptionError(
-                f"{PREFIX}layers: {settings.layers!r} matches none of the {len(checkpoint.layers)} layers of "
-                f"{checkpoint.directory}; the first is {checkpoint.layers[0].name}"
-            )
-        if settings.strict_scope and checkpoint.carries_base:
-            raise OptionError(
-                f"{PREFIX}strict-scope: {checkpoint.directory} holds a whole model, and its files do not tell which of "
-                "its other tensors were trained; leave the option out for it"
+                f"{PREFIX}layers: {settings.layers!r} matches none of the {len(layers)} layers of "
+                f"{path}; the first is {layers[0]}"
             )
         self.selected: set[str] = set()
         self._settings = settings
@@ -54,9 +64,22 @@ class CheckpointRun:
         self._shared: _SharedOutcome | None = None
 
     @property
+    @abstractmethod
     def gates_all(self) -> bool:
         """Whether every adapted layer has a test."""
-        return len(self.gated) == len(self.checkpoint.layers)
+
+    @property
+    @abstractmethod
+    def outside(self) -> Sequence[str]:
+        """The trained tensors that no layer test covers."""
+
+    @abstractmethod
+    def header(self) -> Iterable[str]:
+        """What is gated, in lines for the top of the run."""
+
+    @abstractmethod
+    def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
+        """The figures of the selected layers, or what prevented them."""
 
     @property
     def gates_scope(self) -> bool:
@@ -88,6 +111,34 @@ class CheckpointRun:
         outcome = self._outcome if self._shared is None else self._shared.peek()
         return outcome if isinstance(outcome, RunStats) else None
 
+
+class CheckpointRun(GatedRun):
+    """A checkpoint, whose layers are measured when the first of them is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+        directory, layers = checkpoint.directory, [spec.name for spec in checkpoint.layers]
+        super().__init__(directory, checkpoint.config_file, directory.name, layers, settings)
+        if settings.strict_scope and checkpoint.carries_base:
+            raise OptionError(
+                f"{PREFIX}strict-scope: {checkpoint.directory} holds a whole model, and its files do not tell which of "
+                "its other tensors were trained; leave the option out for it"
+            )
+        self.checkpoint = checkpoint
+
+    @property
+    def gates_all(self) -> bool:
+        """Whether every adapted layer has a test."""
+        return len(self.gated) == len(self.checkpoint.layers)
+
+    @property
+    def outside(self) -> Sequence[str]:
+        """The trained tensors in its files that belong to no layer."""
+        return self.checkpoint.outside
+
+    def header(self) -> Iterable[str]:
+        """What will be measured, and how."""
+        return terminal.header(self.checkpoint, len(self.gated), self._settings)
+
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         try:
             return measure_checkpoint(self.checkpoint, self._settings, self.selected, progress)
@@ -98,6 +149,42 @@ class CheckpointRun:
                 f"{self.checkpoint.directory}: the measurement failed unexpectedly: {type(error).__name__}: {error}\n"
                 + "".join(traceback.format_exception(error))
             )
+
+
+class SavedRun(GatedRun):
+    """A saved run, gated as it was measured."""
+
+    def __init__(self, file: Path, settings: Settings) -> None:
+        self._saved = read(file)
+        names = [layer.name for layer in self._saved.layers]
+        if not names:
+            raise StatsError(f"{file}: holds no layer, so there is nothing to gate")
+        unfit = next((name for name in names if not is_layer_name(name)), None)
+        if unfit is not None:
+            raise StatsError(f"{file}: {printable(unfit)!r} is not the name of a layer")
+        if settings.strict_scope and (self._saved.about.get("base") is None or "outside" not in self._saved.about):
+            raise OptionError(
+                f"{PREFIX}strict-scope: {file} does not tell what was trained outside its layers; "
+                "leave the option out for it"
+            )
+        super().__init__(file, file, file.stem, names, settings)
+
+    @property
+    def gates_all(self) -> bool:
+        """Whether every adapted layer was measured and has a test."""
+        return self._saved.complete and len(self.gated) == len(self._saved.layers)
+
+    @property
+    def outside(self) -> Sequence[str]:
+        """The trained tensors that the saved run names."""
+        return terminal.outside_of(self._saved)
+
+    def header(self) -> Iterable[str]:
+        """Which run is gated."""
+        return terminal.saved_header(self.path, self._saved, len(self.gated))
+
+    def _measure(self, _: Callable[[int, int], None] | None) -> RunStats:
+        return replace(self._saved, layers=tuple(layer for layer in self._saved.layers if layer.name in self.selected))
 
 
 class _SharedOutcome:
@@ -135,14 +222,18 @@ class _SharedOutcome:
         return MeasurementError(self._failed.read_text("utf-8")) if self._failed.exists() else None
 
 
-def open_runs(settings: Settings) -> tuple[CheckpointRun, ...]:
-    """Every checkpoint that the settings name, read without torch.
+def open_runs(settings: Settings) -> tuple[GatedRun, ...]:
+    """Every checkpoint and every saved run that the settings name, read without torch.
 
     Raises:
-        CheckpointError: One of them is none.
+        CheckpointError: A directory is no checkpoint.
+        StatsError: A file is no saved run.
         OptionError: The option ``layers`` matches no layer of one.
     """
-    return tuple(CheckpointRun(open_checkpoint(directory), settings) for directory in settings.models)
+    return (
+        *(CheckpointRun(open_checkpoint(directory), settings) for directory in settings.models),
+        *(SavedRun(file, settings) for file in settings.stats),
+    )
 
 
 def measure_checkpoint(

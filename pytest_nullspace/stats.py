@@ -1,7 +1,7 @@
 """What a run measured, and the file it is saved in: a superset of the reference script's JSON, with its very keys.
 
 Pure data: no torch, no pytest. A figure that is not finite is saved as ``null`` and read back as NaN, which no
-verdict passes.
+verdict passes. A figure that was never measured has no key at all, and is left out of judging.
 """
 
 import json
@@ -43,7 +43,7 @@ class LayerStats:
         update_norm: Mean of ``‖ABx‖``, scale included.
         base_norm: Mean of ``‖W_res x‖``.
         output_norm: Mean of ``‖ABx + W_res x‖``, bias left out.
-        mean_leakage: Mean of ``‖Px‖² / ‖x‖²``, P the projector on B's row space; in [0, 1]. NaN if never measured.
+        mean_leakage: Mean of ``‖Px‖² / ‖x‖²``, P the projector on B's row space; in [0, 1]. None if never measured.
         down_weight_norm: Frobenius norm of B.
         up_weight_norm: Frobenius norm of A.
         base_weight_norm: Frobenius norm of W_res.
@@ -59,7 +59,7 @@ class LayerStats:
     update_norm: float
     base_norm: float
     output_norm: float
-    mean_leakage: float
+    mean_leakage: float | None
     down_weight_norm: float
     up_weight_norm: float
     base_weight_norm: float
@@ -87,7 +87,12 @@ class LayerStats:
     @property
     def leakage(self) -> float:
         """Leakage over chance: 1 is what a random subspace gets, 0 is a perfect null space."""
-        return _ratio(self.mean_leakage, self.chance)
+        return math.nan if self.mean_leakage is None else _ratio(self.mean_leakage, self.chance)
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The figures that were never measured, as the reference script does not measure leakage."""
+        return ("leakage",) if self.mean_leakage is None else ()
 
     def figure(self, name: str) -> float:
         """The figure of that name in `FIGURES`."""
@@ -117,7 +122,7 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-# Our field -> the key in the file. All but the last two are the reference's own.
+# Our field -> the key in the file. Up to Residual_weight_norm they are the reference's own.
 _KEYS = {
     "name": "layer_name",
     "rows": "num_samples",
@@ -139,6 +144,15 @@ _KEYS = {
     "chance": "leakage_chance",
     "leakage": "leakage_over_chance",
 }
+_DERIVED = {
+    "preservation": "BX_norm / X_norm",
+    "effectiveness": "ABX_norm / X_norm",
+    "contribution": "ABX_norm / FullOutput_norm",
+    "chance": "rank / in_features",
+    "leakage": "leakage / leakage_chance",
+}
+"""What the file holds for its readers' sake: the field, and from what it follows."""
+_DERIVED_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -168,6 +182,11 @@ class RunStats:
         """Whether every adapted layer was measured."""
         return len(self.layers) == self.checkpoint_layers
 
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The figures that were not measured in every layer."""
+        return tuple(figure for figure in FIGURES if any(figure in layer.absent for layer in self.layers))
+
     def mean(self, figure: str) -> float:
         """The average of a figure over the layers, as the reference's summary takes it."""
         return fmean(layer.figure(figure) for layer in self.layers) if self.layers else math.nan
@@ -179,13 +198,18 @@ def to_json(run: RunStats) -> str:
         "model_path": run.model_path,
         "calib_dataset": run.calib_dataset,
         "num_layers": len(run.layers),
-        "stats": [{key: _plain(getattr(layer, name)) for name, key in _KEYS.items()} for layer in run.layers],
+        "stats": [_entry(layer) for layer in run.layers],
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "checkpoint_layers": run.checkpoint_layers,
         **run.about,
     }
     return json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _entry(layer: LayerStats) -> dict[str, Any]:
+    absent = {"mean_leakage", "leakage"} if layer.mean_leakage is None else set()
+    return {key: _plain(getattr(layer, name)) for name, key in _KEYS.items() if name not in absent}
 
 
 def _plain(value: str | int | float) -> str | int | float | None:
@@ -200,7 +224,7 @@ def from_json(text: str, where: str) -> RunStats:
         where: Its path, for messages.
 
     Raises:
-        StatsError: It is no such file, or misses what every such file has.
+        StatsError: It is no such file, misses what every such file has, or contradicts itself.
     """
     try:
         document = json.loads(text)
@@ -220,6 +244,8 @@ def from_json(text: str, where: str) -> RunStats:
         if layer.name in seen:
             raise StatsError(f"{where}: stats[{i}]: layer {layer.name} is there twice")
         seen.add(layer.name)
+        if layer.absent != layers[0].absent:
+            raise StatsError(f"{where}: stats[{i}]: {layer.name} and {layers[0].name}: only one has leakage")
     checkpoint_layers = document.get("checkpoint_layers", len(layers))
     if not _is_count(checkpoint_layers) or checkpoint_layers < len(layers):
         raise StatsError(f"{where}: checkpoint_layers must be a number from {len(layers)}, not {checkpoint_layers!r}")
@@ -233,7 +259,7 @@ def from_json(text: str, where: str) -> RunStats:
     )
 
 
-_ABSENT_IN_REFERENCE: Mapping[str, float] = {"in_features": 0, "rank": 0, "out_features": 0, "mean_leakage": math.nan}
+_ABSENT_IN_REFERENCE: Mapping[str, int] = {"in_features": 0, "rank": 0, "out_features": 0}
 
 
 def _layer(entry: object, where: str) -> LayerStats:
@@ -245,10 +271,32 @@ def _layer(entry: object, where: str) -> LayerStats:
         if name in _COUNTS:
             if not _is_count(value):
                 raise StatsError(f"{where}: {_KEYS[name]} must be a whole number from 0, not {value!r}")
-        elif name != "name":
+        elif name != "name" and (name != "mean_leakage" or _KEYS[name] in entry):
             value = _number(math.nan if value is None and _KEYS[name] in entry else value, f"{where}: {_KEYS[name]}")
         values[name] = value
-    return LayerStats(**values)
+    layer = LayerStats(**values)
+    _check_derived(entry, layer, where)
+    return layer
+
+
+def _check_derived(entry: Mapping[str, Any], layer: LayerStats, where: str) -> None:
+    """Refuse a file whose ratios are not those of its norms: one of the two was edited, and only one is judged."""
+    for name, formula in _DERIVED.items():
+        key, follows = _KEYS[name], getattr(layer, name)
+        if key not in entry:
+            continue
+        stated = math.nan if entry[key] is None else _number(entry[key], f"{where}: {key}")
+        if math.isfinite(stated) != math.isfinite(follows) or (
+            math.isfinite(stated) and not math.isclose(stated, follows, rel_tol=_DERIVED_TOLERANCE, abs_tol=1e-12)
+        ):
+            raise StatsError(
+                f"{where}: {key} is {_shown(stated)}, but {formula} is {_shown(follows)}; "
+                "the file was edited or damaged, so measure again"
+            )
+
+
+def _shown(value: float) -> str:
+    return f"{value:.7g}" if math.isfinite(value) else "no number"
 
 
 _COUNTS = ("rows", "in_features", "rank", "out_features")
@@ -262,9 +310,26 @@ def _number(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise StatsError(f"{where} must be a number, not {value!r}")
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:
         raise StatsError(f"{where} must be a number that a float can hold") from None
+    if number < 0:
+        raise StatsError(f"{where} must not be negative, but is {number:g}")
+    return number
+
+
+def read(file: Path) -> RunStats:
+    """Read a statistics file, of ours or of the reference script.
+
+    Raises:
+        StatsError: It cannot be read, or `from_json` refuses what it holds.
+    """
+    try:
+        return from_json(file.read_text("utf-8"), str(file))
+    except OSError as error:
+        raise StatsError(f"{file}: the statistics file cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise StatsError(f"{file}: not JSON: not UTF-8 text (byte {error.start})") from None
 
 
 def write(run: RunStats, file: Path) -> None:

@@ -10,6 +10,7 @@ from pytest_nullspace.checkpoint.header import TensorInfo, printable
 from pytest_nullspace.errors import CheckpointError
 
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
+_OTHER_TESTS = ("model", "scope")  # the gate has tests of these names beside the layers'
 
 # The order in which the common decoder blocks run their projections; names not listed sort after, by name.
 _FORWARD_ORDER = ("self_attn", "attn", "attention", "mlp", "q_proj", "k_proj", "v_proj", "o_proj",
@@ -82,6 +83,11 @@ def model_order(name: str) -> tuple[tuple[int, int, str], ...]:
     )
 
 
+def is_layer_name(name: str) -> bool:
+    """Whether ``name`` can be a layer's, and so a test's."""
+    return _LAYER_NAME.fullmatch(name) is not None and name not in _OTHER_TESTS
+
+
 def in_model_order(directory: Path, layers: Iterable[LayerSpec]) -> tuple[LayerSpec, ...]:
     """``layers``, sorted, each with a name that can be a test's.
 
@@ -90,6 +96,6 @@ def in_model_order(directory: Path, layers: Iterable[LayerSpec]) -> tuple[LayerS
     """
     layers = tuple(layers)
     for layer in layers:
-        if not _LAYER_NAME.fullmatch(layer.name):
+        if not is_layer_name(layer.name):
             raise CheckpointError(f"{directory}: {printable(layer.name)!r} is not the name of a layer")
     return tuple(sorted(layers, key=lambda layer: model_order(layer.name)))

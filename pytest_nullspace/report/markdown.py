@@ -2,7 +2,7 @@
 
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.invariants import Expectations, Tier, judge, judge_averages
-from pytest_nullspace.report.terminal import MARKS, outside, outside_of, reading
+from pytest_nullspace.report.terminal import MARKS, figures, not_measured, outside, outside_of, reading
 from pytest_nullspace.stats import FIGURES, RunStats
 
 
@@ -25,6 +25,9 @@ def report(run: RunStats, expectations: Expectations) -> str:
         f"**{counts[Tier.PASS]} passed, {counts[Tier.WARN]} warned, {counts[Tier.FAIL]} failed**.",
         "",
     ]
+    absent = not_measured(run)
+    if absent is not None:
+        lines += [f"{absent}.", ""]
     if names := outside_of(run):
         lines += [f"{MARKS[Tier.WARN]} {escape(outside(names))}", ""]
     if run.complete:
@@ -34,8 +37,9 @@ def report(run: RunStats, expectations: Expectations) -> str:
     lines += ["", "| | layer | " + " | ".join(f"`{formula}`" for formula in formulas) + " | |"]
     lines += ["|---|---|" + "---:|" * len(FIGURES) + "---|"]
     for layer, verdict in zip(run.layers, verdicts, strict=True):
-        figures = " | ".join(f"{layer.figure(figure):.3e}" for figure in FIGURES)
         why = "" if verdict.tier is Tier.PASS else escape(verdict.summary)
-        lines.append(f"| {MARKS[verdict.tier]} | {escape(layer.name)} | {figures} | {why} |")
-    lines.append("| | average | " + " | ".join(f"{run.mean(figure):.3e}" for figure in FIGURES) + " | |")
+        lines.append(
+            f"| {MARKS[verdict.tier]} | {escape(layer.name)} | {' | '.join(figures(layer).values())} | {why} |"
+        )
+    lines.append("| | average | " + " | ".join(figures(run).values()) + " | |")
     return "\n".join(lines) + "\n"

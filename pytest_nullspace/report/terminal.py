@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_nullspace.checkpoint import Checkpoint
@@ -58,6 +59,21 @@ def outside(names: Sequence[str]) -> str:
     return f"outside the guarantee: trained tensors that no layer test covers, {len(names)} in all: {'; '.join(told)}"
 
 
+def saved_header(file: Path, run: RunStats, gated: int) -> Iterator[str]:
+    """Which saved run is gated, and what lay outside its layers."""
+    yield (
+        f"nullspace: {printable(file, 1000)} (saved run of {printable(run.model_path, 1000)}, {gated} of "
+        f"{run.checkpoint_layers} layers); text {printable(run.calib_dataset, 1000)}; nothing is measured now"
+    )
+    if names := outside_of(run):
+        yield f"nullspace: {outside(names)}"
+
+
+def not_measured(run: RunStats) -> str | None:
+    """Which figures nobody measured, and that they were not judged; None if all were."""
+    return f"not measured: {', '.join(run.absent)}; left out of judging" if run.absent else None
+
+
 def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expectations) -> None:
     """Print the report of one checkpoint: with ``-v`` a block for each layer, always the summary."""
     verdicts = [judge(layer, expectations) for layer in run.layers]
@@ -80,7 +96,8 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
     yield f"Layer: {printable(layer.name)}"
     yield "=" * WIDTH
     yield f"samples: {layer.rows}"
-    yield f"input width: {layer.in_features}, rank: {layer.rank}, output width: {layer.out_features}"
+    if layer.rank:
+        yield f"input width: {layer.in_features}, rank: {layer.rank}, output width: {layer.out_features}"
     yield "-" * WIDTH
     yield "activation norms:"
     for label, value in (
@@ -94,7 +111,7 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
     yield "-" * WIDTH
     yield "null-space figures:"
     for figure in ("preservation", "effectiveness", "leakage"):
-        yield f"  {FIGURES[figure] + ':':<22} {layer.figure(figure):.3e}  {marks.get(figure, '')}".rstrip()
+        yield f"  {FIGURES[figure] + ':':<22} {figures(layer)[figure]}  {marks.get(figure, '')}".rstrip()
     yield "-" * WIDTH
     yield "adapter contribution:"
     yield f"  {FIGURES['contribution'] + ':':<22} {layer.contribution:.3e}  {marks.get('contribution', '')}".rstrip()
@@ -121,6 +138,9 @@ def summary(
         f"{counts[Tier.WARN]} warned, {counts[Tier.FAIL]} failed",
         worst if run.complete else Tier.WARN if worst is Tier.PASS else worst,
     )
+    absent = not_measured(run)
+    if absent is not None:
+        yield absent, Tier.WARN
     if names := outside_of(run):
         yield outside(names), Tier.WARN
     yield "", None
@@ -157,12 +177,20 @@ def _table(run: RunStats, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, Ti
     title = "worst layers" if len(ordered) > len(shown) else "layers"
     yield f"  {title:<{width}} " + "".join(f"{formula:>20}" for formula in FIGURES.values()), None
     for layer, verdict in shown:
-        yield _row(MARKS[verdict.tier], printable(layer.name), width, map(layer.figure, FIGURES), verdict)
-    yield _row(" ", "average", width, map(run.mean, FIGURES), None)
+        yield _row(MARKS[verdict.tier], printable(layer.name), width, figures(layer), verdict)
+    yield _row(" ", "average", width, figures(run), None)
 
 
-def _row(mark: str, name: str, width: int, values: Iterable[float], verdict: Verdict | None) -> tuple[str, Tier | None]:
-    line = f"{mark} {name:<{width}} " + "".join(f"{value:>20.3e}" for value in values)
+def figures(of: LayerStats | RunStats) -> Mapping[str, str]:
+    """Every figure of a layer, or its average over a run, as tables show it; a dash where it was not measured."""
+    value = of.mean if isinstance(of, RunStats) else of.figure
+    return {figure: "–" if figure in of.absent else f"{value(figure):.3e}" for figure in FIGURES}
+
+
+def _row(
+    mark: str, name: str, width: int, values: Mapping[str, str], verdict: Verdict | None
+) -> tuple[str, Tier | None]:
+    line = f"{mark} {name:<{width}} " + "".join(f"{value:>20}" for value in values.values())
     if verdict is not None and verdict.defect is not None:
         line += f"  {verdict.defect}"
     return line, None if verdict is None or verdict.tier is Tier.PASS else verdict.tier

@@ -73,7 +73,7 @@ def naive(x: Tensor, layer: Any, lora: Any) -> list[float]:
     return [float(t.norm(dim=1).mean()) for t in (x, bx, abx, wx, y)] + [float(leakage.mean())]
 
 
-def figures(layer: LayerStats) -> list[float]:
+def figures(layer: LayerStats) -> list[float | None]:
     return [
         layer.input_norm, layer.down_norm, layer.update_norm, layer.base_norm, layer.output_norm, layer.mean_leakage,
     ]  # fmt: skip

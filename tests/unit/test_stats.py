@@ -251,7 +251,7 @@ def test_the_file_is_a_superset_of_the_references() -> None:
 
 
 def test_the_references_own_file_is_read() -> None:
-    """A file of the reference script gives its figures; what it does not measure is NaN, and no defect."""
+    """A file of the reference script gives its figures; what it does not measure is absent, and no defect."""
     run = from_json(REFERENCE_FILE, "ref.json")
     assert (run.model_path, run.calib_dataset) == ("output/LoRA_Null_v2/ft", "wikitext2")
     assert run.complete
@@ -260,7 +260,7 @@ def test_the_references_own_file_is_read() -> None:
     assert first.preservation == pytest.approx(1.0e-2, rel=1e-5)
     assert first.effectiveness == pytest.approx(1.9e-2, rel=1e-5)
     assert first.contribution == pytest.approx(1.883e-2, rel=1e-3)
-    assert math.isnan(first.leakage)
+    assert first.absent == run.absent == ("leakage",)
     assert second.input_norm == 1.0
     assert isinstance(second.input_norm, float)
     assert second.defect == "non-finite weights (NaN or infinity)"
@@ -306,6 +306,49 @@ def test_a_layer_without_one_of_the_references_fields_is_refused(key: str) -> No
 def test_a_field_of_the_wrong_kind_is_refused(key: str, value: object, said: str) -> None:
     """A field that is not what it must be is named with its place and its value."""
     assert said in broken(lambda document: document["stats"][1].update({key: value}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"BX_norm": 0.26},
+            "BX_ratio is 0.03125, but BX_norm / X_norm is 0.0325; the file was edited or damaged, so measure again",
+        ),
+        ({"BX_ratio": 0.0312501}, "BX_ratio is 0.0312501, but BX_norm / X_norm is 0.03125"),
+        ({"ABX_norm": 0.6}, "ABX_ratio is 0.0625, but ABX_norm / X_norm is 0.075"),
+        ({"FullOutput_norm": 1.0}, "adapter_contribution is 0.05, but ABX_norm / FullOutput_norm is 0.5"),
+        ({"adapter_contribution": None}, "adapter_contribution is no number, but ABX_norm / FullOutput_norm is 0.05"),
+        ({"X_norm": None}, "BX_ratio is 0.03125, but BX_norm / X_norm is no number"),
+        ({"rank": 8}, "leakage_chance is 0.0625, but rank / in_features is 0.125"),
+        ({"leakage": 0.0}, "leakage_over_chance is 0.016, but leakage / leakage_chance is 0"),
+        ({"BX_norm": -0.25}, "BX_norm must not be negative, but is -0.25"),
+        ({"leakage": -1}, "leakage must not be negative, but is -1"),
+    ],
+)
+def test_ratios_that_do_not_follow_from_their_norms_are_refused(change: dict[str, Any], said: str) -> None:
+    """Each ratio is computed again to 1e-6: a file edited in one place only is not judged by either."""
+    assert f"f.json: stats[1]: {said}" in broken(lambda document: document["stats"][1].update(change))
+
+
+def test_ratios_may_be_rounded_to_a_millionth() -> None:
+    """A ratio that another program computed in single precision is no contradiction."""
+    document = json.loads(to_json(RUN))
+    document["stats"][0]["BX_ratio"] *= 1 + 9e-7
+    assert same(from_json(json.dumps(document), "f"), RUN)
+
+
+def test_a_figure_without_a_key_was_not_measured_and_null_was() -> None:
+    """Leakage with no key in any layer is absent, through a file and back; in some layers only it is refused."""
+    unmeasured = dataclasses.replace(LAYER, mean_leakage=None)
+    run = RunStats("m", "t", (unmeasured, dataclasses.replace(unmeasured, name="b")), 2)
+    assert run.absent == unmeasured.absent == ("leakage",)
+    assert math.isnan(unmeasured.leakage)
+    assert "leakage" not in json.loads(to_json(run))["stats"][0]
+    assert same(from_json(to_json(run), "f"), run)
+    assert dataclasses.replace(LAYER, mean_leakage=math.nan).absent == RUN.absent == ()
+    said = broken(lambda document: [document["stats"][1].pop(key) for key in ("leakage", "leakage_over_chance")])
+    assert "stats[1]: model.layers.10.mlp.up_proj and model.layers.0.self_attn.q_proj: only one has leakage" in said
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,61 @@
+"""Saved runs made by hand, for tests that measure nothing."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pytest_nullspace.stats import LayerStats, RunStats, write
+
+LAYER = LayerStats(
+    name="model.layers.0.self_attn.q_proj",
+    rows=100,
+    in_features=64,
+    rank=4,
+    out_features=32,
+    input_norm=8.0,
+    down_norm=0.25,
+    update_norm=0.5,
+    base_norm=7.5,
+    output_norm=10.0,
+    mean_leakage=0.001,
+    down_weight_norm=2.0,
+    up_weight_norm=3.0,
+    base_weight_norm=40.0,
+)
+"""A layer that passes."""
+NAMES = tuple(
+    f"model.layers.{block}.{part}"
+    for block in range(3)
+    for part in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+)
+ABOUT: Mapping[str, Any] = {
+    "format": "LoRA-Null",
+    "base": None,
+    "text": {"sha256": "0" * 64, "windows": 16, "seqlen": 32, "tokens": 512, "starts": [0]},
+    "settings": {"calib_size": 16, "max_activation_samples": None, "seed": 42, "batch_size": 1, "stage": "trained"},
+}
+REFERENCE_LACKS = ("leakage", "leakage_over_chance", "leakage_chance", "in_features", "rank", "out_features")
+
+
+def run(*names: str, of: int | None = None, **changes: Any) -> RunStats:
+    """A run whose layers all pass; ``changes`` hold for its first layer."""
+    layers = [dataclasses.replace(LAYER, name=name) for name in names or NAMES]
+    layers[0] = dataclasses.replace(layers[0], **changes)
+    return RunStats("runs/ft", "text.txt", tuple(layers), len(layers) if of is None else of, ABOUT)
+
+
+def save(file: Path, saved: RunStats | None = None) -> Path:
+    """Write a run, the whole passing one by default."""
+    write(saved or run(), file)
+    return file
+
+
+def reference(file: Path) -> Path:
+    """Write the same run as the reference script would."""
+    document = json.loads(save(file).read_text("utf-8"))
+    kept = ("model_path", "calib_dataset", "num_layers")
+    layers = [{key: value for key, value in layer.items() if key not in REFERENCE_LACKS} for layer in document["stats"]]
+    file.write_text(json.dumps({**{key: document[key] for key in kept}, "stats": layers}), "utf-8")
+    return file
