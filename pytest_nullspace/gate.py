@@ -24,7 +24,7 @@ class Gate:
 
     def __init__(self, config: pytest.Config, settings: Settings) -> None:
         self.settings = settings
-        self.expectations = Expectations(Stage(settings.stage), settings.overrides)
+        self.expectations = Expectations(Stage(settings.stage), settings.overrides, settings.allow_unreached)
         self.runs = open_runs(settings)
         self._files = {run.file: run for run in self.runs}
         self._config = config
@@ -113,6 +113,10 @@ class Gate:
     def _hold_complete(self) -> None:
         if not self._expected:
             self._problems.append("no layer was gated: the selection leaves none of the model's tests")
+        for run in self.runs:
+            outcome = run.peek()
+            if outcome is not None and outcome.layers and not any(layer.rows for layer in outcome.layers):
+                self._problems.append(f"no activation row reached any selected layer of {outcome.model_path}")
         missing = [name for name in self._expected if name not in self._judged]
         if missing:
             self._problems.append(

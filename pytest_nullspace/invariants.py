@@ -112,10 +112,12 @@ class Expectations:
     Attributes:
         stage: Whether training has happened.
         overrides: Bounds set by the user; of several that fit a layer the last holds.
+        unreached: Globs of the layers that no activation row need reach.
     """
 
     stage: Stage = Stage.TRAINED
     overrides: Sequence[Override] = ()
+    unreached: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Refuse overrides of figures that this stage does not judge, and bounds that cannot be."""
@@ -130,6 +132,10 @@ class Expectations:
     def thresholds(self, layer: str) -> tuple[Threshold, ...]:
         """The thresholds that hold for the layer of that name (``model`` for the averages)."""
         return tuple(self._overridden(t, layer) for t in _DEFAULTS[self.stage])
+
+    def excuses(self, layer: LayerStats) -> bool:
+        """Whether no row reached ``layer``, and none had to."""
+        return not layer.rows and any(fnmatchcase(layer.name, glob) for glob in self.unreached)
 
     def _overridden(self, threshold: Threshold, layer: str) -> Threshold:
         for override in self.overrides:
@@ -175,18 +181,27 @@ class Verdict:
         subject: The layer's name, or ``model``.
         findings: One for each figure that is judged.
         defect: Why nothing could be judged, or None.
+        excuse: Why nothing had to be judged, or None.
     """
 
     subject: str
     findings: tuple[Finding, ...]
     defect: str | None = None
+    excuse: str | None = None
 
     @property
     def tier(self) -> Tier:
-        """The worst tier of its findings; a defect fails, and so does having nothing to judge."""
+        """The worst tier of its findings; a defect fails, having nothing to judge fails too, or warns if excused."""
+        if self.excuse is not None:
+            return Tier.WARN
         if self.defect is not None or not self.findings:
             return Tier.FAIL
         return Tier.worst(finding.tier for finding in self.findings)
+
+    @property
+    def unjudged(self) -> str | None:
+        """Why its figures were not judged, be it a defect or an excuse."""
+        return self.defect or self.excuse
 
     @property
     def severity(self) -> tuple[bool, int, float]:
@@ -197,13 +212,15 @@ class Verdict:
     @property
     def summary(self) -> str:
         """The findings of its tier in one line, worst first to be read."""
-        if self.defect is not None:
-            return self.defect
+        if self.unjudged is not None:
+            return self.unjudged
         return ", ".join(str(finding) for finding in self.findings if finding.tier is self.tier)
 
 
 def judge(layer: LayerStats, expectations: Expectations) -> Verdict:
     """Hold every figure of ``layer`` that was measured against its threshold."""
+    if expectations.excuses(layer):
+        return Verdict(layer.name, (), excuse="no activation row reached it, which is allowed")
     figures = {figure: layer.figure(figure) for figure in FIGURES if figure not in layer.absent}
     return _judge(layer.name, figures, expectations, layer.defect)
 
@@ -214,7 +231,7 @@ MODEL = "model"
 
 def judge_averages(run: RunStats, expectations: Expectations) -> Verdict:
     """Hold the averages over all layers against the thresholds, as the reference's summary does."""
-    defective = [layer.name for layer in run.layers if layer.defect is not None]
+    defective = [layer.name for layer in run.layers if layer.defect is not None and not expectations.excuses(layer)]
     defect = None
     if not run.complete:
         defect = f"only {len(run.layers)} of {run.checkpoint_layers} layers were measured"

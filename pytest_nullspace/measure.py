@@ -56,7 +56,7 @@ def measure(
         last_block = _last_block(entry, chosen, adapted, windows[0][:PROBE_TOKENS])
         with recorder.watching(chosen), _stopping_after(last_block):
             for tokens, rows in _batches(windows, drawn, batch_size, adapted.device):
-                recorder.start_batch(rows)
+                recorder.start_batch(rows, tokens.numel())
                 with suppress(_PassedLastBlockError):
                     _forward(entry, adapted, tokens)
                 done += len(tokens)
@@ -134,12 +134,13 @@ class _Recorder:
         self._device = device
         self._states: dict[str, Tensor] = {}
         self._rows: Tensor | None = None
+        self._of = 0
         self._input: Tensor | None = None
         self._input_norms = torch.empty(0)
 
-    def start_batch(self, rows: Tensor | None) -> None:
-        """From here on count the rows numbered in ``rows``, or all."""
-        self._rows = rows
+    def start_batch(self, rows: Tensor | None, of: int) -> None:
+        """From here on count the rows numbered in ``rows``, or all, out of ``of``."""
+        self._rows, self._of = rows, of
         self._input = None
 
     def means(self, layer: AdaptedLayer) -> kernels.Means:
@@ -188,7 +189,13 @@ class _Recorder:
 
     def _counted(self, values: Tensor) -> Tensor:
         values = values.reshape(-1, values.shape[-1])
-        return values if self._rows is None else values.index_select(0, self._rows)
+        if self._rows is None:
+            return values
+        if len(values) == self._of:
+            return values.index_select(0, self._rows)
+        # An expert sees only the rows that were routed to it: of them the same share is counted, spread alike.
+        share: Tensor = (self._rows * len(values) // self._of).unique()  # type: ignore[no-untyped-call]
+        return values.index_select(0, share)
 
 
 def _keep(seen: dict[str, Tensor], part: str, _: nn.Module, __: Any, output: Tensor) -> None:

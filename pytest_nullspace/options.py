@@ -44,6 +44,7 @@ class Settings:
         overrides: Thresholds of the user's own.
         save_stats: Where to save the statistics.
         reports: Where to write reports.
+        allow_unreached: Globs of the layers that no activation row need reach.
         strict_scope: Whether a trained tensor that no layer test covers is a failure.
     """
 
@@ -64,6 +65,7 @@ class Settings:
     overrides: "tuple[Override, ...]"
     save_stats: Path | None
     reports: tuple[Path, ...]
+    allow_unreached: tuple[str, ...] = ()
     strict_scope: bool = False
 
 
@@ -229,6 +231,13 @@ _OPTIONS = (
     _Option("save-stats", "JSON", "Save what was measured; {model} in the name stands for the directory's.", _path),
     _Option("report", "FILE.md", "Write the report as Markdown.", _report, repeatable=True),
     _Option(
+        "allow-unreached",
+        "GLOB",
+        "Let layers that match GLOB pass with a warning where no activation row reached them, as experts may.",
+        _text,
+        repeatable=True,
+    ),
+    _Option(
         "strict-scope",
         "",
         "Add the test `scope`, which fails where a PEFT adapter trained tensors that no layer test covers.",
@@ -290,6 +299,7 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         overrides=values["threshold"],
         save_stats=values["save-stats"],
         reports=values["report"],
+        allow_unreached=values["allow-unreached"],
         strict_scope=values["strict-scope"],
     )
     _check_together(settings)

@@ -297,6 +297,7 @@ def measure_checkpoint(
                 "batch_size": settings.batch_size,
                 "layers": settings.layers,
                 "stage": settings.stage,
+                "allow_unreached": list(settings.allow_unreached),
             },
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),

@@ -188,8 +188,9 @@ class RunStats:
         return tuple(figure for figure in FIGURES if any(figure in layer.absent for layer in self.layers))
 
     def mean(self, figure: str) -> float:
-        """The average of a figure over the layers, as the reference's summary takes it."""
-        return fmean(layer.figure(figure) for layer in self.layers) if self.layers else math.nan
+        """The average of a figure over the layers that a row reached, as the reference's summary takes it."""
+        values = [layer.figure(figure) for layer in self.layers if layer.rows]
+        return fmean(values) if values else math.nan
 
 
 def to_json(run: RunStats) -> str:

@@ -41,3 +41,15 @@ def change(directory: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], 
     edit(tensors, config)
     save_file(tensors, file)
     (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def switch() -> Any:
+    """A random mixture of experts that are linear layers of their own, so many that few rows leave some out."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=16,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, expert_capacity=24,
+    )  # fmt: skip
+    return transformers.SwitchTransformersForConditionalGeneration(config).eval()

@@ -120,8 +120,8 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
         f"weight norms:  ||B||_F {layer.down_weight_norm:.6f}   ||A||_F {layer.up_weight_norm:.6f}   "
         f"||W_residual||_F {layer.base_weight_norm:.6f}"
     )
-    if verdict.defect is not None:
-        yield f"  {MARKS[Tier.FAIL]} {verdict.defect}"
+    if verdict.unjudged is not None:
+        yield f"  {MARKS[verdict.tier]} {verdict.unjudged}"
 
 
 def summary(
@@ -191,8 +191,8 @@ def _row(
     mark: str, name: str, width: int, values: Mapping[str, str], verdict: Verdict | None
 ) -> tuple[str, Tier | None]:
     line = f"{mark} {name:<{width}} " + "".join(f"{value:>20}" for value in values.values())
-    if verdict is not None and verdict.defect is not None:
-        line += f"  {verdict.defect}"
+    if verdict is not None and verdict.unjudged is not None:
+        line += f"  {verdict.unjudged}"
     return line, None if verdict is None or verdict.tier is Tier.PASS else verdict.tier
 
 
@@ -256,16 +256,24 @@ def layer_failure(layer: LayerStats, verdict: Verdict) -> str:
         f"mean norms over {layer.rows} rows: ||X|| {layer.input_norm:.6g}, ||BX|| {layer.down_norm:.6g}, "
         f"||ABX|| {layer.update_norm:.6g}, ||W_residual X|| {layer.base_norm:.6g}, ||output|| {layer.output_norm:.6g}"
     )
-    return _failure(verdict, norms)
+    return _failure(verdict, norms, _zero_update(verdict, "its A is" if layer.up_weight_norm == 0 else "A B x is"))
 
 
 def model_failure(run: RunStats, verdict: Verdict) -> str:
     """The message of failed averages, likewise."""
-    return _failure(verdict, f"averages over {len(run.layers)} layers")
+    zero = "every A is" if all(layer.up_weight_norm == 0 for layer in run.layers) else "every A B x is"
+    return _failure(verdict, f"averages over {len(run.layers)} layers", _zero_update(verdict, zero))
 
 
-def _failure(verdict: Verdict, measured: str) -> str:
-    lines = [verdict.summary, "", measured]
+def _zero_update(verdict: Verdict, what: str) -> str | None:
+    for finding in verdict.findings:
+        if finding.threshold.figure == "effectiveness" and finding.tier is Tier.FAIL and finding.value == 0:
+            return f"the update is exactly zero ({what} zero): with the adapter the output is the same as without"
+    return None
+
+
+def _failure(verdict: Verdict, measured: str, plainly: str | None) -> str:
+    lines = [verdict.summary, *([] if plainly is None else [plainly]), "", measured]
     if verdict.defect is None:
         lines += [line for line, _ in reading(verdict)]
     return "\n".join(lines)

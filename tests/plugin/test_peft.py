@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.adapters import adapter
+from tests.adapters import adapter, change, switch
 from tests.plugin.conftest import LOOSE, Gate
 
 LAYERS = 3
@@ -61,3 +61,46 @@ def test_strict_scope_passes_where_only_layers_were_trained(folder: Path, gate: 
     whole = gate("--nullspace-strict-scope", model="whole")
     assert whole.ret == pytest.ExitCode.USAGE_ERROR
     whole.stderr.fnmatch_lines(["ERROR: --nullspace-strict-scope: *whole holds a whole model, and its files do not *"])
+
+
+def test_an_adapter_that_changes_nothing_fails_plainly(folder: Path, gate: Gate) -> None:
+    """With lora_B zero in every layer each test fails, and says that the adapter does nothing at all."""
+    directory = adapter(folder, tiny.llama(), r=4, target_modules=["q_proj"])
+    change(directory, lambda tensors, _: tensors.update({n: 0 * t for n, t in tensors.items() if "lora_B" in n}))
+    result = gate(*LOOSE, model="adapter")
+    result.assert_outcomes(failed=LAYERS + 1)
+    result.stdout.fnmatch_lines(
+        [
+            "effectiveness 0 < 1e-06, contribution 0 < 0.001",
+            "the update is exactly zero (its A is zero): with the adapter the output is the same as without",
+            "effectiveness 0 < 1e-06, contribution 0 < 0.001",
+            "the update is exactly zero (every A is zero): with the adapter the output is the same as without",
+        ]
+    )
+
+
+def test_a_layer_that_no_row_reached_fails_unless_allowed(folder: Path, gate: Gate) -> None:
+    """An expert without rows fails and says so; allowed by glob it warns, and the averages leave it out."""
+    adapter(folder, switch(), "SEQ_2_SEQ_LM", r=4, target_modules=["wi"])
+    quick = ("--nullspace-calib-dataset=text.txt", "--nullspace-calib-size=1", "--nullspace-seqlen=8")
+    bounds = ("--nullspace-threshold=preservation:9:9", "--nullspace-threshold=leakage:9:9")
+    strict = gate(*bounds, model="adapter", quick=quick)
+    failed = strict.parseoutcomes()["failed"]
+    strict.stdout.fnmatch_lines(
+        [
+            "FAILED adapter/adapter_config.json::*experts* - Failed: no activation row reached it",
+            "FAILED adapter/adapter_config.json::model - Failed: * layers could not be judged*",
+        ]
+    )
+    allowed = gate(*bounds, "--nullspace-allow-unreached=*.experts.*", model="adapter", quick=quick)
+    assert allowed.ret == 0
+    assert allowed.parseoutcomes()["warnings"] >= failed - 1
+    allowed.stdout.fnmatch_lines(
+        ["*NullspaceWarning: *experts*: no activation row reached it, which is allowed", "*||BX||/||X|| [0-9]*"]
+    )
+    twin = gate(*bounds, "-o", "nullspace_allow_unreached=*.experts.*", model="adapter", quick=quick)
+    assert twin.ret == 0
+    only = [line.split()[1] for line in strict.outlines if line.startswith("FAILED") and "experts" in line][:1]
+    alone = gate(*bounds, "--nullspace-allow-unreached=*", *only, model="adapter", quick=quick)
+    assert alone.ret == 1
+    alone.stdout.fnmatch_lines(["nullspace: NOT GATED: no activation row reached any selected layer of *adapter"])

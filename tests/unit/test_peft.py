@@ -19,7 +19,7 @@ from pytest_nullspace.report import terminal
 from pytest_nullspace.session import base_directory
 from pytest_nullspace.stats import LayerStats
 from tests import tiny
-from tests.adapters import adapter, change
+from tests.adapters import adapter, change, switch
 
 # PEFT's own, while the tests make adapters with it.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -51,7 +51,7 @@ def inputs_of(adapted: AdaptedModel, windows: list[list[int]]) -> dict[str, Tens
             adapted.model(input_ids=tokens, **dict.fromkeys(extra, tokens))
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(rows) for name, rows in caught.items()}
+    return {name: torch.cat(rows) for name, rows in caught.items() if rows}
 
 
 def naive(x: Tensor, layer: Any, lora: Any) -> list[float]:
@@ -397,6 +397,55 @@ def test_two_empty_matrices_are_not_taken_for_a_convolution(saved: Path) -> None
     change(saved, lambda tensors, _: tensors.update(empty))
     with pytest.raises(CheckpointError, match="an empty tensor is what ZeRO-3 leaves"):
         open_checkpoint(saved)
+
+
+def test_an_expert_that_no_row_reached_is_unreached_and_the_others_exact(tmp_path: Path) -> None:
+    """In a mixture of experts each expert's figures are those of its own rows; one without rows says so."""
+    _, adapted = opened(adapter(tmp_path, switch(), "SEQ_2_SEQ_LM", r=4, target_modules=["wi"]))
+    few = [WINDOWS[0][:8]]
+    measured = measure(adapted, few)
+    reached = {layer.name: layer for layer in measured if layer.rows}
+    unreached = [layer for layer in measured if not layer.rows]
+    assert unreached
+    assert {layer.defect for layer in unreached} == {"no activation row reached it"}
+    inputs = inputs_of(adapted, few)
+    assert any(".experts." in name for name in reached)
+    for name, layer in reached.items():
+        view = adapted.layers[name]
+        assert figures(layer) == pytest.approx(naive(inputs[name], view, view.layer), rel=EXACT), name
+
+
+def test_a_cap_counts_its_share_of_an_experts_rows(tmp_path: Path) -> None:
+    """With a cap on rows an expert counts the same share of its own rows, spread alike, and at least stays in them."""
+    _, adapted = opened(adapter(tmp_path, switch(), "SEQ_2_SEQ_LM", r=4, target_modules=["wi"]))
+    everything = {layer.name: layer.rows for layer in measure(adapted, WINDOWS)}
+    capped = {layer.name: layer for layer in measure(adapted, WINDOWS, max_rows=36)}
+    total = sum(map(len, WINDOWS))
+    assert all(0 < capped[name].rows <= rows for name, rows in everything.items() if rows)
+    assert sum(layer.rows for layer in capped.values()) < sum(everything.values())
+    dense = [name for name, rows in everything.items() if rows == total]
+    assert all(capped[name].rows == 36 for name in dense)
+    assert all(layer.defect is None for layer in capped.values() if layer.rows)
+
+
+def test_an_update_that_is_not_zero_changes_the_output_and_a_zero_one_does_not(saved: Path) -> None:
+    """Where a layer has an update_norm above zero the adapter changes the logits; where all are zero it does not."""
+
+    def differs() -> tuple[float, bool]:
+        _, adapted = opened(saved)
+        tokens = torch.tensor(WINDOWS)
+        with torch.inference_mode():
+            with_it = adapted.model(tokens).logits
+            updates = [layer.update_norm for layer in measure(adapted, WINDOWS)]
+            for layer in adapted.layers.values():
+                layer.layer.enable_adapters(False)  # type: ignore[operator]
+            return max(updates), not torch.equal(with_it, adapted.model(tokens).logits)
+
+    update, changed = differs()
+    assert update > 0
+    assert changed
+    change(saved, lambda tensors, _: tensors.update({n: 0 * t for n, t in tensors.items() if "lora_B" in n}))
+    assert differs() == (0, False)
 
 
 def test_a_lora_null_directory_and_the_same_adapter_in_peft_give_the_same_figures(tmp_path: Path) -> None:
