@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_nullspace.errors import NullspaceError, NullspaceWarning
-from pytest_nullspace.invariants import MODEL, Expectations, Tier, Verdict, judge, judge_averages
+from pytest_nullspace.invariants import MODEL, Tier, Verdict, judge, judge_averages
 from pytest_nullspace.progress import fail_measuring, showing_progress
 from pytest_nullspace.report import terminal
 from pytest_nullspace.session import GatedRun
@@ -22,14 +22,13 @@ class CheckpointFile(pytest.File):
     """The file that stands for what is gated; its id is its path under rootdir, or its whole path outside."""
 
     run: GatedRun
-    expectations: Expectations
 
     @classmethod
-    def of(cls, parent: pytest.Collector, run: GatedRun, expectations: Expectations) -> "Self":
+    def of(cls, parent: pytest.Collector, run: GatedRun) -> "Self":
         """The node of ``run``."""
         file = run.file
         node: Self = cls.from_parent(parent, path=file, nodeid=node_id(file, parent.config.rootpath))
-        node.run, node.expectations = run, expectations
+        node.run = run
         return node
 
     def collect(self) -> Iterator["GateItem"]:
@@ -38,6 +37,8 @@ class CheckpointFile(pytest.File):
             yield LayerItem.from_parent(self, name=name)
         if self.run.gates_all:
             yield ModelItem.from_parent(self, name=MODEL)
+        for name in self.run.missing:
+            yield MissingItem.from_parent(self, name=name)
         if self.run.gates_scope:
             yield ScopeItem.from_parent(self, name=SCOPE)
 
@@ -98,7 +99,7 @@ class LayerItem(MeasuredItem):
         layer = run.layer(self.name)
         if layer is None:
             pytest.fail(f"{self.name} was not measured", pytrace=False)
-        verdict = judge(layer, self.parent.expectations)
+        verdict = judge(layer, self.parent.run.expectations)
         figures = {figure: layer.figure(figure) for figure in FIGURES if figure not in layer.absent}
         self.record(tier=str(verdict.tier), rows=layer.rows, **figures)
         return verdict, terminal.layer_failure(layer, verdict)
@@ -109,10 +110,18 @@ class ModelItem(MeasuredItem):
 
     def judge(self, run: RunStats) -> tuple[Verdict, str]:
         """Hold the averages against the thresholds."""
-        verdict = judge_averages(run, self.parent.expectations)
+        verdict = judge_averages(run, self.parent.run.expectations)
         figures = {figure: run.mean(figure) for figure in FIGURES if figure not in run.absent}
         self.record(tier=str(verdict.tier), layers=len(run.layers), **figures)
         return verdict, terminal.model_failure(run, verdict)
+
+
+class MissingItem(GateItem):
+    """Stands for a layer of the earlier run that there is no more."""
+
+    def runtest(self) -> None:
+        """Fail: what the earlier run gated is gated no more."""
+        pytest.fail(f"missing: only the earlier run {self.parent.run.earlier_file} has this layer", pytrace=False)
 
 
 SCOPE = "scope"

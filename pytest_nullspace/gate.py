@@ -11,10 +11,11 @@ import pytest
 from pytest_nullspace import stats
 from pytest_nullspace.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.errors import NullspaceError
-from pytest_nullspace.invariants import Expectations, Stage
+from pytest_nullspace.invariants import Tier
 from pytest_nullspace.options import Settings, stats_file
 from pytest_nullspace.report import markdown, terminal
-from pytest_nullspace.session import open_runs
+from pytest_nullspace.session import GatedRun, open_runs
+from pytest_nullspace.stats import RunStats
 
 _SHARED = "nullspace_shared_folder"
 
@@ -24,7 +25,6 @@ class Gate:
 
     def __init__(self, config: pytest.Config, settings: Settings) -> None:
         self.settings = settings
-        self.expectations = Expectations(Stage(settings.stage), settings.overrides, settings.allow_unreached)
         self.runs = open_runs(settings)
         self._files = {run.file: run for run in self.runs}
         self._config = config
@@ -47,7 +47,7 @@ class Gate:
         run = self._files.get(file_path)
         if run is None or not parent.session.isinitpath(file_path):
             return None
-        return CheckpointFile.of(parent, run, self.expectations)
+        return CheckpointFile.of(parent, run)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(
@@ -56,7 +56,7 @@ class Gate:
         """Add the checkpoints to what the session collects, wherever they lie, unless some were named by id."""
         report = yield
         if isinstance(collector, pytest.Session) and report.passed and not any(map(collector.isinitpath, self._files)):
-            nodes = [CheckpointFile.of(collector, run, self.expectations) for run in self.runs]
+            nodes = [CheckpointFile.of(collector, run) for run in self.runs]
             report.result = [*(report.result or ()), *nodes]
         return report
 
@@ -130,7 +130,10 @@ class Gate:
             for run, outcome in measured:
                 if self.settings.save_stats is not None:
                     stats.write(outcome, stats_file(self.settings.save_stats, run.name))
-            document = "\n".join(markdown.report(outcome, self.expectations) for _, outcome in measured)
+            document = "\n".join(
+                markdown.report(outcome, run.expectations, (line for line, _ in notes(run, outcome)))
+                for run, outcome in measured
+            )
             for file in self.settings.reports:
                 stats.write_atomically(file, document)
             _append_step_summary(document)
@@ -143,7 +146,8 @@ class Gate:
             outcome = run.peek()
             if outcome is not None:
                 terminalreporter.section(f"nullspace: {node_id(run.path, self._config.rootpath)}")
-                terminal.write(terminalreporter, outcome, self.expectations)
+                terminal.write(terminalreporter, outcome, run.expectations)
+                terminal.write_lines(terminalreporter, notes(run, outcome))
         for problem in self._problems:
             terminalreporter.write_line(f"nullspace: NOT GATED: {problem}", red=True, bold=True)
         if self.settings.save_stats is not None and not self._problems:
@@ -153,6 +157,14 @@ class Gate:
         """Remove what the processes shared."""
         if self._folder is not None:
             self._folder.cleanup()
+
+
+def notes(run: GatedRun, outcome: RunStats) -> list[tuple[str, Tier | None]]:
+    """What a report says below the figures, in lines: how the run compares with an earlier one."""
+    compared = run.compared(outcome)
+    if compared is None or run.earlier_file is None:
+        return []
+    return list(terminal.comparison(compared, run.earlier_file, run.missing))
 
 
 def _append_step_summary(document: str) -> None:

@@ -5,8 +5,8 @@ can pass ``‖BX‖/‖X‖ < 0.1``, but never ``leakage / chance < 0.5``.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
@@ -95,6 +95,15 @@ _INIT = (
 _DEFAULTS = {Stage.TRAINED: _TRAINED, Stage.INIT: _INIT}
 
 
+def lower_is_better(figure: str, stage: Stage) -> bool:
+    """Which direction is the better one for a figure at a stage, judged there or not."""
+    return next(t.lower_is_better for t in (*_DEFAULTS[stage], *_TRAINED) if t.figure == figure)
+
+
+Check = Callable[[LayerStats], Iterable[str]]
+"""What else a layer is held against: gives what fails it, in phrases."""
+
+
 @dataclass(frozen=True, slots=True)
 class Override:
     """Bounds that a user sets for a figure, in the layers that ``layers`` (a glob) names."""
@@ -112,11 +121,13 @@ class Expectations:
     Attributes:
         stage: Whether training has happened.
         overrides: Bounds set by the user; of several that fit a layer the last holds.
+        checks: What each layer is held against beside the thresholds.
         unreached: Globs of the layers that no activation row need reach.
     """
 
     stage: Stage = Stage.TRAINED
     overrides: Sequence[Override] = ()
+    checks: Sequence[Check] = ()
     unreached: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -181,20 +192,22 @@ class Verdict:
         subject: The layer's name, or ``model``.
         findings: One for each figure that is judged.
         defect: Why nothing could be judged, or None.
+        faults: What fails it beside its findings, in phrases.
         excuse: Why nothing had to be judged, or None.
     """
 
     subject: str
     findings: tuple[Finding, ...]
     defect: str | None = None
+    faults: tuple[str, ...] = ()
     excuse: str | None = None
 
     @property
     def tier(self) -> Tier:
-        """The worst tier of its findings; a defect fails, having nothing to judge fails too, or warns if excused."""
+        """The worst tier of its findings; a defect or fault fails, and so does nothing to judge unless excused."""
         if self.excuse is not None:
             return Tier.WARN
-        if self.defect is not None or not self.findings:
+        if self.defect is not None or self.faults or not self.findings:
             return Tier.FAIL
         return Tier.worst(finding.tier for finding in self.findings)
 
@@ -214,15 +227,16 @@ class Verdict:
         """The findings of its tier in one line, worst first to be read."""
         if self.unjudged is not None:
             return self.unjudged
-        return ", ".join(str(finding) for finding in self.findings if finding.tier is self.tier)
+        return ", ".join([*(str(finding) for finding in self.findings if finding.tier is self.tier), *self.faults])
 
 
 def judge(layer: LayerStats, expectations: Expectations) -> Verdict:
-    """Hold every figure of ``layer`` that was measured against its threshold."""
+    """Hold every figure of ``layer`` that was measured against its threshold, and the layer against all checks."""
     if expectations.excuses(layer):
         return Verdict(layer.name, (), excuse="no activation row reached it, which is allowed")
     figures = {figure: layer.figure(figure) for figure in FIGURES if figure not in layer.absent}
-    return _judge(layer.name, figures, expectations, layer.defect)
+    verdict = _judge(layer.name, figures, expectations, layer.defect)
+    return replace(verdict, faults=tuple(fault for check in expectations.checks for fault in check(layer)))
 
 
 MODEL = "model"

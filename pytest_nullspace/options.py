@@ -17,6 +17,7 @@ from pytest_nullspace.errors import OptionError
 if TYPE_CHECKING:
     import pytest
 
+    from pytest_nullspace.baseline import Limit
     from pytest_nullspace.invariants import Override
 
 PREFIX = "--nullspace-"
@@ -44,6 +45,9 @@ class Settings:
         overrides: Thresholds of the user's own.
         save_stats: Where to save the statistics.
         reports: Where to write reports.
+        compare: An earlier run to hold each run against; ``{model}`` stands for the run's name.
+        limits: How much worse than there a figure may be.
+        allowed: The differences between the two runs that are allowed.
         allow_unreached: Globs of the layers that no activation row need reach.
         strict_scope: Whether a trained tensor that no layer test covers is a failure.
     """
@@ -67,6 +71,9 @@ class Settings:
     reports: tuple[Path, ...]
     allow_unreached: tuple[str, ...] = ()
     strict_scope: bool = False
+    compare: Path | None = None
+    limits: "tuple[Limit, ...]" = ()
+    allowed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,6 +178,26 @@ def _override(given: _Given) -> "Override":
     return Override(layers, figure, *bounds)
 
 
+def _limit(given: _Given) -> "Limit":
+    from pytest_nullspace.baseline import Limit
+
+    figure, _, amount = given.text.partition(":")
+    try:
+        value = float(amount.removesuffix("%"))
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise OptionError(f"takes FIGURE:5% or FIGURE:0.001, not {given.text!r}")
+    relative = amount.endswith("%")
+    return Limit(figure, value / 100 if relative else value, relative)
+
+
+def _allowed(given: _Given) -> str:
+    from pytest_nullspace.baseline import COMPARED, UNRECORDED
+
+    return _one_of(*COMPARED, UNRECORDED)(given)
+
+
 def form_example(in_ini: bool) -> str:
     """A threshold as one writes it in ini or on the command line."""
     return "*.down_proj preservation 0.2 0.6" if in_ini else "preservation:0.2:0.6"
@@ -226,6 +253,23 @@ _OPTIONS = (
         "FIGURE:PASS:FAIL",
         "Judge FIGURE by other bounds; in ini one line GLOB FIGURE PASS FAIL for the layers that match GLOB.",
         _override,
+        repeatable=True,
+    ),
+    _Option(
+        "compare", "JSON", "Hold each layer against an earlier run; {model} in the name stands for the run's.", _path
+    ),
+    _Option(
+        "compare-fail",
+        "FIGURE:LIMIT",
+        "How much worse than in the earlier run FIGURE may be, as 5% of what it was or as a difference such as 0.001.",
+        _limit,
+        repeatable=True,
+    ),
+    _Option(
+        "compare-allow",
+        "WHAT",
+        "Compare although WHAT differs: text, windows, seqlen, seed, rows, rank, widths, base, figures or unrecorded.",
+        _allowed,
         repeatable=True,
     ),
     _Option("save-stats", "JSON", "Save what was measured; {model} in the name stands for the directory's.", _path),
@@ -301,6 +345,9 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         reports=values["report"],
         allow_unreached=values["allow-unreached"],
         strict_scope=values["strict-scope"],
+        compare=values["compare"],
+        limits=values["compare-fail"],
+        allowed=values["compare-allow"],
     )
     _check_together(settings)
     return settings
@@ -317,22 +364,43 @@ def _check_together(settings: Settings) -> None:
         Expectations(Stage(settings.stage), settings.overrides)
     except OptionError as error:
         raise OptionError(f"{PREFIX}threshold: {error}") from None
-    if settings.save_stats is not None:
-        _check_save_stats(settings, settings.save_stats)
+    _check_compare(settings)
+    saved = _files(settings, "save-stats", settings.save_stats)
+    read = {"stats": settings.stats, "compare": _files(settings, "compare", settings.compare)}
+    for name, files in read.items():
+        if not saved.isdisjoint(files):
+            raise OptionError(
+                f"{PREFIX}save-stats: {settings.save_stats} would replace what {PREFIX}{name} reads; give another name"
+            )
 
 
-def _check_save_stats(settings: Settings, template: Path) -> None:
-    files = [
-        *(stats_file(template, directory.name) for directory in settings.models),
-        *(stats_file(template, file.stem) for file in settings.stats),
-    ]
-    if len(set(files)) < len(files):
+def _check_compare(settings: Settings) -> None:
+    from pytest_nullspace.invariants import Expectations, Stage
+
+    for name, values in (("compare-fail", settings.limits), ("compare-allow", settings.allowed)):
+        if values and settings.compare is None:
+            raise OptionError(f"{PREFIX}{name}: needs an earlier run to compare with; give it by {PREFIX}compare=JSON")
+    judged = [threshold.figure for threshold in Expectations(Stage(settings.stage)).thresholds("")]
+    unknown = next((limit.figure for limit in settings.limits if limit.figure not in judged), None)
+    if unknown is not None:
         raise OptionError(
-            f"{PREFIX}save-stats: {template} would hold several models at once; put {{model}} into its "
+            f"{PREFIX}compare-fail: no figure {unknown!r} is judged at stage {settings.stage}; "
+            f"there are {', '.join(judged)}"
+        )
+
+
+def _files(settings: Settings, option: str, template: Path | None) -> set[Path]:
+    """The file of each run that ``template`` names."""
+    if template is None:
+        return set()
+    names = [*(directory.name for directory in settings.models), *(file.stem for file in settings.stats)]
+    files = {stats_file(template, name) for name in names}
+    if len(files) < len(names):
+        raise OptionError(
+            f"{PREFIX}{option}: {template} would be of several models at once; put {{model}} into its "
             "name, and give models whose directories have different names"
         )
-    if not set(files).isdisjoint(settings.stats):
-        raise OptionError(f"{PREFIX}save-stats: {template} would replace what {PREFIX}stats reads; give another name")
+    return files
 
 
 def stats_file(template: Path, name: str) -> Path:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nullspace import calibration
+from pytest_nullspace.baseline import Comparison, Difference, compare, incomparable, regressions
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.checkpoint.layers import is_layer_name
@@ -31,7 +32,8 @@ from pytest_nullspace.errors import (
     TextError,
 )
 from pytest_nullspace.hub import directory_of
-from pytest_nullspace.options import PREFIX, Settings
+from pytest_nullspace.invariants import Expectations, Stage
+from pytest_nullspace.options import PREFIX, Settings, stats_file
 from pytest_nullspace.report import terminal
 from pytest_nullspace.stats import RunStats, from_json, read, write, write_atomically
 
@@ -48,6 +50,8 @@ class GatedRun(ABC):
         name: What ``{model}`` stands for in the names of files.
         gated: The names of the layers that have a test, in model order.
         selected: The names of the layers to measure, once collection has ended.
+        earlier_file: The earlier run that it is compared with, if it is.
+        missing: The names of the layers that only the earlier run has.
     """
 
     def __init__(self, path: Path, file: Path, name: str, layers: Sequence[str], settings: Settings) -> None:
@@ -60,6 +64,14 @@ class GatedRun(ABC):
             )
         self.selected: set[str] = set()
         self._settings = settings
+        self.earlier_file = None if settings.compare is None else stats_file(settings.compare, name)
+        self._earlier = None if self.earlier_file is None else read_run(self.earlier_file)
+        held = set(layers)
+        self.missing = tuple(
+            layer.name
+            for layer in (self._earlier.layers if self._earlier is not None else ())
+            if layer.name not in held and fnmatchcase(layer.name, settings.layers)
+        )
         self._outcome: RunStats | NullspaceError | None = None
         self._shared: _SharedOutcome | None = None
 
@@ -86,6 +98,35 @@ class GatedRun(ABC):
         """Whether a test holds that nothing was trained outside the layers."""
         return self._settings.strict_scope
 
+    @property
+    def expectations(self) -> Expectations:
+        """What its layers are held against."""
+        settings, earlier = self._settings, self._earlier
+        stage = Stage(settings.stage)
+        checks = [] if earlier is None else [lambda layer: regressions(layer, earlier, settings.limits, stage)]
+        return Expectations(stage, settings.overrides, checks, settings.allow_unreached)
+
+    def compared(self, outcome: RunStats) -> Comparison | None:
+        """The outcome against the earlier run, if there is one that compares."""
+        if self._earlier is None or self._refused(outcome):
+            return None
+        return compare(outcome, self._earlier, self._settings.limits, Stage(self._settings.stage))
+
+    def _refused(self, outcome: RunStats) -> list[Difference]:
+        """What keeps the outcome from being compared, and is not allowed."""
+        if self._earlier is None:
+            return []
+        return [d for d in incomparable(outcome, self._earlier) if d.what not in self._settings.allowed]
+
+    def _check_comparable(self, outcome: RunStats) -> None:
+        refused = self._refused(outcome)
+        if refused:
+            raise OptionError(
+                f"{PREFIX}compare: not comparable: {'; '.join(map(str, refused))}: this run of {self.path}, and "
+                f"{self.earlier_file}; measure both alike, or allow it by "
+                + " ".join(f"{PREFIX}compare-allow={difference.what}" for difference in refused)
+            )
+
     def share(self, folder: Path, number: int) -> None:
         """Keep the outcome in ``folder`` as well, for the other processes of this run of pytest."""
         self._shared = _SharedOutcome(folder, number)
@@ -94,7 +135,8 @@ class GatedRun(ABC):
         """What was measured, measuring first if no process of this run has.
 
         Raises:
-            NullspaceError: The measurement failed, now or before; it is not tried again.
+            NullspaceError: The measurement failed, now or before, and is not tried again; or the earlier run is not
+                comparable.
         """
         if self._outcome is None:
             self._outcome = (
@@ -104,6 +146,7 @@ class GatedRun(ABC):
             )
         if isinstance(self._outcome, NullspaceError):
             raise self._outcome
+        self._check_comparable(self._outcome)
         return self._outcome
 
     def peek(self) -> RunStats | None:
@@ -155,19 +198,15 @@ class SavedRun(GatedRun):
     """A saved run, gated as it was measured."""
 
     def __init__(self, file: Path, settings: Settings) -> None:
-        self._saved = read(file)
+        self._saved = read_run(file)
         names = [layer.name for layer in self._saved.layers]
-        if not names:
-            raise StatsError(f"{file}: holds no layer, so there is nothing to gate")
-        unfit = next((name for name in names if not is_layer_name(name)), None)
-        if unfit is not None:
-            raise StatsError(f"{file}: {printable(unfit)!r} is not the name of a layer")
         if settings.strict_scope and (self._saved.about.get("base") is None or "outside" not in self._saved.about):
             raise OptionError(
                 f"{PREFIX}strict-scope: {file} does not tell what was trained outside its layers; "
                 "leave the option out for it"
             )
         super().__init__(file, file, file.stem, names, settings)
+        self._check_comparable(self._saved)
 
     @property
     def gates_all(self) -> bool:
@@ -185,6 +224,21 @@ class SavedRun(GatedRun):
 
     def _measure(self, _: Callable[[int, int], None] | None) -> RunStats:
         return replace(self._saved, layers=tuple(layer for layer in self._saved.layers if layer.name in self.selected))
+
+
+def read_run(file: Path) -> RunStats:
+    """A saved run whose layers can be tests.
+
+    Raises:
+        StatsError: It cannot be read, holds no layer, or one whose name no layer can have.
+    """
+    run = read(file)
+    if not run.layers:
+        raise StatsError(f"{file}: holds no layer, so there is nothing to gate")
+    unfit = next((layer.name for layer in run.layers if not is_layer_name(layer.name)), None)
+    if unfit is not None:
+        raise StatsError(f"{file}: {printable(unfit)!r} is not the name of a layer")
+    return run
 
 
 class _SharedOutcome:

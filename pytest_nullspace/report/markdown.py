@@ -1,5 +1,7 @@
 """The report as Markdown, for a job's summary page or a file."""
 
+from collections.abc import Iterable
+
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.invariants import Expectations, Tier, judge, judge_averages
 from pytest_nullspace.report.terminal import MARKS, figures, not_measured, outside, outside_of, reading
@@ -14,8 +16,8 @@ def escape(text: str) -> str:
     return shown
 
 
-def report(run: RunStats, expectations: Expectations) -> str:
-    """A table of every layer and the averages, with the reading in words."""
+def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ()) -> str:
+    """A table of every layer and the averages, with the reading in words and ``notes`` below it."""
     verdicts = [judge(layer, expectations) for layer in run.layers]
     counts = {tier: sum(verdict.tier is tier for verdict in verdicts) for tier in Tier}
     lines = [
@@ -33,6 +35,8 @@ def report(run: RunStats, expectations: Expectations) -> str:
     if run.complete:
         averages = judge_averages(run, expectations)
         lines += [f"- {line.replace('<', '&lt;')}" for line, _ in reading(averages)]
+    told = [f"- {escape(note.strip())}" for note in notes]
+    lines += ["", *told] if told else []
     formulas = (formula.replace("|", "\\|") for formula in FIGURES.values())  # a bare one would end the cell
     lines += ["", "| | layer | " + " | ".join(f"`{formula}`" for formula in formulas) + " | |"]
     lines += ["|---|---|" + "---:|" * len(FIGURES) + "---|"]

@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_nullspace.baseline import Comparison
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.invariants import Expectations, Tier, Verdict, judge, judge_averages
@@ -81,7 +82,12 @@ def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expe
         for layer, verdict in zip(run.layers, verdicts, strict=True):
             for line in block(layer, verdict):
                 reporter.write_line(line)
-    for line, tier in summary(run, verdicts, expectations):
+    write_lines(reporter, summary(run, verdicts, expectations))
+
+
+def write_lines(reporter: "pytest.TerminalReporter", lines: Iterable[tuple[str, Tier | None]]) -> None:
+    """Print lines, each in the colour of its tier."""
+    for line, tier in lines:
         markup = {} if tier is None else {_COLOURS[tier]: True}
         reporter.write_line(line, **markup)
 
@@ -120,8 +126,8 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
         f"weight norms:  ||B||_F {layer.down_weight_norm:.6f}   ||A||_F {layer.up_weight_norm:.6f}   "
         f"||W_residual||_F {layer.base_weight_norm:.6f}"
     )
-    if verdict.unjudged is not None:
-        yield f"  {MARKS[verdict.tier]} {verdict.unjudged}"
+    for fault in _faults(verdict):
+        yield f"  {MARKS[verdict.tier]} {fault}"
 
 
 def summary(
@@ -158,6 +164,20 @@ def outside_of(run: RunStats) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
+def comparison(compared: Comparison, against: Path, missing: Sequence[str]) -> Iterator[tuple[str, Tier | None]]:
+    """How the run compares with an earlier one: what fails, then each figure where it became worse by most."""
+    worse = [name for name, told in compared.regressions.items() if told]
+    yield (
+        f"against {printable(against, 1000)}: {len(worse)} of {len(compared.regressions)} layers are worse than allowed"
+        + (f", {len(missing)} of its layers are missing" if missing else ""),
+        Tier.FAIL if worse or missing else None,
+    )
+    for figure in FIGURES:
+        worst = compared.worst(figure)
+        if worst is not None:
+            yield f"  largest change for the worse: {worst[1]} in {printable(worst[0])}", None
+
+
 def _conditions(run: RunStats) -> str | None:
     try:
         text, seconds = run.about["text"], run.about["measured"]["seconds"]
@@ -191,9 +211,13 @@ def _row(
     mark: str, name: str, width: int, values: Mapping[str, str], verdict: Verdict | None
 ) -> tuple[str, Tier | None]:
     line = f"{mark} {name:<{width}} " + "".join(f"{value:>20}" for value in values.values())
-    if verdict is not None and verdict.unjudged is not None:
-        line += f"  {verdict.unjudged}"
+    if verdict is not None:
+        line += "".join(f"  {fault}" for fault in _faults(verdict))
     return line, None if verdict is None or verdict.tier is Tier.PASS else verdict.tier
+
+
+def _faults(verdict: Verdict) -> Sequence[str]:
+    return verdict.faults if verdict.unjudged is None else [verdict.unjudged, *verdict.faults]
 
 
 def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
@@ -274,6 +298,7 @@ def _zero_update(verdict: Verdict, what: str) -> str | None:
 
 def _failure(verdict: Verdict, measured: str, plainly: str | None) -> str:
     lines = [verdict.summary, *([] if plainly is None else [plainly]), "", measured]
+    lines += [f"{MARKS[Tier.FAIL]} {fault}" for fault in verdict.faults]
     if verdict.defect is None:
         lines += [line for line, _ in reading(verdict)]
     return "\n".join(lines)

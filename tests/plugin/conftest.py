@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import saved, tiny
 
 Gate = Callable[..., pytest.RunResult]
+Replay = Callable[..., pytest.RunResult]
 
 LOOSE = ("--nullspace-threshold=preservation:2:3", "--nullspace-threshold=leakage:5:6")
 """Bounds by which the random adapters of `tests.tiny` pass."""
@@ -39,5 +40,19 @@ def gate(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Gate:
     def run(*args: str, model: str | None = "runs/ft", quick: tuple[str, ...] = QUICK) -> pytest.RunResult:
         models = () if model is None else (f"--nullspace-model={model}",)
         return pytester.runpytest_subprocess("-p", "no:randomly", *models, *quick, *args)
+
+    return run
+
+
+@pytest.fixture
+def replay(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Replay:
+    """Run pytest on a saved run, ``stats.json`` unless told otherwise."""
+    monkeypatch.setenv("COLUMNS", "200")
+    (pytester.path / "pytest.ini").write_text("[pytest]\n")
+    saved.save(pytester.path / "stats.json")
+
+    def run(*args: str, stats: str = "stats.json", apart: bool = False) -> pytest.RunResult:
+        pytest_run = pytester.runpytest_subprocess if apart or "-n" in args else pytester.runpytest_inprocess
+        return pytest_run("-p", "no:randomly", "-W", "default", f"--nullspace-stats={stats}", *args)
 
     return run

@@ -10,27 +10,11 @@ from typing import Any
 import pytest
 
 from tests import saved
-from tests.plugin.conftest import LOOSE, Gate
+from tests.plugin.conftest import LOOSE, Gate, Replay
 
 LAYERS = len(saved.NAMES)
 Q0 = saved.NAMES[0]
 HEAVY = "{'torch', 'numpy', 'transformers', 'datasets', 'safetensors', 'pyarrow'}"
-
-Replay = Callable[..., pytest.RunResult]
-
-
-@pytest.fixture
-def replay(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Replay:
-    """Run pytest on a saved run, ``stats.json`` unless told otherwise."""
-    monkeypatch.setenv("COLUMNS", "200")
-    (pytester.path / "pytest.ini").write_text("[pytest]\n")
-    saved.save(pytester.path / "stats.json")
-
-    def run(*args: str, stats: str = "stats.json", apart: bool = False) -> pytest.RunResult:
-        pytest_run = pytester.runpytest_subprocess if apart or "-n" in args else pytester.runpytest_inprocess
-        return pytest_run("-p", "no:randomly", "-W", "default", f"--nullspace-stats={stats}", *args)
-
-    return run
 
 
 def test_a_saved_run_has_the_same_tests_and_reports(replay: Replay, pytester: pytest.Pytester) -> None:

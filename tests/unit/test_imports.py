@@ -21,6 +21,7 @@ LIGHT = (
     "pytest_nullspace.checkpoint",
     "pytest_nullspace.stats",
     "pytest_nullspace.invariants",
+    "pytest_nullspace.baseline",
     "pytest_nullspace.report.terminal",
     "pytest_nullspace.report.markdown",
     "pytest_nullspace.collect",
@@ -28,6 +29,7 @@ LIGHT = (
     "pytest_nullspace.session",
 )
 SHELL = {"options", "session", "collect", "gate", "plugin", "fixtures", "progress"}
+CORE = {"checkpoint", "stats", "invariants", "baseline"}
 MAY_KNOW_PYTEST = {"plugin", "gate", "collect", "fixtures", "progress"}
 
 
@@ -112,7 +114,7 @@ def test_the_core_and_the_plugin_load_no_numpy_either() -> None:
     assert "numpy" not in loaded_by("import pytest_nullspace.plugin")
 
 
-@pytest.mark.parametrize("name", [n for n in sources() if n.split(".")[0] in {"checkpoint", "stats", "invariants"}])
+@pytest.mark.parametrize("name", [n for n in sources() if n.split(".")[0] in CORE])
 def test_the_core_knows_neither_the_shell_nor_the_model(name: str) -> None:
     """What lies on disk, statistics and invariants know nothing of options, pytest, or tensors."""
     assert rooms(imports(sources()[name], for_types=True)).isdisjoint(SHELL | {"measure", "model", "kernels", "report"})
@@ -135,10 +137,11 @@ def test_imports_run_one_way() -> None:
         "checkpoint": {"errors", "checkpoint"},
         "stats": {"errors"},
         "invariants": {"errors", "stats"},
+        "baseline": {"invariants", "stats"},
         "model": {"errors", "checkpoint", "model"},
         "measure": {"errors", "kernels", "model", "stats"},
         "calibration": {"errors", "checkpoint"},
-        "options": {"errors", "invariants"},
+        "options": {"errors", "invariants", "baseline"},
         "plugin": {"errors", "options", "fixtures", "gate"},
     }
     for name, file in sources().items():

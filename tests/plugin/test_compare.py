@@ -1,0 +1,154 @@
+"""Run against run in the gate: regressions, layers that come and go, and runs that do not compare."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tests import saved
+from tests.plugin.conftest import LOOSE, Gate, Replay
+
+LAYERS = len(saved.NAMES)
+Q0 = saved.NAMES[0]
+AGAINST = ("--nullspace-compare=before.json", "--nullspace-compare-fail=preservation:5%")
+
+
+@pytest.fixture
+def before(pytester: pytest.Pytester) -> Path:
+    """An earlier run, the same as ``stats.json`` of the replay fixture."""
+    return saved.save(pytester.path / "before.json")
+
+
+def test_an_equal_run_passes_and_the_baseline_stays_as_it_was(
+    replay: Replay, before: Path, pytester: pytest.Pytester
+) -> None:
+    """Nothing became worse: green, the comparison is in both reports, and the earlier file is not touched."""
+    content, written = before.read_bytes(), before.stat().st_mtime_ns
+    result = replay(*AGAINST, "--nullspace-report=r.md", "--nullspace-save-stats=new.json")
+    result.assert_outcomes(passed=LAYERS + 1)
+    result.stdout.fnmatch_lines(
+        [
+            "against *before.json: 0 of 9 layers are worse than allowed",
+            "  largest change for the worse: preservation 0.03125 → 0.03125 (+0.000%) in model.layers.*",
+        ]
+    )
+    assert "0 of 9 layers are worse than allowed" in (pytester.path / "r.md").read_text()
+    assert (before.read_bytes(), before.stat().st_mtime_ns) == (content, written)
+
+
+@pytest.mark.parametrize("mode", [(), ("-n", "2")])
+def test_a_layer_fails_on_its_own_regression(
+    replay: Replay, before: Path, pytester: pytest.Pytester, mode: tuple[str, ...]
+) -> None:
+    """Only the layer that became worse fails, by figure and limit, although it still passes its thresholds."""
+    saved.save(pytester.path / "now.json", saved.run(down_norm=0.28))
+    result = replay(*AGAINST, *mode, stats="now.json")
+    assert result.ret == 1
+    result.assert_outcomes(failed=1, passed=LAYERS)
+    result.stdout.fnmatch_lines(
+        [f"FAILED now.json::{Q0} - Failed: preservation 0.03125 → 0.035 (+12.000%) is worse by more than 5%"]
+    )
+    result.stdout.fnmatch_lines(["gated 9 of 9 layers: 8 passed, 0 warned, 1 failed", "✗ *is worse by more than 5%"])
+    loose = replay("--nullspace-compare=before.json", "--nullspace-compare-fail=preservation:0.01", stats="now.json")
+    loose.assert_outcomes(passed=LAYERS + 1)
+
+
+def test_missing_and_new_layers_fail(replay: Replay, before: Path, pytester: pytest.Pytester) -> None:
+    """A layer that the earlier run does not have fails, and so does a test in the name of each that is gone."""
+    saved.save(pytester.path / "now.json", saved.run(*saved.NAMES[1:], "model.layers.9.mlp.up_proj"))
+    result = replay("--nullspace-compare=before.json", stats="now.json")
+    result.assert_outcomes(failed=2, passed=LAYERS)
+    result.stdout.fnmatch_lines(
+        [
+            "FAILED now.json::model.layers.9.mlp.up_proj - Failed: new: the earlier run has no such layer",
+            f"FAILED now.json::{Q0} - Failed: missing: only the earlier run *before.json has this layer",
+        ]
+    )
+    alone = replay("--nullspace-compare=before.json", f"now.json::{Q0}", stats="now.json")
+    assert alone.ret == 1
+    glob = replay("--nullspace-compare=before.json", "--nullspace-layers=*.1.*", stats="now.json")
+    glob.assert_outcomes(passed=3)
+
+
+def test_a_selection_is_no_missing_layer(replay: Replay, before: Path) -> None:
+    """Layers that -k leaves out are not missing from the run."""
+    replay(*AGAINST, "-k", "layers.1.").assert_outcomes(passed=3)
+
+
+def test_runs_that_do_not_compare_are_refused_unless_allowed(
+    replay: Replay, before: Path, pytester: pytest.Pytester
+) -> None:
+    """Other text and seed: exit code 4 with both named and the options that allow them."""
+    about = {
+        **saved.ABOUT,
+        "text": {**saved.ABOUT["text"], "sha256": "f" * 64},
+        "settings": {**saved.ABOUT["settings"], "seed": 7},
+    }
+    saved.save(pytester.path / "now.json", dataclasses.replace(saved.run(), about=about))
+    refused = replay(*AGAINST, stats="now.json")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(
+        [
+            "ERROR: --nullspace-compare: not comparable: text (ffffffffffff, was 000000000000); seed (7, was 42): "
+            "this run of *now.json, and *before.json; measure both alike, or allow it by "
+            "--nullspace-compare-allow=text --nullspace-compare-allow=seed"
+        ]
+    )
+    one = replay(*AGAINST, "--nullspace-compare-allow=seed", stats="now.json")
+    assert one.ret == pytest.ExitCode.USAGE_ERROR
+    both = replay(*AGAINST, "--nullspace-compare-allow=seed", "--nullspace-compare-allow=text", stats="now.json")
+    both.assert_outcomes(passed=LAYERS + 1)
+
+
+def test_a_reference_file_is_a_baseline_if_one_allows_what_it_does_not_tell(
+    replay: Replay, pytester: pytest.Pytester
+) -> None:
+    """The reference records neither text nor seed: refused by default, compared by name."""
+    saved.reference(pytester.path / "before.json")
+    assert replay(*AGAINST).ret == pytest.ExitCode.USAGE_ERROR
+    allowed = ("--nullspace-compare-allow=unrecorded", "--nullspace-compare-allow=figures")
+    replay(*AGAINST, *allowed).assert_outcomes(passed=LAYERS + 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("compare=nowhere.json",), "*nowhere.json: the statistics file cannot be read: No such file or directory"),
+        (("compare-fail=leakage:5%",), "--nullspace-compare-fail: needs an earlier run to compare with*"),
+        (("compare-allow=text",), "--nullspace-compare-allow: needs an earlier run to compare with*"),
+        (
+            ("compare=before.json", "compare-fail=beauty:5%"),
+            "--nullspace-compare-fail: no figure 'beauty' is judged at stage trained; there are preservation*",
+        ),
+        (("compare=before.json", "compare-fail=leakage"), "--nullspace-compare-fail: takes FIGURE:5% or FIGURE:0.001*"),
+        (("compare=before.json", "compare-fail=leakage:-1"), "--nullspace-compare-fail: takes FIGURE:5%*"),
+        (("compare=before.json", "compare-fail=leakage:nan%"), "--nullspace-compare-fail: takes FIGURE:5%*"),
+        (("compare=before.json", "compare-allow=mood"), "--nullspace-compare-allow: takes text, windows,*not 'mood'"),
+        (
+            ("compare=before.json", "save-stats=before.json"),
+            "--nullspace-save-stats: *before.json would replace what --nullspace-compare reads; give another name",
+        ),
+        (
+            ("compare=before.json", "stats=before.json"),
+            "--nullspace-compare: *before.json would be of several models at once; put {model} into its name*",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_a_usage_error(
+    replay: Replay, before: Path, options: tuple[str, ...], said: str
+) -> None:
+    """Each bad use of the options ends pytest with exit code 4 and one sentence."""
+    result = replay(*(f"--nullspace-{option}" for option in options))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: {said}"])
+
+
+def test_a_measured_run_is_compared_too(checkpoint: Path, gate: Gate) -> None:
+    """Against itself a checkpoint passes; measured on other windows it errs in every item with what differs."""
+    assert gate(*LOOSE, "--nullspace-save-stats=before.json").ret == 0
+    again = gate(*LOOSE, *AGAINST, "-n", "2")
+    again.assert_outcomes(passed=21 + 1)
+    again.stdout.fnmatch_lines(["against *before.json: 0 of 21 layers are worse than allowed"])
+    other = gate(*LOOSE, *AGAINST, "--nullspace-seqlen=16", "-k", "layers.0.")
+    assert other.ret == 1
+    other.stdout.fnmatch_lines(["ERROR *not comparable: seqlen (16, was 32); rows*"])

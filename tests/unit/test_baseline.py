@@ -1,0 +1,149 @@
+"""Run against run: what became worse, by how much, and whether the two compare at all."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_nullspace.baseline import COMPARED, Change, Limit, compare, incomparable
+from pytest_nullspace.invariants import Stage
+from pytest_nullspace.stats import FIGURES, RunStats
+from tests import saved
+
+TRAINED, INIT = Stage
+EARLIER = saved.run()
+Q0 = saved.NAMES[0]
+
+
+def fails(limit: Limit, stage: Stage = TRAINED, **changes: Any) -> tuple[str, ...]:
+    """What fails the first layer when it changed so."""
+    return compare(saved.run(**changes), EARLIER, [limit], stage).regressions[Q0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit", "said"),
+    [
+        ({"down_norm": 0.26}, Limit("preservation", 0.05, True), None),
+        ({"down_norm": 0.27}, Limit("preservation", 0.05, True), "preservation 0.03125 → 0.03375 (+8.000%)*5%"),
+        ({"down_norm": 0.01}, Limit("preservation", 0.05, True), None),
+        ({"down_norm": 0.27}, Limit("preservation", 0.001, False), "preservation 0.03125 → 0.03375 (+8.000%)*0.001"),
+        ({"down_norm": 0.27}, Limit("preservation", 0.01, False), None),
+        ({"down_norm": 0.27}, Limit("leakage", 0, True), None),
+        ({"update_norm": 0.4}, Limit("effectiveness", 0.1, True), "effectiveness 0.0625 → 0.05 (-20.000%)*10%"),
+        ({"update_norm": 0.9}, Limit("effectiveness", 0.1, True), None),
+        ({"output_norm": 20.0}, Limit("contribution", 0.1, True), "contribution 0.05 → 0.025 (-50.000%)*10%"),
+        ({"mean_leakage": 0.002}, Limit("leakage", 0.5, True), "leakage 0.016 → 0.032 (+100.000%)*50%"),
+        ({"mean_leakage": math.nan}, Limit("leakage", 9, True), "leakage 0.016 → nan *"),
+    ],
+)
+def test_a_figure_may_become_worse_by_no_more_than_its_limit(
+    changes: dict[str, Any], limit: Limit, said: str | None
+) -> None:
+    """In the direction that is worse for it, as a share or as a difference; what is no number is worse."""
+    told = fails(limit, **changes)
+    if said is None:
+        assert told == ()
+    else:
+        (phrase,) = told
+        start, _, end = said.partition("*")
+        assert phrase.startswith(start)
+        assert phrase.endswith(end)
+
+
+def test_at_the_initial_stage_an_update_is_the_worse_direction() -> None:
+    """Before training effectiveness should be zero, so there more of it is worse."""
+    limit = Limit("effectiveness", 0.1, True)
+    assert fails(limit, INIT, update_norm=0.9)
+    assert not fails(limit, INIT, update_norm=0.1)
+
+
+def test_growth_from_zero_is_beyond_every_share() -> None:
+    """A share of zero is no room at all; staying at zero is no change."""
+    assert Change("leakage", 0.0, 1e-9, True).exceeds(Limit("leakage", 1e6, True))
+    assert not Change("leakage", 0.0, 0.0, True).exceeds(Limit("leakage", 0, True))
+    assert not Change("leakage", 0.0, 1e-9, True).exceeds(Limit("leakage", 1e-6, False))
+    assert not Change("effectiveness", 0.0, 1e-9, False).exceeds(Limit("effectiveness", 0, True))
+
+
+def test_layers_that_only_one_run_has_are_told() -> None:
+    """A new layer fails by name, also without limits; the missing ones are listed."""
+    compared = compare(saved.run(*saved.NAMES[:3], "extra"), EARLIER, [], TRAINED)
+    assert compared.regressions["extra"] == ("new: the earlier run has no such layer",)
+    assert compared.missing == saved.NAMES[3:]
+    assert not any(told for name, told in compared.regressions.items() if name != "extra")
+
+
+def test_the_worst_layer_of_each_figure_is_found() -> None:
+    """The largest change for the worse is told with its layer; a figure that one run lacks has none."""
+    compared = compare(saved.run(down_norm=0.5), EARLIER, [], TRAINED)
+    worst = compared.worst("preservation")
+    assert worst is not None
+    assert (worst[0], worst[1].now) == (Q0, 0.0625)
+    lacking = [dataclasses.replace(layer, mean_leakage=None) for layer in EARLIER.layers]
+    assert compare(EARLIER, dataclasses.replace(EARLIER, layers=tuple(lacking)), [], TRAINED).worst("leakage") is None
+
+
+@given(before=st.floats(0, 1e6), now=st.floats(0, 1e6), more=st.floats(0, 1e6), limit=st.floats(0, 10))
+def test_worse_never_becomes_allowed(before: float, now: float, more: float, limit: float) -> None:
+    """If a value exceeds the limit, so does every worse one; a limit of the change itself is not exceeded."""
+    for relative in (True, False):
+        bound = Limit("leakage", limit, relative)
+        if Change("leakage", before, now, True).exceeds(bound):
+            assert Change("leakage", before, now + more, True).exceeds(bound)
+    change = Change("leakage", before, now, True)
+    assert not change.exceeds(Limit("leakage", max(0.0, change.worsened), False))
+
+
+def test_a_run_compares_with_itself() -> None:
+    """Nothing differs, nothing is worse."""
+    assert incomparable(EARLIER, EARLIER) == ()
+    assert not any(compare(EARLIER, EARLIER, [Limit(f, 0, True) for f in FIGURES], TRAINED).regressions.values())
+
+
+def other(**changes: Any) -> RunStats:
+    """The run with other entries of its ``text`` and ``settings``."""
+    about = {key: {**value, **changes.get(key, {})} if isinstance(value, dict) else value
+             for key, value in saved.ABOUT.items()}  # fmt: skip
+    return dataclasses.replace(EARLIER, about=about)
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (other(text={"sha256": "f" * 64}), "text (ffffffffffff, was 000000000000)"),
+        (other(text={"windows": 8}), "windows (8, was 16)"),
+        (other(text={"seqlen": 64}), "seqlen (64, was 32)"),
+        (other(settings={"seed": 1}), "seed (1, was 42)"),
+        (saved.run(rows=50), f"rows ({Q0}: 50, was 100)"),
+        (saved.run(rank=8), f"rank ({Q0}: 8, was 4)"),
+        (saved.run(out_features=64), f"widths ({Q0}: 64×64, was 64×32)"),
+        (saved.run(base_weight_norm=41.0), f"base ({Q0}: 41, was 40)"),
+        (saved.run(base_weight_norm=40.01), None),
+        (saved.run(base_weight_norm=math.nan), None),
+    ],
+)
+def test_what_differs_is_named(run: RunStats, said: str | None) -> None:
+    """Each condition under which figures do not compare is told by its name, what it is and what it was."""
+    assert [str(difference) for difference in incomparable(run, EARLIER)] == ([] if said is None else [said])
+
+
+def test_what_only_one_run_records_is_one_difference() -> None:
+    """A run of the reference script records little: that is told at once, with the figures that it lacks."""
+    layers = [
+        dataclasses.replace(layer, mean_leakage=None, rank=0, in_features=0, out_features=0) for layer in EARLIER.layers
+    ]
+    reference = RunStats("ft", "wikitext2", tuple(layers), len(layers))
+    assert [str(d) for d in incomparable(EARLIER, reference)] == [
+        "figures (preservation, effectiveness, contribution, leakage, was preservation, effectiveness, contribution)",
+        "unrecorded (only one of the runs tells its text, windows, seqlen, seed, rank, widths)",
+    ]
+    assert incomparable(reference, reference) == ()
+
+
+def test_layers_that_do_not_match_are_left_out_of_the_conditions() -> None:
+    """Only layers that both hold must have the same rank, widths and base."""
+    assert incomparable(saved.run("extra", *saved.NAMES, rank=99), EARLIER) == ()
+    assert set(COMPARED) >= {"text", "windows", "seqlen", "seed", "rank", "widths", "base", "figures"}
