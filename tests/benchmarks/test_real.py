@@ -1,7 +1,7 @@
 """A real model: exactness, cost and memory on SmolLM2-135M under a LoRA-Null-v2 adapter of rank 32.
 
 Build it with ``python -m fixtures.build smollm2 --out DIR`` and run
-``NULLSPACE_REAL=DIR pytest tests/benchmarks/test_real.py --benchmark-enable -s``.
+``NULLSPACE_REAL=DIR pytest tests/benchmarks/test_real.py -o addopts= -p no:randomly -s``.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Throughput of the activation reduction, as a share of what the memory of the device can do.
 
-Run with ``pytest tests/benchmarks --benchmark-enable`` (``tox -e bench``); ordinary test runs skip these.
+Run by ``tox -e bench``; ordinary test runs skip these.
 """
 
 import statistics
