@@ -10,7 +10,7 @@ import platform
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -36,6 +36,9 @@ from pytest_nullspace.invariants import Expectations, Stage
 from pytest_nullspace.options import PREFIX, Settings, stats_file
 from pytest_nullspace.report import terminal
 from pytest_nullspace.stats import RunStats, from_json, read, write, write_atomically
+
+Bases = MutableMapping[Hashable, Any]
+"""The base model that adapters share, kept from one to the next; shared by the runs that are still to be measured."""
 
 DEFAULT_SEQLEN = 2048
 """Tokens a window, as in the reference, where the model allows as many."""
@@ -158,7 +161,7 @@ class GatedRun(ABC):
 class CheckpointRun(GatedRun):
     """A checkpoint, whose layers are measured when the first of them is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, bases: Bases) -> None:
         directory, layers = checkpoint.directory, [spec.name for spec in checkpoint.layers]
         super().__init__(directory, checkpoint.config_file, directory.name, layers, settings)
         if settings.strict_scope and checkpoint.carries_base:
@@ -167,6 +170,7 @@ class CheckpointRun(GatedRun):
                 "its other tensors were trained; leave the option out for it"
             )
         self.checkpoint = checkpoint
+        self._bases = bases
 
     @property
     def gates_all(self) -> bool:
@@ -184,7 +188,7 @@ class CheckpointRun(GatedRun):
 
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         try:
-            return measure_checkpoint(self.checkpoint, self._settings, self.selected, progress)
+            return measure_checkpoint(self.checkpoint, self._settings, self.selected, progress, self._bases)
         except NullspaceError as error:
             return error
         except Exception as error:
@@ -192,6 +196,8 @@ class CheckpointRun(GatedRun):
                 f"{self.checkpoint.directory}: the measurement failed unexpectedly: {type(error).__name__}: {error}\n"
                 + "".join(traceback.format_exception(error))
             )
+        finally:
+            self._bases = {}  # the last run to let go of what is shared frees it
 
 
 class SavedRun(GatedRun):
@@ -284,8 +290,9 @@ def open_runs(settings: Settings) -> tuple[GatedRun, ...]:
         StatsError: A file is no saved run.
         OptionError: The option ``layers`` matches no layer of one.
     """
+    bases: Bases = {}
     return (
-        *(CheckpointRun(open_checkpoint(directory), settings) for directory in settings.models),
+        *(CheckpointRun(open_checkpoint(directory), settings, bases) for directory in settings.models),
         *(SavedRun(file, settings) for file in settings.stats),
     )
 
@@ -295,8 +302,16 @@ def measure_checkpoint(
     settings: Settings,
     layers: Collection[str],
     progress: Callable[[int, int], None] | None = None,
+    bases: Bases | None = None,
 ) -> RunStats:
     """Read the text, load the model, and measure ``layers`` in one pass.
+
+    Args:
+        checkpoint: What to measure.
+        settings: On which text, and how.
+        layers: The names of its layers to measure.
+        progress: Told how many windows of how many are done.
+        bases: Keeps the base model of an adapter for the next adapter of the same base.
 
     Raises:
         NullspaceError: Any of it is not possible.
@@ -313,7 +328,7 @@ def measure_checkpoint(
     tokenize = calibration.load_tokenizer(_tokenizer_directory(checkpoint, base))
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, checkpoint, device)
-    adapted = load_model(checkpoint, device, dtype, base)
+    adapted = load_model(checkpoint, device, dtype, base, bases)
     seqlen = _seqlen(settings.seqlen, adapted.model)
     windows = calibration.draw_windows(text, tokenize, count=settings.calib_size, seqlen=seqlen, seed=settings.seed)
     loaded = time.perf_counter()
@@ -326,6 +341,7 @@ def measure_checkpoint(
         seed=settings.seed,
         progress=progress,
     )
+    adapted.take_off()
     passed = time.perf_counter()
     return RunStats(
         model_path=str(checkpoint.directory),

@@ -1,9 +1,11 @@
 """The module tree rebuilt from a checkpoint, ready to be measured. A new format is one loader here."""
 
 import warnings
+from collections.abc import Hashable, MutableMapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.errors import CheckpointError
@@ -13,7 +15,11 @@ __all__ = ["AdaptedLayer", "AdaptedModel", "load_model"]
 
 
 def load_model(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, base: Path | None = None
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: Path | None = None,
+    bases: MutableMapping[Hashable, nn.Module] | None = None,
 ) -> AdaptedModel:
     """Build the checkpoint's model in eval mode, every weight from its files.
 
@@ -22,6 +28,7 @@ def load_model(
         device: Where to run it.
         dtype: In which precision to run it.
         base: The base model's directory, for a checkpoint that does not carry its base.
+        bases: Keeps that base model, once `AdaptedModel.take_off` was called, for the next adapter of the same.
 
     Raises:
         CheckpointError: Config and weights do not make one model.
@@ -36,4 +43,4 @@ def load_model(
             raise CheckpointError(f"{checkpoint.directory}: an adapter of this format needs its base model")
         from pytest_nullspace.model import peft
 
-        return peft.load(checkpoint, base, device, dtype)
+        return peft.load(checkpoint, base, device, dtype, {} if bases is None else bases)

@@ -1,6 +1,6 @@
 """A model with adapted layers, as the measuring pass sees it, whatever the format it came from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,11 +62,13 @@ class AdaptedModel:
         model: The whole model; takes ``input_ids``.
         layers: Its adapted layers by name.
         device: Where its inputs go.
+        take_off: Frees the base model for the next adapter, after which this one can no longer be used.
     """
 
     model: nn.Module
     layers: Mapping[str, AdaptedLayer]
     device: torch.device
+    take_off: Callable[[], None] = lambda: None
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -4,7 +4,7 @@ PEFT itself only warns about tensors that match nothing; here that is an error, 
 that is measured.
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,26 @@ _CLASSES = {
 _SHOWN = 5
 
 
-def load(checkpoint: Checkpoint, base: Path, device: torch.device, dtype: torch.dtype) -> AdaptedModel:
-    """Load the base model from ``base`` and put the adapter on it.
+def load(
+    checkpoint: Checkpoint,
+    base: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    bases: MutableMapping[Hashable, nn.Module],
+) -> AdaptedModel:
+    """Load the base model from ``base``, or take it from ``bases``, and put the adapter on it.
 
     Raises:
         CheckpointError: The base cannot be loaded, or adapter and base do not match, tensor by tensor.
     """
-    model = _base_model(checkpoint, base, dtype)
+    kind = _class_of(checkpoint, base)
+    replaced = tuple(checkpoint.config.get("modules_to_save") or ())
+    key = base.resolve(), device, dtype, kind, replaced
+    model = bases.pop(key, None)
+    if model is None:
+        bases.clear()  # of the bases one is in memory at a time
+        model = _base_model(kind, base, dtype, replaced).to(device)
+    untouched = _Untouched(model)
     fields = {key: checkpoint.config[key] for key in _FIELDS if checkpoint.config.get(key) is not None}
     try:
         wrapped: Any = get_peft_model(model, LoraConfig(**fields))
@@ -58,15 +71,61 @@ def load(checkpoint: Checkpoint, base: Path, device: torch.device, dtype: torch.
     _fill(wrapped, checkpoint, base)
     _check_targets(checkpoint, base, found)
     model.to(device).eval()
-    return AdaptedModel(model, {spec.name: _view(spec.name, found[spec.name]) for spec in checkpoint.layers}, device)
+    views = {spec.name: _view(spec.name, found[spec.name]) for spec in checkpoint.layers}
+
+    def take_off() -> None:
+        wrapped.unload()
+        if untouched.restored():
+            bases[key] = model
+
+    return AdaptedModel(model, views, device, take_off)
 
 
-def _base_model(checkpoint: Checkpoint, base: Path, dtype: torch.dtype) -> nn.Module:
+class _Untouched:
+    """Remembers a base model, to tell whether an adapter that was taken off it left everything as it was.
+
+    Some adapters do not: trained biases, for one, are written into the base's own, and PEFT leaves the adapter's whole
+    modules in place.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._modules, self._tensors = self._now()
+        self._kept = [*model.parameters(), *model.buffers()]  # alive, so that no other tensor gets the id of one
+
+    def restored(self) -> bool:
+        """Put back modules that are not the base's own; whether they then hold the same tensors, none written to."""
+        for name, (module, _) in self._modules.items():
+            if name and self._model.get_submodule(name) is not module:
+                self._model.set_submodule(name, module)
+        modules, tensors = self._now()
+        return modules == self._modules and tensors == self._tensors
+
+    def _now(self) -> tuple[dict[str, tuple[nn.Module, int]], dict[str, tuple[int, int]]]:
+        model = self._model
+        modules = {
+            name: (module, len(module._forward_hooks) + len(module._forward_pre_hooks))
+            for name, module in model.named_modules(remove_duplicate=False)
+        }
+        tensors = {
+            name: (id(tensor), -1 if tensor.is_inference() else tensor._version)
+            for name, tensor in (
+                *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
+            )
+        }  # fmt: skip
+        return modules, tensors
+
+
+def _class_of(checkpoint: Checkpoint, base: Path) -> Any:
     config = read_json_object(base / "config.json", "the base model's config")
     name = _CLASSES.get(str(checkpoint.config.get("task_type"))) or next(iter(config.get("architectures") or ()), "")
     kind = getattr(transformers, str(name), None)
     if kind is None or not hasattr(kind, "from_pretrained"):
         raise CheckpointError(f"{base}: its architecture {printable(name)!r} is not one of transformers' own")
+    return kind
+
+
+def _base_model(kind: Any, base: Path, dtype: torch.dtype, replaced: tuple[str, ...]) -> nn.Module:
     try:
         model, report = kind.from_pretrained(
             str(base),
@@ -78,12 +137,12 @@ def _base_model(checkpoint: Checkpoint, base: Path, dtype: torch.dtype) -> nn.Mo
         )
     except Exception as error:  # transformers raises many kinds for a directory that it cannot load
         raise CheckpointError(f"{base}: transformers cannot load the base model: {error}") from error
-    replaced = tuple(checkpoint.config.get("modules_to_save") or ())
     missing = [key for key in sorted(report["missing_keys"]) if not any(part in replaced for part in key.split("."))]
     if missing or report["mismatched_keys"]:
         wrong = missing or [key for key, *_ in report["mismatched_keys"]]
         raise CheckpointError(
-            f"{base}: its weights are not those of a whole {name}: {_some(wrong)} have no tensor of their shape there"
+            f"{base}: its weights are not those of a whole {kind.__name__}: {_some(wrong)} have no tensor of their "
+            "shape there"
         )
     assert isinstance(model, nn.Module)
     return model

@@ -104,3 +104,28 @@ def test_a_layer_that_no_row_reached_fails_unless_allowed(folder: Path, gate: Ga
     alone = gate(*bounds, "--nullspace-allow-unreached=*", *only, model="adapter", quick=quick)
     assert alone.ret == 1
     alone.stdout.fnmatch_lines(["nullspace: NOT GATED: no activation row reached any selected layer of *adapter"])
+
+
+def test_adapters_of_one_base_load_it_once(folder: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """Several adapters of one base in one run load it once, and their figures are those of runs of their own."""
+    names = ("one", "two", "three")
+    for rank, name in enumerate(names, 2):
+        adapter(folder, tiny.llama(), r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj"], name=name)
+    pytester.makeconftest(
+        "import pytest_nullspace.session as s\n"
+        "real = s.measure_checkpoint\n"
+        "def counted(*a):\n"
+        "    import transformers\n"
+        "    kind = transformers.AutoModelForCausalLM\n"
+        "    load = transformers.LlamaForCausalLM.from_pretrained\n"
+        "    kind.from_pretrained = lambda *a, **k: (open('loads.log', 'a').write('x'), load(*a, **k))[1]\n"
+        "    return real(*a)\n"
+        "s.measure_checkpoint = counted\n"
+    )
+    others = [f"--nullspace-model={name}" for name in names[1:]]
+    together = gate(*LOOSE, *others, "--nullspace-save-stats=all-{model}.json", model="one")
+    together.assert_outcomes(passed=3 * (2 * LAYERS + 1))
+    assert (folder / "loads.log").read_text() == "x"
+    assert gate(*LOOSE, "--nullspace-save-stats=alone.json", model="three").ret == 0
+    alone, among = (json.loads((folder / f"{name}.json").read_text())["stats"] for name in ("alone", "all-three"))
+    assert alone == among

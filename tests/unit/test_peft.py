@@ -448,6 +448,60 @@ def test_an_update_that_is_not_zero_changes_the_output_and_a_zero_one_does_not(s
     assert differs() == (0, False)
 
 
+ON_ONE_BASE: dict[str, tuple[dict[str, Any], bool]] = {
+    "plain": ({"target_modules": ["q_proj", "down_proj"]}, True),
+    "magnitudes": ({"target_modules": ["q_proj"], "use_dora": True}, True),
+    "experts by parameter": (
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        False,
+    ),
+    "trained tokens": ({"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]}, True),
+    "a saved embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+    "a whole module": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+}
+"""Adapters, and whether their base is as it was once they are taken off it."""
+
+
+@pytest.mark.parametrize("kind", ON_ONE_BASE)
+def test_adapters_of_one_base_share_it_and_leave_it_untouched(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next adapter of the same base gets it without a load, exactly as it was; a base written to is not kept."""
+    config, leaves_it_untouched = ON_ONE_BASE[kind]
+    directory = adapter(tmp_path, mixtral(), r=4, **config)
+    checkpoint, base = open_checkpoint(directory), tmp_path / "base"
+    fresh = transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    alone = measure(load_model(checkpoint, torch.device("cpu"), torch.float32, base), WINDOWS)
+    loads: list[str] = []
+    real = transformers.MixtralForCausalLM.from_pretrained
+
+    def counted(directory: str, **options: Any) -> Any:
+        loads.append(directory)
+        return real(directory, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", counted)
+    bases: dict[Any, nn.Module] = {}
+    for _ in range(3):
+        adapted = load_model(checkpoint, torch.device("cpu"), torch.float32, base, bases)
+        assert not bases
+        assert measure(adapted, WINDOWS) == alone
+        adapted.take_off()
+        assert bool(bases) == leaves_it_untouched
+        for kept in bases.values():
+            state = kept.state_dict()
+            assert list(state) == list(fresh)
+            assert all(torch.equal(state[name], fresh[name]) for name in fresh)
+    assert len(loads) == (1 if leaves_it_untouched else 3)
+
+
+def test_a_base_with_trained_biases_is_not_handed_on(tmp_path: Path) -> None:
+    """Trained biases are written into the base's own, so the next adapter gets a base of its own."""
+    directory = adapter(tmp_path, tiny.qwen2(), r=4, target_modules=["q_proj"], bias="all")
+    bases: dict[Any, nn.Module] = {}
+    load_model(open_checkpoint(directory), torch.device("cpu"), torch.float32, tmp_path / "base", bases).take_off()
+    assert not bases
+
+
 def test_a_lora_null_directory_and_the_same_adapter_in_peft_give_the_same_figures(tmp_path: Path) -> None:
     """The same A, B and W in either format give the same figures to 1e-6."""
     model = tiny.llama()
