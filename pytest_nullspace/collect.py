@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_nullspace.audit import Audit
 from pytest_nullspace.errors import NullspaceError, NullspaceWarning
 from pytest_nullspace.invariants import MODEL, Tier, Verdict, judge, judge_averages
 from pytest_nullspace.progress import fail_measuring, showing_progress
@@ -39,6 +40,8 @@ class CheckpointFile(pytest.File):
             yield ModelItem.from_parent(self, name=MODEL)
         for name in self.run.missing:
             yield MissingItem.from_parent(self, name=name)
+        if self.run.has_audit:
+            yield FrozenItem.from_parent(self, name=FROZEN)
         if self.run.gates_scope:
             yield ScopeItem.from_parent(self, name=SCOPE)
 
@@ -99,7 +102,7 @@ class LayerItem(MeasuredItem):
         layer = run.layer(self.name)
         if layer is None:
             pytest.fail(f"{self.name} was not measured", pytrace=False)
-        verdict = judge(layer, self.parent.run.expectations)
+        verdict = judge(layer, self.parent.run.expectations(run))
         figures = {figure: layer.figure(figure) for figure in FIGURES if figure not in layer.absent}
         self.record(tier=str(verdict.tier), rows=layer.rows, **figures)
         return verdict, terminal.layer_failure(layer, verdict)
@@ -110,10 +113,27 @@ class ModelItem(MeasuredItem):
 
     def judge(self, run: RunStats) -> tuple[Verdict, str]:
         """Hold the averages against the thresholds."""
-        verdict = judge_averages(run, self.parent.run.expectations)
+        verdict = judge_averages(run, self.parent.run.expectations(run))
         figures = {figure: run.mean(figure) for figure in FIGURES if figure not in run.absent}
         self.record(tier=str(verdict.tier), layers=len(run.layers), **figures)
         return verdict, terminal.model_failure(run, verdict)
+
+
+FROZEN = "frozen"
+"""The name of the item that holds everything outside the layers against its start."""
+
+
+class FrozenItem(MeasuredItem):
+    """Holds that no tensor outside the layers moved in training."""
+
+    def runtest(self) -> None:
+        """Fail where one did."""
+        audited = Audit.of(self.parent.run.measured().about)
+        if audited is None:
+            pytest.fail("the checkpoint was not held against its start", pytrace=False)
+        self.record(compared=audited.compared, moved=len(audited.others))
+        if audited.others:
+            pytest.fail(terminal.moved(audited), pytrace=False)
 
 
 class MissingItem(GateItem):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pytest_nullspace import stats
+from pytest_nullspace.audit import Audit
 from pytest_nullspace.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.errors import NullspaceError
 from pytest_nullspace.invariants import Tier
@@ -131,7 +132,7 @@ class Gate:
                 if self.settings.save_stats is not None:
                     stats.write(outcome, stats_file(self.settings.save_stats, run.name))
             document = "\n".join(
-                markdown.report(outcome, run.expectations, (line for line, _ in notes(run, outcome)))
+                markdown.report(outcome, run.expectations(outcome), (line for line, _ in notes(run, outcome)))
                 for run, outcome in measured
             )
             for file in self.settings.reports:
@@ -146,7 +147,7 @@ class Gate:
             outcome = run.peek()
             if outcome is not None:
                 terminalreporter.section(f"nullspace: {node_id(run.path, self._config.rootpath)}")
-                terminal.write(terminalreporter, outcome, run.expectations)
+                terminal.write(terminalreporter, outcome, run.expectations(outcome))
                 terminal.write_lines(terminalreporter, notes(run, outcome))
         for problem in self._problems:
             terminalreporter.write_line(f"nullspace: NOT GATED: {problem}", red=True, bold=True)
@@ -160,11 +161,14 @@ class Gate:
 
 
 def notes(run: GatedRun, outcome: RunStats) -> list[tuple[str, Tier | None]]:
-    """What a report says below the figures, in lines: how the run compares with an earlier one."""
-    compared = run.compared(outcome)
-    if compared is None or run.earlier_file is None:
-        return []
-    return list(terminal.comparison(compared, run.earlier_file, run.missing))
+    """What a report says below the figures, in lines: how the run compares with an earlier one and with its start."""
+    lines: list[tuple[str, Tier | None]] = []
+    audited, compared = Audit.of(outcome.about), run.compared(outcome)
+    if audited is not None:
+        lines += terminal.audit_lines(audited)
+    if compared is not None and run.earlier_file is not None:
+        lines += terminal.comparison(compared, run.earlier_file, run.missing)
+    return lines
 
 
 def _append_step_summary(document: str) -> None:

@@ -45,6 +45,8 @@ class Settings:
         overrides: Thresholds of the user's own.
         save_stats: Where to save the statistics.
         reports: Where to write reports.
+        init: The checkpoint from which training started.
+        variant: What training might move: ``auto`` or one of `pytest_nullspace.audit.VARIANTS`.
         compare: An earlier run to hold each run against; ``{model}`` stands for the run's name.
         limits: How much worse than there a figure may be.
         allowed: The differences between the two runs that are allowed.
@@ -71,6 +73,8 @@ class Settings:
     reports: tuple[Path, ...]
     allow_unreached: tuple[str, ...] = ()
     strict_scope: bool = False
+    init: Path | None = None
+    variant: str = "auto"
     compare: Path | None = None
     limits: "tuple[Limit, ...]" = ()
     allowed: tuple[str, ...] = ()
@@ -255,6 +259,14 @@ _OPTIONS = (
         _override,
         repeatable=True,
     ),
+    _Option("init", "DIR", "Hold every tensor against the checkpoint in DIR, from which training started.", _path),
+    _Option(
+        "variant",
+        "VARIANT",
+        "What training may move: v2 the up matrices alone, v1 and lora both; auto decides from the initial weights.",
+        _one_of("auto", "v1", "v2", "lora"),
+        default="auto",
+    ),
     _Option(
         "compare", "JSON", "Hold each layer against an earlier run; {model} in the name stands for the run's.", _path
     ),
@@ -345,6 +357,8 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         reports=values["report"],
         allow_unreached=values["allow-unreached"],
         strict_scope=values["strict-scope"],
+        init=values["init"],
+        variant=values["variant"],
         compare=values["compare"],
         limits=values["compare-fail"],
         allowed=values["compare-allow"],
@@ -364,6 +378,8 @@ def _check_together(settings: Settings) -> None:
         Expectations(Stage(settings.stage), settings.overrides)
     except OptionError as error:
         raise OptionError(f"{PREFIX}threshold: {error}") from None
+    if settings.init is not None and not settings.models:
+        raise OptionError(f"{PREFIX}init: compares weights, and a saved run holds none; give the model as well")
     _check_compare(settings)
     saved = _files(settings, "save-stats", settings.save_stats)
     read = {"stats": settings.stats, "compare": _files(settings, "compare", settings.compare)}

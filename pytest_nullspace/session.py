@@ -10,7 +10,7 @@ import platform
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nullspace import calibration
+from pytest_nullspace.audit import Audit, audit
 from pytest_nullspace.baseline import Comparison, Difference, compare, incomparable, regressions
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
-from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors
 from pytest_nullspace.checkpoint.layers import is_layer_name
 from pytest_nullspace.errors import (
     CheckpointError,
@@ -32,13 +33,10 @@ from pytest_nullspace.errors import (
     TextError,
 )
 from pytest_nullspace.hub import directory_of
-from pytest_nullspace.invariants import Expectations, Stage
+from pytest_nullspace.invariants import Check, Expectations, Stage
 from pytest_nullspace.options import PREFIX, Settings, stats_file
 from pytest_nullspace.report import terminal
 from pytest_nullspace.stats import RunStats, from_json, read, write, write_atomically
-
-Bases = MutableMapping[Hashable, Any]
-"""The base model that adapters share, kept from one to the next; shared by the runs that are still to be measured."""
 
 DEFAULT_SEQLEN = 2048
 """Tokens a window, as in the reference, where the model allows as many."""
@@ -85,6 +83,11 @@ class GatedRun(ABC):
 
     @property
     @abstractmethod
+    def has_audit(self) -> bool:
+        """Whether its tensors are, or were, held against their start."""
+
+    @property
+    @abstractmethod
     def outside(self) -> Sequence[str]:
         """The trained tensors that no layer test covers."""
 
@@ -101,12 +104,15 @@ class GatedRun(ABC):
         """Whether a test holds that nothing was trained outside the layers."""
         return self._settings.strict_scope
 
-    @property
-    def expectations(self) -> Expectations:
-        """What its layers are held against."""
-        settings, earlier = self._settings, self._earlier
+    def expectations(self, outcome: RunStats) -> Expectations:
+        """What its layers are held against, given what was measured."""
+        settings, earlier, audited = self._settings, self._earlier, Audit.of(outcome.about)
         stage = Stage(settings.stage)
-        checks = [] if earlier is None else [lambda layer: regressions(layer, earlier, settings.limits, stage)]
+        checks: list[Check] = []
+        if earlier is not None:
+            checks.append(lambda layer: regressions(layer, earlier, settings.limits, stage))
+        if audited is not None:
+            checks.append(lambda layer: audited.check(layer, trained=stage is Stage.TRAINED))
         return Expectations(stage, settings.overrides, checks, settings.allow_unreached)
 
     def compared(self, outcome: RunStats) -> Comparison | None:
@@ -161,7 +167,7 @@ class GatedRun(ABC):
 class CheckpointRun(GatedRun):
     """A checkpoint, whose layers are measured when the first of them is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, bases: Bases) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
         directory, layers = checkpoint.directory, [spec.name for spec in checkpoint.layers]
         super().__init__(directory, checkpoint.config_file, directory.name, layers, settings)
         if settings.strict_scope and checkpoint.carries_base:
@@ -170,7 +176,12 @@ class CheckpointRun(GatedRun):
                 "its other tensors were trained; leave the option out for it"
             )
         self.checkpoint = checkpoint
-        self._bases = bases
+        self._initial = None if settings.init is None else open_checkpoint(settings.init)
+
+    @property
+    def has_audit(self) -> bool:
+        """Whether its tensors are held against their start."""
+        return self._initial is not None
 
     @property
     def gates_all(self) -> bool:
@@ -188,7 +199,11 @@ class CheckpointRun(GatedRun):
 
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         try:
-            return measure_checkpoint(self.checkpoint, self._settings, self.selected, progress, self._bases)
+            outcome = measure_checkpoint(self.checkpoint, self._settings, self.selected, progress)
+            if self._initial is None:
+                return outcome
+            audited = audit_checkpoint(self.checkpoint, self._initial, self._settings, self.selected)
+            return replace(outcome, about={**outcome.about, "audit": audited.to_dict()})
         except NullspaceError as error:
             return error
         except Exception as error:
@@ -196,8 +211,6 @@ class CheckpointRun(GatedRun):
                 f"{self.checkpoint.directory}: the measurement failed unexpectedly: {type(error).__name__}: {error}\n"
                 + "".join(traceback.format_exception(error))
             )
-        finally:
-            self._bases = {}  # the last run to let go of what is shared frees it
 
 
 class SavedRun(GatedRun):
@@ -205,6 +218,7 @@ class SavedRun(GatedRun):
 
     def __init__(self, file: Path, settings: Settings) -> None:
         self._saved = read_run(file)
+        self._audited = Audit.of(self._saved.about, str(file))
         names = [layer.name for layer in self._saved.layers]
         if settings.strict_scope and (self._saved.about.get("base") is None or "outside" not in self._saved.about):
             raise OptionError(
@@ -218,6 +232,11 @@ class SavedRun(GatedRun):
     def gates_all(self) -> bool:
         """Whether every adapted layer was measured and has a test."""
         return self._saved.complete and len(self.gated) == len(self._saved.layers)
+
+    @property
+    def has_audit(self) -> bool:
+        """Whether the saved run tells of an audit."""
+        return self._audited is not None
 
     @property
     def outside(self) -> Sequence[str]:
@@ -290,9 +309,8 @@ def open_runs(settings: Settings) -> tuple[GatedRun, ...]:
         StatsError: A file is no saved run.
         OptionError: The option ``layers`` matches no layer of one.
     """
-    bases: Bases = {}
     return (
-        *(CheckpointRun(open_checkpoint(directory), settings, bases) for directory in settings.models),
+        *(CheckpointRun(open_checkpoint(directory), settings) for directory in settings.models),
         *(SavedRun(file, settings) for file in settings.stats),
     )
 
@@ -302,16 +320,8 @@ def measure_checkpoint(
     settings: Settings,
     layers: Collection[str],
     progress: Callable[[int, int], None] | None = None,
-    bases: Bases | None = None,
 ) -> RunStats:
     """Read the text, load the model, and measure ``layers`` in one pass.
-
-    Args:
-        checkpoint: What to measure.
-        settings: On which text, and how.
-        layers: The names of its layers to measure.
-        progress: Told how many windows of how many are done.
-        bases: Keeps the base model of an adapter for the next adapter of the same base.
 
     Raises:
         NullspaceError: Any of it is not possible.
@@ -328,7 +338,7 @@ def measure_checkpoint(
     tokenize = calibration.load_tokenizer(_tokenizer_directory(checkpoint, base))
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, checkpoint, device)
-    adapted = load_model(checkpoint, device, dtype, base, bases)
+    adapted = load_model(checkpoint, device, dtype, base)
     seqlen = _seqlen(settings.seqlen, adapted.model)
     windows = calibration.draw_windows(text, tokenize, count=settings.calib_size, seqlen=seqlen, seed=settings.seed)
     loaded = time.perf_counter()
@@ -341,7 +351,6 @@ def measure_checkpoint(
         seed=settings.seed,
         progress=progress,
     )
-    adapted.take_off()
     passed = time.perf_counter()
     return RunStats(
         model_path=str(checkpoint.directory),
@@ -382,6 +391,28 @@ def measure_checkpoint(
                 "seconds": {"load": round(loaded - started, 3), "pass": round(passed - loaded, 3)},
             },
         },
+    )
+
+
+def audit_checkpoint(checkpoint: Checkpoint, initial: Checkpoint, settings: Settings, layers: Collection[str]) -> Audit:
+    """Hold every tensor of the checkpoint against its start; across formats against the tensors of the base as well.
+
+    Raises:
+        CheckpointError: The two do not belong together, or a file cannot be read.
+    """
+
+    def base(of: Checkpoint, other: Checkpoint) -> Mapping[str, TensorInfo] | None:
+        if of.carries_base or not other.carries_base:
+            return None
+        return read_tensors(base_directory(of, settings.base), "model")
+
+    return audit(
+        checkpoint,
+        initial,
+        layers=layers,
+        variant=settings.variant,
+        trained_base=base(checkpoint, initial),
+        initial_base=base(initial, checkpoint),
     )
 
 

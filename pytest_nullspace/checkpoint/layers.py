@@ -10,7 +10,7 @@ from pytest_nullspace.checkpoint.header import TensorInfo, printable
 from pytest_nullspace.errors import CheckpointError
 
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
-_OTHER_TESTS = ("model", "scope")  # the gate has tests of these names beside the layers'
+_OTHER_TESTS = ("model", "scope", "frozen")  # the gate has tests of these names beside the layers'
 
 # The order in which the common decoder blocks run their projections; names not listed sort after, by name.
 _FORWARD_ORDER = ("self_attn", "attn", "attention", "mlp", "q_proj", "k_proj", "v_proj", "o_proj",

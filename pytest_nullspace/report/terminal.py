@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_nullspace.audit import Audit
 from pytest_nullspace.baseline import Comparison
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 WORST_SHOWN = 5
 OUTSIDE_SHOWN = 2
+MOVED_SHOWN = 5
 WIDTH = 60
 MARKS = {Tier.PASS: "✓", Tier.WARN: "⚠", Tier.FAIL: "✗"}
 
@@ -176,6 +178,28 @@ def comparison(compared: Comparison, against: Path, missing: Sequence[str]) -> I
         worst = compared.worst(figure)
         if worst is not None:
             yield f"  largest change for the worse: {worst[1]} in {printable(worst[0])}", None
+
+
+def audit_lines(audited: Audit) -> Iterator[tuple[str, Tier | None]]:
+    """What moved since training started, in all layers and outside them."""
+    layers, of = audited.layers, len(audited.layers)
+    yield f"against its start {printable(audited.initial, 1000)}: variant {audited.variant}, {audited.decided}", None
+    down = [layer for layer in layers if not layer.down <= layer.tolerance]
+    angle = max((layer.angle for layer in layers), default=0.0)
+    base = sum(layer.base is not None and not layer.base <= layer.tolerance for layer in layers)
+    yield (
+        f"  B moved in {len(down)} of {of} layers, largest principal angle {angle:.3g}°; W_res changed in {base}; "
+        f"A moved in {sum(layer.up != 0 for layer in layers)}",
+        Tier.FAIL if base or (down and audited.variant == "v2") else None,
+    )
+    yield f"  {moved(audited)}", Tier.FAIL if audited.others else None
+
+
+def moved(audited: Audit) -> str:
+    """Which tensors outside the layers are not what they were, the farthest first."""
+    others = sorted(audited.others, key=lambda other: (not math.isnan(other.change), -other.change))
+    told = "; ".join(map(str, others[:MOVED_SHOWN])) + ("; …" if len(others) > MOVED_SHOWN else "")
+    return f"{len(others)} of {audited.compared} tensors outside the layers moved" + (f": {told}" if told else "")
 
 
 def _conditions(run: RunStats) -> str | None:

@@ -1,0 +1,379 @@
+"""Trained against initial, tensor by tensor, straight from the files: what moved, how far, and whether it might.
+
+One tensor of each side is in memory at a time. Nothing needs torch; numpy is imported where numbers are needed.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_nullspace.checkpoint import Checkpoint, lora_null, peft
+from pytest_nullspace.checkpoint.header import FLOATING, TensorInfo, printable
+from pytest_nullspace.errors import CheckpointError, StatsError
+from pytest_nullspace.stats import LayerStats
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+VARIANTS = ("v1", "v2", "lora")
+"""What training may move: v2 A alone, v1 and plain LoRA A and B."""
+
+SAME_DTYPE, OTHER_DTYPE = 1e-6, 1e-2
+"""How far a frozen tensor may lie from its start, relative: stored alike, or rounded to another precision."""
+SAME_SPACE = 0.1
+"""Below this angle in degrees, B spans what it did."""
+ORTHONORMAL = 1e-2
+"""How far ``B Bᵀ`` may lie from the identity, in any element; half precision rounds."""
+
+_DOWN, _UP, _BASE, _BIAS = "down", "up", "base", "bias"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAudit:
+    """How far one layer's tensors lie from their start.
+
+    Attributes:
+        name: Its module path.
+        down: ``‖B − B₀‖ / ‖B₀‖``.
+        angle: The largest principal angle between the row spaces of B and B₀, in degrees.
+        up: ``‖A − A₀‖``; absolute, for A mostly starts at zero.
+        base: ``‖W_res − W₀‖ / ‖W₀‖``; None where neither checkpoint carries it.
+        bias: The same of the bias; None where there is none.
+        tolerance: How far a frozen tensor may lie from its start.
+    """
+
+    name: str
+    down: float
+    angle: float
+    up: float
+    base: float | None
+    bias: float | None
+    tolerance: float
+
+    def faults(self, variant: str, trained: bool) -> Iterator[str]:
+        """What moved and must not have, and what must have moved and did not, in phrases."""
+        if variant == "v2" and not self.down <= self.tolerance:
+            what = "B turned or rescaled within its space" if self.angle < SAME_SPACE else "B left its space"
+            yield f"{what}: relative change {self.down:.3g}, largest principal angle {self.angle:.3g}°"
+        for label, change in (("W_res", self.base), ("bias", self.bias)):
+            if change is not None and not change <= self.tolerance:
+                yield f"{label} changed: relative change {change:.3g}"
+        if trained and self.up == 0:
+            yield "A did not move from its start"
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A tensor outside the layers that is not what it was: how far it lies, or why that cannot be said."""
+
+    name: str
+    change: float
+    why: str = ""
+
+    def __str__(self) -> str:
+        """The tensor with its relative change, or the reason."""
+        return f"{printable(self.name)} ({self.why or f'relative change {self.change:.3g}'})"
+
+
+@dataclass(frozen=True)
+class Audit:
+    """All that differs between a checkpoint and its start.
+
+    Attributes:
+        initial: Where the start lies.
+        variant: One of `VARIANTS`.
+        decided: Why that one.
+        layers: Each audited layer, in model order.
+        others: The tensors outside the layers that moved, came or went.
+        compared: How many tensors outside the layers were compared.
+    """
+
+    initial: str
+    variant: str
+    decided: str
+    layers: tuple[LayerAudit, ...]
+    others: tuple[Moved, ...]
+    compared: int
+
+    def check(self, layer: LayerStats, trained: bool) -> Iterator[str]:
+        """What fails ``layer``, in phrases."""
+        audited = next((audit for audit in self.layers if audit.name == layer.name), None)
+        if audited is not None:
+            yield from audited.faults(self.variant, trained)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The audit as JSON holds it."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any], where: str = "the run") -> "Audit | None":
+        """The audit that a run tells of, if it does.
+
+        Args:
+            about: Of the run.
+            where: The file it was saved in, for messages.
+
+        Raises:
+            StatsError: What it tells is none.
+        """
+        told = about.get("audit")
+        if told is None:
+            return None
+        try:
+            layers = tuple(LayerAudit(**{**entry, **_numbers(entry)}) for entry in told["layers"])
+            others = tuple(Moved(str(m["name"]), float(_numbers(m)["change"]), str(m["why"])) for m in told["others"])
+            return cls(**{**told, "layers": layers, "others": others})
+        except (TypeError, KeyError, ValueError, AttributeError):
+            raise StatsError(f"{where}: its entry 'audit' is no audit; measure again") from None
+
+
+_OPTIONAL = ("base", "bias")
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What was null because it was no number, as NaN; what is not there at all stays None."""
+    return {
+        key: math.nan if value is None or value == "nan" else float(value)
+        for key, value in entry.items()
+        if key not in ("name", "why") and not (key in _OPTIONAL and value is None)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return "nan" if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def audit(
+    trained: Checkpoint,
+    initial: Checkpoint,
+    *,
+    layers: Collection[str],
+    variant: str = "auto",
+    trained_base: Mapping[str, TensorInfo] | None = None,
+    initial_base: Mapping[str, TensorInfo] | None = None,
+) -> Audit:
+    """Compare every tensor of a checkpoint with its start.
+
+    Args:
+        trained: The checkpoint.
+        initial: Its start, in the same format or the other.
+        layers: The layers to audit.
+        variant: One of `VARIANTS`, or ``auto`` to decide from the initial weights.
+        trained_base: The tensors of the base model, where the checkpoint does not carry them and they are to be
+            compared.
+        initial_base: The same for the start.
+
+    Raises:
+        CheckpointError: A layer is only in one of the two, has another shape, or a file cannot be read.
+    """
+    now, before = _places(trained, trained_base), _places(initial, initial_base)
+    names = [spec.name for spec in trained.layers if spec.name in layers]
+    gone = {spec.name for spec in initial.layers} ^ {spec.name for spec in trained.layers}
+    if gone:
+        raise CheckpointError(
+            f"{initial.directory}: not the start of {trained.directory}: only one of them adapts {min(gone)}"
+            + (f" and {len(gone) - 1} more layers" if len(gone) > 1 else "")
+        )
+    starts, audited = [], []
+    for name in names:
+        starts.append(_start(before, name))
+        audited.append(_layer(now, before, name))
+    if variant == "auto":
+        variant, decided = _decide(starts)
+    else:
+        decided = "as --nullspace-variant says"
+    others, compared = _others(now, before)
+    if trained_base is None and initial_base is None and trained.base != initial.base:
+        others.insert(0, Moved("base_model_name_or_path", math.nan, f"{trained.base}, was {initial.base}"))
+    return Audit(str(initial.directory), variant, decided, tuple(audited), tuple(others), compared)
+
+
+Place = tuple[str, str]
+"""A layer and a part of it, or ``""`` and the name of a tensor outside all layers."""
+
+
+def _places(checkpoint: Checkpoint, base: Mapping[str, TensorInfo] | None) -> dict[Place, TensorInfo]:
+    """Every tensor by the place that it has in the plain model, whatever the format."""
+    names = {spec.name for spec in checkpoint.layers}
+    found: dict[Place, TensorInfo] = {}
+    if checkpoint.format == peft.FORMAT:
+        parts, prefix = {peft.DOWN: _DOWN, peft.UP: _UP}, peft.PREFIX
+    else:
+        parts = {lora_null.DOWN: _DOWN, lora_null.UP: _UP, lora_null.BASE: _BASE, lora_null.BIAS: _BIAS}
+        prefix = ""
+    for tensor in checkpoint.tensors.values():
+        found[_place(tensor.name.removeprefix(prefix), parts, names)] = tensor
+    for tensor in (base or {}).values():
+        found[_place(tensor.name, {"weight": _BASE, "bias": _BIAS}, names)] = tensor
+    return found
+
+
+def _place(tensor: str, parts: Mapping[str, str], layers: Collection[str]) -> Place:
+    for suffix, part in parts.items():
+        layer = tensor.removesuffix(f".{suffix}")
+        if layer != tensor and layer in layers:
+            return layer, part
+    return "", tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """How a layer began."""
+
+    up_is_zero: bool
+    down_is_orthonormal: bool
+
+
+def _start(before: Mapping[Place, TensorInfo], name: str) -> _Start:
+    import numpy as np
+
+    down = read_tensor(before[name, _DOWN])
+    off = np.abs(down @ down.T - np.eye(len(down))).max()
+    return _Start(not read_tensor(before[name, _UP]).any(), bool(off <= ORTHONORMAL))
+
+
+def _decide(starts: Collection[_Start]) -> tuple[str, str]:
+    if all(start.down_is_orthonormal for start in starts):
+        return "v2", "the rows of B are orthonormal at the start"
+    if all(start.up_is_zero for start in starts):
+        return "lora", "A is zero at the start, and the rows of B are not orthonormal"
+    return "v1", "A is not zero at the start"
+
+
+def _layer(now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo], name: str) -> LayerAudit:
+    down, start = read_tensor(now[name, _DOWN]), read_tensor(before[name, _DOWN])
+    if down.shape != start.shape:
+        raise CheckpointError(
+            f"{before[name, _DOWN].file}: layer {printable(name)}: B is {_shape(start)} at the start, but "
+            f"{_shape(down)} now; this is not the start of that checkpoint"
+        )
+    up = change(now[name, _UP], before[name, _UP], absolute=True)
+    parts = [(now[name, part], before[name, part]) for part in (_DOWN, _BASE) if _both(now, before, (name, part))]
+    return LayerAudit(
+        name,
+        relative(down, start),
+        largest_angle(down, start),
+        up,
+        _change(now, before, (name, _BASE)),
+        _change(now, before, (name, _BIAS)),
+        SAME_DTYPE if all(a.dtype == b.dtype for a, b in parts) else OTHER_DTYPE,
+    )
+
+
+def _shape(array: "Array") -> str:
+    return "×".join(map(str, array.shape))
+
+
+def _both(now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo], place: Place) -> bool:
+    return place in now and place in before
+
+
+def _change(now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo], place: Place) -> float | None:
+    return change(now[place], before[place]) if _both(now, before, place) else None
+
+
+def _others(now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo]) -> tuple[list[Moved], int]:
+    moved, compared = [], 0
+    for place in sorted({place for place in (*now, *before) if not place[0]}):
+        name = place[1]
+        if not _both(now, before, place):
+            moved.append(Moved(name, math.nan, "new" if place in now else "gone"))
+            continue
+        compared += 1
+        a, b = now[place], before[place]
+        if a.shape != b.shape:
+            moved.append(Moved(name, math.nan, f"shape {list(a.shape)}, was {list(b.shape)}"))
+        elif not (far := change(a, b)) <= (SAME_DTYPE if a.dtype == b.dtype else OTHER_DTYPE):
+            moved.append(Moved(name, far))
+    return moved, compared
+
+
+_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}
+_CHUNK = 1 << 22
+
+
+def _raw(info: TensorInfo) -> "Array":
+    """The tensor's bytes, mapped from its file."""
+    import numpy as np
+
+    try:
+        with info.file.open("rb") as stream:
+            begin = 8 + int.from_bytes(stream.read(8), "little") + info.begin
+        if not info.nbytes:
+            return np.empty(0, np.uint8)
+        return np.memmap(info.file, np.uint8, "r", begin, (info.nbytes,))
+    except OSError as error:
+        raise CheckpointError(f"{info.file}: the weights cannot be read: {error.strerror}") from None
+
+
+def _floats(raw: "Array", dtype: str) -> "Array":
+    """Bytes as float64."""
+    import numpy as np
+
+    values = raw.view(_DTYPES[dtype])
+    if dtype == "BF16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float64)
+
+
+def read_tensor(info: TensorInfo) -> "Array":
+    """A tensor in float64, in its shape."""
+    return _floats(_raw(info), info.dtype).reshape(info.shape)
+
+
+def change(now: TensorInfo, before: TensorInfo, *, absolute: bool = False) -> float:
+    """``‖now − before‖ / ‖before‖`` in the Frobenius norm, or without the division; equal bytes are not converted."""
+    import numpy as np
+
+    a, b = _raw(now), _raw(before)
+    if now.dtype == before.dtype and now.shape == before.shape and np.array_equal(a, b) and now.dtype in FLOATING:
+        return 0.0
+    if now.dtype not in FLOATING or before.dtype not in FLOATING or now.shape != before.shape:
+        same = now.dtype == before.dtype and now.shape == before.shape and np.array_equal(a, b)
+        return 0.0 if same else math.inf
+    if not math.prod(now.shape):
+        return 0.0
+    wide, narrow = len(a) // math.prod(now.shape), len(b) // math.prod(before.shape)
+    far = size = 0.0
+    for start in range(0, math.prod(now.shape), _CHUNK):
+        x = _floats(a[start * wide : (start + _CHUNK) * wide], now.dtype)
+        y = _floats(b[start * narrow : (start + _CHUNK) * narrow], before.dtype)
+        far += float(((x - y) ** 2).sum())
+        size += float((y**2).sum())
+    return math.sqrt(far) if absolute else _quotient(math.sqrt(far), math.sqrt(size))
+
+
+def _quotient(part: float, whole: float) -> float:
+    if whole:
+        return part / whole
+    return math.inf if part else 0.0
+
+
+def relative(now: "Array", before: "Array") -> float:
+    """``‖now − before‖ / ‖before‖`` in the Frobenius norm."""
+    import numpy as np
+
+    return _quotient(float(np.linalg.norm(now - before)), float(np.linalg.norm(before)))
+
+
+def largest_angle(down: "Array", start: "Array") -> float:
+    """The largest principal angle between two row spaces of equal rank, in degrees; exact also where it is small."""
+    import numpy as np
+
+    if np.array_equal(down, start):
+        return 0.0
+    if not (np.isfinite(down).all() and np.isfinite(start).all()):
+        return math.nan
+    a, b = np.linalg.qr(start.T)[0], np.linalg.qr(down.T)[0]
+    common = a.T @ b
+    cosine = float(np.linalg.svd(common, compute_uv=False).min())
+    sine = float(np.linalg.norm(b - a @ common, 2))
+    return math.degrees(math.atan2(sine, cosine))
