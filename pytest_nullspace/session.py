@@ -10,7 +10,7 @@ import platform
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -37,6 +37,9 @@ from pytest_nullspace.invariants import Check, Expectations, Stage
 from pytest_nullspace.options import PREFIX, Settings, stats_file
 from pytest_nullspace.report import terminal
 from pytest_nullspace.stats import RunStats, from_json, read, write, write_atomically
+
+Bases = MutableMapping[Hashable, Any]
+"""The base model that adapters share, kept from one to the next; shared by the runs that are still to be measured."""
 
 DEFAULT_SEQLEN = 2048
 """Tokens a window, as in the reference, where the model allows as many."""
@@ -167,7 +170,7 @@ class GatedRun(ABC):
 class CheckpointRun(GatedRun):
     """A checkpoint, whose layers are measured when the first of them is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings) -> None:
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, bases: Bases) -> None:
         directory, layers = checkpoint.directory, [spec.name for spec in checkpoint.layers]
         super().__init__(directory, checkpoint.config_file, directory.name, layers, settings)
         if settings.strict_scope and checkpoint.carries_base:
@@ -177,6 +180,7 @@ class CheckpointRun(GatedRun):
             )
         self.checkpoint = checkpoint
         self._initial = None if settings.init is None else open_checkpoint(settings.init)
+        self._bases = bases
 
     @property
     def has_audit(self) -> bool:
@@ -199,7 +203,7 @@ class CheckpointRun(GatedRun):
 
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         try:
-            outcome = measure_checkpoint(self.checkpoint, self._settings, self.selected, progress)
+            outcome = measure_checkpoint(self.checkpoint, self._settings, self.selected, progress, self._bases)
             if self._initial is None:
                 return outcome
             audited = audit_checkpoint(self.checkpoint, self._initial, self._settings, self.selected)
@@ -211,6 +215,8 @@ class CheckpointRun(GatedRun):
                 f"{self.checkpoint.directory}: the measurement failed unexpectedly: {type(error).__name__}: {error}\n"
                 + "".join(traceback.format_exception(error))
             )
+        finally:
+            self._bases = {}  # the last run to let go of what is shared frees it
 
 
 class SavedRun(GatedRun):
@@ -309,8 +315,9 @@ def open_runs(settings: Settings) -> tuple[GatedRun, ...]:
         StatsError: A file is no saved run.
         OptionError: The option ``layers`` matches no layer of one.
     """
+    bases: Bases = {}
     return (
-        *(CheckpointRun(open_checkpoint(directory), settings) for directory in settings.models),
+        *(CheckpointRun(open_checkpoint(directory), settings, bases) for directory in settings.models),
         *(SavedRun(file, settings) for file in settings.stats),
     )
 
@@ -320,8 +327,16 @@ def measure_checkpoint(
     settings: Settings,
     layers: Collection[str],
     progress: Callable[[int, int], None] | None = None,
+    bases: Bases | None = None,
 ) -> RunStats:
     """Read the text, load the model, and measure ``layers`` in one pass.
+
+    Args:
+        checkpoint: What to measure.
+        settings: On which text, and how.
+        layers: The names of its layers to measure.
+        progress: Told how many windows of how many are done.
+        bases: Keeps the base model of an adapter for the next adapter of the same base.
 
     Raises:
         NullspaceError: Any of it is not possible.
@@ -338,7 +353,7 @@ def measure_checkpoint(
     tokenize = calibration.load_tokenizer(_tokenizer_directory(checkpoint, base))
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, checkpoint, device)
-    adapted = load_model(checkpoint, device, dtype, base)
+    adapted = load_model(checkpoint, device, dtype, base, bases)
     seqlen = _seqlen(settings.seqlen, adapted.model)
     windows = calibration.draw_windows(text, tokenize, count=settings.calib_size, seqlen=seqlen, seed=settings.seed)
     loaded = time.perf_counter()
@@ -351,6 +366,7 @@ def measure_checkpoint(
         seed=settings.seed,
         progress=progress,
     )
+    adapted.take_off()
     passed = time.perf_counter()
     return RunStats(
         model_path=str(checkpoint.directory),
