@@ -6,17 +6,19 @@ from pathlib import Path
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.errors import CheckpointError
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
-_WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "spiece.model")
+_WANTED = ("*.json", "*.safetensors", "tokenizer.model", "spiece.model", "vocab.txt", "merges.txt")
 """What is downloaded: no code and no pickles."""
+_UNWANTED = ("*/*",)
+"""Nor what lies in folders, such as the states of training."""
 
 
 def directory_of(name: str, revision: str | None, how: str) -> Path:
     """The local directory of ``name``, downloaded to the hub's own cache where it is no path.
 
     Args:
-        name: A directory, or ``owner/name`` on the hub.
+        name: A directory, or ``owner/name`` on the hub, with ``@revision`` where ``revision`` shall be that one.
         revision: A branch, tag or commit of the hub; None for the main branch.
         how: Which option or field said so, for messages.
 
@@ -24,14 +26,22 @@ def directory_of(name: str, revision: str | None, how: str) -> Path:
         CheckpointError: It is neither, or the hub cannot be reached or has no such model.
     """
     local = Path(name).expanduser()
-    if local.is_dir():
-        return local
+    return local if local.is_dir() else downloaded(name, revision, how)
+
+
+def downloaded(name: str, revision: str | None, how: str) -> Path:
+    """The directory in the hub's own cache that holds ``name``, downloaded if it is not there; see `directory_of`."""
     if not _HUB_ID.fullmatch(name) or name in (".", ".."):
         raise CheckpointError(f"{how}: {printable(name)} is no directory, and no id on the hub could be written so")
     from huggingface_hub import snapshot_download
 
+    identity, _, said = name.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED)))
+        return Path(
+            snapshot_download(
+                identity, revision=said or revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+            )
+        )
     except Exception as error:  # no network, offline, gated, unknown: huggingface_hub has an exception for each
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise CheckpointError(

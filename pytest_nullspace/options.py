@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_nullspace.invariants import Override
 
 PREFIX = "--nullspace-"
+_HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Settings:
     """What the user asked for.
 
     Attributes:
-        models: The checkpoints' directories.
+        models: The checkpoints' directories; text where it is an id on the hub, with ``@revision`` if one was given.
         stats: Saved runs to gate without their models.
         base: The base model of adapters that do not carry theirs, a directory or hub id; None for what they name.
         calib_dataset: The preserved text, as given.
@@ -54,7 +55,7 @@ class Settings:
         strict_scope: Whether a trained tensor that no layer test covers is a failure.
     """
 
-    models: tuple[Path, ...]
+    models: tuple[Path | str, ...]
     stats: tuple[Path, ...]
     base: str | None
     calib_dataset: str
@@ -119,6 +120,11 @@ def _text(given: _Given) -> str:
 def _path(given: _Given) -> Path:
     # Not resolved: pytest does not follow links in the paths of tests either.
     return Path(os.path.normpath(given.folder / Path(_text(given)).expanduser()))
+
+
+def _model(given: _Given) -> Path | str:
+    local = _path(given)
+    return given.text if not local.exists() and re.fullmatch(_HUB_ID, given.text) else local
 
 
 def _directory_or_id(given: _Given) -> str:
@@ -208,14 +214,20 @@ def form_example(in_ini: bool) -> str:
 
 
 _OPTIONS = (
-    _Option("model", "DIR", "Gate the adapter in DIR: one test per adapted layer.", _path, repeatable=True),
+    _Option(
+        "model",
+        "DIR",
+        "Gate the adapter in DIR, or on the hub as owner/name[@revision]: one test per adapted layer.",
+        _model,
+        repeatable=True,
+    ),
     _Option(
         "stats", "JSON", "Gate the saved run in JSON, without its model and without torch.", _path, repeatable=True
     ),
     _Option(
         "base",
         "DIR",
-        "The base model of a PEFT adapter, a directory or hub id (default: what its config names).",
+        "The base model of a PEFT adapter, a directory or hub id[@revision] (default: what its config names).",
         _directory_or_id,
     ),
     _Option(
@@ -409,7 +421,7 @@ def _files(settings: Settings, option: str, template: Path | None) -> set[Path]:
     """The file of each run that ``template`` names."""
     if template is None:
         return set()
-    names = [*(directory.name for directory in settings.models), *(file.stem for file in settings.stats)]
+    names = [*(model_name(model) for model in settings.models), *(file.stem for file in settings.stats)]
     files = {stats_file(template, name) for name in names}
     if len(files) < len(names):
         raise OptionError(
@@ -417,6 +429,11 @@ def _files(settings: Settings, option: str, template: Path | None) -> set[Path]:
             "name, and give models whose directories have different names"
         )
     return files
+
+
+def model_name(model: Path | str) -> str:
+    """What ``{model}`` stands for: the name of the directory, or of the model on the hub."""
+    return model.name if isinstance(model, Path) else model.partition("@")[0].rpartition("/")[2]
 
 
 def stats_file(template: Path, name: str) -> Path:

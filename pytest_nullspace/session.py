@@ -32,9 +32,9 @@ from pytest_nullspace.errors import (
     StatsError,
     TextError,
 )
-from pytest_nullspace.hub import directory_of
+from pytest_nullspace.hub import directory_of, downloaded
 from pytest_nullspace.invariants import Check, Expectations, Stage
-from pytest_nullspace.options import PREFIX, Settings, stats_file
+from pytest_nullspace.options import PREFIX, Settings, model_name, stats_file
 from pytest_nullspace.report import terminal
 from pytest_nullspace.stats import RunStats, from_json, read, write, write_atomically
 
@@ -170,9 +170,9 @@ class GatedRun(ABC):
 class CheckpointRun(GatedRun):
     """A checkpoint, whose layers are measured when the first of them is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, bases: Bases) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str, settings: Settings, bases: Bases) -> None:
         directory, layers = checkpoint.directory, [spec.name for spec in checkpoint.layers]
-        super().__init__(directory, checkpoint.config_file, directory.name, layers, settings)
+        super().__init__(directory, checkpoint.config_file, name, layers, settings)
         if settings.strict_scope and checkpoint.carries_base:
             raise OptionError(
                 f"{PREFIX}strict-scope: {checkpoint.directory} holds a whole model, and its files do not tell which of "
@@ -317,9 +317,13 @@ def open_runs(settings: Settings) -> tuple[GatedRun, ...]:
     """
     bases: Bases = {}
     return (
-        *(CheckpointRun(open_checkpoint(directory), settings, bases) for directory in settings.models),
+        *(CheckpointRun(_opened(model), model_name(model), settings, bases) for model in settings.models),
         *(SavedRun(file, settings) for file in settings.stats),
     )
+
+
+def _opened(model: Path | str) -> Checkpoint:
+    return open_checkpoint(model if isinstance(model, Path) else downloaded(model, None, f"{PREFIX}model"))
 
 
 def measure_checkpoint(
