@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -130,7 +131,7 @@ class Gate:
         try:
             for run, outcome in measured:
                 if self.settings.save_stats is not None:
-                    stats.write(outcome, stats_file(self.settings.save_stats, run.name))
+                    stats.write(_diagnosed(run, outcome), stats_file(self.settings.save_stats, run.name))
             document = "\n".join(
                 markdown.report(outcome, run.expectations(outcome), (line for line, _ in notes(run, outcome)))
                 for run, outcome in measured
@@ -160,15 +161,21 @@ class Gate:
             self._folder.cleanup()
 
 
+def _diagnosed(run: GatedRun, outcome: RunStats) -> RunStats:
+    """The outcome as it is saved, its causes named."""
+    causes = [cause.to_dict() for cause in run.diagnoses(outcome)]
+    return replace(outcome, about={**outcome.about, "diagnosis": causes})
+
+
 def notes(run: GatedRun, outcome: RunStats) -> list[tuple[str, Tier | None]]:
-    """What a report says below the figures, in lines: how the run compares with an earlier one and with its start."""
+    """What a report says below the figures, in lines: the run against its start and an earlier one, and the causes."""
     lines: list[tuple[str, Tier | None]] = []
     audited, compared = Audit.of(outcome.about), run.compared(outcome)
     if audited is not None:
         lines += terminal.audit_lines(audited)
     if compared is not None and run.earlier_file is not None:
         lines += terminal.comparison(compared, run.earlier_file, run.missing)
-    return lines
+    return [*lines, *terminal.diagnosis(run.diagnoses(outcome))]
 
 
 def _append_step_summary(document: str) -> None:

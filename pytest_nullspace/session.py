@@ -24,6 +24,7 @@ from pytest_nullspace.baseline import Comparison, Difference, compare, incompara
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors
 from pytest_nullspace.checkpoint.layers import is_layer_name
+from pytest_nullspace.diagnosis import Diagnosis, diagnose
 from pytest_nullspace.errors import (
     CheckpointError,
     MeasurementError,
@@ -123,6 +124,12 @@ class GatedRun(ABC):
         if self._earlier is None or self._refused(outcome):
             return None
         return compare(outcome, self._earlier, self._settings.limits, Stage(self._settings.stage))
+
+    def diagnoses(self, outcome: RunStats) -> list[Diagnosis]:
+        """The causes of what is wrong with a trained adapter; an initial one has none yet."""
+        if self._settings.stage != Stage.TRAINED:
+            return []
+        return diagnose(outcome, Audit.of(outcome.about), self.compared(outcome))
 
     def _refused(self, outcome: RunStats) -> list[Difference]:
         """What keeps the outcome from being compared, and is not allowed."""

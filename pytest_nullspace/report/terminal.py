@@ -10,6 +10,7 @@ from pytest_nullspace.audit import Audit
 from pytest_nullspace.baseline import Comparison
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.diagnosis import Diagnosis
 from pytest_nullspace.invariants import Expectations, Tier, Verdict, judge, judge_averages
 from pytest_nullspace.stats import FIGURES, LayerStats, RunStats
 
@@ -193,6 +194,14 @@ def audit_lines(audited: Audit) -> Iterator[tuple[str, Tier | None]]:
         Tier.FAIL if base or (down and audited.variant == "v2") else None,
     )
     yield f"  {moved(audited)}", Tier.FAIL if audited.others else None
+
+
+def diagnosis(causes: Sequence[Diagnosis]) -> Iterator[tuple[str, Tier | None]]:
+    """Each cause with its evidence, its cure, and what would tell it from the next likely one."""
+    for cause in causes:
+        yield f"diagnosis: {cause.cause}: {cause.evidence}", Tier.FAIL
+        yield f"  cure: {cause.cure}", None
+        yield f"  to tell it apart: {cause.apart}", None
 
 
 def moved(audited: Audit) -> str:

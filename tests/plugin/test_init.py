@@ -51,7 +51,7 @@ def test_what_moved_and_must_not_have_fails_by_name(start: Path, gate: Gate, pyt
         tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
 
     tiny.lora_null(pytester.path / "wrong", change=mistake)
-    result = gate(*INIT, "--tb=no", model="wrong")
+    result = gate(*INIT, "--tb=no", "--nullspace-save-stats=wrong.json", "--nullspace-report=r.md", model="wrong")
     assert result.ret == 1
     result.assert_outcomes(failed=2, passed=LAYERS)
     result.stdout.fnmatch_lines(
@@ -60,7 +60,17 @@ def test_what_moved_and_must_not_have_fails_by_name(start: Path, gate: Gate, pyt
             "FAILED wrong/config.json::frozen - Failed: 1 of 8 tensors outside the layers moved: model.norm.weight *",
         ]
     )
-    result.stdout.fnmatch_lines(["  B moved in 1 of 21 layers, largest principal angle *"])
+    result.stdout.fnmatch_lines(
+        [
+            "  B moved in 1 of 21 layers, largest principal angle *",
+            "diagnosis: b-trained: B was trained in 1 of 21 layers: it left its space, largest principal angle *",
+            "  cure: the freezing condition probably tests for ALinear twice; *",
+            "diagnosis: trained-outside: 1 of 8 tensors outside the layers *model.norm.weight*",
+        ]
+    )
+    saved = json.loads((pytester.path / "wrong.json").read_text())
+    assert {"b-trained", "trained-outside"} <= {cause["cause"] for cause in saved["diagnosis"]}
+    assert "b\\-trained" in (pytester.path / "r.md").read_text()
     gate(*INIT, "--nullspace-variant=v1", "--tb=no", model="wrong").assert_outcomes(failed=1, passed=LAYERS + 1)
 
 

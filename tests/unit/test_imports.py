@@ -23,6 +23,7 @@ LIGHT = (
     "pytest_nullspace.invariants",
     "pytest_nullspace.audit",
     "pytest_nullspace.baseline",
+    "pytest_nullspace.diagnosis",
     "pytest_nullspace.report.terminal",
     "pytest_nullspace.report.markdown",
     "pytest_nullspace.collect",
@@ -30,7 +31,7 @@ LIGHT = (
     "pytest_nullspace.session",
 )
 SHELL = {"options", "session", "collect", "gate", "plugin", "fixtures", "progress"}
-CORE = {"checkpoint", "stats", "invariants", "baseline"}
+CORE = {"checkpoint", "stats", "invariants", "audit", "baseline", "diagnosis"}
 MAY_KNOW_PYTEST = {"plugin", "gate", "collect", "fixtures", "progress"}
 
 
@@ -140,6 +141,7 @@ def test_imports_run_one_way() -> None:
         "invariants": {"errors", "stats"},
         "audit": {"errors", "checkpoint", "stats"},
         "baseline": {"invariants", "stats"},
+        "diagnosis": {"audit", "baseline", "stats"},
         "model": {"errors", "checkpoint", "model"},
         "measure": {"errors", "kernels", "model", "stats"},
         "calibration": {"errors", "checkpoint"},

@@ -1,0 +1,340 @@
+"""From figures, audit and comparison to causes by their names: one diagnosis a distinct cause, not one a layer.
+
+Pure. A cause is named only on evidence that the good adapters do not show; what is not told apart says so.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, median
+from typing import Any
+
+from pytest_nullspace.audit import SAME_SPACE, Audit, LayerAudit
+from pytest_nullspace.baseline import Comparison
+from pytest_nullspace.stats import LayerStats, RunStats
+
+LOUD = 0.75
+"""Leakage over chance from which a subspace is none that was chosen to be quiet: the fail bound."""
+PRINCIPAL = 2.0
+"""Leakage over chance that no random subspace reaches in the median of its layers."""
+OVERTRAINED = 0.3
+"""Mean contribution on preserved text beyond which what it knew is talked over."""
+UNDERTRAINED = 1e-4
+"""Effectiveness that a trained layer exceeds: the pass bound."""
+ORTHONORMAL = 1e-3
+"""How far ``‖B‖² / r`` may lie from 1 for rows that were made orthonormal and left so."""
+GROWN = 1.5
+"""Growth of preservation since an earlier run that frozen weights do not explain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """One cause.
+
+    Attributes:
+        cause: Its name, as the documentation has it.
+        evidence: What was measured that shows it.
+        cure: What to do.
+        apart: What would tell it from the next likely cause.
+        layers: The layers that show it, in model order.
+    """
+
+    cause: str
+    evidence: str
+    cure: str
+    apart: str
+    layers: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The diagnosis as JSON holds it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """All that is known of one run; ``sound`` are the layers whose figures can be judged."""
+
+    run: RunStats
+    sound: Sequence[LayerStats]
+    audit: Audit | None
+    compared: Comparison | None
+
+    def audited(self, holds: Callable[[LayerAudit], bool]) -> list[LayerAudit]:
+        """The audited layers of which ``holds`` is true."""
+        return [] if self.audit is None else [layer for layer in self.audit.layers if holds(layer)]
+
+    @property
+    def is_v2(self) -> bool:
+        """Whether B was to stay frozen, as far as is known."""
+        return self.audit is None or self.audit.variant == "v2"
+
+
+def diagnose(run: RunStats, audit: Audit | None = None, compared: Comparison | None = None) -> list[Diagnosis]:
+    """Name what is wrong with a trained adapter.
+
+    Args:
+        run: What was measured of it.
+        audit: Its tensors against their start, if they were compared.
+        compared: The run against an earlier one, if it was.
+
+    Returns:
+        One diagnosis for each cause; none for an adapter that shows no mistake.
+    """
+    case = _Case(run, [layer for layer in run.layers if layer.defect is None], audit, compared)
+    return [found for find in _FINDERS for found in find(case)]
+
+
+def _names(layers: Sequence[LayerStats] | Sequence[LayerAudit]) -> tuple[str, ...]:
+    return tuple(layer.name for layer in layers)
+
+
+def _of(part: Sequence[object], whole: Sequence[object]) -> str:
+    return f"in {len(part)} of {len(whole)} layers"
+
+
+def _non_finite(case: _Case) -> Iterator[Diagnosis]:
+    lost = [layer for layer in case.run.layers if layer.defect is not None and "non-finite" in layer.defect]
+    if lost:
+        weights = [layer for layer in lost if layer.defect is not None and "weights" in layer.defect]
+        yield Diagnosis(
+            "non-finite",
+            f"NaN or infinity {_of(lost, case.run.layers)}, {len(weights)} of them in the weights",
+            "find the first step whose loss is not finite: lower the learning rate, clip gradients, or train in "
+            "bfloat16 or float32; measure in float32 if only activations are affected",
+            "weights are lost for good; activations alone point at the precision of the measurement",
+            _names(lost),
+        )
+
+
+def _b_trained(case: _Case) -> Iterator[Diagnosis]:
+    if not case.is_v2:
+        return
+    moved = case.audited(lambda layer: layer.down > layer.tolerance and layer.angle >= SAME_SPACE and layer.up > 0)
+    if moved and case.audit is not None:
+        yield Diagnosis(
+            "b-trained",
+            f"B was trained {_of(moved, case.audit.layers)}: it left its space, largest principal angle "
+            f"{max(layer.angle for layer in moved):.3g}°",
+            "the freezing condition probably tests for ALinear twice; freeze the parameters whose names hold BLinear "
+            "(lora_A in PEFT), and train again from the start",
+            "an adapter of variant v1 or plain LoRA trains B by design: then say so by --nullspace-variant",
+            _names(moved),
+        )
+    loud = [layer for layer in _loud(case) if not _is_orthonormal(layer)]
+    if case.audit is None and loud:
+        yield Diagnosis(
+            "no-null-space",
+            f"the input space is none that was chosen to be quiet {_of(loud, case.sound)} (leakage / chance "
+            f"{median(layer.leakage for layer in loud):.3g}), and the rows of B are not orthonormal",
+            "give the start by --nullspace-init: it tells which of the likely causes it is",
+            "a trained B, plain LoRA and a v1 trained too far all look so",
+            _names(loud),
+        )
+
+
+def _b_rescaled(case: _Case) -> Iterator[Diagnosis]:
+    if not case.is_v2:
+        return
+    scaled = case.audited(lambda layer: layer.down > layer.tolerance and layer.angle < SAME_SPACE and layer.up > 0)
+    if scaled and case.audit is not None:
+        yield Diagnosis(
+            "b-rescaled",
+            f"B was turned or rescaled within its own space {_of(scaled, case.audit.layers)}: relative change up to "
+            f"{max(layer.down for layer in scaled):.3g}, largest principal angle below {SAME_SPACE}°",
+            "weight decay, a merge of scales or an orthonormalisation touched B: leave it out of the optimiser",
+            "the space itself is kept: a trained B would have left it",
+            _names(scaled),
+        )
+
+
+def _nothing_learned(case: _Case) -> Iterator[Diagnosis]:
+    still = case.audited(lambda layer: layer.up == 0)
+    dead = _names(still) if case.audit is not None else _names([x for x in case.sound if x.up_weight_norm == 0])
+    if not dead:
+        return
+    if len(dead) < len(case.run.layers):
+        yield Diagnosis(
+            "dead-layers",
+            f"A did not move {_of(dead, case.run.layers)}: {_shared(dead, _names(case.run.layers))}",
+            "look for these names in the list of trained parameters: a pattern or a device map leaves them out",
+            "if no layer had moved, the freezing condition would be wrong for all",
+            dead,
+        )
+        return
+    turned = case.audited(lambda layer: layer.down > layer.tolerance)
+    if turned:
+        yield Diagnosis(
+            "inverted-freeze",
+            f"A did not move in any layer, but B did {_of(turned, case.run.layers)}",
+            "the freezing condition is inverted: train ALinear (lora_B in PEFT) and freeze BLinear (lora_A)",
+            "B can only have moved by weight decay, for its gradient is zero while A is",
+            dead,
+        )
+        return
+    yield Diagnosis(
+        "nothing-trained",
+        "A is what it was at the start in every layer, so the adapter changes nothing",
+        "see that requires_grad is set for ALinear (lora_B in PEFT), and that the optimiser is given those parameters",
+        "an inverted freeze looks the same: with A at zero the gradient of B is zero too; both frozen, or A alone, is "
+        "told by the list of trained parameters",
+        dead,
+    )
+
+
+def _shared(some: Sequence[str], every: Sequence[str]) -> str:
+    """What some layers have in common that no other has: their kind, or their depth."""
+    kinds = {name.rpartition(".")[2] for name in some}
+    if not any(name.rpartition(".")[2] in kinds for name in every if name not in some):
+        return f"all those named {', '.join(sorted(kinds))}"
+    depths = {_depth(name) for name in some}
+    if None not in depths and not any(_depth(name) in depths for name in every if name not in some):
+        return f"all those of block {', '.join(map(str, sorted(d for d in depths if d is not None)))}"
+    return f"{some[0]} among them"
+
+
+def _depth(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _wrong_base(case: _Case) -> Iterator[Diagnosis]:
+    changed = case.audited(lambda layer: layer.base is not None and not layer.base <= layer.tolerance)
+    named = [] if case.audit is None else [other for other in case.audit.others if other.name.startswith("base_model_")]
+    if changed or named:
+        told = [f"W_res changed {_of(changed, case.run.layers)}"] if changed else []
+        yield Diagnosis(
+            "wrong-base",
+            "; ".join([*told, *map(str, named)]),
+            "train and measure on the base that the initial adapter was built from; W_res is never trained",
+            "if all W_res differ it is another base; if few do, they were trained or damaged",
+            _names(changed),
+        )
+
+
+def _outside(case: _Case) -> Iterator[Diagnosis]:
+    others = [] if case.audit is None else [o for o in case.audit.others if not o.name.startswith("base_model_")]
+    if others and case.audit is not None:
+        yield Diagnosis(
+            "trained-outside",
+            f"{len(others)} of {case.audit.compared} tensors outside the layers are not what they were: "
+            + "; ".join(map(str, others[:3])),
+            "freeze everything but the up matrices: norms, embeddings and head carry what is to be kept",
+            "a layer gate does not see what these change; --nullspace-drift would",
+            (),
+        )
+
+
+def _loud(case: _Case) -> list[LayerStats]:
+    return [layer for layer in case.sound if "leakage" not in layer.absent and layer.leakage > LOUD]
+
+
+def _is_orthonormal(layer: LayerStats) -> bool:
+    return bool(layer.rank) and math.isclose(layer.down_weight_norm**2, layer.rank, rel_tol=ORTHONORMAL)
+
+
+def _wrong_subspace(case: _Case) -> Iterator[Diagnosis]:
+    frozen = {layer.name for layer in case.audited(lambda layer: layer.down <= layer.tolerance)}
+    loud = [x for x in _loud(case) if (x.name in frozen if case.audit is not None else _is_orthonormal(x))]
+    if not case.sound or len(loud) < len(case.sound) / 2:
+        return
+    level = median(layer.leakage for layer in loud)
+    evidence = f"B is frozen and leaks {level:.3g} times chance in the median {_of(loud, case.sound)}"
+    if level > PRINCIPAL:
+        yield Diagnosis(
+            "principal-directions",
+            evidence + ": more than any random subspace",
+            "take the eigenvectors of the smallest eigenvalues for B; eigh sorts them first, svd last",
+            "a random subspace leaks about 1",
+            _names(loud),
+        )
+    else:
+        yield Diagnosis(
+            "random-subspace",
+            evidence + ", as a random subspace does",
+            "build B from the covariance of the text that is to be preserved, and check that it was not left at its "
+            "random initialisation",
+            "B may be the null space of quite other data: the initial checkpoint, measured on its own text, tells",
+            _names(loud),
+        )
+
+
+def _plain_lora(case: _Case) -> Iterator[Diagnosis]:
+    loud = _loud(case)
+    if case.audit is not None and case.audit.variant == "lora" and len(loud) >= len(case.sound) / 2 and loud:
+        yield Diagnosis(
+            "plain-lora",
+            f"{case.audit.decided}; leakage / chance {median(layer.leakage for layer in loud):.3g} "
+            f"{_of(loud, case.sound)}",
+            "this adapter was never given a null space: initialise it as LoRA-Null does",
+            "a null-space adapter begins with orthonormal rows of B (v2) or with A not zero (v1)",
+            _names(loud),
+        )
+
+
+def _data_shift(case: _Case) -> Iterator[Diagnosis]:
+    if case.compared is None or case.audit is None or case.audited(lambda layer: layer.down > layer.tolerance):
+        return
+    grown = [
+        name
+        for name, changes in case.compared.changes.items()
+        for change in changes
+        if change.figure == "preservation" and change.now > GROWN * change.before
+    ]
+    if len(grown) > len(case.compared.changes) / 2:
+        yield Diagnosis(
+            "data-shift",
+            f"B is what it was, yet preservation grew by more than half {_of(grown, case.run.layers)}",
+            "the text or the activations shifted: measure on the text from which the null space was computed",
+            "a trained B would not be what it was",
+            tuple(grown),
+        )
+
+
+def _underflow(case: _Case) -> Iterator[Diagnosis]:
+    lost = [layer for layer in case.sound if layer.update_norm == 0 and layer.up_weight_norm > 0]
+    if lost:
+        yield Diagnosis(
+            "underflow",
+            f"A is not zero, but ABx is, {_of(lost, case.sound)}; measured in {case.run.about.get('dtype', 'unknown')}",
+            "measure and serve in bfloat16 or float32: the update lies below what half precision can hold",
+            "in float32 a true zero of Bx would remain",
+            _names(lost),
+        )
+
+
+def _strength(case: _Case) -> Iterator[Diagnosis]:
+    live = [layer for layer in case.sound if layer.update_norm > 0]
+    if not live or len(live) < len(case.run.layers):
+        return
+    effects, shares = [layer.effectiveness for layer in live], [layer.contribution for layer in live]
+    if max(effects) < UNDERTRAINED:
+        yield Diagnosis(
+            "undertrained",
+            f"every layer moved, none by much: effectiveness {min(effects):.3g} to {max(effects):.3g}",
+            "more steps or a higher learning rate; then a higher rank",
+            "some layers at zero among others that learned would be dead layers",
+            _names(live),
+        )
+    elif fmean(shares) > OVERTRAINED and not _loud(case):
+        yield Diagnosis(
+            "overtrained",
+            f"on text that is to be preserved the update makes {fmean(shares):.0%} of the output in the mean, although "
+            "the input space is quiet",
+            "fewer steps, a lower learning rate or a lower rank: a quiet space can still be made loud by its A",
+            "a lost null space would show in leakage",
+            _names(live),
+        )
+
+
+_FINDERS: Sequence[Callable[[_Case], Iterator[Diagnosis]]] = (
+    _non_finite,
+    _b_trained,
+    _b_rescaled,
+    _nothing_learned,
+    _wrong_base,
+    _outside,
+    _wrong_subspace,
+    _plain_lora,
+    _data_shift,
+    _underflow,
+    _strength,
+)

@@ -1,0 +1,147 @@
+"""Each mistake by its name, once, with its evidence; none on an adapter without one."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from pytest_nullspace.audit import Audit, LayerAudit, Moved
+from pytest_nullspace.baseline import compare
+from pytest_nullspace.diagnosis import Diagnosis, diagnose
+from pytest_nullspace.invariants import Stage
+from pytest_nullspace.stats import RunStats
+from tests import saved
+
+NAMES = saved.NAMES
+STILL = LayerAudit("", 0.0, 0.0, 1.0, 0.0, None, 1e-6)
+"""A layer that was trained as v2 is: A moved, nothing else."""
+
+
+def run(some: tuple[str, ...] = NAMES, **changes: Any) -> RunStats:
+    """The passing run with other figures in some of its layers."""
+    layers = [dataclasses.replace(layer, **(changes if layer.name in some else {})) for layer in saved.run().layers]
+    return dataclasses.replace(saved.run(), layers=tuple(layers))
+
+
+def audited(
+    some: tuple[str, ...] = NAMES, variant: str = "v2", others: tuple[Moved, ...] = (), **changes: Any
+) -> Audit:
+    """A right training with other movements in some of its layers."""
+    layers = tuple(dataclasses.replace(STILL, name=name, **(changes if name in some else {})) for name in NAMES)
+    return Audit("start", variant, "as it was said", layers, others, 8)
+
+
+TRAINED_B: Mapping[str, Any] = {"down": 0.4, "angle": 31.2}
+LEAKING: Mapping[str, Any] = {"mean_leakage": 4 / 64}
+
+
+@pytest.mark.parametrize(
+    ("found", "against", "cause", "evidence", "layers"),
+    [
+        (run(), audited(**TRAINED_B), "b-trained", "B was trained in 9 of 9 layers: *angle 31.2°", 9),
+        (run(), audited(NAMES[:4], **TRAINED_B), "b-trained", "B was trained in 4 of 9 layers*", 4),
+        (run(), audited(down=2.0, angle=0.001), "b-rescaled", "B was turned or rescaled within its own space in 9*", 9),
+        (run(update_norm=0.0, up_weight_norm=0.0), audited(up=0.0), "nothing-trained", "A is what it was*", 9),
+        (run(update_norm=0.0, up_weight_norm=0.0), None, "nothing-trained", "A is what it was*", 9),
+        (
+            run(update_norm=0.0, up_weight_norm=0.0),
+            audited(up=0.0, down=0.1),
+            "inverted-freeze",
+            "A did not move in any layer, but B did in 9 of 9 layers",
+            9,
+        ),
+        (
+            run(NAMES[:3], update_norm=0.0, up_weight_norm=0.0),
+            None,
+            "dead-layers",
+            "A did not move in 3 of 9 layers: all those of block 0",
+            3,
+        ),
+        (
+            run(NAMES[1::3], update_norm=0.0, up_weight_norm=0.0),
+            audited(NAMES[1::3], up=0.0),
+            "dead-layers",
+            "A did not move in 3 of 9 layers: all those named up_proj",
+            3,
+        ),
+        (
+            run(NAMES[1:5], update_norm=0.0, up_weight_norm=0.0),
+            None,
+            "dead-layers",
+            f"A did not move in 4 of 9 layers: {NAMES[1]} among them",
+            4,
+        ),
+        (run(), audited(base=0.3), "wrong-base", "W_res changed in 9 of 9 layers", 9),
+        (
+            run(),
+            audited(others=(Moved("base_model_name_or_path", math.nan, "b, was a"),)),
+            "wrong-base",
+            "base_model_name_or_path (b, was a)",
+            0,
+        ),
+        (run(), audited(others=(Moved("model.norm.weight", 0.5),)), "trained-outside", "1 of 8 tensors outside*", 0),
+        (run(**LEAKING), audited(), "random-subspace", "B is frozen and leaks 1 times chance*", 9),
+        (run(**LEAKING), None, "random-subspace", "B is frozen and leaks 1 times chance*", 9),
+        (run(mean_leakage=0.3), audited(), "principal-directions", "B is frozen and leaks 4.8 times chance*", 9),
+        (run(mean_leakage=0.3), None, "principal-directions", "B is frozen and leaks 4.8 times chance*", 9),
+        (run(**LEAKING, down_weight_norm=3.0), None, "no-null-space", "the input space is none that was chosen*", 9),
+        (run(**LEAKING), audited(variant="lora", **TRAINED_B), "plain-lora", "as it was said; leakage / chance 1 *", 9),
+        (run(update_norm=0.0), audited(), "underflow", "A is not zero, but ABx is, in 9 of 9 layers*", 9),
+        (
+            run(update_norm=1e-5),
+            audited(),
+            "undertrained",
+            "every layer moved, none by much: effectiveness 1.25e-06*",
+            9,
+        ),
+        (run(update_norm=6.0), audited(), "overtrained", "on text that is to be preserved the update makes 60%*", 9),
+        (run(NAMES[:1], down_norm=math.nan), None, "non-finite", "NaN or infinity in 1 of 9 layers, 0 of them in*", 1),
+        (run(NAMES[:2], up_weight_norm=math.inf), None, "non-finite", "NaN or infinity in 2 of 9 layers, 2 of*", 2),
+    ],
+)
+def test_a_mistake_has_one_name(found: RunStats, against: Audit | None, cause: str, evidence: str, layers: int) -> None:
+    """What was planted is the one cause that is named, with its evidence and all its layers."""
+    (told,) = diagnose(found, against)
+    assert told.cause == cause
+    start, _, end = evidence.partition("*")
+    assert told.evidence.startswith(start)
+    assert told.evidence.endswith(end)
+    assert len(told.layers) == layers
+    assert told.cure
+    assert told.apart
+
+
+@pytest.mark.parametrize(
+    ("found", "against"),
+    [
+        (run(), None),
+        (run(), audited()),
+        (run(mean_leakage=0.01), audited(variant="v1", **TRAINED_B)),
+        (run(down_weight_norm=5.0), audited(variant="lora", **TRAINED_B)),
+        (run(mean_leakage=None), None),
+        (run(NAMES[:2], update_norm=1e-5), audited()),
+        (run(NAMES[:2], **LEAKING), audited()),
+    ],
+)
+def test_a_good_adapter_has_no_cause(found: RunStats, against: Audit | None) -> None:
+    """v2, v1 and LoRA adapters that do what they may, and single weak or leaking layers, are not diagnosed."""
+    assert diagnose(found, against) == []
+
+
+def test_data_that_shifted_are_told_from_a_trained_b() -> None:
+    """B is what it was and preservation grew in most layers: it is the data; with B trained it is not."""
+    now, before = run(down_norm=0.5), run()
+    compared = compare(now, before, [], Stage.TRAINED)
+    (told,) = diagnose(now, audited(), compared)
+    assert told.cause == "data-shift"
+    assert [d.cause for d in diagnose(now, audited(**TRAINED_B), compared)] == ["b-trained"]
+    assert diagnose(before, audited(), compare(before, before, [], Stage.TRAINED)) == []
+
+
+def test_distinct_causes_are_each_named_once() -> None:
+    """Several mistakes in one adapter are several diagnoses, and each can be saved."""
+    causes = diagnose(run(), audited(**TRAINED_B, base=0.1, others=(Moved("model.norm.weight", 0.5),)))
+    assert [cause.cause for cause in causes] == ["b-trained", "wrong-base", "trained-outside"]
+    assert Diagnosis(**causes[0].to_dict()) == causes[0]
