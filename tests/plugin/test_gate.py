@@ -333,7 +333,9 @@ def test_what_is_no_checkpoint_is_a_usage_error(checkpoint: Path, gate: Gate, py
     usage_error(gate(model="nowhere"), "ERROR: *nowhere: no such directory")
     usage_error(gate(model="text.txt"), "ERROR: *text.txt: is a file; give the directory that holds it")
     pytester.mkdir("empty")
-    usage_error(gate(model="empty"), "ERROR: *empty: not a checkpoint: neither config.json nor adapter_config.json is in it*")
+    usage_error(
+        gate(model="empty"), "ERROR: *empty: not a checkpoint: neither config.json nor adapter_config.json is in it*"
+    )
     plain = pytester.path / "plain"
     tiny.llama().save_pretrained(plain)
     usage_error(gate(model="plain"), "ERROR: *plain: no adapted layer*was the plain model saved*")
