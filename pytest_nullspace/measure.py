@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from pytest_nullspace import kernels
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.stats import LayerStats
+
+CANCELLATION = 0.02
+"""Below this ``‖Bx‖ / ‖x‖`` a float32 product has lost digits to cancellation; a CPU takes it again in float64."""
 
 PROBE_TOKENS = 8
 """Tokens of the uncounted forward that finds out where the pass may end."""
@@ -174,6 +178,8 @@ class _Recorder:
             self._input, self._input_norms = x, kernels.row_norms(self._counted(x))
         down, up, base = (self._counted(seen[part]) for part in ("down", "up", "base"))
         output, scale = self._counted(output), layer.scale
+        if self._cancelled(down):
+            down, up = _in_float64(layer, self._counted(x))
         if layer.has_magnitude:
             bias = getattr(layer.base, "bias", None)
             up, scale = output - base, 1.0
@@ -196,6 +202,19 @@ class _Recorder:
         # An expert sees only the rows that were routed to it: of them the same share is counted, spread alike.
         share: Tensor = (self._rows * len(values) // self._of).unique()  # type: ignore[no-untyped-call]
         return values.index_select(0, share)
+
+    def _cancelled(self, down: Tensor) -> bool:
+        if down.dtype != torch.float32 or down.device.type != "cpu":
+            return False
+        return bool(kernels.row_norms(down).sum() < CANCELLATION * self._input_norms.sum())
+
+
+def _in_float64(layer: AdaptedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``Bx`` and ``ABx`` before its scale, for rows ``x (n, in)``."""
+    down = x.double() @ layer.down_matrix.mT
+    weight, bias = layer.up.weight, layer.up.bias
+    assert isinstance(weight, Tensor)
+    return down, linear(down, weight.double(), bias.double() if isinstance(bias, Tensor) else None)
 
 
 def _keep(seen: dict[str, Tensor], part: str, _: nn.Module, __: Any, output: Tensor) -> None:

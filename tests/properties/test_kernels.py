@@ -52,8 +52,8 @@ def naive(x: Tensor, down: Tensor, up: Tensor, base: Tensor, scale: float = 1.0)
     abx, wx = scale * bx @ up.mT, x @ base.mT
     projector = torch.linalg.pinv(down) @ down
     leakage = (x @ projector).norm(dim=1).square() / x.norm(dim=1).square()
-    means = [float(t.norm(dim=1).mean()) for t in (x, bx, abx, wx, abx + wx)]
-    return kernels.Means(len(x), *means, float(leakage.mean()))
+    norms = [t.norm(dim=1) for t in (x, bx, abx, wx, abx + wx)]
+    return kernels.Means(len(x), *(float(t.mean()) for t in (*norms, leakage)))
 
 
 @st.composite
