@@ -77,12 +77,13 @@ def test_an_id_copied_from_a_failed_line_runs_that_layer_alone(
     checkpoint: Path, gate: Gate, pytester: pytest.Pytester, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a FAILED line names can be given back to pytest, from any folder, and runs just that layer."""
-    away = pytester.mkdir("sub") if folder == "sub" else pytester.path / folder
+    away = pytester.mkdir("sub") if folder == "sub" else pytester.path
+    rootdir = str(pytester.path / "runs" if folder == ".." else pytester.path)
     monkeypatch.chdir(away)
     options = (f"--nullspace-calib-dataset={pytester.path}/text.txt", "--nullspace-seqlen=32")
-    first = gate("--rootdir", str(pytester.path), "--tb=no", model=str(checkpoint), quick=options)
+    first = gate("--rootdir", rootdir, "--tb=no", model=str(checkpoint), quick=options)
     failed = [line.split()[1] for line in first.outlines if line.startswith("FAILED") and "down_proj" in line]
-    again = gate("--rootdir", str(pytester.path), *LOOSE, failed[0], model=str(checkpoint), quick=options)
+    again = gate("--rootdir", rootdir, *LOOSE, failed[0], model=str(checkpoint), quick=options)
     again.assert_outcomes(passed=1)
     again.stdout.fnmatch_lines(["gated 1 of 21 layers: 1 passed, 0 warned, 0 failed"])
 
