@@ -12,6 +12,7 @@ from torch import Tensor
 
 _vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 _eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.eigh
+_qr: Callable[..., tuple[Tensor, Tensor]] = torch.linalg.qr
 
 FLOAT32_SAFE = (1e-15, 1e15)
 """Norms between these have squares, and sums of squares over any real width, within float32's normal range."""
@@ -22,12 +23,12 @@ class Sums(NamedTuple):
 
     rows: float
     directed: float
+    leakage: float
     input: float
     down: float
     update: float
     base: float
     output: float
-    leakage: float
 
 
 class Means(NamedTuple):
@@ -73,23 +74,47 @@ def row_norms(values: Tensor) -> Tensor:
     norms = _vector_norm(values, dim=-1, dtype=torch.float32)
     if norms.device.type == "cpu" and norms.numel():
         low, high = norms.aminmax()
-        if not (low >= FLOAT32_SAFE[0] and high <= FLOAT32_SAFE[1]):
+        if not (low.item() >= FLOAT32_SAFE[0] and high.item() <= FLOAT32_SAFE[1]):
             return _vector_norm(values, dim=-1, dtype=torch.float64)
     return norms
 
 
-def whitener(down: Tensor) -> Tensor:
-    """The matrix that turns ``Bx`` into coordinates of ``Px``: ``‖Px‖ = ‖whitener · Bx‖``.
+class Factors(NamedTuple):
+    """What a layer's weights make of ``Bx``, of no more than r rows each, so that no wide matrix is read for them.
 
-    With ``B Bᵀ = V Λ Vᵀ`` it is ``Λ^-½ Vᵀ`` over the eigenvalues that are not zero, so B may be rank-deficient.
+    Attributes:
+        both: Shape ``(k + q, r)``. With its first k rows ``‖Px‖ = ‖whitening · Bx‖``, with the others
+            ``‖scale · ABx‖ = ‖root · Bx‖``.
+        whitening: k.
+    """
+
+    both: Tensor
+    whitening: int
+
+
+def factors(down: Tensor, up: Tensor, scale: float, device: torch.device | str = "cpu") -> Factors:
+    """A layer's `Factors`, taken in float64 and kept in float32.
+
+    With ``B Bᵀ = V Λ Vᵀ`` the whitening is ``Λ^-½ Vᵀ`` over the eigenvalues that are not zero, so B may be
+    rank-deficient; with ``A = Q R`` the root is ``scale · R``.
 
     Args:
         down: B, shape ``(r, in)``.
+        up: A, shape ``(out, r)``.
+        scale: The adapter's scale.
+        device: Where ``Bx`` will lie.
 
     Returns:
-        Shape ``(rank of B, r)``, float64; NaN where B is not finite, so that its leakage is NaN.
+        NaN where B or A is not finite, so that what is measured with it is NaN.
     """
-    down = down.double()
+    whitening = whitener(down)
+    both = torch.cat((whitening, scale * _root(up)))
+    return Factors(both.to(device, torch.float32), len(whitening))
+
+
+def whitener(down: Tensor) -> Tensor:
+    """The matrix that turns ``Bx`` into coordinates of ``Px``, shape ``(rank of B, r)``, float64; see `factors`."""
+    down = down.to("cpu", torch.float64)
     if not bool(torch.isfinite(down).all()):
         return torch.full((1, len(down)), torch.nan, dtype=torch.float64)
     scale = down.abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
@@ -100,36 +125,46 @@ def whitener(down: Tensor) -> Tensor:
     return whitening
 
 
-def update(
+def _root(up: Tensor) -> Tensor:
+    """R of ``A = Q R``, shape ``(min(out, r), r)``, float64."""
+    up = up.to("cpu", torch.float64)
+    if not bool(torch.isfinite(up).all()):
+        return torch.full((1, up.shape[1]), torch.nan, dtype=torch.float64)
+    return _qr(up, mode="r")[1]
+
+
+def inner_norms(down: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
+    """``‖Px‖`` and ``‖scale · ABx‖`` of each row, from ``down = Bx (n, r)`` alone."""
+    both = down.to(factors.both.dtype) @ factors.both.mT
+    return row_norms(both[:, : factors.whitening]), row_norms(both[:, factors.whitening :])
+
+
+def add(
     state: Tensor,
-    input_norms: Tensor,
+    *,
+    input: Tensor,  # noqa: A002  # the figures' own names
     down: Tensor,
-    up: Tensor,
+    update: Tensor,
     base: Tensor,
     output: Tensor,
-    *,
-    scale: float,
-    whitener: Tensor,
+    projected: Tensor,
 ) -> None:
     """Add the rows of one forward of the layer to ``state``, in place and without waiting for the device.
 
     Args:
-        state: As `empty` or an earlier update left it.
-        input_norms: `row_norms` of ``x``, shape ``(n,)``; layers that share an input take them once.
-        down: ``Bx``, shape ``(n, r)``.
-        up: ``ABx`` before its scale, shape ``(n, out)``.
-        base: ``W_res x``, shape ``(n, out)``.
-        output: ``scale · ABx + W_res x``, shape ``(n, out)``.
-        scale: The adapter's scale.
-        whitener: `whitener` of B, in the dtype in which ``Px`` shall be taken.
+        state: As `empty` or an earlier call left it.
+        input: `row_norms` of ``x``, shape ``(n,)`` like all that follow.
+        down: Of ``Bx``.
+        update: Of ``scale · ABx``.
+        base: Of ``W_res x``.
+        output: Of ``scale · ABx + W_res x``.
+        projected: Of ``Px``.
     """
-    projected = row_norms(down.to(whitener.dtype) @ whitener.mT)
-    directed = input_norms > 0
-    share = (projected.double() / input_norms.double()).square().where(directed, 0.0)
-    norms = (input_norms, row_norms(down), row_norms(up), row_norms(base), row_norms(output))
-    x, bx, abx, wx, y = (n.sum(dtype=torch.float64) for n in norms)
-    rows = torch.full_like(x, input_norms.numel())
-    state += torch.stack((rows, directed.sum(dtype=torch.float64), x, bx, abs(scale) * abx, wx, y, share.sum()))
+    directed = input > 0
+    state[0] += input.numel()
+    state[1] += directed.sum()
+    state[2] += (projected / input).square().where(directed, 0.0).sum(dtype=torch.float64)
+    state[3:] += torch.stack((input, down, update, base, output)).sum(dim=1, dtype=torch.float64)
 
 
 def merge(states: list[Tensor]) -> Tensor:

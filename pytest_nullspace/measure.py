@@ -1,5 +1,6 @@
 """The streaming pass: text through the model once, forward hooks that add to sums, no activation kept."""
 
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -9,14 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from pytest_nullspace import kernels
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.stats import LayerStats
 
-CANCELLATION = 0.02
-"""Below this ``‖Bx‖ / ‖x‖`` a float32 product has lost digits to cancellation; a CPU takes it again in float64."""
+CANCELLATION = 5e-8
+"""The relative error to which cancellation in a float32 ``Bx`` may add up over a batch before a CPU takes it again in
+float64."""
 
 PROBE_TOKENS = 8
 """Tokens of the uncounted forward that finds out where the pass may end."""
@@ -71,12 +72,11 @@ def measure(
 
 def _stats(layer: AdaptedLayer, means: kernels.Means) -> LayerStats:
     down, up, base = layer.weight_norms()
-    rank, in_features = layer.down_matrix.shape
     return LayerStats(
         name=layer.name,
         rows=means.rows,
-        in_features=in_features,
-        rank=rank,
+        in_features=layer.in_features,
+        rank=layer.rank,
         out_features=layer.out_features,
         input_norm=means.input,
         down_norm=means.down,
@@ -157,13 +157,17 @@ class _Recorder:
             for layer in layers:
                 self._states[layer.name] = kernels.empty(self._device)
                 seen: dict[str, Tensor] = {}
-                for part in ("down", "up", "base"):
-                    handle = getattr(layer, part).register_forward_hook(partial(_keep, seen, part))
+                parts = layer.has_magnitude or layer.has_bias or _has_bias(layer.up)
+                watched = {"down": self._counted, "base": self._counted if parts else self._norms}
+                if parts:
+                    watched["up"] = self._counted
+                for part, what in watched.items():
+                    handle = getattr(layer, part).register_forward_hook(partial(_keep, seen, part, what))
                     hooks.callback(handle.remove)
                 if not layer.has_magnitude:
                     hooks.enter_context(_bias_apart(layer.base))
-                whitener = kernels.whitener(layer.down_matrix).to(self._device, torch.float32)
-                handle = layer.layer.register_forward_hook(partial(self._add, layer, seen, whitener))
+                factors = kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale, self._device)
+                handle = layer.layer.register_forward_hook(partial(self._add, layer, seen, factors))
                 hooks.callback(handle.remove)
             try:
                 yield
@@ -171,27 +175,40 @@ class _Recorder:
                 self._input = None
 
     def _add(
-        self, layer: AdaptedLayer, seen: dict[str, Tensor], whitener: Tensor, _: nn.Module, args: Any, output: Tensor
+        self,
+        layer: AdaptedLayer,
+        seen: dict[str, Tensor],
+        factors: kernels.Factors,
+        _: nn.Module,
+        args: Any,
+        output: Tensor,
     ) -> None:
         x = args[0]
         if x is not self._input:
-            self._input, self._input_norms = x, kernels.row_norms(self._counted(x))
-        down, up, base = (self._counted(seen[part]) for part in ("down", "up", "base"))
-        output, scale = self._counted(output), layer.scale
-        if self._cancelled(down):
-            down, up = _in_float64(layer, self._counted(x))
-        if layer.has_magnitude:
-            bias = getattr(layer.base, "bias", None)
-            up, scale = output - base, 1.0
-            if isinstance(bias, Tensor):
-                base, output = base - bias, output - bias
-        elif layer.has_bias:
-            # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.
-            output = base + scale * up
-        kernels.update(
-            self._states[layer.name], self._input_norms, down, up, base, output, scale=scale, whitener=whitener
+            self._input, self._input_norms = x, self._norms(x)
+        down, base, output = seen["down"], seen["base"], self._counted(output)
+        down_norms, update_norms = kernels.row_norms(down), None
+        if "up" in seen:
+            base, output, change = _parts(layer, base, seen["up"], output)
+            base, update_norms = kernels.row_norms(base), kernels.row_norms(change)
+        if self._cancelled(down, down_norms, layer):
+            down = self._counted(x).double() @ layer.down_matrix().mT
+            down_norms = kernels.row_norms(down)
+        projected, inner = kernels.inner_norms(down, factors)
+        exact = not (layer.has_magnitude or _has_bias(layer.up))
+        kernels.add(
+            self._states[layer.name],
+            input=self._input_norms,
+            down=down_norms,
+            update=inner if exact or update_norms is None else update_norms,
+            base=base,
+            output=kernels.row_norms(output),
+            projected=projected,
         )
         seen.clear()
+
+    def _norms(self, values: Tensor) -> Tensor:
+        return kernels.row_norms(self._counted(values))
 
     def _counted(self, values: Tensor) -> Tensor:
         values = values.reshape(-1, values.shape[-1])
@@ -203,22 +220,36 @@ class _Recorder:
         share: Tensor = (self._rows * len(values) // self._of).unique()  # type: ignore[no-untyped-call]
         return values.index_select(0, share)
 
-    def _cancelled(self, down: Tensor) -> bool:
+    def _cancelled(self, down: Tensor, norms: Tensor, layer: AdaptedLayer) -> bool:
+        """Whether rounding errors in ``down``, a random walk of ``in`` steps, have grown beside what is left of it."""
         if down.dtype != torch.float32 or down.device.type != "cpu":
             return False
-        return bool(kernels.row_norms(down).sum() < CANCELLATION * self._input_norms.sum())
+        error = 2.0**-22 * self._input_norms.norm() / math.sqrt(layer.in_features)
+        return bool((error > CANCELLATION * norms.sum()).item())
 
 
-def _in_float64(layer: AdaptedLayer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``Bx`` and ``ABx`` before its scale, for rows ``x (n, in)``."""
-    down = x.double() @ layer.down_matrix.mT
-    weight, bias = layer.up.weight, layer.up.bias
-    assert isinstance(weight, Tensor)
-    return down, linear(down, weight.double(), bias.double() if isinstance(bias, Tensor) else None)
+def _parts(layer: AdaptedLayer, base: Tensor, up: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``W_res x``, the layer's whole output and its update, where they are not simply what the modules give.
+
+    A bias can outweigh the output: adding the parts again is exact where subtracting it is not. What a magnitude made
+    of the parts is only in the output.
+    """
+    if not layer.has_magnitude:
+        change = layer.scale * up
+        return base, base + change, change
+    bias = getattr(layer.base, "bias", None)
+    change = output - base
+    return (base - bias, output - bias, change) if isinstance(bias, Tensor) else (base, output, change)
 
 
-def _keep(seen: dict[str, Tensor], part: str, _: nn.Module, __: Any, output: Tensor) -> None:
-    seen[part] = output
+def _has_bias(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "bias", None), Tensor)
+
+
+def _keep(
+    seen: dict[str, Tensor], part: str, what: Callable[[Tensor], Tensor], _: nn.Module, __: Any, output: Tensor
+) -> None:
+    seen[part] = what(output)
 
 
 @contextmanager

@@ -1,49 +1,29 @@
 """Measure each checkpoint once per run, whatever the number of workers, and keep the outcome, good or bad.
 
 A saved run stands in for a checkpoint: it is gated alike, and nothing is measured.
-
-Only this module reaches torch, and only inside a function.
 """
 
-import hashlib
-import platform
-import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from pytest_nullspace import calibration
-from pytest_nullspace.audit import Audit, audit
+from pytest_nullspace import pipeline
+from pytest_nullspace.audit import Audit
 from pytest_nullspace.baseline import Comparison, Difference, compare, incomparable, regressions
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
-from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors
+from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.checkpoint.layers import is_layer_name
 from pytest_nullspace.diagnosis import Diagnosis, diagnose
-from pytest_nullspace.errors import (
-    CheckpointError,
-    MeasurementError,
-    NullspaceError,
-    OptionError,
-    StatsError,
-    TextError,
-)
-from pytest_nullspace.hub import directory_of, downloaded
+from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError, StatsError
+from pytest_nullspace.hub import downloaded
 from pytest_nullspace.invariants import Check, Expectations, Stage
 from pytest_nullspace.options import PREFIX, Settings, model_name, stats_file
+from pytest_nullspace.pipeline import Bases
 from pytest_nullspace.report import terminal
 from pytest_nullspace.stats import RunStats, from_json, read, write, write_atomically
-
-Bases = MutableMapping[Hashable, Any]
-"""The base model that adapters share, kept from one to the next; shared by the runs that are still to be measured."""
-
-DEFAULT_SEQLEN = 2048
-"""Tokens a window, as in the reference, where the model allows as many."""
 
 
 class GatedRun(ABC):
@@ -210,10 +190,10 @@ class CheckpointRun(GatedRun):
 
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         try:
-            outcome = measure_checkpoint(self.checkpoint, self._settings, self.selected, progress, self._bases)
+            outcome = pipeline.measure_checkpoint(self.checkpoint, self._settings, self.selected, progress, self._bases)
             if self._initial is None:
                 return outcome
-            audited = audit_checkpoint(self.checkpoint, self._initial, self._settings, self.selected)
+            audited = pipeline.audit_checkpoint(self.checkpoint, self._initial, self._settings, self.selected)
             return replace(outcome, about={**outcome.about, "audit": audited.to_dict()})
         except NullspaceError as error:
             return error
@@ -331,188 +311,3 @@ def open_runs(settings: Settings) -> tuple[GatedRun, ...]:
 
 def _opened(model: Path | str) -> Checkpoint:
     return open_checkpoint(model if isinstance(model, Path) else downloaded(model, None, f"{PREFIX}model"))
-
-
-def measure_checkpoint(
-    checkpoint: Checkpoint,
-    settings: Settings,
-    layers: Collection[str],
-    progress: Callable[[int, int], None] | None = None,
-    bases: Bases | None = None,
-) -> RunStats:
-    """Read the text, load the model, and measure ``layers`` in one pass.
-
-    Args:
-        checkpoint: What to measure.
-        settings: On which text, and how.
-        layers: The names of its layers to measure.
-        progress: Told how many windows of how many are done.
-        bases: Keeps the base model of an adapter for the next adapter of the same base.
-
-    Raises:
-        NullspaceError: Any of it is not possible.
-    """
-    import torch
-
-    from pytest_nullspace.measure import measure
-    from pytest_nullspace.model import load_model
-
-    started = time.perf_counter()
-    base = None if checkpoint.carries_base else base_directory(checkpoint, settings.base)
-    source = calibration.parse_source(settings.calib_dataset, settings.text_folder)
-    text = calibration.read_text(source)
-    tokenize = calibration.load_tokenizer(_tokenizer_directory(checkpoint, base))
-    device = _device(settings.device)
-    dtype = _dtype(settings.dtype, checkpoint, device)
-    adapted = load_model(checkpoint, device, dtype, base, bases)
-    seqlen = _seqlen(settings.seqlen, adapted.model)
-    windows = calibration.draw_windows(text, tokenize, count=settings.calib_size, seqlen=seqlen, seed=settings.seed)
-    loaded = time.perf_counter()
-    figures = measure(
-        adapted,
-        [window.tokens for window in windows],
-        layers=layers,
-        batch_size=settings.batch_size,
-        max_rows=settings.max_activation_samples,
-        seed=settings.seed,
-        progress=progress,
-    )
-    adapted.take_off()
-    passed = time.perf_counter()
-    return RunStats(
-        model_path=str(checkpoint.directory),
-        calib_dataset=settings.calib_dataset,
-        layers=figures,
-        checkpoint_layers=len(checkpoint.layers),
-        about={
-            "format": checkpoint.format,
-            "base": checkpoint.base,
-            "outside": list(checkpoint.outside),
-            "weights_sha256": _hashes(checkpoint),
-            "text": {
-                "sha256": calibration.text_hash(text),
-                "windows": len(windows),
-                "seqlen": seqlen,
-                "tokens": sum(len(window.tokens) for window in windows),
-                "starts": [window.start for window in windows],
-            },
-            "settings": {
-                "calib_size": settings.calib_size,
-                "max_activation_samples": settings.max_activation_samples,
-                "seed": settings.seed,
-                "batch_size": settings.batch_size,
-                "layers": settings.layers,
-                "stage": settings.stage,
-                "allow_unreached": list(settings.allow_unreached),
-            },
-            "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."),
-            "libraries": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("pytest-nullspace", "torch", "transformers", "safetensors")},
-            },
-            "measured": {
-                "at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "host": platform.node(),
-                "device_name": _device_name(torch, device),
-                "seconds": {"load": round(loaded - started, 3), "pass": round(passed - loaded, 3)},
-            },
-        },
-    )
-
-
-def audit_checkpoint(checkpoint: Checkpoint, initial: Checkpoint, settings: Settings, layers: Collection[str]) -> Audit:
-    """Hold every tensor of the checkpoint against its start; across formats against the tensors of the base as well.
-
-    Raises:
-        CheckpointError: The two do not belong together, or a file cannot be read.
-    """
-
-    def base(of: Checkpoint, other: Checkpoint) -> Mapping[str, TensorInfo] | None:
-        if of.carries_base or not other.carries_base:
-            return None
-        return read_tensors(base_directory(of, settings.base), "model")
-
-    return audit(
-        checkpoint,
-        initial,
-        layers=layers,
-        variant=settings.variant,
-        trained_base=base(checkpoint, initial),
-        initial_base=base(initial, checkpoint),
-    )
-
-
-def base_directory(checkpoint: Checkpoint, asked: str | None) -> Path:
-    """Where the base model of ``checkpoint`` lies: what the option says, else what the adapter's config names.
-
-    Raises:
-        CheckpointError: Neither says, it cannot be had, or the config's base is not the one that was trained on.
-    """
-    if asked is not None:
-        return directory_of(asked, None, f"{PREFIX}base")
-    if checkpoint.changed_base is not None:
-        raise CheckpointError(
-            f"{checkpoint.config_file}: init_lora_weights {checkpoint.changed_base} changed the base's weights, and "
-            f"the adapter was not saved converted: on the untouched base {printable(checkpoint.base)} every figure "
-            f"would be wrong; give the changed base by {PREFIX}base=DIR"
-        )
-    if not checkpoint.base:
-        raise CheckpointError(
-            f"{checkpoint.config_file}: names no base_model_name_or_path; give it by {PREFIX}base=DIR"
-        )
-    how = f"{checkpoint.config_file}: base_model_name_or_path"
-    return directory_of(checkpoint.base, checkpoint.base_revision, how)
-
-
-def _tokenizer_directory(checkpoint: Checkpoint, base: Path | None) -> Path:
-    """The adapter's own tokenizer if one was saved with it, else its base's."""
-    has_own = any((checkpoint.directory / name).is_file() for name in calibration.TOKENIZER_FILES)
-    return checkpoint.directory if base is None or has_own else base
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        name = accelerator.type if accelerator is not None and accelerator.type in ("cuda", "xpu") else "cpu"
-    device = torch.device(name)
-    if device.type != "cpu":
-        module = getattr(torch, device.type)
-        if not module.is_available() or (device.index or 0) >= module.device_count():
-            raise OptionError(f"{PREFIX}device: torch sees no {name} on this machine; choose cpu or leave it at auto")
-    return device
-
-
-def _dtype(name: str, checkpoint: Checkpoint, device: Any) -> Any:
-    import torch
-
-    if name != "auto":
-        return getattr(torch, name)
-    stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
-    if device.type == "cpu" or "F32" in stored or "F64" in stored:
-        return torch.float32
-    return torch.bfloat16 if "BF16" in stored else torch.float16
-
-
-def _device_name(torch: Any, device: Any) -> str:
-    return str(getattr(torch, device.type).get_device_name(device)) if device.type != "cpu" else platform.machine()
-
-
-def _seqlen(asked: int | None, model: Any) -> int:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if asked is None:
-        return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
-    if limit is not None and asked > limit:
-        raise TextError(f"{PREFIX}seqlen: {asked} tokens are more than the {limit} that the model takes")
-    return asked
-
-
-def _hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    hashes = {}
-    for file in files:
-        with file.open("rb") as stream:
-            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes

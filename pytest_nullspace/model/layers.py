@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pytest_nullspace.kernels import row_norms
+
 
 @dataclass(frozen=True)
 class AdaptedLayer:
@@ -21,7 +23,7 @@ class AdaptedLayer:
         up: Output ``ABx``, shape ``(…, out)``, before the scale.
         base: Output ``W_res x``, shape ``(…, out)``, with a bias where it has one of its own.
         scale: What ``up``'s output is multiplied by.
-        down_matrix: The matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64 on the CPU.
+        down_matrix: Gives the matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64 on the CPU.
         has_bias: Whether the layer's output holds a bias on top of the two parts.
         has_magnitude: Whether it is a DoRA layer. Its update is then all that it changes, ``layer(x) - base(x)``.
     """
@@ -32,16 +34,33 @@ class AdaptedLayer:
     up: nn.Module
     base: nn.Module
     scale: float
-    down_matrix: Tensor
+    down_matrix: Callable[[], Tensor]
     has_bias: bool
     has_magnitude: bool = False
 
     @property
     def out_features(self) -> int:
         """Width of the layer's output."""
+        return self.up_matrix.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """Width between the two projections."""
+        return self.up_matrix.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        """Width of the layer's input."""
+        weight = self.down.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[1]
+
+    @property
+    def up_matrix(self) -> Tensor:
+        """A as the model holds it, shape ``(out, r)``."""
         weight = self.up.weight
         assert isinstance(weight, Tensor)
-        return weight.shape[0]
+        return weight.detach()
 
     def weight_norms(self) -> tuple[float, float, float]:
         """The Frobenius norms of B, A and W_res as stored, summed in float64."""
@@ -51,7 +70,7 @@ class AdaptedLayer:
 def _frobenius(module: nn.Module) -> float:
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+    return float(row_norms(weight.detach()).double().square().sum().sqrt())
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,6 @@ def _view(model: nn.Module, name: str) -> AdaptedLayer:
         up=adapted.ALinear,
         base=adapted.residual,
         scale=1.0,
-        down_matrix=adapted.down_matrix(),
+        down_matrix=adapted.down_matrix,
         has_bias=adapted.bias is not None,
     )

@@ -200,7 +200,7 @@ def _view(name: str, layer: Any) -> AdaptedLayer:
         up=layer.lora_B[adapter],
         base=base,
         scale=float(layer.scaling[adapter]),
-        down_matrix=down.weight.detach().to("cpu", torch.float64),
+        down_matrix=lambda: down.weight.detach().to("cpu", torch.float64),
         has_bias=getattr(base, "bias", None) is not None,
         has_magnitude=bool(layer.use_dora.get(adapter)),
     )

@@ -53,7 +53,7 @@ def naive(adapted: AdaptedModel, windows: list[list[int]]) -> dict[str, list[flo
     """Every mean of every layer by its definition in float64 on the very inputs of the float32 forward."""
     sums: dict[str, Tensor] = {}
     projectors = {
-        name: torch.linalg.pinv(layer.down_matrix) @ layer.down_matrix for name, layer in adapted.layers.items()
+        name: torch.linalg.pinv(layer.down_matrix()) @ layer.down_matrix() for name, layer in adapted.layers.items()
     }
 
     def add(name: str, x: Tensor) -> None:
@@ -61,7 +61,7 @@ def naive(adapted: AdaptedModel, windows: list[list[int]]) -> dict[str, list[flo
         up, base = layer.up.weight, layer.base.weight
         assert isinstance(up, Tensor)
         assert isinstance(base, Tensor)
-        bx = x @ layer.down_matrix.mT
+        bx = x @ layer.down_matrix().mT
         abx, wx = bx @ up.double().mT, x @ base.double().mT
         leakage = (x @ projectors[name]).norm(dim=1).square() / x.norm(dim=1).square()
         parts = torch.stack([t.norm(dim=1).sum() for t in (x, bx, abx, wx, abx + wx)] + [leakage.sum()])

@@ -60,16 +60,19 @@ def test_row_norms(benchmark: BenchmarkFixture, device: str, dtype: torch.dtype,
 @pytest.mark.parametrize("width", [576, 4096])
 @pytest.mark.benchmark(group="reduction")
 def test_layer_update(benchmark: BenchmarkFixture, device: str, dtype: torch.dtype, width: int) -> None:
-    """All figures of one layer from one window of 1024 rows: three reads of the output's width, one of the rank's."""
-    up, base, output = (torch.randn(1024, width, device=device).to(dtype) for _ in range(3))
+    """All figures of one layer from one window of 1024 rows: two reads of the output's width, one of the rank's."""
+    base, output = (torch.randn(1024, width, device=device).to(dtype) for _ in range(2))
     down = torch.randn(1024, RANK, device=device).to(dtype)
-    norms, whitener = torch.rand(1024, device=device) + 1, torch.eye(RANK, device=device)
+    norms = torch.rand(1024, device=device) + 1
+    factors = kernels.factors(torch.eye(RANK), torch.eye(RANK), 1.0, device)
     state = kernels.empty(device)
 
     def update() -> None:
-        kernels.update(state, norms, down, up, base, output, scale=1.0, whitener=whitener)
+        projected, change = kernels.inner_norms(down, factors)
+        bx, wx, y = map(kernels.row_norms, (down, base, output))
+        kernels.add(state, input=norms, down=bx, update=change, base=wx, output=y, projected=projected)
 
-    parts: list[tuple[Tensor, Tensor]] = [(part, torch.empty_like(part)) for part in (up, base, output, down)]
+    parts: list[tuple[Tensor, Tensor]] = [(part, torch.empty_like(part)) for part in (base, output, down)]
 
     def copy() -> None:
         for source, target in parts:

@@ -274,7 +274,7 @@ def test_the_same_verdicts_and_figures_under_xdist_and_without(
 ) -> None:
     """With any number of workers, or without xdist, the model is measured once and the figures are the same."""
     pytester.makeconftest(
-        "import pytest_nullspace.session as s\n"
+        "import pytest_nullspace.pipeline as s\n"
         "real = s.measure_checkpoint\n"
         "def counted(*a, **k):\n"
         "    open('measured.log', 'a').write('x')\n"
@@ -442,7 +442,7 @@ def test_a_worker_that_dies_while_measuring_fails_the_run(
 ) -> None:
     """A worker killed inside the pass neither hangs the others nor has them try it again."""
     pytester.makeconftest(
-        "import os, pytest_nullspace.session as s\n"
+        "import os, pytest_nullspace.pipeline as s\n"
         "def killed(*a, **k):\n"
         "    open('measured.log', 'a').write('x')\n"
         "    os.kill(os.getpid(), 9)\n"

@@ -93,9 +93,9 @@ def test_every_figure_on_the_trained_fixture_is_that_of_float64_arithmetic() -> 
         up, base = view.up.weight, view.base.weight
         assert isinstance(up, torch.Tensor)
         assert isinstance(base, torch.Tensor)
-        bx = x @ view.down_matrix.mT
+        bx = x @ view.down_matrix().mT
         abx, wx = bx @ up.double().mT, x @ base.double().mT
-        projector = torch.linalg.pinv(view.down_matrix) @ view.down_matrix
+        projector = torch.linalg.pinv(view.down_matrix()) @ view.down_matrix()
         leakage = (x @ projector).norm(dim=1).square() / x.norm(dim=1).square()
         want = [float(t.norm(dim=1).mean()) for t in (x, bx, abx, wx, abx + wx)] + [float(leakage.mean())]
         got = [layer.input_norm, layer.down_norm, layer.update_norm, layer.base_norm, layer.output_norm]

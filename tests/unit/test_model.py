@@ -124,7 +124,7 @@ def test_each_layer_is_its_formula(tmp_path: Path, protected: int | None, bias: 
     adapted, tensors = load(tmp_path), stored(tmp_path)
     for name, layer in adapted.layers.items():
         weight = {part.removeprefix(f"{name}."): t.double() for part, t in tensors.items() if part.startswith(name)}
-        x = torch.randn(5, layer.down_matrix.shape[1], dtype=torch.float64)
+        x = torch.randn(5, layer.down_matrix().shape[1], dtype=torch.float64)
         kept = x - x @ weight["PBLinear.weight"].mT @ weight["PALinear.weight"].mT if protected else x
         down = kept @ weight["BLinear.weight"].mT
         up, base = down @ weight["ALinear.weight"].mT, x @ weight["weight_residual"].mT
@@ -133,10 +133,10 @@ def test_each_layer_is_its_formula(tmp_path: Path, protected: int | None, bias: 
         total = up + base + weight.get("ALinear.bias", torch.zeros(1))
         for ours, wanted in ((seen["down"], down), (seen["up"], up), (seen["base"], base), (output, total)):
             torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
-        torch.testing.assert_close(x @ layer.down_matrix.mT, down, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(x @ layer.down_matrix().mT, down, rtol=1e-12, atol=1e-12)
         assert (layer.scale, layer.out_features) == (1.0, len(weight["weight_residual"]))
         assert layer.weight_norms() == pytest.approx(
-            [float(weight[part].norm()) for part in ("BLinear.weight", "ALinear.weight", "weight_residual")], rel=1e-12
+            [float(weight[part].norm()) for part in ("BLinear.weight", "ALinear.weight", "weight_residual")], rel=1e-7
         )
 
 
