@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pytest_nullspace.invariants import Stage, lower_is_better
-from pytest_nullspace.stats import FIGURES, LayerStats, RunStats
+from pytest_nullspace.stats import LayerStats, RunStats
 
 BASE_TOLERANCE = 1e-3
 """How far ``‖W_res‖`` may differ between runs of one base, in whatever precision they were measured."""
@@ -20,7 +20,7 @@ class Limit:
     """How much worse a figure may become.
 
     Attributes:
-        figure: A name in `FIGURES`.
+        figure: A name in `pytest_nullspace.stats.FIGURES`.
         amount: The limit itself is still allowed.
         relative: Whether ``amount`` is a share of the earlier value, or a difference.
     """
@@ -39,7 +39,7 @@ class Change:
     """One figure before and now.
 
     Attributes:
-        figure: A name in `FIGURES`.
+        figure: A name in `pytest_nullspace.stats.FIGURES`.
         before: Its value in the earlier run.
         now: Its value in this one.
         lower_is_better: Which direction is the worse.
@@ -115,8 +115,8 @@ def layer_changes(layer: LayerStats, before: LayerStats, stage: Stage) -> tuple[
     """The change of every figure that both runs measured."""
     return tuple(
         Change(figure, before.figure(figure), layer.figure(figure), lower_is_better(figure, stage))
-        for figure in FIGURES
-        if figure not in (*layer.absent, *before.absent)
+        for figure in layer.measured
+        if figure in before.measured
     )
 
 
@@ -174,7 +174,8 @@ COMPARED: Mapping[str, Callable[[RunStats, Collection[str]], Any]] = {
     "rank": _layers(lambda layer: layer.rank),
     "widths": _layers(lambda layer: (layer.in_features, layer.out_features) if layer.in_features else ()),
     "base": _layers(lambda layer: layer.base_weight_norm),
-    "figures": lambda run, _: [figure for figure in FIGURES if figure not in run.absent],
+    "task": _about("task_text", "sha256"),
+    "figures": lambda run, _: list(run.measured),
 }
 """What two runs must have in common, and where a run records it."""
 

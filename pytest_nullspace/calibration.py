@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Tokenize = Callable[[str], Sequence[int]]
 """A text's token ids, special tokens included."""
 
-OPTION = "--nullspace-calib-dataset"
+OPTION, TASK_OPTION = "--nullspace-calib-dataset", "--nullspace-task-dataset"
 DEFAULT_COLUMNS = ("text", "sentence", "question", "content")
 """Where a text is looked for when no column is named, in this order."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -131,7 +131,7 @@ class Window:
     tokens: tuple[int, ...]
 
 
-def parse_source(spec: str, folder: Path = Path()) -> Source:
+def parse_source(spec: str, folder: Path = Path(), option: str = OPTION) -> Source:
     """What ``spec`` describes; nothing is read, only looked whether a path exists.
 
     A named set wins over a file or folder of its name, which must be written ``./name``.
@@ -140,6 +140,7 @@ def parse_source(spec: str, folder: Path = Path()) -> Source:
         spec: A named set, ``FILE[:column]``, ``DIR[:split[:column]]`` or ``hub:owner/name[:config[:split[:column]]]``;
             a part left empty is the default one.
         folder: The folder to which a path is relative.
+        option: Where it was given, for messages.
 
     Raises:
         TextError: It is none of these.
@@ -147,26 +148,26 @@ def parse_source(spec: str, folder: Path = Path()) -> Source:
     if spec in NAMED_SETS:
         return NAMED_SETS[spec]
     if spec.startswith("hub:"):
-        return _parse_hub(spec)
-    path, selectors = _split_path(spec, folder)
+        return _parse_hub(spec, option)
+    path, selectors = _split_path(spec, folder, option)
     if path.is_dir():
         split, column = (*selectors, "", "")[:2]
         return FolderText(path, split or None, column or None)
     if path.suffix.lower() not in _READERS:
-        raise _refusal(spec, f"{path} has none of the suffixes that can be read")
+        raise _refusal(option, spec, f"{path} has none of the suffixes that can be read")
     if len(selectors) > 1:
-        raise _refusal(spec, f"{path} is a file, which has no splits")
+        raise _refusal(option, spec, f"{path} is a file, which has no splits")
     return FileText(path, "".join(selectors) or None)
 
 
-def _parse_hub(spec: str) -> HubText:
+def _parse_hub(spec: str, option: str) -> HubText:
     match = _HUB_SPEC.fullmatch(spec)
     if not match:
-        raise _refusal(spec, "not of the form hub:owner/name[:config[:split[:column]]]")
+        raise _refusal(option, spec, "not of the form hub:owner/name[:config[:split[:column]]]")
     return HubText(match["repo"], match["config"] or None, match["split"] or "train", match["column"])
 
 
-def _split_path(spec: str, folder: Path) -> tuple[Path, list[str]]:
+def _split_path(spec: str, folder: Path, option: str) -> tuple[Path, list[str]]:
     """The longest part of ``spec`` before a colon that exists, and what follows it: two selectors at most."""
     cuts = [spec.rsplit(":", colons) for colons in range(min(spec.count(":"), 2) + 1)]
     candidates = [(folder / _at_home(name), selectors) for name, *selectors in cuts]
@@ -174,7 +175,7 @@ def _split_path(spec: str, folder: Path) -> tuple[Path, list[str]]:
         if _exists(path):
             return path, selectors
     looked_for = " and ".join(str(path.absolute()) for path, _ in candidates)
-    raise _refusal(spec, f"no such file or folder (looked for {looked_for})")
+    raise _refusal(option, spec, f"no such file or folder (looked for {looked_for})")
 
 
 def _at_home(name: str) -> Path:
@@ -192,9 +193,9 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _refusal(spec: str, reason: str) -> TextError:
+def _refusal(option: str, spec: str, reason: str) -> TextError:
     return TextError(
-        f"{OPTION}={printable(spec)}: {reason}. It takes {', '.join(NAMED_SETS)}, a file ({' '.join(_READERS)}; "
+        f"{option}={printable(spec)}: {reason}. It takes {', '.join(NAMED_SETS)}, a file ({' '.join(_READERS)}; "
         "FILE:column), a folder saved by datasets (DIR:split:column), or hub:owner/name[:config[:split[:column]]]."
     )
 
@@ -460,7 +461,7 @@ def draw_windows(text: str, tokenize: Tokenize, *, count: int, seqlen: int, seed
     last = len(text) - seqlen - 1
     if last < 0:
         raise TextError(
-            f"the calibration text has {len(text)} characters, and windows of {seqlen} tokens need at least "
+            f"the text has {len(text)} characters, and windows of {seqlen} tokens need at least "
             f"{seqlen + 1}; give a longer text or a smaller --nullspace-seqlen"
         )
     chosen = random.Random(seed)
@@ -471,7 +472,7 @@ def _window(text: str, tokenize: Tokenize, start: int, seqlen: int) -> Window:
     tokens = tuple(tokenize(text[start : start + 10 * seqlen])[:seqlen])
     if not tokens:
         raise TextError(
-            f"the window at character {start} of the calibration text has no tokens; "
+            f"the window at character {start} of the text has no tokens; "
             "give a text without long blanks, or check the tokenizer"
         )
     return Window(start, tokens)

@@ -13,7 +13,7 @@ from pytest_nullspace.invariants import MODEL, Tier, Verdict, judge, judge_avera
 from pytest_nullspace.progress import fail_measuring, showing_progress
 from pytest_nullspace.report import terminal
 from pytest_nullspace.session import GatedRun
-from pytest_nullspace.stats import FIGURES, RunStats
+from pytest_nullspace.stats import RunStats
 
 if TYPE_CHECKING:
     from typing import Self
@@ -103,7 +103,7 @@ class LayerItem(MeasuredItem):
         if layer is None:
             pytest.fail(f"{self.name} was not measured", pytrace=False)
         verdict = judge(layer, self.parent.run.expectations(run))
-        figures = {figure: layer.figure(figure) for figure in FIGURES if figure not in layer.absent}
+        figures = {figure: layer.figure(figure) for figure in layer.measured}
         self.record(tier=str(verdict.tier), rows=layer.rows, **figures)
         return verdict, terminal.layer_failure(layer, verdict)
 
@@ -114,7 +114,7 @@ class ModelItem(MeasuredItem):
     def judge(self, run: RunStats) -> tuple[Verdict, str]:
         """Hold the averages against the thresholds."""
         verdict = judge_averages(run, self.parent.run.expectations(run))
-        figures = {figure: run.mean(figure) for figure in FIGURES if figure not in run.absent}
+        figures = {figure: run.mean(figure) for figure in run.measured}
         self.record(tier=str(verdict.tier), layers=len(run.layers), **figures)
         return verdict, terminal.model_failure(run, verdict)
 

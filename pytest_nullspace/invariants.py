@@ -1,17 +1,18 @@
 """The invariants: which figure may lie where, and the verdict on a layer or on the averages of a run. Pure.
 
 The default thresholds are those of the reference script, and leakage against chance beside them: a random subspace
-can pass ``‖BX‖/‖X‖ < 0.1``, but never ``leakage / chance < 0.5``.
+can pass ``‖BX‖/‖X‖ < 0.1``, but never ``leakage / chance < 0.5``. Where a task text was measured too, the update must
+be larger there than on the preserved text, and may be small in a single layer if it is not in the whole model.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
 from pytest_nullspace.errors import OptionError
-from pytest_nullspace.stats import FIGURES, LayerStats, RunStats
+from pytest_nullspace.stats import LayerStats, RunStats
 
 
 class Tier(StrEnum):
@@ -86,6 +87,8 @@ _TRAINED = (
     Threshold("effectiveness", 1e-4, 1e-6, lower_is_better=False),
     Threshold("contribution", 1e-2, 1e-3, lower_is_better=False),
     Threshold("leakage", 0.5, 0.75, lower_is_better=True),
+    Threshold("forgetting", 0.1, 0.2, lower_is_better=True),
+    Threshold("selectivity", 1.5, 0.5, lower_is_better=False),
 )
 _INIT = (
     Threshold("preservation", 0.1, 0.5, lower_is_better=True),
@@ -157,11 +160,32 @@ class Expectations:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One figure held against its threshold."""
+    """One figure held against its threshold.
+
+    Attributes:
+        value: The figure.
+        threshold: What it is held against.
+        tier: Where it lies.
+        margin: How far it may lie from what more text would give; None if that was never estimated.
+    """
 
     value: float
     threshold: Threshold
     tier: Tier
+    margin: float | None = None
+
+    @property
+    def uncertain(self) -> bool:
+        """Whether more text might put the value into another tier."""
+        if self.margin is None or not math.isfinite(self.value):
+            return False
+        ends = self.value - self.margin, self.value + self.margin
+        return not math.isfinite(self.margin) or len({self.threshold.tier(end) for end in ends}) > 1
+
+    @property
+    def distance(self) -> float:
+        """How far the value lies from the nearest bound."""
+        return min(abs(self.value - bound) for bound in (self.threshold.passes, self.threshold.fails))
 
     @property
     def badness(self) -> float:
@@ -234,9 +258,17 @@ def judge(layer: LayerStats, expectations: Expectations) -> Verdict:
     """Hold every figure of ``layer`` that was measured against its threshold, and the layer against all checks."""
     if expectations.excuses(layer):
         return Verdict(layer.name, (), excuse="no activation row reached it, which is allowed")
-    figures = {figure: layer.figure(figure) for figure in FIGURES if figure not in layer.absent}
-    verdict = _judge(layer.name, figures, expectations, layer.defect)
+    verdict = _judge(layer.name, layer, expectations, layer.defect)
+    if layer.task is not None:
+        verdict = replace(verdict, findings=tuple(map(_of_one_layer, verdict.findings)))
     return replace(verdict, faults=tuple(fault for check in expectations.checks for fault in check(layer)))
+
+
+def _of_one_layer(finding: Finding) -> Finding:
+    """With a task text at hand a single layer may contribute little: it warns, and the averages must not fail."""
+    if finding.threshold.figure == "contribution" and finding.tier is Tier.FAIL and math.isfinite(finding.value):
+        return replace(finding, tier=Tier.WARN)
+    return finding
 
 
 MODEL = "model"
@@ -251,14 +283,14 @@ def judge_averages(run: RunStats, expectations: Expectations) -> Verdict:
         defect = f"only {len(run.layers)} of {run.checkpoint_layers} layers were measured"
     elif defective:
         defect = f"{len(defective)} of {len(run.layers)} layers could not be judged, {defective[0]} among them"
-    averages = {figure: run.mean(figure) for figure in FIGURES if figure not in run.absent}
-    return _judge(MODEL, averages, expectations, defect)
+    return _judge(MODEL, run, expectations, defect)
 
 
-def _judge(subject: str, figures: Mapping[str, float], expectations: Expectations, defect: str | None) -> Verdict:
+def _judge(subject: str, of: LayerStats | RunStats, expectations: Expectations, defect: str | None) -> Verdict:
+    value = of.mean if isinstance(of, RunStats) else of.figure
     findings = tuple(
-        Finding(value := figures[threshold.figure], threshold, threshold.tier(value))
+        Finding(value(figure), threshold, threshold.tier(value(figure)), of.margin(figure))
         for threshold in expectations.thresholds(subject)
-        if threshold.figure in figures
+        if (figure := threshold.figure) in of.measured
     )
     return Verdict(subject, findings, defect)

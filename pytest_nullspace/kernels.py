@@ -1,7 +1,8 @@
-"""The figures of an adapted layer as pure functions of its activations: update, merge, compute.
+"""The figures of an adapted layer as pure functions of its activations: norms, sums, merge, compute.
 
-A layer's state is one vector of sums, so any split of the rows, in any order, over any number of processes, merges to
-the same answer. Norms are taken in at least float32 without copying half-precision activations; sums are float64.
+What rows add up to is one vector of sums, so any split of the rows, in any order, over any number of processes, merges
+to the same answer. Norms are taken in at least float32 without copying half-precision activations; sums are float64.
+Leading dimensions, of layers or windows, are carried along.
 """
 
 from collections.abc import Callable
@@ -15,11 +16,11 @@ _eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.eigh
 _qr: Callable[..., tuple[Tensor, Tensor]] = torch.linalg.qr
 
 FLOAT32_SAFE = (1e-15, 1e15)
-"""Norms between these have squares, and sums of squares over any real width, within float32's normal range."""
+"""Float32 norms between these have squares, and sums of squares over any real width, within float32's normal range."""
 
 
 class Sums(NamedTuple):
-    """What is summed over rows, in the order of the state vector."""
+    """What is summed over rows, in the order of the vector."""
 
     rows: float
     directed: float
@@ -53,11 +54,6 @@ class Means(NamedTuple):
     leakage: float
 
 
-def empty(device: torch.device | str = "cpu") -> Tensor:
-    """The state before any row, shape ``(len(Sums),)``."""
-    return torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
-
-
 def row_norms(values: Tensor) -> Tensor:
     """The Euclidean norm of each row.
 
@@ -65,58 +61,45 @@ def row_norms(values: Tensor) -> Tensor:
         values: Shape ``(…, d)``, any floating point type.
 
     Returns:
-        Shape ``(…,)``: float32, or float64 where ``values`` are float64, or lie on the CPU and leave the range in
-        which float32 squares are exact enough. (On a GPU that look would wait for the device; there an overflow shows
-        as infinity, which no verdict passes.)
+        Shape ``(…,)``, float64 where ``values`` are, else float32: whether those are `safe` is the caller's to ask.
     """
-    if values.dtype == torch.float64:
-        return _vector_norm(values, dim=-1)
-    norms = _vector_norm(values, dim=-1, dtype=torch.float32)
-    if norms.device.type == "cpu" and norms.numel():
-        low, high = norms.aminmax()
-        if not (low.item() >= FLOAT32_SAFE[0] and high.item() <= FLOAT32_SAFE[1]):
-            return _vector_norm(values, dim=-1, dtype=torch.float64)
-    return norms
+    return _vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
-class Factors(NamedTuple):
-    """What a layer's weights make of ``Bx``, of no more than r rows each, so that no wide matrix is read for them.
-
-    Attributes:
-        both: Shape ``(k + q, r)``. With its first k rows ``‖Px‖ = ‖whitening · Bx‖``, with the others
-            ``‖scale · ABx‖ = ‖root · Bx‖``.
-        whitening: k.
-    """
-
-    both: Tensor
-    whitening: int
+def safe(norms: Tensor) -> Tensor:
+    """Whether the norms along the last dimension are exact; beyond `FLOAT32_SAFE` only float64 ones are."""
+    if norms.dtype == torch.float64 or not norms.shape[-1]:
+        return torch.ones(norms.shape[:-1], dtype=torch.bool, device=norms.device)
+    low, high = norms.aminmax(dim=-1)
+    return (low >= FLOAT32_SAFE[0]) & (high <= FLOAT32_SAFE[1])
 
 
-def factors(down: Tensor, up: Tensor, scale: float, device: torch.device | str = "cpu") -> Factors:
-    """A layer's `Factors`, taken in float64 and kept in float32.
+def factors(down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """What a layer's weights make of ``Bx``, so that no wide matrix has to be read for it.
 
     With ``B Bᵀ = V Λ Vᵀ`` the whitening is ``Λ^-½ Vᵀ`` over the eigenvalues that are not zero, so B may be
-    rank-deficient; with ``A = Q R`` the root is ``scale · R``.
+    rank-deficient, and ``‖Px‖ = ‖whitening · Bx‖``. With ``A = Q R`` the root is ``scale · R``, and
+    ``‖scale · ABx‖ = ‖root · Bx‖``.
 
     Args:
         down: B, shape ``(r, in)``.
         up: A, shape ``(out, r)``.
         scale: The adapter's scale.
-        device: Where ``Bx`` will lie.
 
     Returns:
-        NaN where B or A is not finite, so that what is measured with it is NaN.
+        Whitening and root, shape ``(2, r, r)``, float64 on the CPU, rows of zeros where they have fewer. NaN where B or
+        A is not finite, so that what is measured with it is NaN.
     """
-    whitening = whitener(down)
-    both = torch.cat((whitening, scale * _root(up)))
-    return Factors(both.to(device, torch.float32), len(whitening))
+    both = torch.zeros(2, len(down), len(down), dtype=torch.float64)
+    for part, rows in zip(both, (_whitening(down), scale * _root(up)), strict=True):
+        part[: len(rows)] = rows
+    return both
 
 
-def whitener(down: Tensor) -> Tensor:
-    """The matrix that turns ``Bx`` into coordinates of ``Px``, shape ``(rank of B, r)``, float64; see `factors`."""
+def _whitening(down: Tensor) -> Tensor:
     down = down.to("cpu", torch.float64)
     if not bool(torch.isfinite(down).all()):
-        return torch.full((1, len(down)), torch.nan, dtype=torch.float64)
+        return torch.full((len(down), len(down)), torch.nan, dtype=torch.float64)
     scale = down.abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
     down = down / scale
     eigenvalues, vectors = _eigh(down @ down.mT)
@@ -126,21 +109,19 @@ def whitener(down: Tensor) -> Tensor:
 
 
 def _root(up: Tensor) -> Tensor:
-    """R of ``A = Q R``, shape ``(min(out, r), r)``, float64."""
     up = up.to("cpu", torch.float64)
     if not bool(torch.isfinite(up).all()):
-        return torch.full((1, up.shape[1]), torch.nan, dtype=torch.float64)
+        return torch.full((up.shape[1], up.shape[1]), torch.nan, dtype=torch.float64)
     return _qr(up, mode="r")[1]
 
 
-def inner_norms(down: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    """``‖Px‖`` and ``‖scale · ABx‖`` of each row, from ``down = Bx (n, r)`` alone."""
-    both = down.to(factors.both.dtype) @ factors.both.mT
-    return row_norms(both[:, : factors.whitening]), row_norms(both[:, factors.whitening :])
+def inner_norms(down: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """``‖Px‖`` and ``‖scale · ABx‖`` of each row, from ``down = Bx (…, n, r)`` and ``factors (…, 2, r, r)`` alone."""
+    both = row_norms(down.unsqueeze(-3) @ factors.mT)
+    return both[..., 0, :], both[..., 1, :]
 
 
-def add(
-    state: Tensor,
+def sums(
     *,
     input: Tensor,  # noqa: A002  # the figures' own names
     down: Tensor,
@@ -148,33 +129,35 @@ def add(
     base: Tensor,
     output: Tensor,
     projected: Tensor,
-) -> None:
-    """Add the rows of one forward of the layer to ``state``, in place and without waiting for the device.
+) -> Tensor:
+    """What the rows of a layer add up to, without waiting for the device.
 
     Args:
-        state: As `empty` or an earlier call left it.
-        input: `row_norms` of ``x``, shape ``(n,)`` like all that follow.
+        input: `row_norms` of ``x``, shape ``(…, n)`` like all that follow.
         down: Of ``Bx``.
         update: Of ``scale · ABx``.
         base: Of ``W_res x``.
         output: Of ``scale · ABx + W_res x``.
         projected: Of ``Px``.
+
+    Returns:
+        Shape ``(…, len(Sums))``, float64.
     """
     directed = input > 0
-    state[0] += input.numel()
-    state[1] += directed.sum()
-    state[2] += (projected / input).square().where(directed, 0.0).sum(dtype=torch.float64)
-    state[3:] += torch.stack((input, down, update, base, output)).sum(dim=1, dtype=torch.float64)
+    share = (projected / input).square().where(directed, 0.0)
+    rows = torch.ones_like(input, dtype=torch.float64)
+    parts = (rows, directed, share, input, down, update, base, output)
+    return torch.stack([part.sum(dim=-1, dtype=torch.float64) for part in parts], dim=-1)
 
 
-def merge(states: list[Tensor]) -> Tensor:
-    """The state of all rows of all ``states``, each of shape ``(len(Sums),)``."""
-    return torch.stack(states).sum(dim=0)
+def merge(parts: Tensor) -> Tensor:
+    """The sums ``(…, len(Sums))`` of all rows of all ``parts (p, …, len(Sums))``."""
+    return parts.sum(dim=0)
 
 
-def compute(state: Tensor) -> Means:
-    """The means over the rows in ``state``; NaN where there is no row to take them from."""
-    sums = Sums(*state.tolist())
+def compute(summed: Tensor) -> Means:
+    """The means over the rows that ``summed (len(Sums),)`` holds; NaN where there is no row to take them from."""
+    sums = Sums(*summed.tolist())
 
     def mean(total: float, rows: float) -> float:
         return total / rows if rows else float("nan")

@@ -1,9 +1,15 @@
-"""The streaming pass: text through the model once, forward hooks that add to sums, no activation kept."""
+"""The streaming pass: text through the model once, forward hooks that add to sums, no activation kept.
 
-import math
+A layer's hooks take the norms of its wide activations while these are still in the cache, and keep them, with the
+narrow ``Bx``, until enough layers have come together to be summed at once. On a CPU a batch counts only when every norm
+was exact: a layer whose norms leave float32's range, or whose ``Bx`` lost too many digits to cancellation, is marked,
+and the batch is run again with that layer in float64.
+"""
+
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -14,13 +20,19 @@ from torch import Tensor, nn
 from pytest_nullspace import kernels
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.stats import LayerStats
+from pytest_nullspace.uncertainty import margins
 
 CANCELLATION = 5e-8
-"""The relative error to which cancellation in a float32 ``Bx`` may add up over a batch before a CPU takes it again in
-float64."""
+"""The relative error to which cancellation in a float32 ``Bx`` may add up over a batch."""
 
 PROBE_TOKENS = 8
 """Tokens of the uncounted forward that finds out where the pass may end."""
+
+HELD_BYTES = 1 << 24
+"""What may be kept of the narrow activations before they are summed."""
+
+FIRST_ROUND = 16
+"""Windows after which a pass may end early, and again whenever they have doubled."""
 
 Progress = Callable[[int, int], None]
 """Told how many windows of how many are done."""
@@ -35,6 +47,7 @@ def measure(
     max_rows: int | None = None,
     seed: int = 42,
     progress: Progress | None = None,
+    settled: Callable[[tuple[LayerStats, ...]], bool] | None = None,
 ) -> tuple[LayerStats, ...]:
     """Run ``windows`` through the model and take every figure of the chosen layers.
 
@@ -46,48 +59,73 @@ def measure(
         max_rows: At most so many rows a layer, drawn evenly and seeded from all windows; all rows if None.
         seed: Of that draw.
         progress: Called after each batch.
+        settled: Asked after `FIRST_ROUND` windows, and whenever they have doubled, whether the figures suffice.
 
     Returns:
-        The figures in the model's order of layers. A layer that saw no row, or saw NaN or infinity, has a `defect`.
+        The figures in the model's order of layers, with margins from how they vary between windows. A layer that saw no
+        row, or saw NaN or infinity, has a `defect`.
+
+    Raises:
+        ValueError: There is no window.
     """
+    if not windows:
+        raise ValueError("there is no window to measure")
     chosen = [layer for name, layer in adapted.layers.items() if layers is None or name in layers]
     if not chosen:
         return ()
     drawn = draw_rows([len(window) for window in windows], max_rows, seed)
     entry = _entry(adapted.model, chosen)
-    recorder = _Recorder(adapted.device)
-    done = 0
+    recorder = _Recorder(adapted.device, len(windows))
+    done, ask_at = 0, FIRST_ROUND
+
+    def figures() -> tuple[LayerStats, ...]:
+        return tuple(_stats(layer, recorder.sums[layer.name][:done]) for layer in chosen)
+
     with torch.inference_mode():
         last_block = _last_block(entry, chosen, adapted, windows[0][:PROBE_TOKENS])
         with recorder.watching(chosen), _stopping_after(last_block):
-            for tokens, rows in _batches(windows, drawn, batch_size, adapted.device):
-                recorder.start_batch(rows, tokens.numel())
-                with suppress(_PassedLastBlockError):
-                    _forward(entry, adapted, tokens)
-                done += len(tokens)
+            for batch in _batches(windows, drawn, batch_size, adapted.device):
+                counted = False
+                while not counted:
+                    recorder.start(batch)
+                    with suppress(_PassedLastBlockError):
+                        _forward(entry, adapted, batch.tokens)
+                    counted = recorder.end()
+                done += len(batch.tokens)
                 if progress is not None:
                     progress(done, len(windows))
-    return tuple(_stats(layer, recorder.means(layer)) for layer in chosen)
+                if settled is not None and done >= ask_at:
+                    if settled(figures()):
+                        break
+                    ask_at = 2 * done
+    return figures()
 
 
-def _stats(layer: AdaptedLayer, means: kernels.Means) -> LayerStats:
+def _stats(layer: AdaptedLayer, by_window: Tensor) -> LayerStats:
     down, up, base = layer.weight_norms()
-    return LayerStats(
-        name=layer.name,
-        rows=means.rows,
-        in_features=layer.in_features,
-        rank=layer.rank,
-        out_features=layer.out_features,
-        input_norm=means.input,
-        down_norm=means.down,
-        update_norm=means.update,
-        base_norm=means.base,
-        output_norm=means.output,
-        mean_leakage=means.leakage,
-        down_weight_norm=down,
-        up_weight_norm=up,
-        base_weight_norm=base,
-    )
+    whole = kernels.merge(by_window)
+
+    def stats(summed: Tensor) -> LayerStats:
+        means = kernels.compute(summed)
+        return LayerStats(
+            name=layer.name,
+            rows=means.rows,
+            in_features=layer.in_features,
+            rank=layer.rank,
+            out_features=layer.out_features,
+            input_norm=means.input,
+            down_norm=means.down,
+            update_norm=means.update,
+            base_norm=means.base,
+            output_norm=means.output,
+            mean_leakage=means.leakage,
+            down_weight_norm=down,
+            up_weight_norm=up,
+            base_weight_norm=base,
+        )
+
+    seen = [window for window in by_window if window[0] > 0]
+    return replace(stats(whole), margins=margins([stats(whole - window) for window in seen]))
 
 
 def draw_rows(lengths: Sequence[int], max_rows: int | None, seed: int) -> list[list[int]] | None:
@@ -115,117 +153,227 @@ def draw_rows(lengths: Sequence[int], max_rows: int | None, seed: int) -> list[l
     return drawn
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Windows of equal length that share a forward.
+
+    Attributes:
+        tokens: Shape ``(b, length)``.
+        first: The number of the first window.
+        rows: The numbers of the counted rows among the ``b · length``, or None for all.
+        counts: How many of them each window has.
+    """
+
+    tokens: Tensor
+    first: int
+    rows: Tensor | None
+    counts: list[int]
+
+
 def _batches(
     windows: Sequence[Sequence[int]], drawn: list[list[int]] | None, batch_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Token batches ``(b, length)``, each with the numbers of the counted rows among its ``b · length``."""
+) -> Iterator[_Batch]:
     for length, run in groupby(range(len(windows)), key=lambda i: len(windows[i])):
         numbers = list(run)
         for first in range(0, len(numbers), batch_size):
             batch = numbers[first : first + batch_size]
             tokens = torch.tensor([list(windows[i]) for i in batch], device=device)
-            rows = None
-            if drawn is not None:
-                counted = [position * length + row for position, i in enumerate(batch) for row in drawn[i]]
-                rows = torch.tensor(counted, dtype=torch.long, device=device)
-            yield tokens, rows
+            if drawn is None:
+                yield _Batch(tokens, batch[0], None, [length] * len(batch))
+                continue
+            counted = [position * length + row for position, i in enumerate(batch) for row in drawn[i]]
+            rows = torch.tensor(counted, dtype=torch.long, device=device)
+            yield _Batch(tokens, batch[0], rows, [len(drawn[i]) for i in batch])
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A layer under measurement.
+
+    Attributes:
+        layer: Where its parts are.
+        factors: `kernels.factors` of its weights.
+        in_parts: Whether its parts must be put together anew, for a bias or a magnitude.
+        seen: What its parts gave in the forward that is under way.
+    """
+
+    layer: AdaptedLayer
+    factors: Tensor
+    in_parts: bool
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def updates_by_more(self) -> bool:
+        """Whether its update is more than ``scale · A B x``."""
+        return self.layer.has_magnitude or _has_bias(self.layer.up)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What was taken of one layer in one forward: norms of shape ``(n,)``, and ``Bx`` of shape ``(n, r)``."""
+
+    watched: _Watched
+    input: Tensor
+    down: Tensor
+    base: Tensor
+    output: Tensor
+    change: Tensor | None
 
 
 class _Recorder:
-    """Collects each watched layer's activations while it runs, and adds them to its sums when it ends."""
+    """Takes the norms of each watched layer while it runs, and adds them to its sums.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._states: dict[str, Tensor] = {}
-        self._rows: Tensor | None = None
-        self._of = 0
+    Attributes:
+        sums: For each layer the sums of each window, shape ``(windows, len(kernels.Sums))``, on the CPU once the pass
+            is over.
+    """
+
+    def __init__(self, device: torch.device, windows: int) -> None:
+        self._device, self._windows = device, windows
+        self.sums: dict[str, Tensor] = {}
+        self._batch = _Batch(torch.empty(0), 0, None, [])
         self._input: Tensor | None = None
         self._input_norms = torch.empty(0)
+        self._held: list[_Taken] = []
+        self._of_batch: list[tuple[str, Tensor]] = []
+        self._wide: set[str] = set()
+        self._cancelled: set[str] = set()
+        self._marked = False
 
-    def start_batch(self, rows: Tensor | None, of: int) -> None:
-        """From here on count the rows numbered in ``rows``, or all, out of ``of``."""
-        self._rows, self._of = rows, of
-        self._input = None
+    def start(self, batch: _Batch) -> None:
+        """From here on count the rows of ``batch``."""
+        self._batch, self._input, self._marked = batch, None, False
+        self._held.clear()
+        self._of_batch.clear()
 
-    def means(self, layer: AdaptedLayer) -> kernels.Means:
-        return kernels.compute(self._states[layer.name])
+    def end(self) -> bool:
+        """Count the batch, if all its norms were exact; otherwise it has to be run again."""
+        self._sum_held()
+        if self._marked:
+            return False
+        first = self._batch.first
+        for name, summed in self._of_batch:
+            # An expert may run more than once a forward.
+            self.sums[name][first : first + len(summed)] += summed
+        return True
 
     @contextmanager
     def watching(self, layers: Sequence[AdaptedLayer]) -> Iterator[None]:
         """Hooks on every layer of ``layers``, removed at the end whatever happens."""
         with ExitStack() as hooks:
             for layer in layers:
-                self._states[layer.name] = kernels.empty(self._device)
-                seen: dict[str, Tensor] = {}
-                parts = layer.has_magnitude or layer.has_bias or _has_bias(layer.up)
-                watched = {"down": self._counted, "base": self._counted if parts else self._norms}
-                if parts:
-                    watched["up"] = self._counted
-                for part, what in watched.items():
-                    handle = getattr(layer, part).register_forward_hook(partial(_keep, seen, part, what))
+                shape = self._windows, len(kernels.Sums._fields)
+                self.sums[layer.name] = torch.zeros(shape, dtype=torch.float64, device=self._device)
+                watched = _Watched(
+                    layer,
+                    kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale).to(self._device),
+                    layer.has_magnitude or layer.has_bias or _has_bias(layer.up),
+                )
+                takes: dict[str, Callable[[Tensor], Tensor]] = {
+                    "down": self._counted,
+                    "base": partial(self._norms, watched),
+                }
+                if watched.in_parts:
+                    takes |= {"base": self._counted, "up": self._counted}
+                for part, take in takes.items():
+                    handle = getattr(layer, part).register_forward_hook(partial(_keep, watched.seen, part, take))
                     hooks.callback(handle.remove)
                 if not layer.has_magnitude:
                     hooks.enter_context(_bias_apart(layer.base))
-                factors = kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale, self._device)
-                handle = layer.layer.register_forward_hook(partial(self._add, layer, seen, factors))
+                handle = layer.layer.register_forward_hook(partial(self._take, watched))
                 hooks.callback(handle.remove)
             try:
                 yield
             finally:
                 self._input = None
+                self._held.clear()
+        self.sums = {name: summed.cpu() for name, summed in self.sums.items()}
 
-    def _add(
-        self,
-        layer: AdaptedLayer,
-        seen: dict[str, Tensor],
-        factors: kernels.Factors,
-        _: nn.Module,
-        args: Any,
-        output: Tensor,
-    ) -> None:
-        x = args[0]
-        if x is not self._input:
-            self._input, self._input_norms = x, self._norms(x)
-        down, base, output = seen["down"], seen["base"], self._counted(output)
-        down_norms, update_norms = kernels.row_norms(down), None
-        if "up" in seen:
-            base, output, change = _parts(layer, base, seen["up"], output)
-            base, update_norms = kernels.row_norms(base), kernels.row_norms(change)
-        if self._cancelled(down, down_norms, layer):
+    def _take(self, watched: _Watched, _: nn.Module, args: Any, output: Tensor) -> None:
+        x, layer, change = args[0], watched.layer, None
+        down, base, output = watched.seen["down"], watched.seen["base"], self._counted(output)
+        if x is not self._input or layer.name in self._wide:
+            self._input, self._input_norms = x, self._norms(watched, x)
+        if watched.in_parts:
+            whole, output, parts = _parts(layer, base, watched.seen["up"], output)
+            base = self._norms_of(watched, whole)
+            change = self._norms_of(watched, parts) if watched.updates_by_more else None
+        if layer.name in self._cancelled | self._wide:
             down = self._counted(x).double() @ layer.down_matrix().mT
-            down_norms = kernels.row_norms(down)
-        projected, inner = kernels.inner_norms(down, factors)
-        exact = not (layer.has_magnitude or _has_bias(layer.up))
-        kernels.add(
-            self._states[layer.name],
-            input=self._input_norms,
-            down=down_norms,
-            update=inner if exact or update_norms is None else update_norms,
-            base=base,
-            output=kernels.row_norms(output),
-            projected=projected,
-        )
-        seen.clear()
+        self._held.append(_Taken(watched, self._input_norms, down, base, self._norms_of(watched, output), change))
+        watched.seen.clear()
+        if sum(taken.down.nbytes for taken in self._held) > HELD_BYTES:
+            self._sum_held()
 
-    def _norms(self, values: Tensor) -> Tensor:
-        return kernels.row_norms(self._counted(values))
+    def _norms(self, watched: _Watched, values: Tensor) -> Tensor:
+        return self._norms_of(watched, self._counted(values))
+
+    def _norms_of(self, watched: _Watched, values: Tensor) -> Tensor:
+        return kernels.row_norms(values.double() if watched.layer.name in self._wide else values)
 
     def _counted(self, values: Tensor) -> Tensor:
         values = values.reshape(-1, values.shape[-1])
-        if self._rows is None:
+        if self._batch.rows is None:
             return values
-        if len(values) == self._of:
-            return values.index_select(0, self._rows)
+        if len(values) == self._batch.tokens.numel():
+            return values.index_select(0, self._batch.rows)
         # An expert sees only the rows that were routed to it: of them the same share is counted, spread alike.
-        share: Tensor = (self._rows * len(values) // self._of).unique()  # type: ignore[no-untyped-call]
+        rows = self._batch.rows * len(values) // self._batch.tokens.numel()
+        share: Tensor = rows.unique()  # type: ignore[no-untyped-call]
         return values.index_select(0, share)
 
-    def _cancelled(self, down: Tensor, norms: Tensor, layer: AdaptedLayer) -> bool:
-        """Whether rounding errors in ``down``, a random walk of ``in`` steps, have grown beside what is left of it."""
-        if down.dtype != torch.float32 or down.device.type != "cpu":
-            return False
-        error = 2.0**-22 * self._input_norms.norm() / math.sqrt(layer.in_features)
-        return bool((error > CANCELLATION * norms.sum()).item())
+    def _sum_held(self) -> None:
+        """Add up what was taken, the layers of one shape at once."""
+
+        def shape(taken: _Taken) -> tuple[Any, ...]:
+            return taken.down.shape, taken.down.dtype, taken.input.dtype, taken.change is None
+
+        for _, alike in groupby(sorted(self._held, key=lambda taken: repr(shape(taken))), key=shape):
+            self._sum(list(alike))
+        self._held.clear()
+
+    def _sum(self, taken: list[_Taken]) -> None:
+        exact = torch.promote_types(taken[0].down.dtype, torch.float32)
+        down = torch.stack([t.down for t in taken]).to(exact)
+        factors = torch.stack([t.watched.factors for t in taken])
+        projected, update = kernels.inner_norms(down, factors.to(exact))
+        narrow = torch.stack((kernels.row_norms(down), projected, update))
+        wide = [torch.stack([getattr(t, part) for t in taken]) for part in ("input", "base", "output")]
+        changes = [t.change for t in taken if t.change is not None]
+        wide += [torch.stack(changes)] if changes else []
+        if self._device.type == "cpu":
+            if not bool(kernels.safe(narrow).all()):
+                down = down.double()
+                narrow = torch.stack((kernels.row_norms(down), *kernels.inner_norms(down, factors)))
+            self._mark(taken, wide, narrow[0])
+        down_norms, projected, update = narrow.unbind()
+        x, base, output, *change = wide
+        parts = {"input": x, "down": down_norms, "base": base, "output": output, "projected": projected}
+        parts["update"] = change[0] if change else update
+        counts = self._batch.counts
+        if sum(counts) != x.shape[-1]:
+            # Which of an expert's rows came from which window is not known: the batch counts as one.
+            counts = [x.shape[-1]]
+        split = {name: torch.split(part, counts, dim=-1) for name, part in parts.items()}
+        by_window = [kernels.sums(**{name: part[i] for name, part in split.items()}) for i in range(len(counts))]
+        for t, summed in zip(taken, torch.stack(by_window, dim=1), strict=True):
+            self._of_batch.append((t.watched.layer.name, summed))
+
+    def _mark(self, taken: list[_Taken], wide: list[Tensor], down_norms: Tensor) -> None:
+        """Mark the layers that have to be taken in float64."""
+        unsafe = ~torch.stack([kernels.safe(norms) for norms in wide]).all(dim=0)
+        # Rounding errors are a random walk of `in` steps, so they grow beside what cancellation leaves.
+        steps = torch.tensor([t.watched.layer.in_features for t in taken]).sqrt()
+        error = 2.0**-22 * wide[0].norm(dim=-1).double() / steps
+        cancelled = error > CANCELLATION * down_norms.sum(dim=-1, dtype=torch.float64)
+        if taken[0].down.dtype != torch.float32:
+            cancelled = torch.zeros_like(cancelled)
+        for t, beyond, lost in zip(taken, unsafe.tolist(), cancelled.tolist(), strict=True):
+            name = t.watched.layer.name
+            for marks, needed in ((self._wide, beyond), (self._cancelled, lost)):
+                if needed and name not in marks:
+                    marks.add(name)
+                    self._marked = True
 
 
 def _parts(layer: AdaptedLayer, base: Tensor, up: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pytest_nullspace.invariants import Override
 
 PREFIX = "--nullspace-"
+AUTO_MOST = 128
+"""Windows that ``calib-size=auto`` draws at most, unless told otherwise."""
 _HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 
 
@@ -34,7 +36,7 @@ class Settings:
         base: The base model of adapters that do not carry theirs, a directory or hub id; None for what they name.
         calib_dataset: The preserved text, as given.
         text_folder: The folder to which its path is relative.
-        calib_size: Windows to draw from it.
+        calib_size: Windows to draw from each text; None to draw until every verdict is settled.
         seqlen: Tokens a window; None for 2048 or what the model allows, whichever is less.
         max_activation_samples: Activation rows a layer at most; None for all.
         seed: Of the choice of windows and rows.
@@ -51,6 +53,9 @@ class Settings:
         compare: An earlier run to hold each run against; ``{model}`` stands for the run's name.
         limits: How much worse than there a figure may be.
         allowed: The differences between the two runs that are allowed.
+        task_dataset: The text of what was learned, as given.
+        task_folder: The folder to which its path is relative.
+        calib_most: Windows to draw from each text at most, where their number is not given.
         allow_unreached: Globs of the layers that no activation row need reach.
         strict_scope: Whether a trained tensor that no layer test covers is a failure.
     """
@@ -60,7 +65,7 @@ class Settings:
     base: str | None
     calib_dataset: str
     text_folder: Path
-    calib_size: int
+    calib_size: int | None
     seqlen: int | None
     max_activation_samples: int | None
     seed: int
@@ -79,6 +84,9 @@ class Settings:
     compare: Path | None = None
     limits: "tuple[Limit, ...]" = ()
     allowed: tuple[str, ...] = ()
+    task_dataset: str | None = None
+    task_folder: Path = Path()
+    calib_most: int = AUTO_MOST
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,17 @@ def _whole(least: int) -> Callable[[_Given], int]:
         return value
 
     return read
+
+
+def _calib_size(given: _Given) -> tuple[int | None, int]:
+    """How many windows, or None and how many at most."""
+    kind, _, most = given.text.partition(":")
+    if kind == "auto":
+        return None, _whole(2)(replace(given, text=most)) if most else AUTO_MOST
+    try:
+        return _whole(1)(given), AUTO_MOST
+    except OptionError:
+        raise OptionError(f"takes a whole number from 1, auto or auto:MOST, not {given.text!r}") from None
 
 
 def _one_of(*choices: str) -> Callable[[_Given], str]:
@@ -238,7 +257,21 @@ _OPTIONS = (
         lambda given: (_text(given), given.folder),
         default="wikitext2",
     ),
-    _Option("calib-size", "N", "Windows to draw from the text.", _whole(1), default=16),
+    _Option(
+        "task-dataset",
+        "TEXT",
+        "The text of what was learned, given like the text that must survive: the update is judged on it, and must be "
+        "larger there.",
+        lambda given: (_text(given), given.folder),
+    ),
+    _Option(
+        "calib-size",
+        "N",
+        f"Windows to draw from each text; auto draws until every verdict is settled, {AUTO_MOST} at most, or auto:MOST "
+        "(default 16).",
+        _calib_size,
+        default=(16, AUTO_MOST),
+    ),
     _Option("seqlen", "N", "Tokens a window (default 2048, or what the model allows).", _whole(1)),
     _Option(
         "max-activation-samples",
@@ -292,7 +325,8 @@ _OPTIONS = (
     _Option(
         "compare-allow",
         "WHAT",
-        "Compare although WHAT differs: text, windows, seqlen, seed, rows, rank, widths, base, figures or unrecorded.",
+        "Compare although WHAT differs: text, windows, seqlen, seed, rows, rank, widths, base, task, figures or "
+        "unrecorded.",
         _allowed,
         repeatable=True,
     ),
@@ -320,7 +354,7 @@ def add_options(parser: "pytest.Parser") -> None:
     """Declare every option and its ini twin to pytest."""
     group = parser.getgroup("nullspace", "gate a trained adapter (pytest-nullspace)")
     for option in _OPTIONS:
-        default = f" (default {option.default})" if option.default is not None and not option.switch else ""
+        default = f" (default {option.default})" if isinstance(option.default, str | int) and not option.switch else ""
         text = option.help + default
         if option.switch:
             group.addoption(option.flag, dest=option.dest, action="store_const", const="true", default=None, help=text)
@@ -355,7 +389,10 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         base=values["base"],
         calib_dataset=calib_dataset[0],
         text_folder=calib_dataset[1],
-        calib_size=values["calib-size"],
+        calib_size=values["calib-size"][0],
+        calib_most=values["calib-size"][1],
+        task_dataset=values["task-dataset"][0] if values["task-dataset"] is not None else None,
+        task_folder=values["task-dataset"][1] if values["task-dataset"] is not None else Path(),
         seqlen=values["seqlen"],
         max_activation_samples=values["max-activation-samples"],
         seed=values["seed"],
@@ -381,6 +418,7 @@ def read_settings(config: "pytest.Config") -> Settings | None:
 
 def _check_together(settings: Settings) -> None:
     from pytest_nullspace.invariants import Expectations, Stage
+    from pytest_nullspace.stats import TASK_FIGURES
 
     for name, paths in (("model", settings.models), ("stats", settings.stats)):
         twice = next((path for i, path in enumerate(paths) if path in paths[:i]), None)
@@ -390,6 +428,11 @@ def _check_together(settings: Settings) -> None:
         Expectations(Stage(settings.stage), settings.overrides)
     except OptionError as error:
         raise OptionError(f"{PREFIX}threshold: {error}") from None
+    unheld = next((o.figure for o in settings.overrides if o.figure in TASK_FIGURES), None)
+    if unheld is not None and settings.task_dataset is None and not settings.stats:
+        raise OptionError(
+            f"{PREFIX}threshold: {unheld} is judged only beside a task text; give one by {PREFIX}task-dataset"
+        )
     if settings.init is not None and not settings.models:
         raise OptionError(f"{PREFIX}init: compares weights, and a saved run holds none; give the model as well")
     _check_compare(settings)

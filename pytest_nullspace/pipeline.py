@@ -6,9 +6,11 @@ Only this module reaches torch, and only inside a function.
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors
 from pytest_nullspace.errors import CheckpointError, OptionError, TextError
 from pytest_nullspace.hub import directory_of
+from pytest_nullspace.invariants import Expectations, Stage, judge
 from pytest_nullspace.options import PREFIX, Settings
-from pytest_nullspace.stats import RunStats
+from pytest_nullspace.stats import LayerStats, RunStats
 
 Bases = MutableMapping[Hashable, Any]
 """The base model that adapters share, kept from one to the next; shared by the runs that are still to be measured."""
@@ -54,24 +57,47 @@ def measure_checkpoint(
 
     started = time.perf_counter()
     base = None if checkpoint.carries_base else base_directory(checkpoint, settings.base)
-    source = calibration.parse_source(settings.calib_dataset, settings.text_folder)
-    text = calibration.read_text(source)
+    texts = {"text": _text(settings.calib_dataset, settings.text_folder, calibration.OPTION)}
+    if settings.task_dataset is not None:
+        texts["task_text"] = _text(settings.task_dataset, settings.task_folder, calibration.TASK_OPTION)
     tokenize = calibration.load_tokenizer(_tokenizer_directory(checkpoint, base))
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, checkpoint, device)
     adapted = load_model(checkpoint, device, dtype, base, bases)
     seqlen = _seqlen(settings.seqlen, adapted.model)
-    windows = calibration.draw_windows(text, tokenize, count=settings.calib_size, seqlen=seqlen, seed=settings.seed)
+    count = settings.calib_most if settings.calib_size is None else settings.calib_size
+    drawn = {
+        what: calibration.draw_windows(text, tokenize, count=count, seqlen=seqlen, seed=settings.seed)
+        for what, text in texts.items()
+    }
     loaded = time.perf_counter()
-    figures = measure(
-        adapted,
-        [window.tokens for window in windows],
-        layers=layers,
-        batch_size=settings.batch_size,
-        max_rows=settings.max_activation_samples,
-        seed=settings.seed,
-        progress=progress,
-    )
+
+    used: dict[str, int] = {}
+
+    def measured(what: str, judged: Callable[[Figures], Figures]) -> Figures:
+        before = sum(used.values())
+
+        def tell(done: int, _: int) -> None:
+            used[what] = done
+            if progress is not None:
+                progress(before + done, before + sum(len(drawn[w]) for w in drawn if w == what or w not in used))
+
+        return measure(
+            adapted,
+            [window.tokens for window in drawn[what]],
+            layers=layers,
+            batch_size=settings.batch_size,
+            max_rows=settings.max_activation_samples,
+            seed=settings.seed,
+            progress=tell,
+            settled=None if settings.calib_size is not None else lambda figures: _settled(judged(figures), settings),
+        )
+
+    figures = measured("text", tuple)
+    if "task_text" in texts:
+        preserved = figures
+        of_task = measured("task_text", lambda task: with_task(preserved, task))
+        figures = with_task(preserved, of_task)
     adapted.take_off()
     passed = time.perf_counter()
     return RunStats(
@@ -84,13 +110,8 @@ def measure_checkpoint(
             "base": checkpoint.base,
             "outside": list(checkpoint.outside),
             "weights_sha256": _hashes(checkpoint),
-            "text": {
-                "sha256": calibration.text_hash(text),
-                "windows": len(windows),
-                "seqlen": seqlen,
-                "tokens": sum(len(window.tokens) for window in windows),
-                "starts": [window.start for window in windows],
-            },
+            **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
+            **{what: _about_text(texts[what], drawn[what][:count], seqlen) for what, count in used.items()},
             "settings": {
                 "calib_size": settings.calib_size,
                 "max_activation_samples": settings.max_activation_samples,
@@ -114,6 +135,37 @@ def measure_checkpoint(
             },
         },
     )
+
+
+Figures = tuple[LayerStats, ...]
+
+
+def with_task(preserved: Figures, task: Figures) -> Figures:
+    """The figures of the preserved text, each layer's on the task text beside them."""
+    return tuple(replace(layer, task=other) for layer, other in zip(preserved, task, strict=True))
+
+
+def _settled(figures: Figures, settings: Settings) -> bool:
+    """Whether more text would change no verdict."""
+    expectations = Expectations(Stage(settings.stage), settings.overrides)
+    return not any(finding.uncertain for layer in figures for finding in judge(layer, expectations).findings)
+
+
+def _text(spec: str, folder: Path, option: str) -> str:
+    return calibration.read_text(calibration.parse_source(spec, folder, option))
+
+
+def _about_text(text: str, windows: Sequence[calibration.Window], seqlen: int) -> dict[str, Any]:
+    starts = sorted(window.start for window in windows)
+    return {
+        "sha256": calibration.text_hash(text),
+        "windows": len(windows),
+        "seqlen": seqlen,
+        "tokens": sum(len(window.tokens) for window in windows),
+        # A token is a character at least, so these windows share text with the one before them.
+        "overlapping": sum(b - a < seqlen for a, b in pairwise(starts)),
+        "starts": [window.start for window in windows],
+    }
 
 
 def audit_checkpoint(checkpoint: Checkpoint, initial: Checkpoint, settings: Settings, layers: Collection[str]) -> Audit:

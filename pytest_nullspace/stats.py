@@ -24,8 +24,19 @@ FIGURES = {
     "effectiveness": "||ABX||/||X||",
     "contribution": "||ABX||/||output||",
     "leakage": "leakage / chance",
+    "forgetting": "||ABX||/||WX||",
+    "selectivity": "task / preserved",
 }
 """The figures that can be judged, with the formula that reports show."""
+
+TASK_FIGURES = ("forgetting", "selectivity")
+"""Those that are judged only where a task text was measured beside the preserved one."""
+
+OWN_FIGURES = tuple(figure for figure in FIGURES if figure != "selectivity")
+"""Those that one text gives."""
+
+_MOST_SELECTIVE = 1e12
+"""Selectivity where the preserved text is not changed at all; more than any measurement could tell from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,8 @@ class LayerStats:
         down_weight_norm: Frobenius norm of B.
         up_weight_norm: Frobenius norm of A.
         base_weight_norm: Frobenius norm of W_res.
+        margins: Half the width of each figure's confidence interval; empty if never estimated.
+        task: The same layer on the task text, if that was measured too; what is here is then of the preserved text.
     """
 
     name: str
@@ -63,6 +76,8 @@ class LayerStats:
     down_weight_norm: float
     up_weight_norm: float
     base_weight_norm: float
+    margins: Mapping[str, float] = field(default_factory=dict)
+    task: "LayerStats | None" = None
 
     @property
     def preservation(self) -> float:
@@ -90,20 +105,52 @@ class LayerStats:
         return math.nan if self.mean_leakage is None else _ratio(self.mean_leakage, self.chance)
 
     @property
+    def forgetting(self) -> float:
+        """``‖ABx‖ / ‖W_res x‖``: the update's size beside what it is added to."""
+        return _ratio(self.update_norm, self.base_norm)
+
+    @property
+    def selectivity(self) -> float:
+        """How many times larger the update is on the task text than on the preserved one, each beside ``‖W_res x‖``."""
+        if self.task is None or not self.task.forgetting:
+            return math.nan
+        return self.task.forgetting / max(self.forgetting, self.task.forgetting / _MOST_SELECTIVE)
+
+    @property
     def absent(self) -> tuple[str, ...]:
-        """The figures that were never measured, as the reference script does not measure leakage."""
-        return ("leakage",) if self.mean_leakage is None else ()
+        """The figures that were never measured: leakage by the reference script, others without a task text."""
+        leakage = ("leakage",) if self.mean_leakage is None else ()
+        return (*leakage, *TASK_FIGURES) if self.task is None else leakage
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The figures that were."""
+        return tuple(figure for figure in FIGURES if figure not in self.absent)
 
     def figure(self, name: str) -> float:
-        """The figure of that name in `FIGURES`."""
-        value: float = getattr(self, name)
+        """The figure of that name in `FIGURES`; what an update is for is taken on the task text where there is one."""
+        value: float = getattr(self._judged_on(name), name)
         return value
+
+    def margin(self, name: str) -> float | None:
+        """How far `figure` may lie from what more text would give; None if that was never estimated."""
+        if name != "selectivity" or self.task is None:
+            return self._judged_on(name).margins.get(name)
+        parts = [(layer.margins.get("forgetting"), layer.forgetting) for layer in (self, self.task)]
+        if any(margin is None or not value for margin, value in parts):
+            return None
+        return self.selectivity * math.hypot(*(margin / value for margin, value in parts if margin is not None))
+
+    def _judged_on(self, figure: str) -> "LayerStats":
+        return self.task if self.task is not None and figure in ("effectiveness", "contribution") else self
 
     @property
     def defect(self) -> str | None:
         """Why the layer cannot be judged at all, or None."""
         if not self.rows:
             return "no activation row reached it"
+        if self.task is not None and self.task.defect is not None:
+            return f"on the task text: {self.task.defect}"
         norms = (self.down_weight_norm, self.up_weight_norm, self.base_weight_norm)
         if not all(map(math.isfinite, norms)):
             return "non-finite weights (NaN or infinity)"
@@ -121,6 +168,8 @@ class LayerStats:
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
+
+_MEASURED = tuple(name for name in LayerStats.__slots__ if name not in ("margins", "task"))
 
 # Our field -> the key in the file. Up to Residual_weight_norm they are the reference's own.
 _KEYS = {
@@ -143,6 +192,8 @@ _KEYS = {
     "mean_leakage": "leakage",
     "chance": "leakage_chance",
     "leakage": "leakage_over_chance",
+    "forgetting": "ABX_over_ResidualX",
+    "selectivity": "selectivity",
 }
 _DERIVED = {
     "preservation": "BX_norm / X_norm",
@@ -150,6 +201,8 @@ _DERIVED = {
     "contribution": "ABX_norm / FullOutput_norm",
     "chance": "rank / in_features",
     "leakage": "leakage / leakage_chance",
+    "forgetting": "ABX_norm / ResidualX_norm",
+    "selectivity": "task ABX_over_ResidualX / ABX_over_ResidualX",
 }
 """What the file holds for its readers' sake: the field, and from what it follows."""
 _DERIVED_TOLERANCE = 1e-6
@@ -187,10 +240,31 @@ class RunStats:
         """The figures that were not measured in every layer."""
         return tuple(figure for figure in FIGURES if any(figure in layer.absent for layer in self.layers))
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The figures that were measured in every layer."""
+        return tuple(figure for figure in FIGURES if figure not in self.absent)
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """The figures that its texts can give."""
+        return tuple(figure for figure in FIGURES if self.has_task or figure not in TASK_FIGURES)
+
     def mean(self, figure: str) -> float:
         """The average of a figure over the layers that a row reached, as the reference's summary takes it."""
         values = [layer.figure(figure) for layer in self.layers if layer.rows]
         return fmean(values) if values else math.nan
+
+    def margin(self, figure: str) -> float | None:
+        """How far `mean` may lie from what more text would give, at most: the layers' own margins, averaged."""
+        values = [layer.margin(figure) for layer in self.layers if layer.rows]
+        known = [value for value in values if value is not None]
+        return fmean(known) if known and len(known) == len(values) else None
+
+    @property
+    def has_task(self) -> bool:
+        """Whether a task text was measured too."""
+        return any(layer.task is not None for layer in self.layers)
 
 
 def to_json(run: RunStats) -> str:
@@ -210,7 +284,14 @@ def to_json(run: RunStats) -> str:
 
 def _entry(layer: LayerStats) -> dict[str, Any]:
     absent = {"mean_leakage", "leakage"} if layer.mean_leakage is None else set()
-    return {key: _plain(getattr(layer, name)) for name, key in _KEYS.items() if name not in absent}
+    if layer.task is None:
+        absent.add("selectivity")
+    entry: dict[str, Any] = {key: _plain(getattr(layer, name)) for name, key in _KEYS.items() if name not in absent}
+    if layer.margins:
+        entry[_MARGINS] = {figure: _plain(layer.margins[figure]) for figure in FIGURES if figure in layer.margins}
+    if layer.task is not None:
+        entry[_TASK] = _entry(layer.task)
+    return entry
 
 
 def _plain(value: str | int | float) -> str | int | float | None:
@@ -246,7 +327,9 @@ def from_json(text: str, where: str) -> RunStats:
             raise StatsError(f"{where}: stats[{i}]: layer {layer.name} is there twice")
         seen.add(layer.name)
         if layer.absent != layers[0].absent:
-            raise StatsError(f"{where}: stats[{i}]: {layer.name} and {layers[0].name}: only one has leakage")
+            raise StatsError(
+                f"{where}: stats[{i}]: {layer.name} and {layers[0].name}: only one has leakage, or a task text"
+            )
     checkpoint_layers = document.get("checkpoint_layers", len(layers))
     if not _is_count(checkpoint_layers) or checkpoint_layers < len(layers):
         raise StatsError(f"{where}: checkpoint_layers must be a number from {len(layers)}, not {checkpoint_layers!r}")
@@ -260,14 +343,19 @@ def from_json(text: str, where: str) -> RunStats:
     )
 
 
+_MARGINS, _TASK = "margin_95", "task"
 _ABSENT_IN_REFERENCE: Mapping[str, int] = {"in_features": 0, "rank": 0, "out_features": 0}
 
 
 def _layer(entry: object, where: str) -> LayerStats:
     if not isinstance(entry, dict) or not isinstance(entry.get("layer_name"), str):
         raise StatsError(f"{where}: not a layer: it has no 'layer_name'")
-    values: dict[str, Any] = {}
-    for name in LayerStats.__slots__:
+    values: dict[str, Any] = {"margins": _margins(entry.get(_MARGINS), where)}
+    if _TASK in entry:
+        values["task"] = task = _layer(entry[_TASK], f"{where}: task")
+        if task.name != entry["layer_name"] or task.task is not None:
+            raise StatsError(f"{where}: its entry 'task' is not of the same layer")
+    for name in _MEASURED:
         value = entry.get(_KEYS[name], _ABSENT_IN_REFERENCE.get(name))
         if name in _COUNTS:
             if not _is_count(value):
@@ -278,6 +366,17 @@ def _layer(entry: object, where: str) -> LayerStats:
     layer = LayerStats(**values)
     _check_derived(entry, layer, where)
     return layer
+
+
+def _margins(told: object, where: str) -> dict[str, float]:
+    if told is None:
+        return {}
+    if not isinstance(told, dict) or not told.keys() <= set(OWN_FIGURES):
+        raise StatsError(f"{where}: {_MARGINS} must hold a number for each of {', '.join(OWN_FIGURES)}")
+    return {
+        figure: math.inf if value is None else _number(value, f"{where}: {_MARGINS}: {figure}")
+        for figure, value in told.items()
+    }
 
 
 def _check_derived(entry: Mapping[str, Any], layer: LayerStats, where: str) -> None:

@@ -4,7 +4,16 @@ from collections.abc import Iterable
 
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.invariants import Expectations, Tier, judge, judge_averages
-from pytest_nullspace.report.terminal import MARKS, figures, not_measured, outside, outside_of, reading
+from pytest_nullspace.report.terminal import (
+    MARKS,
+    figures,
+    not_measured,
+    outside,
+    outside_of,
+    reading,
+    texts,
+    uncertain,
+)
 from pytest_nullspace.stats import FIGURES, RunStats
 
 
@@ -23,7 +32,7 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
     lines = [
         f"## nullspace: {escape(run.model_path)}",
         "",
-        f"Gated {len(run.layers)} of {run.checkpoint_layers} layers on {escape(run.calib_dataset)}: "
+        f"Gated {len(run.layers)} of {run.checkpoint_layers} layers on {escape(texts(run))}: "
         f"**{counts[Tier.PASS]} passed, {counts[Tier.WARN]} warned, {counts[Tier.FAIL]} failed**.",
         "",
     ]
@@ -35,15 +44,19 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
     if run.complete:
         averages = judge_averages(run, expectations)
         lines += [f"- {line.replace('<', '&lt;')}" for line, _ in reading(averages)]
+    told_apart = uncertain(verdicts, run)
+    lines += ["", f"{told_apart}."] if told_apart is not None else []
     told = [f"- {escape(note.strip())}" for note in notes]
     lines += ["", *told] if told else []
-    formulas = (formula.replace("|", "\\|") for formula in FIGURES.values())  # a bare one would end the cell
+    formulas = (
+        formula.replace("|", "\\|") for formula in (FIGURES[figure] for figure in run.expected)
+    )  # a bare one would end the cell
     lines += ["", "| | layer | " + " | ".join(f"`{formula}`" for formula in formulas) + " | |"]
-    lines += ["|---|---|" + "---:|" * len(FIGURES) + "---|"]
+    lines += ["|---|---|" + "---:|" * len(run.expected) + "---|"]
     for layer, verdict in zip(run.layers, verdicts, strict=True):
         why = "" if verdict.tier is Tier.PASS else escape(verdict.summary)
         lines.append(
-            f"| {MARKS[verdict.tier]} | {escape(layer.name)} | {' | '.join(figures(layer).values())} | {why} |"
+            f"| {MARKS[verdict.tier]} | {escape(layer.name)} | {' | '.join(figures(layer, run.expected))} | {why} |"
         )
-    lines.append("| | average | " + " | ".join(figures(run).values()) + " | |")
+    lines.append("| | average | " + " | ".join(figures(run, run.expected)) + " | |")
     return "\n".join(lines) + "\n"

@@ -12,7 +12,8 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.diagnosis import Diagnosis
 from pytest_nullspace.invariants import Expectations, Tier, Verdict, judge, judge_averages
-from pytest_nullspace.stats import FIGURES, LayerStats, RunStats
+from pytest_nullspace.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats
+from pytest_nullspace.uncertainty import windows_needed
 
 if TYPE_CHECKING:
     import pytest
@@ -32,10 +33,18 @@ def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator
     layers = f"{total} layers" if gated == total else f"{gated} of {total} layers"
     yield (
         f"nullspace: {printable(checkpoint.directory, 1000)} ({checkpoint.format}, {layers}, {checkpoint.ranks}); "
-        f"text {printable(settings.calib_dataset, 1000)}, {settings.calib_size} windows; device {settings.device}"
+        f"text {printable(settings.calib_dataset, 1000)}, {windows_asked(settings)} windows; device {settings.device}"
     )
+    if settings.task_dataset is not None:
+        yield f"nullspace: task text {printable(settings.task_dataset, 1000)}"
     if checkpoint.outside:
         yield f"nullspace: {outside(checkpoint.outside)}"
+
+
+def windows_asked(settings: "Settings") -> str:
+    """How many windows are drawn of each text."""
+    size = settings.calib_size
+    return f"up to {settings.calib_most}" if size is None else str(size)
 
 
 _KINDS = (
@@ -75,7 +84,36 @@ def saved_header(file: Path, run: RunStats, gated: int) -> Iterator[str]:
 
 def not_measured(run: RunStats) -> str | None:
     """Which figures nobody measured, and that they were not judged; None if all were."""
-    return f"not measured: {', '.join(run.absent)}; left out of judging" if run.absent else None
+    absent = [figure for figure in run.expected if figure in run.absent]
+    return f"not measured: {', '.join(absent)}; left out of judging" if absent else None
+
+
+def texts(run: RunStats) -> str:
+    """On which text, or texts, the run was measured."""
+    task = run.about.get("task_dataset")
+    return run.calib_dataset if not run.has_task else f"{run.calib_dataset}, task text {task}"
+
+
+def uncertain(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
+    """How many verdicts more text might change, and how much text would settle them; None if there are none."""
+    findings = [(v.subject, f) for v in verdicts if v.unjudged is None for f in v.findings if f.uncertain]
+    if not findings:
+        return None
+    layers = {subject for subject, _ in findings}
+    told = f"uncertain: more text might change the verdict on {len(layers)} of {len(verdicts)} layers"
+    recorded = run.about.get("text")
+    windows = recorded.get("windows") if isinstance(recorded, dict) else None
+    if not isinstance(windows, int):
+        return told
+    if windows < 2:
+        return f"{told}; one window tells nothing of how the figures vary, so draw more by --nullspace-calib-size"
+    needed = [windows_needed(windows, f.margin, f.distance) for _, f in findings if f.margin is not None]
+    most = max((n for n in needed if n is not None), default=windows)
+    name, finding = max(findings, key=lambda pair: pair[1].badness)
+    return (
+        f"{told}, such as {printable(name)} ({finding.threshold.figure} {finding.value:.3g} ± {finding.margin:.2g}); "
+        f"about {most} windows would settle all, or --nullspace-calib-size=auto"
+    )
 
 
 def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expectations) -> None:
@@ -120,10 +158,15 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
     yield "-" * WIDTH
     yield "null-space figures:"
     for figure in ("preservation", "effectiveness", "leakage"):
-        yield f"  {FIGURES[figure] + ':':<22} {figures(layer)[figure]}  {marks.get(figure, '')}".rstrip()
+        yield _figure_line(layer, figure, marks)
     yield "-" * WIDTH
     yield "adapter contribution:"
-    yield f"  {FIGURES['contribution'] + ':':<22} {layer.contribution:.3e}  {marks.get('contribution', '')}".rstrip()
+    yield _figure_line(layer, "contribution", marks)
+    if layer.task is not None:
+        yield "-" * WIDTH
+        yield "preserved text against task text (effectiveness and contribution above are of the task text):"
+        for figure in TASK_FIGURES:
+            yield _figure_line(layer, figure, marks)
     yield "-" * WIDTH
     yield (
         f"weight norms:  ||B||_F {layer.down_weight_norm:.6f}   ||A||_F {layer.up_weight_norm:.6f}   "
@@ -131,6 +174,10 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
     )
     for fault in _faults(verdict):
         yield f"  {MARKS[verdict.tier]} {fault}"
+
+
+def _figure_line(layer: LayerStats, figure: str, marks: Mapping[str, str]) -> str:
+    return f"  {FIGURES[figure] + ':':<22} {_shown(layer, figure)}  {marks.get(figure, '')}".rstrip()
 
 
 def summary(
@@ -152,6 +199,9 @@ def summary(
         yield absent, Tier.WARN
     if names := outside_of(run):
         yield outside(names), Tier.WARN
+    told_apart = uncertain(verdicts, run)
+    if told_apart is not None:
+        yield told_apart, Tier.WARN
     yield "", None
     yield from _table(run, verdicts)
     if run.complete:
@@ -213,14 +263,22 @@ def moved(audited: Audit) -> str:
 
 def _conditions(run: RunStats) -> str | None:
     try:
-        text, seconds = run.about["text"], run.about["measured"]["seconds"]
+        seconds = run.about["measured"]["seconds"]
+        of_task = f"task {_extent(run, 'task_dataset', 'task_text')}; " if run.has_task else ""
         return (
-            f"text {printable(run.calib_dataset, 1000)}: {text['windows']} windows, {text['tokens']:,} tokens; "
-            f"{printable(run.about['device'])} {printable(run.about['dtype'])}; "
+            f"{_extent(run, None, 'text')}; {of_task}{printable(run.about['device'])} {printable(run.about['dtype'])}; "
             f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s"
         )
     except (KeyError, TypeError, ValueError):  # a file of another making may lack any of it
         return None
+
+
+def _extent(run: RunStats, name: str | None, what: str) -> str:
+    text = run.about[what]
+    named = run.calib_dataset if name is None else run.about[name]
+    told = f"text {printable(named, 1000)}: {text['windows']} windows, {text['tokens']:,} tokens"
+    overlapping = text.get("overlapping", 0)
+    return f"{told}, {overlapping} of them overlapping" if 2 * overlapping > text["windows"] else told
 
 
 def _table(run: RunStats, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, Tier | None]]:
@@ -228,22 +286,24 @@ def _table(run: RunStats, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, Ti
     shown = ordered[:WORST_SHOWN]
     width = max(len(name) for name in ("average", *(printable(layer.name) for layer, _ in shown)))
     title = "worst layers" if len(ordered) > len(shown) else "layers"
-    yield f"  {title:<{width}} " + "".join(f"{formula:>20}" for formula in FIGURES.values()), None
+    yield f"  {title:<{width}} " + "".join(f"{FIGURES[figure]:>20}" for figure in run.expected), None
     for layer, verdict in shown:
-        yield _row(MARKS[verdict.tier], printable(layer.name), width, figures(layer), verdict)
-    yield _row(" ", "average", width, figures(run), None)
+        yield _row(MARKS[verdict.tier], printable(layer.name), width, figures(layer, run.expected), verdict)
+    yield _row(" ", "average", width, figures(run, run.expected), None)
 
 
-def figures(of: LayerStats | RunStats) -> Mapping[str, str]:
-    """Every figure of a layer, or its average over a run, as tables show it; a dash where it was not measured."""
+def figures(of: LayerStats | RunStats, columns: Iterable[str]) -> list[str]:
+    """Figures of a layer, or their averages over a run, as tables show them; a dash where one was not measured."""
+    return [_shown(of, figure) for figure in columns]
+
+
+def _shown(of: LayerStats | RunStats, figure: str) -> str:
     value = of.mean if isinstance(of, RunStats) else of.figure
-    return {figure: "–" if figure in of.absent else f"{value(figure):.3e}" for figure in FIGURES}
+    return "–" if figure in of.absent else f"{value(figure):.3e}"
 
 
-def _row(
-    mark: str, name: str, width: int, values: Mapping[str, str], verdict: Verdict | None
-) -> tuple[str, Tier | None]:
-    line = f"{mark} {name:<{width}} " + "".join(f"{value:>20}" for value in values.values())
+def _row(mark: str, name: str, width: int, values: Sequence[str], verdict: Verdict | None) -> tuple[str, Tier | None]:
+    line = f"{mark} {name:<{width}} " + "".join(f"{value:>20}" for value in values)
     if verdict is not None:
         line += "".join(f"  {fault}" for fault in _faults(verdict))
     return line, None if verdict is None or verdict.tier is Tier.PASS else verdict.tier
@@ -296,6 +356,16 @@ _WORDS = {
         Tier.PASS: "the adapter's input space is {against_chance}",
         Tier.WARN: "the adapter's input space is only {against_chance}",
         Tier.FAIL: "not a null space of this text: {against_chance}",
+    },
+    "forgetting": {
+        Tier.PASS: "the preserved text is hardly changed",
+        Tier.WARN: "the preserved text is changed noticeably; measure what the model still knows",
+        Tier.FAIL: "the preserved text is changed much: expect the model to have forgotten",
+    },
+    "selectivity": {
+        Tier.PASS: "the update acts on the task, and much less on what is to be preserved",
+        Tier.WARN: "the update acts on the preserved text nearly as much as on the task",
+        Tier.FAIL: "the update acts more on the preserved text than on the task",
     },
 }
 _UNWANTED_WORDS = {

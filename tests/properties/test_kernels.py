@@ -34,23 +34,17 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def state_of(x: Tensor, down: Tensor, up: Tensor, base: Tensor, scale: float = 1.0) -> Tensor:
-    """The kernel's state after one update with these rows; the factors in float64 where the rows are."""
-    factors = kernels.factors(down, up, scale)
-    if x.dtype == torch.float64:
-        both = torch.cat((kernels.whitener(down), scale * torch.linalg.qr(up.double(), mode="r")[1]))
-        factors = kernels.Factors(both, factors.whitening)
+    """The sums of these rows."""
     bx, wx = x @ down.mT, x @ base.mT
-    return added(x, bx, wx, scale * bx @ up.mT + wx, factors)
+    return added(x, bx, wx, scale * bx @ up.mT + wx, kernels.factors(down, up, scale))
 
 
-def added(x: Tensor, down: Tensor, base: Tensor, output: Tensor, factors: kernels.Factors) -> Tensor:
-    """An empty state with the rows of these activations added."""
-    state = kernels.empty()
-    projected, update = kernels.inner_norms(down, factors)
+def added(x: Tensor, down: Tensor, base: Tensor, output: Tensor, factors: Tensor) -> Tensor:
+    """The sums of the rows of these activations, of one layer."""
+    projected, update = kernels.inner_norms(down, factors.to(down.dtype))
     norms = {"input": x, "down": down, "base": base, "output": output}
     taken = {name: kernels.row_norms(value) for name, value in norms.items()}
-    kernels.add(state, projected=projected, update=update, **taken)
-    return state
+    return kernels.sums(projected=projected, update=update, **taken)
 
 
 def naive(x: Tensor, down: Tensor, up: Tensor, base: Tensor, scale: float = 1.0) -> kernels.Means:
@@ -151,21 +145,41 @@ def test_any_split_of_the_rows_in_any_order_gives_the_same_answer(
     order = torch.tensor(data.draw(st.permutations(range(len(x)))))
     parts = data.draw(st.integers(1, len(x)))
     states = [state_of(part, down, up, base) for part in x[order].tensor_split(parts)]
-    split = kernels.compute(kernels.merge(data.draw(st.permutations(states))))
+    split = kernels.compute(kernels.merge(torch.stack(data.draw(st.permutations(states)))))
     assert split == pytest.approx(whole, rel=EXACT, abs=1e-12)
-    nested = kernels.merge([states[0], kernels.merge([kernels.empty(), *states[1:]])])
-    torch.testing.assert_close(nested, kernels.merge(states), rtol=1e-12, atol=1e-12)
+    rest = kernels.merge(torch.stack([torch.zeros_like(states[0]), *states[1:]]))
+    nested = kernels.merge(torch.stack([states[0], rest]))
+    torch.testing.assert_close(nested, kernels.merge(torch.stack(states)), rtol=1e-12, atol=1e-12)
 
 
 @given(layers(), st.integers(-35, 35))
-def test_huge_and_tiny_magnitudes_neither_overflow_nor_vanish(
+def test_norms_called_safe_are_right_whatever_their_magnitude(
     layer: tuple[Tensor, Tensor, Tensor, Tensor], exponent: int
 ) -> None:
-    """Float32 rows of any magnitude that float32 holds have the right norm on the CPU, even where squares do not."""
+    """Float32 norms are right wherever they are called safe; elsewhere those of float64 values are, and are safe."""
     x = layer[0].clamp(-3, 3) * 10.0**exponent
     want = x.double().norm(dim=-1)
-    normal = want > 1e-36  # below, the rows themselves are denormal
-    torch.testing.assert_close(kernels.row_norms(x).double()[normal], want[normal], rtol=1e-5, atol=0)
+    norms = kernels.row_norms(x)
+    if bool(kernels.safe(norms)):
+        torch.testing.assert_close(norms.double(), want, rtol=EXACT, atol=0)
+    else:
+        assert not (float(want.min()) > 1e-14 and float(want.max()) < 1e14)
+    assert bool(kernels.safe(kernels.row_norms(x.double())))
+    torch.testing.assert_close(kernels.row_norms(x.double()), want, rtol=1e-12, atol=0)
+
+
+@given(layers(), st.integers(2, 4))
+def test_layers_that_are_summed_together_are_summed_apart(
+    layer: tuple[Tensor, Tensor, Tensor, Tensor], count: int
+) -> None:
+    """Leading dimensions are carried along: layers stacked give what each gives alone."""
+    x, down, up, base = (t.double() for t in layer)
+    xs = [x * (i + 1) for i in range(count)]
+    factors = kernels.factors(down, up, 2.0)
+    parts = [(v, v @ down.mT, v @ base.mT, v @ base.mT + v @ down.mT @ up.mT) for v in xs]
+    together = added(*(torch.stack(part) for part in zip(*parts, strict=True)), factors)  # type: ignore[call-arg]
+    alone = torch.stack([added(*part, factors) for part in parts])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-9)
 
 
 @given(st.integers(2, 30), SEEDS)
@@ -215,7 +229,7 @@ def test_rows_of_zeros_have_no_direction_and_do_not_dilute_leakage() -> None:
 
 def test_no_rows_give_no_figures() -> None:
     """The mean of nothing is NaN, which no verdict passes; zero would pass."""
-    means = kernels.compute(kernels.empty())
+    means = kernels.compute(torch.zeros(len(kernels.Sums._fields)))
     assert means.rows == 0
     assert all(math.isnan(value) for value in means[1:])
 

@@ -494,7 +494,7 @@ class TestWindows:
     def test_a_text_too_short_is_refused(self) -> None:
         """The message has the length, what is needed, and the option that lowers it; one more character is enough."""
         assert refused(lambda: draw_windows("x" * 8, words, count=1, seqlen=8, seed=0)) == (
-            "the calibration text has 8 characters, and windows of 8 tokens need at least 9; "
+            "the text has 8 characters, and windows of 8 tokens need at least 9; "
             "give a longer text or a smaller --nullspace-seqlen"
         )
         assert len(draw_windows("x" * 9, words, count=1, seqlen=8, seed=0)) == 1
@@ -502,7 +502,7 @@ class TestWindows:
     def test_a_window_without_tokens_is_refused(self) -> None:
         """A stretch in which the tokenizer sees nothing would be a window of nothing."""
         assert refused(lambda: draw_windows(" " * 9, words, count=1, seqlen=8, seed=0)) == (
-            "the window at character 0 of the calibration text has no tokens; "
+            "the window at character 0 of the text has no tokens; "
             "give a text without long blanks, or check the tokenizer"
         )
 

@@ -204,7 +204,7 @@ def test_globs_tell_upper_from_lower_case() -> None:
             0.1,
             0.2,
             "no figure 'speed' is judged at stage trained; there are "
-            "preservation, effectiveness, contribution, leakage",
+            "preservation, effectiveness, contribution, leakage, forgetting, selectivity",
         ),
     ],
 )
@@ -234,7 +234,31 @@ def test_a_good_layer_passes_in_every_figure() -> None:
     """A sound, trained layer passes, with one finding for each figure."""
     verdict = judge(GOOD, TRAINED)
     assert (verdict.subject, verdict.tier, verdict.defect) == (GOOD.name, PASS, None)
-    assert {f.threshold.figure: f.value for f in verdict.findings} == {f: GOOD.figure(f) for f in FIGURES}
+    assert {f.threshold.figure: f.value for f in verdict.findings} == {f: GOOD.figure(f) for f in GOOD.measured}
+
+
+def test_with_a_task_text_one_layer_may_contribute_little_and_the_model_may_not() -> None:
+    """Little contribution on the task text warns in a layer and fails the averages; nothing learned fails."""
+    faint = dataclasses.replace(GOOD, update_norm=5e-4 * GOOD.output_norm)
+    alone = judge(faint, TRAINED)
+    with_task = dataclasses.replace(GOOD, update_norm=1e-5 * GOOD.output_norm, task=faint)
+    assert alone.tier is FAIL
+    assert judge(with_task, TRAINED).tier is WARN
+    assert judge_averages(RunStats("m", "t", (with_task,), 1), TRAINED).tier is FAIL
+    dead = dataclasses.replace(with_task, task=dataclasses.replace(faint, update_norm=0.0))
+    assert judge(dead, TRAINED).tier is FAIL
+
+
+def test_a_verdict_whose_margin_reaches_over_a_bound_is_uncertain() -> None:
+    """Uncertain is what another tier lies within the margin of, and whatever has an infinite margin."""
+    threshold = next(t for t in TRAINED.thresholds("x") if t.figure == "preservation")
+    for value, margin, uncertain in (
+        (0.09, 0.02, True),
+        (0.09, 0.005, False),
+        (0.3, math.inf, True),
+        (0.3, None, False),
+    ):
+        assert Finding(value, threshold, threshold.tier(value), margin).uncertain is uncertain
 
 
 @pytest.mark.parametrize(

@@ -153,8 +153,9 @@ def test_the_batch_size_changes_nothing(llama: AdaptedModel, batch_size: int, ma
     agree(measure(llama, UNEQUAL, max_rows=max_rows, batch_size=batch_size), one, 1e-6)
 
 
-def test_windows_of_unequal_length_are_not_padded(llama: AdaptedModel) -> None:
+def test_windows_of_unequal_length_are_not_padded(llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only windows of one length share a batch, so each token counts once and none is made up."""
+    monkeypatch.setattr("pytest_nullspace.measure.CANCELLATION", math.inf)
     shapes: list[tuple[int, ...]] = []
     embeddings = llama.model.get_submodule("model.embed_tokens")
     handle = embeddings.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
@@ -261,8 +262,11 @@ class Calls:
             handle.remove()
 
 
-def test_only_chosen_layers_are_measured_and_the_pass_ends_after_them(llama: AdaptedModel) -> None:
+def test_only_chosen_layers_are_measured_and_the_pass_ends_after_them(
+    llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Layers that are not chosen are not told, and beyond the probe no block after the last chosen one runs."""
+    monkeypatch.setattr("pytest_nullspace.measure.CANCELLATION", math.inf)
     chosen = ["model.layers.1.mlp.up_proj", FIRST]
     calls = Calls(llama.model)
     measured = measure(llama, UNEQUAL, layers=chosen)
@@ -275,8 +279,25 @@ def test_only_chosen_layers_are_measured_and_the_pass_ends_after_them(llama: Ada
     assert list(measured) == [everything[layer.name] for layer in measured]
 
 
-def test_the_head_never_runs(llama: AdaptedModel) -> None:
+@pytest.mark.parametrize("magnitude", [1e-25, 1.0, 1e25])
+def test_what_float32_cannot_hold_is_run_again_in_float64(llama: AdaptedModel, magnitude: float) -> None:
+    """A layer whose norms leave float32's range, or whose Bx is mostly cancelled, loses not a digit."""
+    layer = llama.layers[FIRST]
+    weight = layer.base.weight
+    assert isinstance(weight, torch.Tensor)
+    before = measure(llama, UNEQUAL[1:2], layers=[FIRST])[0]
+    calls, kept = Calls(llama.model), weight.detach().clone()
+    weight.data *= magnitude
+    after = measure(llama, UNEQUAL[1:2], layers=[FIRST])[0]
+    weight.data.copy_(kept)
+    calls.remove()
+    assert after.base_norm == pytest.approx(magnitude * before.base_norm, rel=1e-6)
+    assert calls.counts["model.layers.0"] <= 3
+
+
+def test_the_head_never_runs(llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head is the widest layer and no adapter's input depends on it."""
+    monkeypatch.setattr("pytest_nullspace.measure.CANCELLATION", math.inf)
     calls = Calls(llama.model)
     measure(llama, UNEQUAL)
     calls.remove()

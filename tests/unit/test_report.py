@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pytest_nullspace.checkpoint import Checkpoint, LayerSpec
 from pytest_nullspace.invariants import Expectations, Stage, Tier, judge, judge_averages
 from pytest_nullspace.report import markdown, terminal
-from pytest_nullspace.stats import FIGURES, LayerStats, RunStats
+from pytest_nullspace.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats
 
 TRAINED, INIT = Expectations(), Expectations(Stage.INIT)
 # The figures of the reference's own example.
@@ -107,7 +107,7 @@ def test_the_summary_counts_and_averages() -> None:
     mean = (0.123456 * 2 + 9.0) / 3 / 12.345678
     assert average.split()[1] == f"{mean:.3e}"
     assert "reading (averages over all layers):" in lines
-    assert len(lines) - lines.index("reading (averages over all layers):") == 1 + len(FIGURES)
+    assert len(lines) - lines.index("reading (averages over all layers):") == 1 + len(FIGURES) - len(TASK_FIGURES)
 
 
 def test_the_worst_layers_come_first_and_few_are_shown() -> None:
@@ -279,7 +279,7 @@ def test_the_markdown_table_is_one() -> None:
     """Each row has the cells that its header has, so that the table is shown as one, formulas and reasons included."""
     rows = [line for line in markdown.report(run_of(EXAMPLE, LOST, BROKEN), TRAINED).splitlines() if line[:1] == "|"]
     assert len(rows) == 2 + 3 + 1
-    assert {len(cells(row)) for row in rows} == {3 + len(FIGURES)}
+    assert {len(cells(row)) for row in rows} == {3 + len(FIGURES) - len(TASK_FIGURES)}
     assert cells(rows[0])[2].strip() == r"`\|\|BX\|\|/\|\|X\|\|`"
     assert cells(rows[2])[2:6] == [" 1.000e-02 ", " 1.900e-02 ", " 1.883e-02 ", " 3.200e-03 "]
     assert "non\\-finite output" in rows[4]
@@ -306,7 +306,7 @@ def test_no_name_can_write_markdown_html_or_control_characters() -> None:
     assert "<img" not in text.replace("\\<", "")
     assert "\x1b" not in text
     assert "\n# " not in text
-    assert {len(cells(row)) for row in text.splitlines() if row[:1] == "|"} == {3 + len(FIGURES)}
+    assert {len(cells(row)) for row in text.splitlines() if row[:1] == "|"} == {3 + len(FIGURES) - len(TASK_FIGURES)}
     plain = "\n".join([*terminal.block(layer, judge(layer, TRAINED)), *(line for line, _ in summary(run))])
     assert "\x1b" not in plain
 
@@ -348,7 +348,9 @@ class Asked:
     """The settings that the header shows."""
 
     calib_dataset: str = "wikitext2"
-    calib_size: int = 16
+    calib_size: int | None = 16
+    calib_most: int = 128
+    task_dataset: str | None = None
     device: str = "auto"
 
 
@@ -361,3 +363,7 @@ def test_the_header_says_what_will_be_gated(tmp_path: Path) -> None:
         f"nullspace: {tmp_path} (LoRA-Null, 2 layers, ranks 4-8); text wikitext2, 16 windows; device auto"
     ]
     assert "1 of 2 layers" in next(terminal.header(checkpoint, 1, asked))  # type: ignore[arg-type]
+    auto = Asked(calib_size=None, task_dataset="sums.txt")
+    first, second = terminal.header(checkpoint, 2, auto)  # type: ignore[arg-type]
+    assert "up to 128 windows" in first
+    assert second == "nullspace: task text sums.txt"

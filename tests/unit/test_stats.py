@@ -93,6 +93,58 @@ def same(a: RunStats, b: RunStats) -> bool:
 # Figures
 
 
+TWO_TEXTS = dataclasses.replace(
+    LAYER,
+    margins={"preservation": 0.001, "forgetting": 0.01, "leakage": math.inf},
+    task=dataclasses.replace(LAYER, update_norm=2.0, margins={"contribution": 0.003, "forgetting": 0.02}),
+)
+
+
+def test_with_a_task_text_what_an_update_is_for_is_taken_there() -> None:
+    """Effectiveness and contribution, with their margins, are the task text's; the others the preserved text's."""
+    task = TWO_TEXTS.task
+    assert task is not None
+    assert TWO_TEXTS.figure("effectiveness") == task.effectiveness == 4 * LAYER.effectiveness
+    assert TWO_TEXTS.figure("contribution") == task.contribution
+    assert TWO_TEXTS.figure("preservation") == LAYER.preservation
+    assert TWO_TEXTS.figure("forgetting") == LAYER.forgetting
+    assert TWO_TEXTS.selectivity == pytest.approx(4)
+    assert (TWO_TEXTS.margin("contribution"), TWO_TEXTS.margin("preservation")) == (0.003, 0.001)
+    shares = 0.01 / LAYER.forgetting, 0.02 / task.forgetting
+    assert TWO_TEXTS.margin("selectivity") == pytest.approx(4 * math.hypot(*shares))
+    assert TWO_TEXTS.absent == ()
+
+
+def test_an_update_that_spares_the_preserved_text_wholly_is_most_selective() -> None:
+    """Nothing changed on the preserved text is a large finite selectivity, nothing on either text is no number."""
+    assert dataclasses.replace(TWO_TEXTS, update_norm=0.0).selectivity == pytest.approx(1e12)
+    assert math.isnan(dataclasses.replace(TWO_TEXTS, task=dataclasses.replace(LAYER, update_norm=0.0)).selectivity)
+
+
+def test_a_layer_of_two_texts_survives_its_file() -> None:
+    """Margins, infinite ones too, and the task text's figures come back from the file as they were."""
+    run = RunStats("m", "t", (TWO_TEXTS,), 1)
+    assert from_json(to_json(run), "f") == run
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"task": {"layer_name": "other"}}, "task: "),
+        ({"margin_95": {"speed": 1.0}}, "margin_95 must hold"),
+        ({"margin_95": {"leakage": -1.0}}, "margin_95: leakage must not be negative"),
+        ({"selectivity": 5.0}, "selectivity is 5, but task"),
+        ({"ABX_over_ResidualX": 5.0}, "ABX_over_ResidualX is 5, but"),
+    ],
+)
+def test_an_edited_second_text_is_refused(change: dict[str, Any], told: str) -> None:
+    """Figures of two texts that contradict each other, and margins of no figure, are errors that name the entry."""
+    document = json.loads(to_json(RunStats("m", "t", (TWO_TEXTS,), 1)))
+    document["stats"][0] |= change
+    with pytest.raises(StatsError, match=re.escape(told)):
+        from_json(json.dumps(document), "f")
+
+
 def test_figures_are_the_ratios_that_their_formulas_say() -> None:
     """Each figure is the quotient of the two norms in its formula; leakage is held against r / in."""
     assert LAYER.preservation == 0.25 / 8
@@ -100,17 +152,20 @@ def test_figures_are_the_ratios_that_their_formulas_say() -> None:
     assert LAYER.contribution == 0.5 / 10
     assert LAYER.chance == 4 / 64
     assert LAYER.leakage == 0.001 / (4 / 64)
-    assert {name: LAYER.figure(name) for name in FIGURES} == {
+    assert LAYER.forgetting == 0.5 / LAYER.base_norm
+    assert {name: (TWO_TEXTS if name == "selectivity" else LAYER).figure(name) for name in FIGURES} == {
         "preservation": LAYER.preservation,
         "effectiveness": LAYER.effectiveness,
         "contribution": LAYER.contribution,
         "leakage": LAYER.leakage,
+        "forgetting": LAYER.forgetting,
+        "selectivity": TWO_TEXTS.selectivity,
     }
 
 
 def test_a_ratio_to_zero_is_no_number() -> None:
     """A quotient by zero is NaN, not an exception and not infinity."""
-    layer = dataclasses.replace(LAYER, input_norm=0.0, output_norm=0.0, in_features=0)
+    layer = dataclasses.replace(LAYER, input_norm=0.0, output_norm=0.0, base_norm=0.0, in_features=0)
     assert all(math.isnan(layer.figure(name)) for name in FIGURES)
 
 
@@ -260,7 +315,7 @@ def test_the_references_own_file_is_read() -> None:
     assert first.preservation == pytest.approx(1.0e-2, rel=1e-5)
     assert first.effectiveness == pytest.approx(1.9e-2, rel=1e-5)
     assert first.contribution == pytest.approx(1.883e-2, rel=1e-3)
-    assert first.absent == run.absent == ("leakage",)
+    assert first.absent == run.absent == ("leakage", "forgetting", "selectivity")
     assert second.input_norm == 1.0
     assert isinstance(second.input_norm, float)
     assert second.defect == "non-finite weights (NaN or infinity)"
@@ -342,13 +397,16 @@ def test_a_figure_without_a_key_was_not_measured_and_null_was() -> None:
     """Leakage with no key in any layer is absent, through a file and back; in some layers only it is refused."""
     unmeasured = dataclasses.replace(LAYER, mean_leakage=None)
     run = RunStats("m", "t", (unmeasured, dataclasses.replace(unmeasured, name="b")), 2)
-    assert run.absent == unmeasured.absent == ("leakage",)
+    assert run.absent == unmeasured.absent == ("leakage", "forgetting", "selectivity")
     assert math.isnan(unmeasured.leakage)
     assert "leakage" not in json.loads(to_json(run))["stats"][0]
     assert same(from_json(to_json(run), "f"), run)
-    assert dataclasses.replace(LAYER, mean_leakage=math.nan).absent == RUN.absent == ()
+    assert dataclasses.replace(LAYER, mean_leakage=math.nan).absent == RUN.absent == ("forgetting", "selectivity")
     said = broken(lambda document: [document["stats"][1].pop(key) for key in ("leakage", "leakage_over_chance")])
-    assert "stats[1]: model.layers.10.mlp.up_proj and model.layers.0.self_attn.q_proj: only one has leakage" in said
+    assert (
+        "stats[1]: model.layers.10.mlp.up_proj and model.layers.0.self_attn.q_proj: only one has leakage, or a task text"
+        in said
+    )
 
 
 @pytest.mark.parametrize(
