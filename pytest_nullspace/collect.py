@@ -9,7 +9,7 @@ import pytest
 
 from pytest_nullspace.audit import Audit
 from pytest_nullspace.errors import NullspaceError, NullspaceWarning
-from pytest_nullspace.invariants import MODEL, Tier, Verdict, judge, judge_averages
+from pytest_nullspace.invariants import DRIFT, MODEL, Tier, Verdict, judge, judge_averages, judge_drift
 from pytest_nullspace.progress import fail_measuring, showing_progress
 from pytest_nullspace.report import terminal
 from pytest_nullspace.session import GatedRun
@@ -42,6 +42,8 @@ class CheckpointFile(pytest.File):
             yield MissingItem.from_parent(self, name=name)
         if self.run.has_audit:
             yield FrozenItem.from_parent(self, name=FROZEN)
+        if self.run.has_drift:
+            yield DriftItem.from_parent(self, name=DRIFT)
         if self.run.gates_scope:
             yield ScopeItem.from_parent(self, name=SCOPE)
 
@@ -119,6 +121,18 @@ class ModelItem(MeasuredItem):
         return verdict, terminal.model_failure(run, verdict)
 
 
+class DriftItem(MeasuredItem):
+    """Judges how far the predictions lie from the base model's."""
+
+    def judge(self, run: RunStats) -> tuple[Verdict, str]:
+        """Hold the drift against its thresholds."""
+        if run.drift is None:
+            pytest.fail("the drift was not measured", pytrace=False)
+        verdict = judge_drift(run.drift, self.parent.run.expectations(run))
+        self.record(tier=str(verdict.tier), **{name: value for name, (value, _) in run.drift.figures.items()})
+        return verdict, "\n".join([verdict.summary, "", *terminal.drift(run.drift)])
+
+
 FROZEN = "frozen"
 """The name of the item that holds everything outside the layers against its start."""
 
@@ -174,6 +188,8 @@ def select(items: list[pytest.Item], runs: tuple[GatedRun, ...]) -> list[pytest.
             layers[id(item.parent.run)].add(item.name)
         elif isinstance(item, ModelItem):
             models[id(item.parent.run)] = item
+        elif isinstance(item, DriftItem):
+            item.parent.run.drift_selected = True
         else:
             for run, names in wanted_by_test(item, runs):
                 layers[id(run)].update(names)

@@ -12,7 +12,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 
 from pytest_nullspace.errors import OptionError
-from pytest_nullspace.stats import LayerStats, RunStats
+from pytest_nullspace.stats import Drift, LayerStats, RunStats
 
 
 class Tier(StrEnum):
@@ -96,6 +96,14 @@ _INIT = (
     Threshold("leakage", 0.5, 0.75, lower_is_better=True),
 )
 _DEFAULTS = {Stage.TRAINED: _TRAINED, Stage.INIT: _INIT}
+_DRIFT = (
+    Threshold("divergence", 0.1, 0.3, lower_is_better=True),
+    Threshold("loss-rise", 0.1, 0.3, lower_is_better=True),
+    Threshold("task-gain", 0.01, 0.0, lower_is_better=False),
+)
+"""What is judged of a trained model's predictions, in nats a token."""
+DRIFT = "drift"
+"""The name of the item that judges them."""
 
 
 def lower_is_better(figure: str, stage: Stage) -> bool:
@@ -135,7 +143,7 @@ class Expectations:
 
     def __post_init__(self) -> None:
         """Refuse overrides of figures that this stage does not judge, and bounds that cannot be."""
-        defaults = {threshold.figure: threshold for threshold in _DEFAULTS[self.stage]}
+        defaults = {threshold.figure: threshold for threshold in (*_DEFAULTS[self.stage], *_DRIFT)}
         for override in self.overrides:
             if override.figure not in defaults:
                 raise OptionError(
@@ -144,8 +152,8 @@ class Expectations:
             defaults[override.figure].replaced(override.passes, override.fails)
 
     def thresholds(self, layer: str) -> tuple[Threshold, ...]:
-        """The thresholds that hold for the layer of that name (``model`` for the averages)."""
-        return tuple(self._overridden(t, layer) for t in _DEFAULTS[self.stage])
+        """The thresholds that hold for the layer of that name (``model`` for the averages, ``drift`` for the drift)."""
+        return tuple(self._overridden(t, layer) for t in (_DRIFT if layer == DRIFT else _DEFAULTS[self.stage]))
 
     def excuses(self, layer: LayerStats) -> bool:
         """Whether no row reached ``layer``, and none had to."""
@@ -284,6 +292,20 @@ def judge_averages(run: RunStats, expectations: Expectations) -> Verdict:
     elif defective:
         defect = f"{len(defective)} of {len(run.layers)} layers could not be judged, {defective[0]} among them"
     return _judge(MODEL, run, expectations, defect)
+
+
+def judge_drift(drift: Drift, expectations: Expectations) -> Verdict:
+    """Hold how far the predictions moved against the thresholds."""
+    figures = drift.figures
+    return Verdict(
+        DRIFT,
+        tuple(
+            Finding(value, threshold, threshold.tier(value), margin)
+            for threshold in expectations.thresholds(DRIFT)
+            if threshold.figure in figures
+            for value, margin in [figures[threshold.figure]]
+        ),
+    )
 
 
 def _judge(subject: str, of: LayerStats | RunStats, expectations: Expectations, defect: str | None) -> Verdict:

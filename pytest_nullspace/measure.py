@@ -8,7 +8,7 @@ and the batch is run again with that layer in float64.
 
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from pytest_nullspace import kernels
+from pytest_nullspace.forward import forwards
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.stats import LayerStats
 from pytest_nullspace.uncertainty import margins
 
 CANCELLATION = 5e-8
 """The relative error to which cancellation in a float32 ``Bx`` may add up over a batch."""
-
-PROBE_TOKENS = 8
-"""Tokens of the uncounted forward that finds out where the pass may end."""
 
 HELD_BYTES = 1 << 24
 """What may be kept of the narrow activations before they are summed."""
@@ -74,30 +72,26 @@ def measure(
     if not chosen:
         return ()
     drawn = draw_rows([len(window) for window in windows], max_rows, seed)
-    entry = _entry(adapted.model, chosen)
     recorder = _Recorder(adapted.device, len(windows))
     done, ask_at = 0, FIRST_ROUND
 
     def figures() -> tuple[LayerStats, ...]:
         return tuple(_stats(layer, recorder.sums[layer.name][:done]) for layer in chosen)
 
-    with torch.inference_mode():
-        last_block = _last_block(entry, chosen, adapted, windows[0][:PROBE_TOKENS])
-        with recorder.watching(chosen), _stopping_after(last_block):
-            for batch in _batches(windows, drawn, batch_size, adapted.device):
-                counted = False
-                while not counted:
-                    recorder.start(batch)
-                    with suppress(_PassedLastBlockError):
-                        _forward(entry, adapted, batch.tokens)
-                    counted = recorder.end()
-                done += len(batch.tokens)
-                if progress is not None:
-                    progress(done, len(windows))
-                if settled is not None and done >= ask_at:
-                    if settled(figures()):
-                        break
-                    ask_at = 2 * done
+    with forwards(adapted, chosen, windows[0]) as forward, recorder.watching(chosen):
+        for batch in _batches(windows, drawn, batch_size, adapted.device):
+            counted = False
+            while not counted:
+                recorder.start(batch)
+                forward(batch.tokens)
+                counted = recorder.end()
+            done += len(batch.tokens)
+            if progress is not None:
+                progress(done, len(windows))
+            if settled is not None and done >= ask_at:
+                if settled(figures()):
+                    break
+                ask_at = 2 * done
     return figures()
 
 
@@ -414,64 +408,3 @@ def _bias_apart(base: nn.Module) -> Iterator[None]:
     finally:
         base.bias = bias
         handle.remove()
-
-
-class _PassedLastBlockError(Exception):
-    """Raised inside the model to end a forward after the last block that holds a measured layer."""
-
-
-def _entry(model: nn.Module, layers: Sequence[AdaptedLayer]) -> nn.Module:
-    """The decoder without its head where no measured layer lies outside it, else the whole model."""
-    decoder = getattr(model, "base_model", model)
-    inside = set(map(id, decoder.modules()))
-    return decoder if all(id(layer.layer) in inside for layer in layers) else model
-
-
-def _forward(entry: nn.Module, adapted: AdaptedModel, tokens: Tensor) -> None:
-    """Run the model on ``tokens (b, length)``; an encoder-decoder reads them on both sides."""
-    both = {"decoder_input_ids": tokens} if adapted.is_encoder_decoder else {}
-    entry(input_ids=tokens, use_cache=False, **both)
-
-
-def _last_block(
-    entry: nn.Module, layers: Sequence[AdaptedLayer], adapted: AdaptedModel, tokens: Sequence[int]
-) -> nn.Module | None:
-    """The block after which no measured layer can run, found by watching a short forward; None where there is none.
-
-    A block is an element of an outermost `torch.nn.ModuleList`. The forward may end after one only if each measured
-    layer lies in a block and each such block runs exactly once.
-    """
-    blocks = _blocks(entry)
-    holding = {id(block): block for layer in layers if (block := blocks.get(id(layer.layer))) is not None}
-    if not all(id(layer.layer) in blocks for layer in layers):
-        return None
-    ran: list[nn.Module] = []
-    with ExitStack() as hooks:
-        for block in holding.values():
-            hooks.callback(block.register_forward_hook(lambda module, *_: ran.append(module)).remove)
-        _forward(entry, adapted, torch.tensor([list(tokens)], device=adapted.device))
-    return ran[-1] if len(ran) == len(holding) == len(set(map(id, ran))) else None
-
-
-def _blocks(entry: nn.Module) -> dict[int, nn.Module]:
-    """For each module inside a block, by its id, that block."""
-    found: dict[int, nn.Module] = {}
-    for module in entry.modules():
-        if isinstance(module, nn.ModuleList) and id(module) not in found:
-            for block in module:
-                for part in block.modules():
-                    found.setdefault(id(part), block)
-    return found
-
-
-@contextmanager
-def _stopping_after(block: nn.Module | None) -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise _PassedLastBlockError
-
-    handle = None if block is None else block.register_forward_hook(stop)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()

@@ -57,6 +57,8 @@ class Settings:
         task_folder: The folder to which its path is relative.
         calib_most: Windows to draw from each text at most, where their number is not given.
         allow_unreached: Globs of the layers that no activation row need reach.
+        drift: Whether the predictions are held against the base model's.
+        spectrum: Whether the best that any subspace could do is reported.
         strict_scope: Whether a trained tensor that no layer test covers is a failure.
     """
 
@@ -79,6 +81,8 @@ class Settings:
     reports: tuple[Path, ...]
     allow_unreached: tuple[str, ...] = ()
     strict_scope: bool = False
+    drift: bool = False
+    spectrum: bool = False
     init: Path | None = None
     variant: str = "auto"
     compare: Path | None = None
@@ -304,6 +308,23 @@ _OPTIONS = (
         _override,
         repeatable=True,
     ),
+    _Option(
+        "drift",
+        "",
+        "Add the test `drift`: how far the predictions on the preserved text lie from the base model's, and how much "
+        "the task text gained.",
+        _truth,
+        default=False,
+        switch=True,
+    ),
+    _Option(
+        "spectrum",
+        "",
+        "Report the least leakage that any subspace could have on the preserved text, and where the adapter stands.",
+        _truth,
+        default=False,
+        switch=True,
+    ),
     _Option("init", "DIR", "Hold every tensor against the checkpoint in DIR, from which training started.", _path),
     _Option(
         "variant",
@@ -406,6 +427,8 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         reports=values["report"],
         allow_unreached=values["allow-unreached"],
         strict_scope=values["strict-scope"],
+        drift=values["drift"],
+        spectrum=values["spectrum"],
         init=values["init"],
         variant=values["variant"],
         compare=values["compare"],

@@ -7,12 +7,13 @@ import hashlib
 import platform
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace import calibration
 from pytest_nullspace.audit import Audit, audit
@@ -22,7 +23,11 @@ from pytest_nullspace.errors import CheckpointError, OptionError, TextError
 from pytest_nullspace.hub import directory_of
 from pytest_nullspace.invariants import Expectations, Stage, judge
 from pytest_nullspace.options import PREFIX, Settings
-from pytest_nullspace.stats import LayerStats, RunStats
+from pytest_nullspace.stats import Drift, LayerStats, RunStats
+
+if TYPE_CHECKING:
+    from pytest_nullspace.drift import Base
+    from pytest_nullspace.model import AdaptedModel
 
 Bases = MutableMapping[Hashable, Any]
 """The base model that adapters share, kept from one to the next; shared by the runs that are still to be measured."""
@@ -37,6 +42,7 @@ def measure_checkpoint(
     layers: Collection[str],
     progress: Callable[[int, int], None] | None = None,
     bases: Bases | None = None,
+    initial: Checkpoint | None = None,
 ) -> RunStats:
     """Read the text, load the model, and measure ``layers`` in one pass.
 
@@ -46,6 +52,7 @@ def measure_checkpoint(
         layers: The names of its layers to measure.
         progress: Told how many windows of how many are done.
         bases: Keeps the base model of an adapter for the next adapter of the same base.
+        initial: The checkpoint from which training started, if it is known.
 
     Raises:
         NullspaceError: Any of it is not possible.
@@ -98,6 +105,16 @@ def measure_checkpoint(
         preserved = figures
         of_task = measured("task_text", lambda task: with_task(preserved, task))
         figures = with_task(preserved, of_task)
+    if settings.spectrum:
+        from pytest_nullspace.spectrum import spectrum
+
+        names = [layer.name for layer in figures]
+        best = spectrum(adapted, [w.tokens for w in drawn["text"][: used["text"]]], names, progress=progress)
+        figures = tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
+    moved = None
+    if settings.drift:
+        read = {what: drawn[what][:count] for what, count in used.items()}
+        moved = _drift(adapted, _base(adapted, checkpoint, initial, settings, device, dtype), read, progress)
     adapted.take_off()
     passed = time.perf_counter()
     return RunStats(
@@ -105,6 +122,7 @@ def measure_checkpoint(
         calib_dataset=settings.calib_dataset,
         layers=figures,
         checkpoint_layers=len(checkpoint.layers),
+        drift=moved,
         about={
             "format": checkpoint.format,
             "base": checkpoint.base,
@@ -149,6 +167,55 @@ def _settled(figures: Figures, settings: Settings) -> bool:
     """Whether more text would change no verdict."""
     expectations = Expectations(Stage(settings.stage), settings.overrides)
     return not any(finding.uncertain for layer in figures for finding in judge(layer, expectations).findings)
+
+
+def _drift(
+    adapted: "AdaptedModel",
+    base: tuple["Base", str],
+    windows: Mapping[str, Sequence[calibration.Window]],
+    progress: Callable[[int, int], None] | None,
+) -> Drift:
+    from pytest_nullspace.drift import drift
+
+    found = {
+        what: drift(adapted.model, base[0], [window.tokens for window in of], adapted.device, progress)
+        for what, of in windows.items()
+    }
+    return Drift(base[1], found["text"], found.get("task_text"))
+
+
+def _base(
+    adapted: "AdaptedModel",
+    checkpoint: Checkpoint,
+    initial: Checkpoint | None,
+    settings: Settings,
+    device: Any,
+    dtype: Any,
+) -> tuple["Base", str]:
+    """The true base model, and what it is in words.
+
+    Raises:
+        OptionError: It cannot be had, or the model is none whose predictions can be compared.
+    """
+    from pytest_nullspace.model import load_model, load_plain
+
+    if adapted.is_encoder_decoder or not hasattr(adapted.model, "lm_head"):
+        raise OptionError(f"{PREFIX}drift: {checkpoint.directory} is no causal language model; leave the option out")
+    if initial is not None:
+        base = None if initial.carries_base else base_directory(initial, settings.base)
+        start = load_model(initial, device, dtype, base).model
+        return lambda: nullcontext(start), f"the start {initial.directory}"
+    if checkpoint.carries_base and settings.base is not None:
+        directory = directory_of(settings.base, None, f"{PREFIX}base")
+        plain = load_plain(directory, device, dtype)
+        return lambda: nullcontext(plain), f"the base {directory}"
+    if adapted.switched_off is not None:
+        return adapted.switched_off, "the model with its adapter switched off"
+    raise OptionError(
+        f"{PREFIX}drift: {checkpoint.directory} does not hold its base model, for with the adapter switched off its "
+        f"weights are others; give the checkpoint from which training started by {PREFIX}init=DIR"
+        + (f", or the base model by {PREFIX}base=DIR" if checkpoint.carries_base else "")
+    )
 
 
 def _text(spec: str, folder: Path, option: str) -> str:

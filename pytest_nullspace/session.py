@@ -35,6 +35,7 @@ class GatedRun(ABC):
         name: What ``{model}`` stands for in the names of files.
         gated: The names of the layers that have a test, in model order.
         selected: The names of the layers to measure, once collection has ended.
+        drift_selected: Whether the drift is to be measured.
         earlier_file: The earlier run that it is compared with, if it is.
         missing: The names of the layers that only the earlier run has.
     """
@@ -48,6 +49,7 @@ class GatedRun(ABC):
                 f"{path}; the first is {layers[0]}"
             )
         self.selected: set[str] = set()
+        self.drift_selected = False
         self._settings = settings
         self.earlier_file = None if settings.compare is None else stats_file(settings.compare, name)
         self._earlier = None if self.earlier_file is None else read_run(self.earlier_file)
@@ -69,6 +71,11 @@ class GatedRun(ABC):
     @abstractmethod
     def has_audit(self) -> bool:
         """Whether its tensors are, or were, held against their start."""
+
+    @property
+    @abstractmethod
+    def has_drift(self) -> bool:
+        """Whether a test holds the predictions against the base model's."""
 
     @property
     @abstractmethod
@@ -175,6 +182,11 @@ class CheckpointRun(GatedRun):
         return self._initial is not None
 
     @property
+    def has_drift(self) -> bool:
+        """Whether the predictions are held against the base model's."""
+        return self._settings.drift
+
+    @property
     def gates_all(self) -> bool:
         """Whether every adapted layer has a test."""
         return len(self.gated) == len(self.checkpoint.layers)
@@ -190,7 +202,14 @@ class CheckpointRun(GatedRun):
 
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         try:
-            outcome = pipeline.measure_checkpoint(self.checkpoint, self._settings, self.selected, progress, self._bases)
+            outcome = pipeline.measure_checkpoint(
+                self.checkpoint,
+                self._settings if self.drift_selected else replace(self._settings, drift=False),
+                self.selected,
+                progress,
+                self._bases,
+                self._initial,
+            )
             if self._initial is None:
                 return outcome
             audited = pipeline.audit_checkpoint(self.checkpoint, self._initial, self._settings, self.selected)
@@ -218,6 +237,8 @@ class SavedRun(GatedRun):
                 f"{PREFIX}strict-scope: {file} does not tell what was trained outside its layers; "
                 "leave the option out for it"
             )
+        if settings.drift and self._saved.drift is None:
+            raise OptionError(f"{PREFIX}drift: {file} does not tell of it; measure the model with the option")
         super().__init__(file, file, file.stem, names, settings)
         self._check_comparable(self._saved)
 
@@ -225,6 +246,11 @@ class SavedRun(GatedRun):
     def gates_all(self) -> bool:
         """Whether every adapted layer was measured and has a test."""
         return self._saved.complete and len(self.gated) == len(self._saved.layers)
+
+    @property
+    def has_drift(self) -> bool:
+        """Whether the saved run tells of the predictions."""
+        return self._saved.drift is not None
 
     @property
     def has_audit(self) -> bool:

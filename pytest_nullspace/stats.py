@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,6 +40,21 @@ _MOST_SELECTIVE = 1e12
 
 
 @dataclass(frozen=True, slots=True)
+class Spectrum:
+    """What the preserved text would allow at best in one layer.
+
+    Attributes:
+        effective_rank: Of its input: the exponential of the entropy of the covariance's spectrum.
+        least_leakage: The least mean leakage that any subspace of the adapter's rank has on this text.
+        shared: How much of that subspace the adapter's shares: 1 all of it, r / in by chance.
+    """
+
+    effective_rank: float
+    least_leakage: float
+    shared: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerStats:
     """What was measured at one layer.
 
@@ -60,6 +75,7 @@ class LayerStats:
         base_weight_norm: Frobenius norm of W_res.
         margins: Half the width of each figure's confidence interval; empty if never estimated.
         task: The same layer on the task text, if that was measured too; what is here is then of the preserved text.
+        spectrum: What the text would allow at best, if that was measured.
     """
 
     name: str
@@ -78,6 +94,7 @@ class LayerStats:
     base_weight_norm: float
     margins: Mapping[str, float] = field(default_factory=dict)
     task: "LayerStats | None" = None
+    spectrum: Spectrum | None = None
 
     @property
     def preservation(self) -> float:
@@ -123,6 +140,13 @@ class LayerStats:
         return (*leakage, *TASK_FIGURES) if self.task is None else leakage
 
     @property
+    def standing(self) -> float | None:
+        """Where the leakage lies between chance, 0, and the best that any subspace could reach, 1."""
+        if self.spectrum is None or self.mean_leakage is None:
+            return None
+        return _ratio(self.chance - self.mean_leakage, self.chance - self.spectrum.least_leakage)
+
+    @property
     def measured(self) -> tuple[str, ...]:
         """The figures that were."""
         return tuple(figure for figure in FIGURES if figure not in self.absent)
@@ -165,11 +189,63 @@ class LayerStats:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class TextDrift:
+    """What the adapter makes of the base model's predictions on one text.
+
+    Attributes:
+        tokens: How many predictions were compared.
+        base_loss: The base model's mean cross entropy, in nats a token.
+        adapted_loss: The adapted model's.
+        divergence: Mean Kullback-Leibler divergence from the base model's predictions to the adapted one's, in nats.
+        loss_margin: How far the change of loss may lie from what more text would give.
+        divergence_margin: The same of the divergence.
+    """
+
+    tokens: int
+    base_loss: float
+    adapted_loss: float
+    divergence: float
+    loss_margin: float
+    divergence_margin: float
+
+    @property
+    def loss_change(self) -> float:
+        """By how much the adapter raised the loss."""
+        return self.adapted_loss - self.base_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """How far the adapted model's predictions lie from the base model's.
+
+    Attributes:
+        base: What served as the base model, in words.
+        preserved: On the preserved text.
+        task: On the task text, if there was one.
+    """
+
+    base: str
+    preserved: TextDrift
+    task: TextDrift | None = None
+
+    @property
+    def figures(self) -> dict[str, tuple[float, float]]:
+        """The figures that are judged, each with its margin."""
+        found = {
+            "divergence": (self.preserved.divergence, self.preserved.divergence_margin),
+            "loss-rise": (self.preserved.loss_change, self.preserved.loss_margin),
+        }
+        if self.task is not None:
+            found["task-gain"] = -self.task.loss_change, self.task.loss_margin
+        return found
+
+
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-_MEASURED = tuple(name for name in LayerStats.__slots__ if name not in ("margins", "task"))
+_MEASURED = tuple(name for name in LayerStats.__slots__ if name not in ("margins", "task", "spectrum"))
 
 # Our field -> the key in the file. Up to Residual_weight_norm they are the reference's own.
 _KEYS = {
@@ -218,6 +294,7 @@ class RunStats:
         layers: What was measured, in model order.
         checkpoint_layers: How many layers the checkpoint adapts, measured or not.
         about: Settings, hashes, library versions, and whatever else tells two runs apart.
+        drift: How far the model's predictions lie from its base's, if that was measured.
     """
 
     model_path: str
@@ -225,6 +302,7 @@ class RunStats:
     layers: tuple[LayerStats, ...]
     checkpoint_layers: int
     about: Mapping[str, Any] = field(default_factory=dict)
+    drift: Drift | None = None
 
     def layer(self, name: str) -> LayerStats | None:
         """The layer of that name, if it was measured."""
@@ -277,6 +355,7 @@ def to_json(run: RunStats) -> str:
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "checkpoint_layers": run.checkpoint_layers,
+        **({_DRIFT: _plain_drift(run.drift)} if run.drift is not None else {}),
         **run.about,
     }
     return json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -291,6 +370,8 @@ def _entry(layer: LayerStats) -> dict[str, Any]:
         entry[_MARGINS] = {figure: _plain(layer.margins[figure]) for figure in FIGURES if figure in layer.margins}
     if layer.task is not None:
         entry[_TASK] = _entry(layer.task)
+    if layer.spectrum is not None:
+        entry[_SPECTRUM] = {key: _plain(value) for key, value in asdict(layer.spectrum).items()}
     return entry
 
 
@@ -333,17 +414,58 @@ def from_json(text: str, where: str) -> RunStats:
     checkpoint_layers = document.get("checkpoint_layers", len(layers))
     if not _is_count(checkpoint_layers) or checkpoint_layers < len(layers):
         raise StatsError(f"{where}: checkpoint_layers must be a number from {len(layers)}, not {checkpoint_layers!r}")
-    known = {"model_path", "calib_dataset", "num_layers", "stats", "schema", "schema_version", "checkpoint_layers"}
+    known = {
+        _DRIFT,
+        "model_path",
+        "calib_dataset",
+        "num_layers",
+        "stats",
+        "schema",
+        "schema_version",
+        "checkpoint_layers",
+    }
     return RunStats(
         model_path=str(document.get("model_path", "")),
         calib_dataset=str(document.get("calib_dataset", "")),
         layers=layers,
         checkpoint_layers=checkpoint_layers,
         about={key: value for key, value in document.items() if key not in known},
+        drift=_drift(document[_DRIFT], f"{where}: {_DRIFT}") if _DRIFT in document else None,
     )
 
 
-_MARGINS, _TASK = "margin_95", "task"
+def _plain_drift(drift: Drift) -> dict[str, Any]:
+    texts = {"preserved": drift.preserved, "task": drift.task}
+    return {"base": drift.base} | {
+        name: {key: _plain(value) for key, value in asdict(text).items()}
+        for name, text in texts.items()
+        if text is not None
+    }
+
+
+def _drift(told: object, where: str) -> Drift:
+    if not isinstance(told, dict) or not isinstance(told.get("base"), str) or "preserved" not in told:
+        raise StatsError(f"{where}: not what a run tells of its drift")
+    return Drift(
+        told["base"],
+        _text_drift(told["preserved"], f"{where}: preserved"),
+        _text_drift(told["task"], f"{where}: task") if "task" in told else None,
+    )
+
+
+def _text_drift(told: object, where: str) -> TextDrift:
+    if not isinstance(told, dict) or not _is_count(told.get("tokens")):
+        raise StatsError(f"{where}: tokens must be a whole number from 0")
+    values: dict[str, Any] = {"tokens": told["tokens"]}
+    for name in TextDrift.__slots__[1:]:
+        # A margin that is infinite, and a loss that is no number, are null in the file.
+        absent = math.inf if name.endswith("margin") else math.nan
+        value = told.get(name)
+        values[name] = absent if value is None and name in told else _number(value, f"{where}: {name}")
+    return TextDrift(**values)
+
+
+_MARGINS, _TASK, _DRIFT, _SPECTRUM = "margin_95", "task", "drift", "spectrum"
 _ABSENT_IN_REFERENCE: Mapping[str, int] = {"in_features": 0, "rank": 0, "out_features": 0}
 
 
@@ -355,6 +477,10 @@ def _layer(entry: object, where: str) -> LayerStats:
         values["task"] = task = _layer(entry[_TASK], f"{where}: task")
         if task.name != entry["layer_name"] or task.task is not None:
             raise StatsError(f"{where}: its entry 'task' is not of the same layer")
+    if _SPECTRUM in entry:
+        told = entry[_SPECTRUM] if isinstance(entry[_SPECTRUM], dict) else {}
+        numbers = {name: _number(told.get(name), f"{where}: {_SPECTRUM}: {name}") for name in Spectrum.__slots__}
+        values["spectrum"] = Spectrum(**numbers)
     for name in _MEASURED:
         value = entry.get(_KEYS[name], _ABSENT_IN_REFERENCE.get(name))
         if name in _COUNTS:

@@ -19,18 +19,18 @@ def margins(without: Sequence[LayerStats]) -> Mapping[str, float]:
         without: The layer's figures with one window left out, each in turn.
 
     Returns:
-        For each figure its margin, in its own unit; infinite from fewer than two windows.
+        For each figure its margin, in its own unit.
     """
+    return {figure: jackknife([layer.figure(figure) for layer in without]) for figure in OWN_FIGURES}
+
+
+def jackknife(without: Sequence[float]) -> float:
+    """The margin of a figure from its values with one window left out, each in turn; infinite from fewer than two."""
     count = len(without)
     if count < 2:
-        return dict.fromkeys(OWN_FIGURES, math.inf)
-    found = {}
-    for figure in OWN_FIGURES:
-        values = [layer.figure(figure) for layer in without]
-        middle = fmean(values)
-        spread = (count - 1) / count * sum((value - middle) ** 2 for value in values)
-        found[figure] = students_t(count - 1) * math.sqrt(spread)
-    return found
+        return math.inf
+    middle = fmean(without)
+    return students_t(count - 1) * math.sqrt((count - 1) / count * sum((value - middle) ** 2 for value in without))
 
 
 def students_t(freedom: int) -> float:

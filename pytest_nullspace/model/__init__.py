@@ -11,7 +11,7 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 
-__all__ = ["AdaptedLayer", "AdaptedModel", "load_model"]
+__all__ = ["AdaptedLayer", "AdaptedModel", "load_model", "load_plain"]
 
 
 def load_model(
@@ -44,3 +44,15 @@ def load_model(
         from pytest_nullspace.model import peft
 
         return peft.load(checkpoint, base, device, dtype, {} if bases is None else bases)
+
+
+def load_plain(base: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A whole causal language model without any adapter, in eval mode.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+    """
+    with warnings.catch_warnings(action="ignore"):
+        from pytest_nullspace.model import peft
+
+        return peft.load_plain(base, device, dtype)

@@ -1,6 +1,7 @@
 """A model with adapted layers, as the measuring pass sees it, whatever the format it came from."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -82,12 +83,14 @@ class AdaptedModel:
         layers: Its adapted layers by name.
         device: Where its inputs go.
         take_off: Frees the base model for the next adapter, after which this one can no longer be used.
+        switched_off: Within this context the model is its base; None where it would not be without its adapter.
     """
 
     model: nn.Module
     layers: Mapping[str, AdaptedLayer]
     device: torch.device
     take_off: Callable[[], None] = lambda: None
+    switched_off: Callable[[], AbstractContextManager[nn.Module]] | None = None
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -4,6 +4,8 @@ The directory's Python files are never imported: its config names a plain archit
 and its tensors say which linear layers were replaced.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,11 +42,14 @@ class AdaptedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.PBLinear = None if protected is None else nn.Linear(in_features, protected, bias=False)
         self.PALinear = None if protected is None else nn.Linear(protected, in_features, bias=False)
+        self.is_on = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x``, shape ``(…, in)``; returns ``(…, out)``."""
         kept = x if self.PALinear is None or self.PBLinear is None else x - self.PALinear(self.PBLinear(x))
-        y: Tensor = self.residual(x) + self.ALinear(self.BLinear(kept))
+        y: Tensor = self.residual(x)
+        if self.is_on:
+            y = y + self.ALinear(self.BLinear(kept))
         return y if self.bias is None else y.add_(self.bias)
 
     def down_matrix(self) -> Tensor:
@@ -56,6 +61,9 @@ class AdaptedLinear(nn.Module):
         protect_down = self.PBLinear.weight.detach().to("cpu", torch.float64)
         return down - (down @ protect_up) @ protect_down
 
+
+ORTHONORMAL = 1e-2
+"""How far ``B Bᵀ`` may lie from the identity, in any element; half precision rounds."""
 
 _PARAMETER_OF = {"weight_residual": "residual.weight", BIAS: "bias"}
 """Names in the files that differ from the names in `AdaptedLinear`."""
@@ -81,7 +89,31 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Ad
         )
         _replace(model, spec.name, adapted, checkpoint)
     fill(model, _by_parameter(checkpoint), device, dtype)
-    return AdaptedModel(model.eval(), {spec.name: _view(model, spec.name) for spec in checkpoint.layers}, device)
+    modules = {spec.name: _adapted(model, spec.name) for spec in checkpoint.layers}
+
+    @contextmanager
+    def switched_off() -> Iterator[nn.Module]:
+        for module in modules.values():
+            module.is_on = False
+        try:
+            yield model
+        finally:
+            for module in modules.values():
+                module.is_on = True
+
+    return AdaptedModel(
+        model.eval(),
+        {name: _view(module, name) for name, module in modules.items()},
+        device,
+        # Orthonormal rows are those of v2, which leaves W_res = W; v1 and CorDA take the adapter's start out of it.
+        switched_off=switched_off if all(map(_is_orthonormal, modules.values())) else None,
+    )
+
+
+def _is_orthonormal(adapted: AdaptedLinear) -> bool:
+    down = adapted.BLinear.weight.detach().to("cpu", torch.float64)
+    off = down @ down.mT - torch.eye(len(down), dtype=torch.float64)
+    return bool(off.abs().max() <= ORTHONORMAL)
 
 
 def _plain_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
@@ -145,9 +177,13 @@ def _parameter_of(name: str) -> str:
     return name
 
 
-def _view(model: nn.Module, name: str) -> AdaptedLayer:
+def _adapted(model: nn.Module, name: str) -> AdaptedLinear:
     adapted = model.get_submodule(name)
     assert isinstance(adapted, AdaptedLinear)
+    return adapted
+
+
+def _view(adapted: AdaptedLinear, name: str) -> AdaptedLayer:
     return AdaptedLayer(
         name=name,
         layer=adapted,

@@ -4,7 +4,8 @@ PEFT itself only warns about tensors that match nothing; here that is an error, 
 that is measured.
 """
 
-from collections.abc import Hashable, Iterable, MutableMapping
+from collections.abc import Hashable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,23 @@ def load(
         if untouched.restored():
             bases[key] = model
 
-    return AdaptedModel(model, views, device, take_off)
+    @contextmanager
+    def switched_off() -> Iterator[nn.Module]:
+        with wrapped.disable_adapter():
+            yield model
+
+    # Biases that were trained stay on, and an initialisation that changed the base is not undone.
+    whole = checkpoint.changed_base is None and checkpoint.config.get("bias", "none") == "none"
+    return AdaptedModel(model, views, device, take_off, switched_off if whole else None)
+
+
+def load_plain(base: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A whole causal language model from ``base``, without any adapter, in eval mode.
+
+    Raises:
+        CheckpointError: It cannot be loaded.
+    """
+    return _base_model(transformers.AutoModelForCausalLM, base, dtype, ()).to(device).eval()
 
 
 class _Untouched:

@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.invariants import Expectations, Tier, judge, judge_averages
+from pytest_nullspace.invariants import Expectations, Tier, judge, judge_averages, judge_drift
 from pytest_nullspace.report.terminal import (
     MARKS,
+    best_possible,
+    drift,
     figures,
     not_measured,
     outside,
@@ -44,6 +46,10 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
     if run.complete:
         averages = judge_averages(run, expectations)
         lines += [f"- {line.replace('<', '&lt;')}" for line, _ in reading(averages)]
+    lines += [f"- {escape(line)}" for line in best_possible(run)]
+    if run.drift is not None:
+        mark = MARKS[judge_drift(run.drift, expectations).tier]
+        lines += ["", *(f"- {mark} {escape(line.strip())}" for line in drift(run.drift))]
     told_apart = uncertain(verdicts, run)
     lines += ["", f"{told_apart}."] if told_apart is not None else []
     told = [f"- {escape(note.strip())}" for note in notes]

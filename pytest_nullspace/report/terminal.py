@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from pytest_nullspace.audit import Audit
@@ -11,8 +12,8 @@ from pytest_nullspace.baseline import Comparison
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.diagnosis import Diagnosis
-from pytest_nullspace.invariants import Expectations, Tier, Verdict, judge, judge_averages
-from pytest_nullspace.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats
+from pytest_nullspace.invariants import Expectations, Tier, Verdict, judge, judge_averages, judge_drift
+from pytest_nullspace.stats import FIGURES, TASK_FIGURES, Drift, LayerStats, RunStats
 from pytest_nullspace.uncertainty import windows_needed
 
 if TYPE_CHECKING:
@@ -108,11 +109,12 @@ def uncertain(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
     if windows < 2:
         return f"{told}; one window tells nothing of how the figures vary, so draw more by --nullspace-calib-size"
     needed = [windows_needed(windows, f.margin, f.distance) for _, f in findings if f.margin is not None]
-    most = max((n for n in needed if n is not None), default=windows)
+    some = [n for n in needed if n is not None]
+    half = median(some) if some else windows
     name, finding = max(findings, key=lambda pair: pair[1].badness)
     return (
         f"{told}, such as {printable(name)} ({finding.threshold.figure} {finding.value:.3g} ± {finding.margin:.2g}); "
-        f"about {most} windows would settle all, or --nullspace-calib-size=auto"
+        f"about {half:.0f} windows would settle half of them, or try --nullspace-calib-size=auto"
     )
 
 
@@ -204,11 +206,46 @@ def summary(
         yield told_apart, Tier.WARN
     yield "", None
     yield from _table(run, verdicts)
+    for line in best_possible(run):
+        yield line, None
+    if run.drift is not None:
+        yield "", None
+        tier = judge_drift(run.drift, expectations).tier
+        yield from ((f"{MARKS[tier]} {line}" if i == 0 else line, tier) for i, line in enumerate(drift(run.drift)))
     if run.complete:
         averages = judge_averages(run, expectations)
         yield "", None
         yield "reading (averages over all layers):", None
         yield from reading(averages)
+
+
+def best_possible(run: RunStats) -> Iterator[str]:
+    """Where the adapter stands between chance and the best that any subspace could do; nothing if never measured."""
+    known = [(layer, layer.spectrum, layer.standing) for layer in run.layers]
+    layers = [(layer, spectrum, standing) for layer, spectrum, standing in known if spectrum and standing is not None]
+    if not layers:
+        return
+    least = median(spectrum.least_leakage / layer.chance for layer, spectrum, _ in layers)
+    ranks = [spectrum.effective_rank for _, spectrum, _ in layers]
+    shared = median(spectrum.shared for _, spectrum, _ in layers)
+    worst, _, lowest = min(layers, key=lambda entry: entry[2])
+    yield (
+        f"best possible on this text: leakage / chance {least:.3g} (median over layers); from chance (0) to that (1) "
+        f"the adapter stands at {median(s for *_, s in layers):.3f}, lowest {lowest:.3f} in {printable(worst.name)}; "
+        f"it shares {shared:.0%} of the best subspace; effective rank of the inputs {min(ranks):.1f} to {max(ranks):.1f}"
+    )
+
+
+def drift(told: Drift) -> Iterator[str]:
+    """What the adapter makes of the base model's predictions, a line for each text."""
+    for name, text in (("preserved", told.preserved), ("task", told.task)):
+        if text is not None:
+            yield (
+                f"drift on the {name} text: loss {text.base_loss:.4g} → {text.adapted_loss:.4g} "
+                f"({text.loss_change:+.3g} ± {text.loss_margin:.2g} nats a token), divergence "
+                f"{text.divergence:.3g} ± {text.divergence_margin:.2g}, over {text.tokens:,} tokens"
+            )
+    yield f"  base: {printable(told.base, 1000)}"
 
 
 def outside_of(run: RunStats) -> list[str]:

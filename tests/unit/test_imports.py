@@ -119,15 +119,17 @@ def test_the_core_and_the_plugin_load_no_numpy_either() -> None:
 @pytest.mark.parametrize("name", [n for n in sources() if n.split(".")[0] in CORE])
 def test_the_core_knows_neither_the_shell_nor_the_model(name: str) -> None:
     """What lies on disk, statistics and invariants know nothing of options, pytest, or tensors."""
-    assert rooms(imports(sources()[name], for_types=True)).isdisjoint(SHELL | {"measure", "model", "kernels", "report"})
+    assert rooms(imports(sources()[name], for_types=True)).isdisjoint(
+        SHELL | {"drift", "measure", "model", "kernels", "report"}
+    )
 
 
 @pytest.mark.parametrize("name", [n for n in sources() if n.split(".")[0] == "report"])
 def test_reports_are_made_from_statistics_alone(name: str) -> None:
     """A report imports neither the shell nor anything that measures; for its types it may name options."""
-    assert rooms(imports(sources()[name])).isdisjoint(SHELL | {"measure", "model", "kernels"})
+    assert rooms(imports(sources()[name])).isdisjoint(SHELL | {"drift", "measure", "model", "kernels"})
     assert rooms(imports(sources()[name], for_types=True)).isdisjoint(
-        (SHELL | {"measure", "model", "kernels"}) - {"options"}
+        (SHELL | {"drift", "measure", "model", "kernels"}) - {"options"}
     )
 
 
@@ -143,20 +145,25 @@ def test_imports_run_one_way() -> None:
         "baseline": {"invariants", "stats"},
         "diagnosis": {"audit", "baseline", "stats"},
         "model": {"errors", "checkpoint", "kernels", "model"},
-        "measure": {"errors", "kernels", "model", "stats", "uncertainty"},
+        "measure": {"errors", "forward", "kernels", "model", "stats", "uncertainty"},
         "calibration": {"errors", "checkpoint"},
         "options": {"errors", "invariants", "baseline", "stats"},
         "uncertainty": {"stats"},
+        "drift": {"stats", "uncertainty"},
+        "forward": {"model"},
+        "spectrum": {"forward", "model", "stats"},
         "pipeline": {
             "audit",
             "calibration",
             "checkpoint",
+            "drift",
             "errors",
             "hub",
             "invariants",
             "measure",
             "model",
             "options",
+            "spectrum",
             "stats",
         },
         "plugin": {"errors", "options", "fixtures", "gate"},
@@ -169,7 +176,7 @@ def test_imports_run_one_way() -> None:
 
 def test_only_the_pipeline_reaches_torch() -> None:
     """Beside the parts that hold tensors, only the pipeline imports torch, and only inside functions."""
-    tensors = {"kernels", "measure", "model"}
+    tensors = {"drift", "forward", "kernels", "measure", "model", "spectrum"}
     for name, file in sources().items():
         if name.split(".")[0] in tensors:
             continue

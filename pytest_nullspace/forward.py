@@ -1,0 +1,94 @@
+"""Running a model on tokens, no further than the layers that are watched."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+
+from pytest_nullspace.model import AdaptedLayer, AdaptedModel
+
+PROBE_TOKENS = 8
+"""Tokens of the uncounted forward that finds out where a forward may end."""
+
+
+@contextmanager
+def forwards(
+    adapted: AdaptedModel, layers: Sequence[AdaptedLayer], tokens: Sequence[int]
+) -> Iterator[Callable[[Tensor], None]]:
+    """Within this context what is given runs the model on tokens ``(b, length)`` until all ``layers`` have run.
+
+    Args:
+        adapted: The model.
+        layers: The layers that have to run.
+        tokens: Some tokens of the text, of which a few are run to find out where the others may end.
+    """
+    entry = _entry(adapted.model, layers)
+
+    def forward(batch: Tensor) -> None:
+        with suppress(_PassedLastBlockError):
+            _forward(entry, adapted, batch)
+
+    with torch.inference_mode(), _stopping_after(_last_block(entry, layers, adapted, tokens[:PROBE_TOKENS])):
+        yield forward
+
+
+class _PassedLastBlockError(Exception):
+    """Raised inside the model to end a forward after the last block that holds a measured layer."""
+
+
+def _entry(model: nn.Module, layers: Sequence[AdaptedLayer]) -> nn.Module:
+    """The decoder without its head where no measured layer lies outside it, else the whole model."""
+    decoder = getattr(model, "base_model", model)
+    inside = set(map(id, decoder.modules()))
+    return decoder if all(id(layer.layer) in inside for layer in layers) else model
+
+
+def _forward(entry: nn.Module, adapted: AdaptedModel, tokens: Tensor) -> None:
+    """Run the model on ``tokens (b, length)``; an encoder-decoder reads them on both sides."""
+    both = {"decoder_input_ids": tokens} if adapted.is_encoder_decoder else {}
+    entry(input_ids=tokens, use_cache=False, **both)
+
+
+def _last_block(
+    entry: nn.Module, layers: Sequence[AdaptedLayer], adapted: AdaptedModel, tokens: Sequence[int]
+) -> nn.Module | None:
+    """The block after which no measured layer can run, found by watching a short forward; None where there is none.
+
+    A block is an element of an outermost `torch.nn.ModuleList`. The forward may end after one only if each measured
+    layer lies in a block and each such block runs exactly once.
+    """
+    blocks = _blocks(entry)
+    holding = {id(block): block for layer in layers if (block := blocks.get(id(layer.layer))) is not None}
+    if not all(id(layer.layer) in blocks for layer in layers):
+        return None
+    ran: list[nn.Module] = []
+    with ExitStack() as hooks:
+        for block in holding.values():
+            hooks.callback(block.register_forward_hook(lambda module, *_: ran.append(module)).remove)
+        _forward(entry, adapted, torch.tensor([list(tokens)], device=adapted.device))
+    return ran[-1] if len(ran) == len(holding) == len(set(map(id, ran))) else None
+
+
+def _blocks(entry: nn.Module) -> dict[int, nn.Module]:
+    """For each module inside a block, by its id, that block."""
+    found: dict[int, nn.Module] = {}
+    for module in entry.modules():
+        if isinstance(module, nn.ModuleList) and id(module) not in found:
+            for block in module:
+                for part in block.modules():
+                    found.setdefault(id(part), block)
+    return found
+
+
+@contextmanager
+def _stopping_after(block: nn.Module | None) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise _PassedLastBlockError
+
+    handle = None if block is None else block.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()

@@ -1,0 +1,139 @@
+"""The best that any subspace could do on a text: the spectrum of each distinct input, and where the adapter stands.
+
+Leakage is ``mean ‖Px‖² / ‖x‖² = tr(P C)`` with ``C = mean x xᵀ / ‖x‖²``, so no subspace of rank r leaks less than the r
+smallest eigenvalues of C add up to.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_nullspace.forward import forwards
+from pytest_nullspace.model import AdaptedLayer, AdaptedModel
+from pytest_nullspace.stats import Spectrum
+
+HELD_BYTES = 1 << 31
+"""What the covariances that are taken in one pass may need together; one alone may need more."""
+
+
+@dataclass
+class _Input:
+    """An input that some layers share, and its covariance while it is being taken, float64."""
+
+    layers: list[AdaptedLayer] = field(default_factory=list)
+    covariance: Tensor = field(default_factory=lambda: torch.empty(0))
+    rows: int = 0
+
+    @property
+    def width(self) -> int:
+        return self.layers[0].in_features
+
+
+def spectrum(
+    adapted: AdaptedModel,
+    windows: Sequence[Sequence[int]],
+    layers: Sequence[str],
+    *,
+    held_bytes: int = HELD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> Mapping[str, Spectrum]:
+    """Take the covariance of each distinct input of ``layers``, as many in one pass as fit, and what follows from it.
+
+    Args:
+        adapted: The model; it is left as it was.
+        windows: Token ids of the text.
+        layers: Names of the layers.
+        held_bytes: What the covariances of one pass may need.
+        progress: Told how many windows of how many are done, all passes taken together.
+
+    Returns:
+        For each layer that a row reached, its `Spectrum`.
+    """
+    chosen = [adapted.layers[name] for name in layers]
+    if not chosen:
+        return {}
+    groups = list(_groups(_inputs(adapted, chosen, windows[0]), held_bytes))
+    found: dict[str, Spectrum] = {}
+    for number, group in enumerate(groups):
+        with forwards(adapted, [layer for of in group for layer in of.layers], windows[0]) as forward:
+            with ExitStack() as hooks:
+                for of in group:
+                    of.covariance = torch.zeros(of.width, of.width, dtype=torch.float64, device=adapted.device)
+                    hooks.callback(of.layers[0].layer.register_forward_pre_hook(_adding(of)).remove)
+                for done, window in enumerate(windows, 1):
+                    forward(torch.tensor([list(window)], device=adapted.device))
+                    if progress is not None:
+                        progress(number * len(windows) + done, len(groups) * len(windows))
+            for of in group:
+                found |= _spectra(of)
+                of.covariance = torch.empty(0)
+    return {name: found[name] for name in layers if name in found}
+
+
+def _inputs(adapted: AdaptedModel, layers: Sequence[AdaptedLayer], tokens: Sequence[int]) -> list[_Input]:
+    """The distinct inputs of ``layers``, in the order in which a short forward meets them."""
+    found: list[_Input] = []
+    latest: Tensor | None = None
+
+    def meet(layer: AdaptedLayer) -> Callable[[nn.Module, Any], None]:
+        def hook(_: nn.Module, args: Any) -> None:
+            nonlocal latest
+            if any(other is layer for of in found for other in of.layers):
+                return
+            if args[0] is not latest:
+                latest = args[0]
+                found.append(_Input())
+            found[-1].layers.append(layer)
+
+        return hook
+
+    with forwards(adapted, layers, tokens) as forward, ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.layer.register_forward_pre_hook(meet(layer)).remove)
+        forward(torch.tensor([list(tokens)], device=adapted.device))
+    return found
+
+
+def _groups(inputs: Sequence[_Input], held_bytes: int) -> Iterator[list[_Input]]:
+    group: list[_Input] = []
+    for of in inputs:
+        if group and sum(8 * other.width**2 for other in (*group, of)) > held_bytes:
+            yield group
+            group = []
+        group.append(of)
+    if group:
+        yield group
+
+
+def _adding(of: _Input) -> Callable[[nn.Module, Any], None]:
+    def hook(_: nn.Module, args: Any) -> None:
+        rows = args[0].reshape(-1, of.width).double()
+        norms = rows.norm(dim=-1, keepdim=True)
+        rows = rows[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
+        of.covariance.addmm_(rows.mT, rows)
+        of.rows += len(rows)
+
+    return hook
+
+
+def _spectra(of: _Input) -> dict[str, Spectrum]:
+    if not of.rows:
+        return {}
+    eigenvalues, vectors = torch.linalg.eigh(of.covariance / of.rows)
+    shares = eigenvalues.clamp_min(0)
+    shares = shares / shares.sum()
+    effective = float(torch.special.entr(shares).sum().exp())
+    found = {}
+    for layer in of.layers:
+        rank = layer.rank
+        basis = torch.linalg.qr(layer.down_matrix().to(vectors.device).mT)[0]
+        found[layer.name] = Spectrum(
+            effective_rank=effective,
+            least_leakage=float(eigenvalues[:rank].clamp_min(0).sum()),
+            shared=float((basis.mT @ vectors[:, :rank]).square().sum() / rank),
+        )
+    return found

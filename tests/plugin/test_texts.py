@@ -1,0 +1,165 @@
+"""Two texts, drift, and whether there was text enough, as a user of the gate meets them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM
+
+from fixtures import world
+from fixtures.build import WORLD
+from pytest_nullspace.calibration import draw_windows, load_tokenizer
+from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.model import load_model
+from tests import tiny
+from tests.plugin.conftest import LOOSE, Gate
+
+FACTS, TASK = (
+    f"--nullspace-{what}-dataset={WORLD / name}" for what, name in (("calib", "facts.txt"), ("task", "task.txt"))
+)
+SHIPPED = (FACTS, "--nullspace-seqlen=256", "--nullspace-calib-size=8")
+NULL = str(WORLD / "null-v2")
+EXACT = 1e-6
+
+
+def test_the_shipped_adapter_is_judged_on_two_texts(gate: Gate, pytester: pytest.Pytester) -> None:
+    """With the task text the good adapter passes without a warning, and the report holds both texts' figures."""
+    result = gate(
+        TASK, "--nullspace-drift", "--nullspace-save-stats=s.json", "--nullspace-report=r.md", model=NULL, quick=SHIPPED
+    )
+    result.assert_outcomes(passed=23)
+    result.stdout.fnmatch_lines(
+        [
+            f"nullspace: task text {WORLD / 'task.txt'}",
+            "*8 windows, 2,048 tokens*; task text *8 windows, 2,048 tokens*",
+            "gated 21 of 21 layers: 21 passed, 0 warned, 0 failed",
+            "✓ drift on the preserved text: loss * → *, divergence *",
+            "drift on the task text: loss * → *",
+            "  base: the model with its adapter switched off",
+            "✓ task / preserved *the update acts on the task*",
+        ]
+    )
+    document = json.loads((pytester.path / "s.json").read_text())
+    assert {"text", "task_text", "task_dataset", "drift"} <= set(document)
+    assert document["stats"][0]["task"]["ABX_norm"] > document["stats"][0]["ABX_norm"]
+    assert "drift on the preserved text" in (pytester.path / "r.md").read_text()
+    replayed = pytester.runpytest_subprocess("-p", "no:randomly", "--nullspace-stats=s.json", "--nullspace-drift")
+    replayed.assert_outcomes(passed=23)
+
+
+def test_drift_is_the_change_of_loss_and_the_divergence_from_the_base(gate: Gate, pytester: pytest.Pytester) -> None:
+    """Losses and divergence agree with plain float64 arithmetic on the logits of the two models to 1e-6 relative."""
+    gate(TASK, "--nullspace-drift", "--nullspace-save-stats=s.json", "-k", "drift", model=NULL, quick=SHIPPED)
+    told = json.loads((pytester.path / "s.json").read_text())["drift"]
+    models = (
+        LlamaForCausalLM.from_pretrained(WORLD / "base").eval(),
+        load_model(open_checkpoint(WORLD / "null-v2"), torch.device("cpu"), torch.float32).model,
+    )
+    for name, text in (("preserved", world.facts_text()), ("task", world.task_text())):
+        sums = torch.zeros(3, dtype=torch.float64)
+        windows = draw_windows(text, load_tokenizer(WORLD / "base"), count=8, seqlen=256, seed=42)
+        for window in windows:
+            tokens = torch.tensor([window.tokens])
+            with torch.inference_mode():
+                p, q = (model(input_ids=tokens).logits[0].double().log_softmax(-1) for model in models)
+            losses = [cross_entropy(of[:-1], tokens[0, 1:], reduction="sum") for of in (p, q)]
+            sums += torch.stack([*losses, (p.exp() * (p - q)).sum()])
+        means = (sums / torch.tensor([8 * 255, 8 * 255, 8 * 256])).tolist()
+        got = [told[name][figure] for figure in ("base_loss", "adapted_loss", "divergence")]
+        assert got == pytest.approx(means, rel=EXACT)
+
+
+@pytest.mark.parametrize("apart", [(), ("-n", "2"), ("-p", "no:xdist")], ids=["plain", "xdist", "without xdist"])
+def test_two_texts_and_drift_are_measured_once_for_all_workers(
+    checkpoint: Path, gate: Gate, pytester: pytest.Pytester, apart: tuple[str, ...]
+) -> None:
+    """Random adapters pass where the bounds let them, in one process and in several, and the drift is an item."""
+    (pytester.path / "task.txt").write_text(tiny.TEXT.upper())
+    loose = (*LOOSE, *(f"--nullspace-threshold={f}" for f in ("forgetting:9:9", "selectivity:0:0", "divergence:9:9")))
+    more = ("--nullspace-threshold=loss-rise:9:9", "--nullspace-threshold=task-gain:-9:-9")
+    off = ("--nullspace-task-dataset=task.txt", "--nullspace-drift")
+    result = gate(*loose, *more, *off, "-v", *apart)
+    assert result.ret == 0, result.outlines
+    assert any("::drift PASSED" in line or "PASSED runs/ft/config.json::drift" in line for line in result.outlines)
+
+
+def test_an_adapter_that_ruins_the_predictions_fails_by_its_drift(
+    checkpoint: Path, gate: Gate, pytester: pytest.Pytester
+) -> None:
+    """A loud update fails the drift item with both losses and the divergence in its message."""
+    result = gate("--nullspace-drift", "-k", "drift", "--nullspace-threshold=divergence:0:0")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["divergence * > 0*", "drift on the preserved text: loss * nats a token*"])
+
+
+def test_a_base_that_cannot_be_had_is_refused(gate: Gate, pytester: pytest.Pytester) -> None:
+    """Where the adapter switched off is not the base, drift needs the start or the base; either gives it."""
+    (pytester.path / "text.txt").write_text(tiny.TEXT)
+    plain = tiny.llama()
+    plain.save_pretrained(pytester.path / "base")
+    tiny.tokenizer(pytester.path / "base")
+
+    def oblique(tensors: dict[str, torch.Tensor], _: object) -> None:
+        for name in tensors:
+            if name.endswith("BLinear.weight"):
+                tensors[name] = 2 * tensors[name]
+
+    tiny.lora_null(pytester.path / "v1", change=oblique)
+    tiny.lora_null(pytester.path / "start", up_scale=0.0, change=oblique)
+    refused = gate("--nullspace-drift", "-k", "drift", model="v1")
+    assert refused.ret == 1
+    refused.stdout.fnmatch_lines(
+        ["*drift: *v1 does not hold its base model*--nullspace-init=DIR*--nullspace-base=DIR*"]
+    )
+    loose = ("--nullspace-threshold=divergence:9:9", "--nullspace-threshold=loss-rise:9:9", "-k", "drift")
+    for base in ("--nullspace-base=base", "--nullspace-init=start"):
+        result = gate("--nullspace-drift", base, *loose, model="v1")
+        assert result.ret == 0, result.outlines
+        result.stdout.fnmatch_lines([f"  base: the {base[12:16].replace('init', 'start')}*"])
+
+
+def test_a_threshold_of_two_texts_needs_both(checkpoint: Path, gate: Gate) -> None:
+    """A bound on a figure that would not be judged is a usage error, not a silent nothing."""
+    result = gate("--nullspace-threshold=selectivity:2:1")
+    assert result.ret == 4
+    result.stderr.fnmatch_lines(
+        ["*selectivity is judged only beside a task text; give one by --nullspace-task-dataset*"]
+    )
+
+
+def test_a_missing_task_text_is_told_by_its_option(checkpoint: Path, gate: Gate) -> None:
+    """The message names the option that is to blame."""
+    result = gate("--nullspace-task-dataset=nowhere.txt")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["*--nullspace-task-dataset=nowhere.txt: no such file or folder*"])
+
+
+def test_windows_are_drawn_until_every_verdict_is_settled(gate: Gate, pytester: pytest.Pytester) -> None:
+    """``auto`` ends as soon as no margin reaches over a bound, and at the stated maximum at the latest."""
+    quick = (FACTS, "--nullspace-seqlen=64", "--nullspace-save-stats=s.json", "--nullspace-calib-size=auto:40")
+
+    def windows() -> int:
+        return int(json.loads((pytester.path / "s.json").read_text())["text"]["windows"])
+
+    gate(model=NULL, quick=quick)
+    means = json.loads((pytester.path / "s.json").read_text())["stats"]
+    middle = sorted(layer["BX_ratio"] for layer in means)[10]
+    gate(f"--nullspace-threshold=preservation:{middle}:0.5", model=NULL, quick=quick)
+    assert windows() == 40
+    loose = ("contribution:0:0", "preservation:0.5:0.6", "effectiveness:0:0")
+    settled = gate(*(f"--nullspace-threshold={bound}" for bound in loose), model=NULL, quick=quick)
+    assert windows() == 16
+    assert not any("uncertain" in line for line in settled.outlines)
+
+
+def test_a_verdict_that_more_text_might_change_is_told(gate: Gate) -> None:
+    """A bound within a figure's margin is told as uncertain, with the windows that would settle it."""
+    quick = (FACTS, "--nullspace-seqlen=64", "--nullspace-calib-size=4")
+    result = gate("--nullspace-threshold=preservation:0.0500:0.5", model=NULL, quick=quick)
+    result.stdout.fnmatch_lines(
+        ["uncertain: more text might change the verdict on * of 21 layers, *windows would settle*"]
+    )
+    one = gate(model=NULL, quick=(*quick[:2], "--nullspace-calib-size=1"))
+    one.stdout.fnmatch_lines(["uncertain: *one window tells nothing of how the figures vary*"])

@@ -1,0 +1,75 @@
+"""The best that a subspace could do, against plain eigenvalues of the rows themselves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.measure import measure
+from pytest_nullspace.model import AdaptedModel, load_model
+from pytest_nullspace.spectrum import spectrum
+from tests import tiny
+
+WINDOWS = [list(range(40)), list(range(60, 100)), list(range(20, 60))]
+Q0 = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def adapted(tmp_path: Path) -> AdaptedModel:
+    """A tiny model with random adapters."""
+    return load_model(open_checkpoint(tiny.lora_null(tmp_path / "ft")), torch.device("cpu"), torch.float32)
+
+
+def rows_of(adapted: AdaptedModel, name: str) -> torch.Tensor:
+    """Every input row of the layer, each of length one, in float64."""
+    rows: list[torch.Tensor] = []
+    layer = adapted.layers[name]
+    handle = layer.layer.register_forward_pre_hook(lambda _, args: rows.append(args[0][0].double()))
+    with torch.inference_mode():
+        for window in WINDOWS:
+            adapted.model(input_ids=torch.tensor([window]))
+    handle.remove()
+    together = torch.cat(rows)
+    unit: torch.Tensor = together / together.norm(dim=1, keepdim=True)
+    return unit
+
+
+@pytest.mark.parametrize("held_bytes", [1, 20_000, 1 << 30])
+def test_it_is_that_of_the_rows_however_many_fit_at_once(adapted: AdaptedModel, held_bytes: int) -> None:
+    """Least leakage, effective rank and shared space are those of the rows' own singular values, in any blocks."""
+    found = spectrum(adapted, WINDOWS, list(adapted.layers), held_bytes=held_bytes)
+    assert list(found) == list(adapted.layers)
+    for name, layer in adapted.layers.items():
+        rows, rank = rows_of(adapted, name), layer.rank
+        _, singular, vectors = torch.linalg.svd(rows, full_matrices=True)
+        values = torch.zeros(layer.in_features, dtype=torch.float64)
+        values[: len(singular)] = singular.square() / len(rows)
+        assert found[name].least_leakage == pytest.approx(float(values[-rank:].sum()), rel=1e-6, abs=1e-12)
+        shares = values[values > 0]
+        assert found[name].effective_rank == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())), rel=1e-6)
+        basis = torch.linalg.qr(layer.down_matrix().mT)[0]
+        overlap = float((vectors[-rank:] @ basis).square().sum() / rank)
+        assert found[name].shared == pytest.approx(overlap, rel=1e-4)
+
+
+def test_the_best_subspace_stands_at_one_and_no_adapter_beyond(adapted: AdaptedModel) -> None:
+    """B from the smallest eigenvectors reaches the least leakage; any other B stands below it."""
+    layer = adapted.layers[Q0]
+    vectors = torch.linalg.svd(rows_of(adapted, Q0), full_matrices=True)[2]
+    weight = layer.down.weight
+    assert isinstance(weight, torch.Tensor)
+    before = measure(adapted, WINDOWS, layers=[Q0])[0]
+    weight.data.copy_(vectors[-layer.rank :])
+    found = spectrum(adapted, WINDOWS, [Q0])[Q0]
+    (best,) = measure(adapted, WINDOWS, layers=[Q0])
+    assert found.shared == pytest.approx(1, rel=1e-4)
+    assert best.mean_leakage == pytest.approx(found.least_leakage, rel=1e-4, abs=1e-9)
+    assert before.mean_leakage is not None
+    assert before.mean_leakage > found.least_leakage
+
+
+def test_it_leaves_the_model_as_it_was(adapted: AdaptedModel) -> None:
+    """No hook remains."""
+    spectrum(adapted, WINDOWS, [Q0])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in adapted.model.modules())
