@@ -87,7 +87,7 @@ _TRAINED = (
     Threshold("effectiveness", 1e-4, 1e-6, lower_is_better=False),
     Threshold("contribution", 1e-2, 1e-3, lower_is_better=False),
     Threshold("leakage", 0.5, 0.75, lower_is_better=True),
-    Threshold("forgetting", 0.1, 0.2, lower_is_better=True),
+    Threshold("forgetting", 0.1, 0.125, lower_is_better=True),
     Threshold("selectivity", 1.5, 0.5, lower_is_better=False),
 )
 _INIT = (
@@ -97,8 +97,8 @@ _INIT = (
 )
 _DEFAULTS = {Stage.TRAINED: _TRAINED, Stage.INIT: _INIT}
 _DRIFT = (
-    Threshold("divergence", 0.1, 0.3, lower_is_better=True),
-    Threshold("loss-rise", 0.1, 0.3, lower_is_better=True),
+    Threshold("divergence", 0.05, 0.15, lower_is_better=True),
+    Threshold("loss-rise", 0.05, 0.15, lower_is_better=True),
     Threshold("task-gain", 0.01, 0.0, lower_is_better=False),
 )
 """What is judged of a trained model's predictions, in nats a token."""

@@ -84,6 +84,8 @@ def measure_checkpoint(
     def measured(what: str, judged: Callable[[Figures], Figures]) -> Figures:
         before = sum(used.values())
 
+        used[what] = len(drawn[what])
+
         def tell(done: int, _: int) -> None:
             used[what] = done
             if progress is not None:

@@ -232,7 +232,8 @@ def best_possible(run: RunStats) -> Iterator[str]:
     yield (
         f"best possible on this text: leakage / chance {least:.3g} (median over layers); from chance (0) to that (1) "
         f"the adapter stands at {median(s for *_, s in layers):.3f}, lowest {lowest:.3f} in {printable(worst.name)}; "
-        f"it shares {shared:.0%} of the best subspace; effective rank of the inputs {min(ranks):.1f} to {max(ranks):.1f}"
+        f"it shares {shared:.0%} of the best subspace; effective rank of the inputs {min(ranks):.1f} "
+        f"to {max(ranks):.1f}"
     )
 
 
