@@ -68,8 +68,12 @@ class Change:
 
     def __str__(self) -> str:
         """The change in a phrase, such as ``preservation 0.02 → 0.03 (+50%)``."""
-        moved = (self.now - self.before) / abs(self.before) if self.before else math.inf if self.now else 0.0
-        return f"{self.figure} {self.before:.4g} → {self.now:.4g} ({moved:+.3%})"
+        told = "from zero" if not self.before and self.now else f"{self._moved:+.3%}"
+        return f"{self.figure} {self.before:.4g} → {self.now:.4g} ({told})"
+
+    @property
+    def _moved(self) -> float:
+        return (self.now - self.before) / abs(self.before) if self.before else 0.0
 
 
 @dataclass(frozen=True)
@@ -182,14 +186,23 @@ COMPARED: Mapping[str, Callable[[RunStats, Collection[str]], Any]] = {
 UNRECORDED = "unrecorded"
 
 
-def incomparable(run: RunStats, earlier: RunStats) -> tuple[Difference, ...]:
+def incomparable(
+    run: RunStats, earlier: RunStats, conditions: Collection[str] = tuple(COMPARED)
+) -> tuple[Difference, ...]:
     """All in which two runs differ so that their figures do not compare; layers that only one holds are left out.
 
     What only one of the two records, as the reference script records little, is one difference: ``unrecorded``.
+
+    Args:
+        run: This run.
+        earlier: The other.
+        conditions: The names in `COMPARED` that are looked at.
     """
     common = {layer.name for layer in run.layers} & {layer.name for layer in earlier.layers}
     found, unrecorded = [], []
     for what, read in COMPARED.items():
+        if what not in conditions:
+            continue
         now, before = read(run, common), read(earlier, common)
         if (now is None) != (before is None):
             unrecorded.append(what)

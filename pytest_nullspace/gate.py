@@ -13,7 +13,7 @@ from pytest_nullspace import stats
 from pytest_nullspace.audit import Audit
 from pytest_nullspace.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.errors import NullspaceError
-from pytest_nullspace.invariants import Tier
+from pytest_nullspace.invariants import Stage, Tier
 from pytest_nullspace.options import Settings, stats_file
 from pytest_nullspace.report import markdown, terminal
 from pytest_nullspace.session import GatedRun, open_runs
@@ -149,7 +149,7 @@ class Gate:
             if outcome is not None:
                 terminalreporter.section(f"nullspace: {node_id(run.path, self._config.rootpath)}")
                 terminal.write(terminalreporter, outcome, run.expectations(outcome))
-                terminal.write_lines(terminalreporter, notes(run, outcome))
+                terminal.write_lines(terminalreporter, notes(run, outcome, every=terminalreporter.verbosity > 0))
         for problem in self._problems:
             terminalreporter.write_line(f"nullspace: NOT GATED: {problem}", red=True, bold=True)
         if self.settings.save_stats is not None and not self._problems:
@@ -167,12 +167,18 @@ def _diagnosed(run: GatedRun, outcome: RunStats) -> RunStats:
     return replace(outcome, about={**outcome.about, "diagnosis": causes})
 
 
-def notes(run: GatedRun, outcome: RunStats) -> list[tuple[str, Tier | None]]:
-    """What a report says below the figures, in lines: the run against its start and an earlier one, and the causes."""
+def notes(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[str, Tier | None]]:
+    """What a report says below the figures, in lines: the run against its start and an earlier one, and the causes.
+
+    With ``every`` layer by layer where there is so much to say.
+    """
     lines: list[tuple[str, Tier | None]] = []
     audited, compared = Audit.of(outcome.about), run.compared(outcome)
     if audited is not None:
         lines += terminal.audit_lines(audited)
+    if run.start is not None and run.start_file is not None:
+        trained = run.expectations(outcome).stage is Stage.TRAINED
+        lines += terminal.start_lines(run.start, run.start_file, outcome, trained, every)
     if compared is not None and run.earlier_file is not None:
         lines += terminal.comparison(compared, run.earlier_file, run.missing)
     return [*lines, *terminal.diagnosis(run.diagnoses(outcome))]

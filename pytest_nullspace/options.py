@@ -48,7 +48,7 @@ class Settings:
         overrides: Thresholds of the user's own.
         save_stats: Where to save the statistics.
         reports: Where to write reports.
-        init: The checkpoint from which training started.
+        init: The checkpoint from which training started, or a saved run of it.
         variant: What training might move: ``auto`` or one of `pytest_nullspace.audit.VARIANTS`.
         compare: An earlier run to hold each run against; ``{model}`` stands for the run's name.
         limits: How much worse than there a figure may be.
@@ -91,6 +91,16 @@ class Settings:
     task_dataset: str | None = None
     task_folder: Path = Path()
     calib_most: int = AUTO_MOST
+
+    @property
+    def saved_init(self) -> Path | None:
+        """The saved run of the initial checkpoint, where ``init`` is one."""
+        return self.init if self.init is not None and (self.init.suffix == ".json" or self.init.is_file()) else None
+
+    @property
+    def init_directory(self) -> Path | None:
+        """The initial checkpoint, where ``init`` is one."""
+        return self.init if self.saved_init is None else None
 
 
 @dataclass(frozen=True)
@@ -325,7 +335,13 @@ _OPTIONS = (
         default=False,
         switch=True,
     ),
-    _Option("init", "DIR", "Hold every tensor against the checkpoint in DIR, from which training started.", _path),
+    _Option(
+        "init",
+        "DIR or JSON",
+        "Hold every tensor against the checkpoint in DIR, from which training started, or norms and figures against "
+        "its saved run in JSON.",
+        _path,
+    ),
     _Option(
         "variant",
         "VARIANT",
@@ -456,11 +472,18 @@ def _check_together(settings: Settings) -> None:
         raise OptionError(
             f"{PREFIX}threshold: {unheld} is judged only beside a task text; give one by {PREFIX}task-dataset"
         )
-    if settings.init is not None and not settings.models:
-        raise OptionError(f"{PREFIX}init: compares weights, and a saved run holds none; give the model as well")
+    if settings.init_directory is not None and not settings.models:
+        raise OptionError(
+            f"{PREFIX}init: {settings.init} compares weights, and a saved run holds none; give the model as well, or a "
+            "saved run of the initial checkpoint"
+        )
     _check_compare(settings)
     saved = _files(settings, "save-stats", settings.save_stats)
-    read = {"stats": settings.stats, "compare": _files(settings, "compare", settings.compare)}
+    read = {
+        "stats": settings.stats,
+        "compare": _files(settings, "compare", settings.compare),
+        "init": [file for file in [settings.saved_init] if file is not None],
+    }
     for name, files in read.items():
         if not saved.isdisjoint(files):
             raise OptionError(
@@ -471,7 +494,8 @@ def _check_together(settings: Settings) -> None:
 def _check_compare(settings: Settings) -> None:
     from pytest_nullspace.invariants import Expectations, Stage
 
-    for name, values in (("compare-fail", settings.limits), ("compare-allow", settings.allowed)):
+    allowed = settings.allowed if settings.saved_init is None else ()  # it allows of the saved start as well
+    for name, values in (("compare-fail", settings.limits), ("compare-allow", allowed)):
         if values and settings.compare is None:
             raise OptionError(f"{PREFIX}{name}: needs an earlier run to compare with; give it by {PREFIX}compare=JSON")
     judged = [threshold.figure for threshold in Expectations(Stage(settings.stage)).thresholds("")]

@@ -5,14 +5,14 @@ A saved run stands in for a checkpoint: it is gated alike, and nothing is measur
 
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pytest_nullspace import pipeline
 from pytest_nullspace.audit import Audit
-from pytest_nullspace.baseline import Comparison, Difference, compare, incomparable, regressions
+from pytest_nullspace.baseline import COMPARED, Comparison, Difference, compare, incomparable, regressions
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.checkpoint.layers import is_layer_name
@@ -23,6 +23,7 @@ from pytest_nullspace.invariants import Check, Expectations, Stage
 from pytest_nullspace.options import PREFIX, Settings, model_name, stats_file
 from pytest_nullspace.pipeline import Bases
 from pytest_nullspace.report import terminal
+from pytest_nullspace.start import Start, unpaired
 from pytest_nullspace.stats import RunStats, from_json, read, write, write_atomically
 
 
@@ -38,6 +39,8 @@ class GatedRun(ABC):
         drift_selected: Whether the drift is to be measured.
         earlier_file: The earlier run that it is compared with, if it is.
         missing: The names of the layers that only the earlier run has.
+        start_file: The saved run of the initial checkpoint, if one is given.
+        start: What it holds, and what must have come of it.
     """
 
     def __init__(self, path: Path, file: Path, name: str, layers: Sequence[str], settings: Settings) -> None:
@@ -59,8 +62,21 @@ class GatedRun(ABC):
             for layer in (self._earlier.layers if self._earlier is not None else ())
             if layer.name not in held and fnmatchcase(layer.name, settings.layers)
         )
+        self.start_file = settings.saved_init
+        self.start = self._saved_start(layers)
         self._outcome: RunStats | NullspaceError | None = None
         self._shared: _SharedOutcome | None = None
+
+    def _saved_start(self, layers: Sequence[str]) -> Start | None:
+        file = self.start_file
+        if file is None:
+            return None
+        start = read_run(file)
+        gone = unpaired(set(layers), start, lambda name: fnmatchcase(name, self._settings.layers))
+        if gone:
+            more = f" and {len(gone) - 1} more layers" if len(gone) > 1 else ""
+            raise StatsError(f"{file}: not the start of {self.path}: only one of them has {gone[0]}{more}")
+        return Start.of(start, self._settings.variant)
 
     @property
     @abstractmethod
@@ -104,11 +120,13 @@ class GatedRun(ABC):
             checks.append(lambda layer: regressions(layer, earlier, settings.limits, stage))
         if audited is not None:
             checks.append(lambda layer: audited.check(layer, trained=stage is Stage.TRAINED))
+        if (start := self.start) is not None:
+            checks.append(lambda layer: start.check(layer, trained=stage is Stage.TRAINED))
         return Expectations(stage, settings.overrides, checks, settings.allow_unreached)
 
     def compared(self, outcome: RunStats) -> Comparison | None:
         """The outcome against the earlier run, if there is one that compares."""
-        if self._earlier is None or self._refused(outcome):
+        if self._earlier is None or self._refused(outcome, self._earlier):
             return None
         return compare(outcome, self._earlier, self._settings.limits, Stage(self._settings.stage))
 
@@ -118,20 +136,25 @@ class GatedRun(ABC):
             return []
         return diagnose(outcome, Audit.of(outcome.about), self.compared(outcome))
 
-    def _refused(self, outcome: RunStats) -> list[Difference]:
-        """What keeps the outcome from being compared, and is not allowed."""
-        if self._earlier is None:
-            return []
-        return [d for d in incomparable(outcome, self._earlier) if d.what not in self._settings.allowed]
+    def _refused(
+        self, outcome: RunStats, earlier: RunStats, conditions: Collection[str] = tuple(COMPARED)
+    ) -> list[Difference]:
+        """What keeps the outcome from being compared with another run, and is not allowed."""
+        return [d for d in incomparable(outcome, earlier, conditions) if d.what not in self._settings.allowed]
 
     def _check_comparable(self, outcome: RunStats) -> None:
-        refused = self._refused(outcome)
-        if refused:
-            raise OptionError(
-                f"{PREFIX}compare: not comparable: {'; '.join(map(str, refused))}: this run of {self.path}, and "
-                f"{self.earlier_file}; measure both alike, or allow it by "
-                + " ".join(f"{PREFIX}compare-allow={difference.what}" for difference in refused)
-            )
+        """Refuse an outcome that does not compare with the earlier run or the saved start."""
+        against = [("compare", self.earlier_file, self._earlier, set(COMPARED))]
+        if self.start is not None:  # whether W_res is what it was is a test of its own, and figures may lack
+            against.append(("init", self.start_file, self.start.run, {*COMPARED} - {"base", "figures"}))
+        for option, file, other, conditions in against:
+            refused = [] if other is None else self._refused(outcome, other, conditions)
+            if refused:
+                raise OptionError(
+                    f"{PREFIX}{option}: not comparable: {'; '.join(map(str, refused))}: this run of {self.path}, and "
+                    f"{file}; measure both alike, or allow it by "
+                    + " ".join(f"{PREFIX}compare-allow={difference.what}" for difference in refused)
+                )
 
     def share(self, folder: Path, number: int) -> None:
         """Keep the outcome in ``folder`` as well, for the other processes of this run of pytest."""
@@ -173,7 +196,7 @@ class CheckpointRun(GatedRun):
                 "its other tensors were trained; leave the option out for it"
             )
         self.checkpoint = checkpoint
-        self._initial = None if settings.init is None else open_checkpoint(settings.init)
+        self._initial = None if settings.init_directory is None else open_checkpoint(settings.init_directory)
         self._bases = bases
 
     @property

@@ -4,15 +4,16 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from pytest_nullspace.audit import Audit
-from pytest_nullspace.baseline import Comparison
+from pytest_nullspace.baseline import Change, Comparison
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.diagnosis import Diagnosis
 from pytest_nullspace.invariants import Expectations, Tier, Verdict, judge, judge_averages, judge_drift
+from pytest_nullspace.start import QUANTITIES, Start
 from pytest_nullspace.stats import FIGURES, TASK_FIGURES, Drift, LayerStats, RunStats
 from pytest_nullspace.uncertainty import windows_needed
 
@@ -267,6 +268,36 @@ def comparison(compared: Comparison, against: Path, missing: Sequence[str]) -> I
         worst = compared.worst(figure)
         if worst is not None:
             yield f"  largest change for the worse: {worst[1]} in {printable(worst[0])}", None
+
+
+def start_lines(
+    start: Start, file: Path, run: RunStats, trained: bool, every: bool
+) -> Iterator[tuple[str, Tier | None]]:
+    """What changed since the saved start: each quantity in the mean and in the layer where it changed by most.
+
+    With ``every`` also each quantity in each layer.
+    """
+    wrong = [layer for layer in run.layers if any(start.check(layer, trained))]
+    yield (
+        f"against its start {printable(file, 1000)}, a saved run: variant {start.variant}, {start.decided}; "
+        f"{len(wrong)} of {len(run.layers)} layers are not what training may make of it",
+        Tier.FAIL if wrong else None,
+    )
+    moves = start.moves(run)
+    for quantity in QUANTITIES:
+        changes = [(name, move) for name, told in moves.items() for move in told if move.figure == quantity]
+        if changes:
+            before, now = (fmean(getattr(move, side) for _, move in changes) for side in ("before", "now"))
+            name, most = max(changes, key=lambda pair: _size(pair[1]))
+            yield f"  {Change(quantity, before, now, True)} in the mean; by most: {most} in {printable(name)}", None
+    for name, told in moves.items() if every else ():
+        yield f"  {printable(name)}: {'; '.join(map(str, told))}", None
+
+
+def _size(change: Change) -> tuple[float, float]:
+    """How large a change is, in whatever direction, to sort by; what is no number is the largest."""
+    sizes = abs(change.share), abs(change.worsened)
+    return (math.inf, math.inf) if math.isnan(sizes[1]) else sizes
 
 
 def audit_lines(audited: Audit) -> Iterator[tuple[str, Tier | None]]:

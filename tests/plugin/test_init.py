@@ -1,5 +1,6 @@
 """Trained against initial in the gate: what moved and must not have fails its layer, the rest fails `frozen`."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests import tiny
+from tests import saved, tiny
 from tests.plugin.conftest import LOOSE, Gate, Replay
 
 LAYERS = 21
@@ -79,6 +80,78 @@ def test_an_init_that_is_none_is_a_usage_error(start: Path, gate: Gate, replay: 
     missing = gate("--nullspace-init=nowhere")
     assert missing.ret == pytest.ExitCode.USAGE_ERROR
     missing.stderr.fnmatch_lines(["ERROR: *nowhere: no such directory"])
-    saved = replay("--nullspace-init=start")
-    assert saved.ret == pytest.ExitCode.USAGE_ERROR
-    saved.stderr.fnmatch_lines(["ERROR: --nullspace-init: compares weights, and a saved run holds none; give the *"])
+    of_saved = replay("--nullspace-init=start")
+    assert of_saved.ret == pytest.ExitCode.USAGE_ERROR
+    of_saved.stderr.fnmatch_lines(
+        ["ERROR: --nullspace-init: *start compares weights, and a saved run holds none; give the *"]
+    )
+
+
+def initial_run(file: Path, *names: str, **changes: Any) -> Path:
+    """A saved run of the start of `tests.saved`'s."""
+    layers = [
+        dataclasses.replace(layer, update_norm=0.0, up_weight_norm=0.0, **changes) for layer in saved.run(*names).layers
+    ]
+    return saved.save(file, dataclasses.replace(saved.run(), layers=tuple(layers), checkpoint_layers=len(layers)))
+
+
+def test_two_saved_runs_are_held_against_each_other(replay: Replay, pytester: pytest.Pytester) -> None:
+    """Without a model: what training may have made of its start is green and shown; a grown B fails its layer."""
+    initial_run(pytester.path / "init.json")
+    result = replay("--nullspace-init=init.json", "--nullspace-report=r.md", "-v")
+    result.assert_outcomes(passed=len(saved.NAMES) + 1)
+    result.stdout.fnmatch_lines(
+        [
+            "against its start *init.json, a saved run: variant v2, *; 0 of 9 layers are not what training may make *",
+            "  preservation 0.03125 → 0.03125 (+0.000%) in the mean; by most: preservation 0.03125 → * in model.*",
+            "  effectiveness 0 → 0.0625 (from zero) in the mean; by most: *",
+            "  ‖B‖ 2 → 2 (+0.000%) in the mean; *",
+            "  ‖A‖ 0 → 3 (from zero) in the mean; *",
+            f"  {saved.NAMES[0]}: preservation *; ‖W_res‖ 40 → 40 (+0.000%)",
+        ]
+    )
+    assert "a saved run: variant v2" in (pytester.path / "r.md").read_text()
+    saved.save(pytester.path / "bad.json", saved.run(down_weight_norm=2.5, down_norm=2.0))
+    bad = replay("--nullspace-init=init.json", "--tb=short", stats="bad.json")
+    assert bad.ret == 1
+    bad.assert_outcomes(failed=1, passed=len(saved.NAMES))
+    bad.stdout.fnmatch_lines([f"FAILED bad.json::{saved.NAMES[0]} - Failed: *‖B‖ 2 → 2.5 (+25.000%) since the start,*"])
+    replay("--nullspace-init=init.json", "--nullspace-stage=init", stats="init.json").assert_outcomes(passed=10)
+
+
+def test_two_files_of_the_reference_are_held_against_each_other(replay: Replay, pytester: pytest.Pytester) -> None:
+    """Neither tells text or rank, so nothing is asked to be allowed; ours against theirs is, unless allowed."""
+    saved.reference(pytester.path / "ref.json")
+    document = json.loads((pytester.path / "ref.json").read_text())
+    for layer in document["stats"]:
+        layer |= {"ABX_norm": 0.0, "ABX_ratio": 0.0, "adapter_contribution": 0.0, "A_weight_norm": 0.0}
+    (pytester.path / "init.json").write_text(json.dumps(document))
+    replay("--nullspace-init=init.json", stats="ref.json").assert_outcomes(passed=len(saved.NAMES) + 1)
+    refused = replay("--nullspace-init=init.json")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(["ERROR: --nullspace-init: not comparable: unrecorded (only one of the runs tells *"])
+    allowed = replay("--nullspace-init=init.json", "--nullspace-compare-allow=unrecorded")
+    allowed.assert_outcomes(passed=len(saved.NAMES) + 1)
+
+
+def test_a_start_of_other_layers_is_a_usage_error(replay: Replay, pytester: pytest.Pytester) -> None:
+    """A layer that only one of the two runs has is named, unless the glob leaves it out."""
+    initial_run(pytester.path / "init.json", *saved.NAMES[:-1])
+    refused = replay("--nullspace-init=init.json")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines([f"ERROR: *init.json: not the start of *: only one of them has {saved.NAMES[-1]}"])
+    replay("--nullspace-init=init.json", "--nullspace-layers=*.0.*").assert_outcomes(passed=3)
+    written = replay("--nullspace-init=init.json", "--nullspace-save-stats=init.json")
+    written.stderr.fnmatch_lines(["ERROR: --nullspace-save-stats: *init.json would replace what --nullspace-init *"])
+
+
+def test_a_measured_run_is_held_against_a_saved_start(start: Path, gate: Gate) -> None:
+    """Measured alike it passes, on other windows it is refused."""
+    saving = ("--nullspace-stage=init", "--nullspace-save-stats=init.json")
+    gate(*LOOSE, *saving, model="start").assert_outcomes(passed=LAYERS + 1)
+    loud = [f"--nullspace-threshold={figure}:9:9" for figure in ("preservation", "leakage")]
+    result = gate(*loud, "--nullspace-init=init.json", "-k", "layers.0.self_attn.q", "-n", "2")
+    result.assert_outcomes(passed=1)
+    other = gate(*loud, "--nullspace-init=init.json", "--nullspace-seqlen=16")
+    assert other.ret != 0
+    assert "not comparable: seqlen (16, was 32)" in other.stdout.str() + other.stderr.str()

@@ -24,6 +24,7 @@ LIGHT = (
     "pytest_nullspace.audit",
     "pytest_nullspace.baseline",
     "pytest_nullspace.diagnosis",
+    "pytest_nullspace.start",
     "pytest_nullspace.report.terminal",
     "pytest_nullspace.report.markdown",
     "pytest_nullspace.collect",
@@ -31,7 +32,7 @@ LIGHT = (
     "pytest_nullspace.session",
 )
 SHELL = {"options", "session", "collect", "gate", "plugin", "fixtures", "progress"}
-CORE = {"checkpoint", "stats", "invariants", "audit", "baseline", "diagnosis"}
+CORE = {"checkpoint", "stats", "invariants", "audit", "baseline", "diagnosis", "start"}
 MAY_KNOW_PYTEST = {"plugin", "gate", "collect", "fixtures", "progress"}
 
 
@@ -144,6 +145,7 @@ def test_imports_run_one_way() -> None:
         "audit": {"errors", "checkpoint", "stats"},
         "baseline": {"invariants", "stats"},
         "diagnosis": {"audit", "baseline", "stats"},
+        "start": {"baseline", "stats"},
         "model": {"errors", "checkpoint", "kernels", "model"},
         "measure": {"errors", "forward", "kernels", "model", "stats", "uncertainty"},
         "calibration": {"errors", "checkpoint"},
