@@ -100,7 +100,11 @@ class Audit:
 
     def check(self, layer: LayerStats, trained: bool) -> Iterator[str]:
         """What fails ``layer``, in phrases."""
-        audited = next((audit for audit in self.layers if audit.name == layer.name), None)
+        yield from self.faults(layer.name, trained)
+
+    def faults(self, layer: str, trained: bool) -> Iterator[str]:
+        """The same by the layer's name."""
+        audited = next((audit for audit in self.layers if audit.name == layer), None)
         if audited is not None:
             yield from audited.faults(self.variant, trained)
 
@@ -174,7 +178,7 @@ def audit(
     Raises:
         CheckpointError: A layer is only in one of the two, has another shape, or a file cannot be read.
     """
-    now, before = _places(trained, trained_base), _places(initial, initial_base)
+    now, before = places(trained, trained_base), places(initial, initial_base)
     names = [spec.name for spec in trained.layers if spec.name in layers]
     gone = {spec.name for spec in initial.layers} ^ {spec.name for spec in trained.layers}
     if gone:
@@ -200,7 +204,7 @@ Place = tuple[str, str]
 """A layer and a part of it, or ``""`` and the name of a tensor outside all layers."""
 
 
-def _places(checkpoint: Checkpoint, base: Mapping[str, TensorInfo] | None) -> dict[Place, TensorInfo]:
+def places(checkpoint: Checkpoint, base: Mapping[str, TensorInfo] | None = None) -> dict[Place, TensorInfo]:
     """Every tensor by the place that it has in the plain model, whatever the format."""
     names = {spec.name for spec in checkpoint.layers}
     found: dict[Place, TensorInfo] = {}
@@ -327,6 +331,14 @@ def _floats(raw: "Array", dtype: str) -> "Array":
 def read_tensor(info: TensorInfo) -> "Array":
     """A tensor in float64, in its shape."""
     return _floats(_raw(info), info.dtype).reshape(info.shape)
+
+
+def norm(info: TensorInfo) -> float:
+    """The Frobenius norm of a tensor, without all of it in float64 at once."""
+    raw, count = _raw(info), math.prod(info.shape)
+    width = len(raw) // count if count else 0
+    parts = (_floats(raw[i * width : (i + _CHUNK) * width], info.dtype) for i in range(0, count, _CHUNK))
+    return math.sqrt(sum(float((part**2).sum()) for part in parts))
 
 
 def change(now: TensorInfo, before: TensorInfo, *, absolute: bool = False) -> float:

@@ -14,6 +14,7 @@ from pytest_nullspace.progress import fail_measuring, showing_progress
 from pytest_nullspace.report import terminal
 from pytest_nullspace.session import GatedRun
 from pytest_nullspace.stats import RunStats
+from pytest_nullspace.weights import STATEMENT, Weights
 
 if TYPE_CHECKING:
     from typing import Self
@@ -34,9 +35,10 @@ class CheckpointFile(pytest.File):
 
     def collect(self) -> Iterator["GateItem"]:
         """One item a gated layer, one for the averages where every layer is gated, one for the scope if asked."""
+        kind = WeightsItem if self.run.weights_only else LayerItem
         for name in self.run.gated:
-            yield LayerItem.from_parent(self, name=name)
-        if self.run.gates_all:
+            yield kind.from_parent(self, name=name)
+        if self.run.gates_all and not self.run.weights_only:
             yield ModelItem.from_parent(self, name=MODEL)
         for name in self.run.missing:
             yield MissingItem.from_parent(self, name=name)
@@ -84,12 +86,15 @@ class MeasuredItem(GateItem):
         if verdict.tier is Tier.FAIL:
             pytest.fail(explanation, pytrace=False)
         if verdict.tier is Tier.WARN:
-            try:
-                # No line of the config is to blame, so none is quoted, as `Node.warn` would.
-                warning = NullspaceWarning(f"{self.name}: {verdict.summary}")
-                warnings.warn_explicit(warning, None, filename=str(self.path), lineno=0)
-            except NullspaceWarning:
-                pytest.fail(f"{explanation}\n(warnings are errors here)", pytrace=False)
+            self.warn_of(f"{self.name}: {verdict.summary}", explanation)
+
+    def warn_of(self, message: str, explanation: str) -> None:
+        """Pass with a warning; fail with the explanation where warnings are errors."""
+        try:
+            # No line of the config is to blame, so none is quoted, as `Node.warn` would.
+            warnings.warn_explicit(NullspaceWarning(message), None, filename=str(self.path), lineno=0)
+        except NullspaceWarning:
+            pytest.fail(f"{explanation}\n(warnings are errors here)", pytrace=False)
 
     def judge(self, run: RunStats) -> tuple[Verdict, str]:
         """The verdict, and the message that a failure shows."""
@@ -108,6 +113,23 @@ class LayerItem(MeasuredItem):
         figures = {figure: layer.figure(figure) for figure in layer.measured}
         self.record(tier=str(verdict.tier), rows=layer.rows, **figures)
         return verdict, terminal.layer_failure(layer, verdict)
+
+
+class WeightsItem(LayerItem):
+    """Judges one layer by its weights alone."""
+
+    def runtest(self) -> None:
+        """Fail where the weights show a fault, or moved and must not have; pass only with a warning."""
+        run = self.parent.run
+        outcome = run.measured()
+        weighed = Weights.of(outcome.about)
+        layer = None if weighed is None else weighed.layer(self.name)
+        if layer is None:
+            pytest.fail(f"{self.name} was not weighed", pytrace=False)
+        self.record(gated_on="weights", down_norm=layer.down_norm, up_norm=layer.up_norm, rank_used=layer.rank_used)
+        if faults := run.weight_faults(outcome, layer):
+            pytest.fail("\n".join(faults), pytrace=False)
+        self.warn_of(STATEMENT, STATEMENT)  # a pass of weights alone is never without one
 
 
 class ModelItem(MeasuredItem):

@@ -12,6 +12,7 @@ from typing import Any
 from pytest_nullspace.audit import SAME_SPACE, Audit, LayerAudit
 from pytest_nullspace.baseline import Comparison
 from pytest_nullspace.stats import LayerStats, RunStats
+from pytest_nullspace.weights import LayerWeights, Weights
 
 LOUD = 0.75
 """Leakage over chance from which a subspace is none that was chosen to be quiet: the fail bound."""
@@ -58,6 +59,14 @@ class _Case:
     sound: Sequence[LayerStats]
     audit: Audit | None
     compared: Comparison | None
+    weights: Weights | None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every layer that anything is known of."""
+        return _names(
+            self.run.layers or (self.weights.layers if self.weights is not None else ()) or self.audited(bool)
+        )
 
     def audited(self, holds: Callable[[LayerAudit], bool]) -> list[LayerAudit]:
         """The audited layers of which ``holds`` is true."""
@@ -69,22 +78,25 @@ class _Case:
         return self.audit is None or self.audit.variant == "v2"
 
 
-def diagnose(run: RunStats, audit: Audit | None = None, compared: Comparison | None = None) -> list[Diagnosis]:
+def diagnose(
+    run: RunStats, audit: Audit | None = None, compared: Comparison | None = None, weights: Weights | None = None
+) -> list[Diagnosis]:
     """Name what is wrong with a trained adapter.
 
     Args:
         run: What was measured of it.
         audit: Its tensors against their start, if they were compared.
         compared: The run against an earlier one, if it was.
+        weights: Its weights, where they alone are known.
 
     Returns:
         One diagnosis for each cause; none for an adapter that shows no mistake.
     """
-    case = _Case(run, [layer for layer in run.layers if layer.defect is None], audit, compared)
+    case = _Case(run, [layer for layer in run.layers if layer.defect is None], audit, compared, weights)
     return [found for find in _FINDERS for found in find(case)]
 
 
-def _names(layers: Sequence[LayerStats] | Sequence[LayerAudit]) -> tuple[str, ...]:
+def _names(layers: Sequence[LayerStats | LayerAudit | LayerWeights]) -> tuple[str, ...]:
     return tuple(layer.name for layer in layers)
 
 
@@ -93,16 +105,19 @@ def _of(part: Sequence[object], whole: Sequence[object]) -> str:
 
 
 def _non_finite(case: _Case) -> Iterator[Diagnosis]:
-    lost = [layer for layer in case.run.layers if layer.defect is not None and "non-finite" in layer.defect]
+    defects = {layer.name: layer.defect or "" for layer in case.run.layers}
+    if case.weights is not None:
+        defects |= {layer.name: "" if layer.is_finite else "non-finite weights" for layer in case.weights.layers}
+    lost = tuple(name for name, defect in defects.items() if "non-finite" in defect)
     if lost:
-        weights = [layer for layer in lost if layer.defect is not None and "weights" in layer.defect]
+        weights = [name for name in lost if "weights" in defects[name]]
         yield Diagnosis(
             "non-finite",
-            f"NaN or infinity {_of(lost, case.run.layers)}, {len(weights)} of them in the weights",
+            f"NaN or infinity {_of(lost, case.names)}, {len(weights)} of them in the weights",
             "find the first step whose loss is not finite: lower the learning rate, clip gradients, or train in "
             "bfloat16 or float32; measure in float32 if only activations are affected",
             "weights are lost for good; activations alone point at the precision of the measurement",
-            _names(lost),
+            lost,
         )
 
 
@@ -149,13 +164,18 @@ def _b_rescaled(case: _Case) -> Iterator[Diagnosis]:
 
 def _nothing_learned(case: _Case) -> Iterator[Diagnosis]:
     still = case.audited(lambda layer: layer.up == 0)
-    dead = _names(still) if case.audit is not None else _names([x for x in case.sound if x.up_weight_norm == 0])
+    if case.audit is not None:
+        dead = _names(still)
+    elif case.weights is not None:
+        dead = _names([layer for layer in case.weights.layers if layer.up_norm == 0])
+    else:
+        dead = _names([layer for layer in case.sound if layer.up_weight_norm == 0])
     if not dead:
         return
-    if len(dead) < len(case.run.layers):
+    if len(dead) < len(case.names):
         yield Diagnosis(
             "dead-layers",
-            f"A did not move {_of(dead, case.run.layers)}: {_shared(dead, _names(case.run.layers))}",
+            f"A did not move {_of(dead, case.names)}: {_shared(dead, case.names)}",
             "look for these names in the list of trained parameters: a pattern or a device map leaves them out",
             "if no layer had moved, the freezing condition would be wrong for all",
             dead,
@@ -165,7 +185,7 @@ def _nothing_learned(case: _Case) -> Iterator[Diagnosis]:
     if turned:
         yield Diagnosis(
             "inverted-freeze",
-            f"A did not move in any layer, but B did {_of(turned, case.run.layers)}",
+            f"A did not move in any layer, but B did {_of(turned, case.names)}",
             "the freezing condition is inverted: train ALinear (lora_B in PEFT) and freeze BLinear (lora_A)",
             "B can only have moved by weight decay, for its gradient is zero while A is",
             dead,

@@ -37,9 +37,12 @@ def _measured(run: "GatedRun", config: pytest.Config) -> "RunStats":
 
     try:
         with showing_progress(config) as progress:
-            return run.measured(progress)
+            outcome = run.measured(progress)
     except NullspaceError as error:
         fail_measuring(error, config)
+    if not outcome.layers:
+        pytest.fail("no activation was measured: --nullspace-weights-only gates weights alone", pytrace=False)
+    return outcome
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,9 +16,10 @@ from pytest_nullspace.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.errors import NullspaceError
 from pytest_nullspace.invariants import Stage, Tier
 from pytest_nullspace.options import Settings, stats_file
-from pytest_nullspace.report import markdown, terminal
+from pytest_nullspace.report import markdown, terminal, weights
 from pytest_nullspace.session import GatedRun, open_runs
 from pytest_nullspace.stats import RunStats
+from pytest_nullspace.weights import STATEMENT, Weights
 
 _SHARED = "nullspace_shared_folder"
 
@@ -107,10 +109,16 @@ class Gate:
         if hasattr(session.config, "workerinput") or session.config.option.collectonly:
             return
         self._write()
+        self._state_what_was_not_measured()
         if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             self._hold_complete()
         if self._problems and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _state_what_was_not_measured(self) -> None:
+        """Say so also where no terminal shows header and summary: unsaid, weights alone would look fully gated."""
+        if self.settings.weights_only and self._config.pluginmanager.get_plugin("terminalreporter") is None:
+            print(f"nullspace: {STATEMENT}")
 
     def _hold_complete(self) -> None:
         if not self._expected:
@@ -132,10 +140,7 @@ class Gate:
             for run, outcome in measured:
                 if self.settings.save_stats is not None:
                     stats.write(_diagnosed(run, outcome), stats_file(self.settings.save_stats, run.name))
-            document = "\n".join(
-                markdown.report(outcome, run.expectations(outcome), (line for line, _ in notes(run, outcome)))
-                for run, outcome in measured
-            )
+            document = "\n".join(_document(run, outcome) for run, outcome in measured)
             for file in self.settings.reports:
                 stats.write_atomically(file, document)
             _append_step_summary(document)
@@ -148,7 +153,14 @@ class Gate:
             outcome = run.peek()
             if outcome is not None:
                 terminalreporter.section(f"nullspace: {node_id(run.path, self._config.rootpath)}")
-                terminal.write(terminalreporter, outcome, run.expectations(outcome))
+                weighed = Weights.of(outcome.about)
+                if weighed is None:
+                    terminal.write(terminalreporter, outcome, run.expectations(outcome))
+                else:
+                    faults = partial(run.weight_faults, outcome)
+                    every = terminalreporter.verbosity > 0
+                    lines = weights.summary(weighed, faults, outcome.checkpoint_layers, every)
+                    terminal.write_lines(terminalreporter, lines)
                 terminal.write_lines(terminalreporter, notes(run, outcome, every=terminalreporter.verbosity > 0))
         for problem in self._problems:
             terminalreporter.write_line(f"nullspace: NOT GATED: {problem}", red=True, bold=True)
@@ -159,6 +171,15 @@ class Gate:
         """Remove what the processes shared."""
         if self._folder is not None:
             self._folder.cleanup()
+
+
+def _document(run: GatedRun, outcome: RunStats) -> str:
+    """The Markdown report of one run."""
+    weighed, told = Weights.of(outcome.about), [line for line, _ in notes(run, outcome)]
+    if weighed is None:
+        return markdown.report(outcome, run.expectations(outcome), told)
+    faults = partial(run.weight_faults, outcome)
+    return weights.markdown(outcome.model_path, weighed, faults, outcome.checkpoint_layers, told)
 
 
 def _diagnosed(run: GatedRun, outcome: RunStats) -> RunStats:

@@ -56,6 +56,7 @@ class Settings:
         task_dataset: The text of what was learned, as given.
         task_folder: The folder to which its path is relative.
         calib_most: Windows to draw from each text at most, where their number is not given.
+        weights_only: Whether the weights alone are gated, and no text is run.
         allow_unreached: Globs of the layers that no activation row need reach.
         drift: Whether the predictions are held against the base model's.
         spectrum: Whether the best that any subspace could do is reported.
@@ -91,6 +92,7 @@ class Settings:
     task_dataset: str | None = None
     task_folder: Path = Path()
     calib_most: int = AUTO_MOST
+    weights_only: bool = False
 
     @property
     def saved_init(self) -> Path | None:
@@ -367,6 +369,15 @@ _OPTIONS = (
         _allowed,
         repeatable=True,
     ),
+    _Option(
+        "weights-only",
+        "",
+        "Gate the weights alone, without text, forward or torch: norms, dead and non-finite layers, the rank used, and "
+        "with --nullspace-init=DIR what moved. Activations are not measured, and every report says so.",
+        _truth,
+        default=False,
+        switch=True,
+    ),
     _Option("save-stats", "JSON", "Save what was measured; {model} in the name stands for the directory's.", _path),
     _Option("report", "FILE.md", "Write the report as Markdown.", _report, repeatable=True),
     _Option(
@@ -450,6 +461,7 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         compare=values["compare"],
         limits=values["compare-fail"],
         allowed=values["compare-allow"],
+        weights_only=values["weights-only"],
     )
     _check_together(settings)
     return settings
@@ -477,6 +489,7 @@ def _check_together(settings: Settings) -> None:
             f"{PREFIX}init: {settings.init} compares weights, and a saved run holds none; give the model as well, or a "
             "saved run of the initial checkpoint"
         )
+    _check_weights_only(settings)
     _check_compare(settings)
     saved = _files(settings, "save-stats", settings.save_stats)
     read = {
@@ -489,6 +502,17 @@ def _check_together(settings: Settings) -> None:
             raise OptionError(
                 f"{PREFIX}save-stats: {settings.save_stats} would replace what {PREFIX}{name} reads; give another name"
             )
+
+
+def _check_weights_only(settings: Settings) -> None:
+    """Weights alone give no figures of activations, and a saved run holds no weights."""
+    saved = {"stats": settings.stats, "compare": settings.compare, "init": settings.saved_init}
+    given = next((name for name, value in saved.items() if value), None)
+    if settings.weights_only and given is not None:
+        raise OptionError(
+            f"{PREFIX}weights-only: measures no activations, and {PREFIX}{given} names a saved run of them; "
+            "leave one of the two out"
+        )
 
 
 def _check_compare(settings: Settings) -> None:

@@ -24,6 +24,7 @@ from pytest_nullspace.hub import directory_of
 from pytest_nullspace.invariants import Expectations, Stage, judge
 from pytest_nullspace.options import PREFIX, Settings
 from pytest_nullspace.stats import Drift, LayerStats, RunStats
+from pytest_nullspace.weights import STATEMENT, weigh
 
 if TYPE_CHECKING:
     from pytest_nullspace.drift import Base
@@ -235,6 +236,26 @@ def _about_text(text: str, windows: Sequence[calibration.Window], seqlen: int) -
         "overlapping": sum(b - a < seqlen for a, b in pairwise(starts)),
         "starts": [window.start for window in windows],
     }
+
+
+def read_files(checkpoint: Checkpoint, settings: Settings, layers: Collection[str]) -> RunStats:
+    """A run in which nothing was measured: no text, no model, no torch; weighed where the settings ask for it."""
+    weighed = {"statement": STATEMENT, "weights": weigh(checkpoint, layers).to_list()} if settings.weights_only else {}
+    return RunStats(
+        model_path=str(checkpoint.directory),
+        calib_dataset="",
+        layers=(),
+        checkpoint_layers=len(checkpoint.layers),
+        about={
+            **weighed,
+            "format": checkpoint.format,
+            "base": checkpoint.base,
+            "outside": list(checkpoint.outside),
+            "weights_sha256": _hashes(checkpoint),
+            "settings": {"layers": settings.layers, "stage": settings.stage},
+            "libraries": {"python": platform.python_version(), "pytest-nullspace": version("pytest-nullspace")},
+        },
+    )
 
 
 def audit_checkpoint(checkpoint: Checkpoint, initial: Checkpoint, settings: Settings, layers: Collection[str]) -> Audit:

@@ -23,8 +23,10 @@ from pytest_nullspace.invariants import Check, Expectations, Stage
 from pytest_nullspace.options import PREFIX, Settings, model_name, stats_file
 from pytest_nullspace.pipeline import Bases
 from pytest_nullspace.report import terminal
+from pytest_nullspace.report import weights as weights_report
 from pytest_nullspace.start import Start, unpaired
 from pytest_nullspace.stats import RunStats, from_json, read, write, write_atomically
+from pytest_nullspace.weights import LayerWeights, Weights
 
 
 class GatedRun(ABC):
@@ -107,6 +109,11 @@ class GatedRun(ABC):
         """The figures of the selected layers, or what prevented them."""
 
     @property
+    def weights_only(self) -> bool:
+        """Whether its weights alone are gated."""
+        return self._settings.weights_only
+
+    @property
     def gates_scope(self) -> bool:
         """Whether a test holds that nothing was trained outside the layers."""
         return self._settings.strict_scope
@@ -134,7 +141,14 @@ class GatedRun(ABC):
         """The causes of what is wrong with a trained adapter; an initial one has none yet."""
         if self._settings.stage != Stage.TRAINED:
             return []
-        return diagnose(outcome, Audit.of(outcome.about), self.compared(outcome))
+        return diagnose(outcome, Audit.of(outcome.about), self.compared(outcome), Weights.of(outcome.about))
+
+    def weight_faults(self, outcome: RunStats, layer: LayerWeights) -> list[str]:
+        """What fails a layer of which the weights alone are gated."""
+        trained = self._settings.stage == Stage.TRAINED
+        audited = Audit.of(outcome.about)
+        moved = () if audited is None else audited.faults(layer.name, trained)
+        return list(dict.fromkeys([*layer.faults(trained), *moved]))
 
     def _refused(
         self, outcome: RunStats, earlier: RunStats, conditions: Collection[str] = tuple(COMPARED)
@@ -221,21 +235,27 @@ class CheckpointRun(GatedRun):
 
     def header(self) -> Iterable[str]:
         """What will be measured, and how."""
+        if self.weights_only:
+            return weights_report.header(self.checkpoint, len(self.gated))
         return terminal.header(self.checkpoint, len(self.gated), self._settings)
 
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         try:
-            outcome = pipeline.measure_checkpoint(
-                self.checkpoint,
-                self._settings if self.drift_selected else replace(self._settings, drift=False),
-                self.selected,
-                progress,
-                self._bases,
-                self._initial,
-            )
+            checkpoint, settings, layers = self.checkpoint, self._settings, self.selected or set(self.gated)
+            if self.weights_only or not (self.selected or self.drift_selected):  # as where `frozen` alone is selected
+                outcome = pipeline.read_files(checkpoint, settings, layers)
+            else:
+                outcome = pipeline.measure_checkpoint(
+                    checkpoint,
+                    settings if self.drift_selected else replace(settings, drift=False),
+                    self.selected,
+                    progress,
+                    self._bases,
+                    self._initial,
+                )
             if self._initial is None:
                 return outcome
-            audited = pipeline.audit_checkpoint(self.checkpoint, self._initial, self._settings, self.selected)
+            audited = pipeline.audit_checkpoint(checkpoint, self._initial, settings, layers)
             return replace(outcome, about={**outcome.about, "audit": audited.to_dict()})
         except NullspaceError as error:
             return error
@@ -300,6 +320,11 @@ def read_run(file: Path) -> RunStats:
         StatsError: It cannot be read, holds no layer, or one whose name no layer can have.
     """
     run = read(file)
+    if Weights.of(run.about) is not None:
+        raise StatsError(
+            f"{file}: is of weights alone: its activations were not measured, so it can stand in for no measured run; "
+            "measure without --nullspace-weights-only"
+        )
     if not run.layers:
         raise StatsError(f"{file}: holds no layer, so there is nothing to gate")
     unfit = next((layer.name for layer in run.layers if not is_layer_name(layer.name)), None)

@@ -1,5 +1,6 @@
 """A checkpoint and its adapted layers, whatever their format."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,25 @@ _PLACE = {name: place for place, name in enumerate(_FORWARD_ORDER)}
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """What PEFT multiplies a layer's update with: ``alpha / r``, or ``alpha / √r`` with rsLoRA."""
+
+    alpha: float
+    rank: int
+    rslora: bool
+
+    @property
+    def value(self) -> float:
+        """The factor."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def __str__(self) -> str:
+        """The factor and where it comes from, such as ``alpha 32 / rank 16 = 2``."""
+        root, flag = ("√", ", rsLoRA") if self.rslora else ("", "")
+        return f"alpha {self.alpha:g} / {root}rank {self.rank} = {self.value:.4g}{flag}"
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One adapted linear layer.
 
@@ -27,12 +47,14 @@ class LayerSpec:
         rank: Rows of its down projection.
         in_features: Width of its input.
         out_features: Width of its output.
+        scale: What its update is multiplied with; None where the format has no such factor.
     """
 
     name: str
     rank: int
     in_features: int
     out_features: int
+    scale: Scale | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nullspace.checkpoint.header import FLOATING, TensorInfo, printable, read_json_object, read_tensors
-from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec, in_model_order
+from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec, Scale, in_model_order
 from pytest_nullspace.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
@@ -149,7 +149,18 @@ def _layer(
             f"{config_file}: gives {printable(name)} the rank {printable(expected)}, but its {DOWN} has rank {rank}; "
             "config and weights are of different runs, and the scale alpha / r would be wrong"
         )
-    return LayerSpec(name, rank, in_features, out_features)
+    return LayerSpec(name, rank, in_features, out_features, _scale(name, rank, config, config_file))
+
+
+def _scale(name: str, rank: int, config: Mapping[str, Any], config_file: Path) -> Scale:
+    alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        said = "is lost" if alpha is None else f"is {printable(alpha)}, no number"
+        raise CheckpointError(
+            f"{config_file}: the lora_alpha of {printable(name)} {said}, so the scale alpha / r is unknown, and PEFT "
+            "would take one of its own; write back the value that it was trained with"
+        )
+    return Scale(float(alpha), rank, bool(config.get("use_rslora")))
 
 
 def pattern_value(pattern: object, layer: str, default: Any) -> Any:

@@ -38,6 +38,9 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
         f"**{counts[Tier.PASS]} passed, {counts[Tier.WARN]} warned, {counts[Tier.FAIL]} failed**.",
         "",
     ]
+    if not run.layers:
+        lines[2] = "No layer was measured; what follows is read from the files."
+        return "\n".join([*lines, *(f"- {escape(note.strip())}" for note in notes)]) + "\n"
     absent = not_measured(run)
     if absent is not None:
         lines += [f"{absent}.", ""]

@@ -187,6 +187,9 @@ def summary(
     run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations
 ) -> Iterator[tuple[str, Tier | None]]:
     """The lines of the summary, each with the tier that colours it."""
+    if not run.layers:
+        yield "no layer was measured; what follows is read from the files", Tier.WARN
+        return
     conditions = _conditions(run)
     if conditions is not None:
         yield conditions, None

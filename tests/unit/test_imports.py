@@ -25,6 +25,9 @@ LIGHT = (
     "pytest_nullspace.baseline",
     "pytest_nullspace.diagnosis",
     "pytest_nullspace.start",
+    "pytest_nullspace.weights",
+    "pytest_nullspace.pipeline",
+    "pytest_nullspace.report.weights",
     "pytest_nullspace.report.terminal",
     "pytest_nullspace.report.markdown",
     "pytest_nullspace.collect",
@@ -32,7 +35,7 @@ LIGHT = (
     "pytest_nullspace.session",
 )
 SHELL = {"options", "session", "collect", "gate", "plugin", "fixtures", "progress"}
-CORE = {"checkpoint", "stats", "invariants", "audit", "baseline", "diagnosis", "start"}
+CORE = {"checkpoint", "stats", "invariants", "audit", "baseline", "diagnosis", "start", "weights"}
 MAY_KNOW_PYTEST = {"plugin", "gate", "collect", "fixtures", "progress"}
 
 
@@ -144,7 +147,8 @@ def test_imports_run_one_way() -> None:
         "invariants": {"errors", "stats"},
         "audit": {"errors", "checkpoint", "stats"},
         "baseline": {"invariants", "stats"},
-        "diagnosis": {"audit", "baseline", "stats"},
+        "weights": {"audit", "checkpoint", "errors"},
+        "diagnosis": {"audit", "baseline", "stats", "weights"},
         "start": {"baseline", "stats"},
         "model": {"errors", "checkpoint", "kernels", "model"},
         "measure": {"errors", "forward", "kernels", "model", "stats", "uncertainty"},
@@ -167,6 +171,7 @@ def test_imports_run_one_way() -> None:
             "options",
             "spectrum",
             "stats",
+            "weights",
         },
         "plugin": {"errors", "options", "fixtures", "gate"},
     }

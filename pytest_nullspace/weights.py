@@ -1,0 +1,158 @@
+"""What the weights alone tell, from the files: norms, the rank that is used, what is dead or no number. Pure.
+
+No text, no forward, no torch: what the layers do to activations stays unknown, and `STATEMENT` says so.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pytest_nullspace.audit import norm, places, read_tensor
+from pytest_nullspace.checkpoint import Checkpoint, lora_null
+from pytest_nullspace.errors import StatsError
+
+STATEMENT = "gated on weights, activations not measured"
+"""What every report of such a run says."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer's weights.
+
+    Attributes:
+        name: Its module path.
+        rank: Of its adapter.
+        scale: What its update is multiplied with, ``alpha / r`` in PEFT.
+        down_norm: Frobenius norm of B.
+        up_norm: Frobenius norm of A.
+        base_norm: Frobenius norm of W_res; None where the checkpoint does not carry it.
+        update_norm: Frobenius norm of ``scale · A B``.
+        rank_used: The effective rank of ``A B``: e to the entropy of its singular values' shares; 0 of no update.
+    """
+
+    name: str
+    rank: int
+    scale: float
+    down_norm: float
+    up_norm: float
+    base_norm: float | None
+    update_norm: float
+    rank_used: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all its weights are numbers."""
+        return all(map(math.isfinite, (self.down_norm, self.up_norm, self.base_norm or 0.0, self.update_norm)))
+
+    def faults(self, trained: bool) -> Iterator[str]:
+        """What its weights alone show to be wrong, in phrases."""
+        if not self.is_finite:
+            yield "non-finite weights (NaN or infinity)"
+        elif trained and self.update_norm == 0:
+            what = "A is" if self.up_norm == 0 else "B is" if self.down_norm == 0 else "A B is"
+            yield f"dead: {what} zero, so with the adapter the output is the same as without"
+        elif not trained and self.update_norm != 0:
+            yield f"an update already: ‖A B‖ {self.update_norm:.4g}; this is no initial checkpoint"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a checkpoint's layers, in model order."""
+
+    layers: tuple[LayerWeights, ...]
+
+    def layer(self, name: str) -> LayerWeights | None:
+        """The layer of that name, if it was weighed."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The weights as JSON holds them, no number as ``null``."""
+        plain = ({key: _plain(value) for key, value in asdict(layer).items()} for layer in self.layers)
+        return [
+            {**entry, "has_base": layer.base_norm is not None} for entry, layer in zip(plain, self.layers, strict=True)
+        ]
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any]) -> "Weights | None":
+        """The weights that a run tells of, if it was gated on them.
+
+        Raises:
+            StatsError: What it tells is none.
+        """
+        told = about.get("weights")
+        if told is None:
+            return None
+        try:
+            return cls(tuple(map(_layer, told)))
+        except (TypeError, KeyError, ValueError, AttributeError):
+            raise StatsError("its entry 'weights' holds no weights; weigh again") from None
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _layer(entry: Mapping[str, Any]) -> LayerWeights:
+    lost: dict[str, Any] = {
+        key: math.nan if value is None else value for key, value in entry.items() if key != "has_base"
+    }
+    return LayerWeights(**{**lost, **({} if entry["has_base"] else {"base_norm": None})})
+
+
+def weigh(checkpoint: Checkpoint, layers: Collection[str]) -> Weights:
+    """Read the weights of ``layers``, one layer in memory at a time.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    import numpy as np
+
+    found = []
+    held = places(checkpoint)
+    for spec in checkpoint.layers:
+        if spec.name not in layers:
+            continue
+        down, up = read_tensor(held[spec.name, "down"]), read_tensor(held[spec.name, "up"])
+        base = held.get((spec.name, "base"))
+        scale = 1.0 if spec.scale is None else spec.scale.value
+        down_norm, up_norm = float(np.linalg.norm(down)), float(np.linalg.norm(up))
+        protect = [checkpoint.tensors.get(f"{spec.name}.{p}") for p in (lora_null.PROTECT_UP, lora_null.PROTECT_DOWN)]
+        if protect[0] is not None and protect[1] is not None:
+            down = down - down @ read_tensor(protect[0]) @ read_tensor(protect[1])
+        values = singular_values(up, down)
+        found.append(
+            LayerWeights(
+                spec.name,
+                spec.rank,
+                scale,
+                down_norm,
+                up_norm,
+                None if base is None else norm(base),
+                abs(scale) * float(np.linalg.norm(values)),
+                effective_rank(values),
+            )
+        )
+    return Weights(tuple(found))
+
+
+def singular_values(up: Any, down: Any) -> Any:
+    """Those of ``up @ down``, by the small factors of two QR decompositions; NaN where a weight is no number."""
+    import numpy as np
+
+    if not (np.isfinite(up).all() and np.isfinite(down).all()):
+        return np.full(len(down), np.nan)
+    left: Any = np.linalg.qr(up)[1]
+    right: Any = np.linalg.qr(down.T)[1]
+    return np.linalg.svd(left @ right.T, compute_uv=False)
+
+
+def effective_rank(values: Any) -> float:
+    """``exp(−Σ p ln p)`` of the shares ``p`` of singular values: n equal ones give n, one alone gives 1, none 0."""
+    import numpy as np
+
+    total = float(values.sum())
+    if not math.isfinite(total):
+        return math.nan
+    shares = values[values > 0] / total if total else values[:0]
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else 0.0

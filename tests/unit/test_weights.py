@@ -1,0 +1,84 @@
+"""What weights alone tell, against float64 arithmetic on the whole matrices."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pytest_nullspace.audit import norm
+from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.diagnosis import diagnose
+from pytest_nullspace.stats import RunStats
+from pytest_nullspace.weights import Weights, effective_rank, singular_values, weigh
+from tests import adapters, tiny
+
+Q0 = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("protected", [None, 3])
+def test_norms_and_rank_are_those_of_the_product(tmp_path: Path, protected: int | None) -> None:
+    """Each norm, and the effective rank of A·B (less what PA, PB take out), as the full product has them."""
+    folder = tiny.lora_null(tmp_path / "ft", protected=protected)
+    checkpoint = open_checkpoint(folder)
+    tensors = {name: value.double().numpy() for name, value in load_file(folder / "model.safetensors").items()}
+    (layer,) = weigh(checkpoint, {Q0}).layers
+    up, down = tensors[f"{Q0}.ALinear.weight"], tensors[f"{Q0}.BLinear.weight"]
+    outside = np.eye(down.shape[1])
+    if protected is not None:
+        outside -= tensors[f"{Q0}.PALinear.weight"] @ tensors[f"{Q0}.PBLinear.weight"]
+    values = np.linalg.svd(up @ down @ outside, compute_uv=False)
+    shares = values[:4] / values[:4].sum()
+    assert layer.rank_used == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-9)
+    assert layer.update_norm == pytest.approx(np.linalg.norm(values), rel=1e-9)
+    norms = [np.linalg.norm(part) for part in (down, up, tensors[f"{Q0}.weight_residual"])]
+    assert [layer.down_norm, layer.up_norm, layer.base_norm] == pytest.approx(norms, rel=1e-12)
+    assert norm(checkpoint.tensors[f"{Q0}.weight_residual"]) == pytest.approx(norms[2], rel=1e-12)
+
+
+def test_the_effective_rank_counts_directions() -> None:
+    """N equal singular values are n, one alone is one, none is none, and what is no number has none."""
+    assert effective_rank(np.ones(5)) == pytest.approx(5)
+    assert effective_rank(np.array([3.0, 0, 0])) == pytest.approx(1)
+    assert effective_rank(np.zeros(3)) == 0
+    assert math.isnan(effective_rank(singular_values(np.full((4, 2), np.nan), np.ones((2, 3)))))
+
+
+def test_the_scale_of_peft_is_in_the_update(tmp_path: Path) -> None:
+    """Alpha / r, or alpha / √r with rsLoRA, by each layer's own pattern; the base is not there, so it has no norm."""
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    plain = adapters.adapter(tmp_path / "a", tiny.llama(), **options, alpha_pattern={"v_proj": 2})
+    scales = {layer.name[-6:]: layer.scale for layer in weigh(open_checkpoint(plain), {Q0, Q0[:-6] + "v_proj"}).layers}
+    assert scales == {"q_proj": 2.0, "v_proj": 0.5}
+    rooted = adapters.adapter(tmp_path / "b", tiny.llama(), **options, use_rslora=True)
+    (layer,) = weigh(open_checkpoint(rooted), {Q0}).layers
+    assert (layer.scale, layer.base_norm) == (4.0, None)
+
+
+def test_dead_and_non_finite_layers_have_faults_and_causes(tmp_path: Path) -> None:
+    """A zero A and a NaN each fail by name and are diagnosed without an audit; all survives the file."""
+
+    def break_two(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        tensors[f"{Q0}.ALinear.weight"] *= 0
+        tensors[f"{Q0[:-6]}v_proj.BLinear.weight"][0, 0] = math.nan
+
+    checkpoint = open_checkpoint(tiny.lora_null(tmp_path / "ft", change=break_two))
+    found = weigh(checkpoint, {spec.name for spec in checkpoint.layers})
+    told = {layer.name: list(layer.faults(trained=True)) for layer in found.layers}
+    assert {name[-6:]: phrases for name, phrases in told.items() if phrases} == {
+        "q_proj": ["dead: A is zero, so with the adapter the output is the same as without"],
+        "v_proj": ["non-finite weights (NaN or infinity)"],
+    }
+    again = Weights.of({"weights": json.loads(json.dumps(found.to_list(), allow_nan=False))})
+    assert again is not None
+    assert [list(layer.faults(True)) for layer in again.layers] == list(told.values())
+    causes = diagnose(RunStats("ft", "", (), 21), weights=found)
+    assert [(cause.cause, cause.layers) for cause in causes] == [
+        ("non-finite", (Q0[:-6] + "v_proj",)),
+        ("dead-layers", (Q0,)),
+    ]
+    assert [list(layer.faults(trained=False)) for layer in found.layers][3][0].startswith("an update already")
