@@ -5,7 +5,7 @@ One tensor of each side is in memory at a time. Nothing needs torch; numpy is im
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint, lora_null, peft
@@ -43,6 +43,8 @@ class LayerAudit:
         base: ``‖W_res − W₀‖ / ‖W₀‖``; None where neither checkpoint carries it.
         bias: The same of the bias; None where there is none.
         tolerance: How far a frozen tensor may lie from its start.
+        scale: What PEFT multiplies its update with, in words; None in a format without such a factor.
+        initial_scale: The same of the start.
     """
 
     name: str
@@ -52,6 +54,13 @@ class LayerAudit:
     base: float | None
     bias: float | None
     tolerance: float
+    scale: str | None = None
+    initial_scale: str | None = None
+
+    @property
+    def is_rescaled(self) -> bool:
+        """Whether its update is multiplied with something else than at the start, as far as both tell."""
+        return None not in (self.scale, self.initial_scale) and self.scale != self.initial_scale
 
     def faults(self, variant: str, trained: bool) -> Iterator[str]:
         """What moved and must not have, and what must have moved and did not, in phrases."""
@@ -61,6 +70,8 @@ class LayerAudit:
         for label, change in (("W_res", self.base), ("bias", self.bias)):
             if change is not None and not change <= self.tolerance:
                 yield f"{label} changed: relative change {change:.3g}"
+        if self.is_rescaled:
+            yield f"the scale is {self.scale}, but was {self.initial_scale}"
         if trained and self.up == 0:
             yield "A did not move from its start"
 
@@ -136,6 +147,7 @@ class Audit:
 
 
 _OPTIONAL = ("base", "bias")
+_WORDS = ("name", "why", "scale", "initial_scale")
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +155,7 @@ def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: math.nan if value is None or value == "nan" else float(value)
         for key, value in entry.items()
-        if key not in ("name", "why") and not (key in _OPTIONAL and value is None)
+        if key not in _WORDS and not (key in _OPTIONAL and value is None)
     }
 
 
@@ -186,10 +198,14 @@ def audit(
             f"{initial.directory}: not the start of {trained.directory}: only one of them adapts {min(gone)}"
             + (f" and {len(gone) - 1} more layers" if len(gone) > 1 else "")
         )
+    scales = [{spec.name: spec.scale for spec in of.layers} for of in (trained, initial)]
+    # Conv1D, as in GPT-2, stores its weight transposed, and PEFT calls that fan_in_fan_out.
+    turned = bool(trained.config.get("fan_in_fan_out")) != bool(initial.config.get("fan_in_fan_out"))
     starts, audited = [], []
     for name in names:
         starts.append(_start(before, name))
-        audited.append(_layer(now, before, name))
+        was, is_now = (None if of[name] is None else str(of[name]) for of in reversed(scales))
+        audited.append(replace(_layer(now, before, name, turned), scale=is_now, initial_scale=was))
     if variant == "auto":
         variant, decided = _decide(starts)
     else:
@@ -252,7 +268,7 @@ def _decide(starts: Collection[_Start]) -> tuple[str, str]:
     return "v1", "A is not zero at the start"
 
 
-def _layer(now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo], name: str) -> LayerAudit:
+def _layer(now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo], name: str, turned: bool) -> LayerAudit:
     down, start = read_tensor(now[name, _DOWN]), read_tensor(before[name, _DOWN])
     if down.shape != start.shape:
         raise CheckpointError(
@@ -266,7 +282,7 @@ def _layer(now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo], 
         relative(down, start),
         largest_angle(down, start),
         up,
-        _change(now, before, (name, _BASE)),
+        _base_change(now, before, name, turned),
         _change(now, before, (name, _BIAS)),
         SAME_DTYPE if all(a.dtype == b.dtype for a, b in parts) else OTHER_DTYPE,
     )
@@ -282,6 +298,19 @@ def _both(now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo], p
 
 def _change(now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo], place: Place) -> float | None:
     return change(now[place], before[place]) if _both(now, before, place) else None
+
+
+def _base_change(
+    now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo], name: str, turned: bool
+) -> float | None:
+    """The change of W_res, of which one side is stored transposed where ``turned`` or its shape says so."""
+    place = name, _BASE
+    if not _both(now, before, place):
+        return None
+    a, b = now[place], before[place]
+    if turned or (a.shape != b.shape and a.shape == b.shape[::-1]):
+        return relative(read_tensor(a), read_tensor(b).T) if a.shape == b.shape[::-1] else math.inf
+    return change(a, b)
 
 
 def _others(now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo]) -> tuple[list[Moved], int]:

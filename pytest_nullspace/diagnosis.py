@@ -216,6 +216,40 @@ def _depth(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
+def _scale_wrong(case: _Case) -> Iterator[Diagnosis]:
+    scaled = case.audited(lambda layer: layer.is_rescaled)
+    if scaled and case.audit is not None:
+        first = scaled[0]
+        yield Diagnosis(
+            "scale-wrong",
+            f"the scale is not the one of the start {_of(scaled, case.audit.layers)}: {first.scale}, was "
+            f"{first.initial_scale}, in {first.name}",
+            "write back lora_alpha, alpha_pattern and use_rslora into adapter_config.json as they were in training; "
+            "the weights are sound",
+            "with the right scale effectiveness changes by the quotient of the two; if training itself was run with "
+            "another scale, the start is not its start",
+            _names(scaled),
+        )
+
+
+def _v1_trained(case: _Case) -> Iterator[Diagnosis]:
+    """A v1 adapter may move B, and so out of the null space; a frozen one is told by `_wrong_subspace`."""
+    loud = {layer.name: layer for layer in _loud(case)}
+    left = case.audited(lambda layer: layer.name in loud and not layer.down <= layer.tolerance)
+    if case.audit is None or case.audit.variant != "v1" or len(left) < len(case.sound) / 2 or not left:
+        return
+    leakage, angle = median(loud[layer.name].leakage for layer in left), median(layer.angle for layer in left)
+    yield Diagnosis(
+        "v1-left-null-space",
+        f"B was trained, as v1 allows, and moved out of the null space {_of(left, case.sound)}: median principal angle "
+        f"{angle:.3g}° from its start, leakage / chance {leakage:.3g}",
+        "train fewer steps or at a lower learning rate, or freeze B as v2 does: v1 guarantees its space at the start "
+        "alone",
+        "if the start, measured by itself, leaks as much, its subspace was never a null space of this text",
+        _names(left),
+    )
+
+
 def _wrong_base(case: _Case) -> Iterator[Diagnosis]:
     changed = case.audited(lambda layer: layer.base is not None and not layer.base <= layer.tolerance)
     named = [] if case.audit is None else [other for other in case.audit.others if other.name.startswith("base_model_")]
@@ -350,10 +384,12 @@ _FINDERS: Sequence[Callable[[_Case], Iterator[Diagnosis]]] = (
     _b_trained,
     _b_rescaled,
     _nothing_learned,
+    _scale_wrong,
     _wrong_base,
     _outside,
     _wrong_subspace,
     _plain_lora,
+    _v1_trained,
     _data_shift,
     _underflow,
     _strength,

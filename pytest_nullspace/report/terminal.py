@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -315,6 +316,11 @@ def audit_lines(audited: Audit) -> Iterator[tuple[str, Tier | None]]:
         f"A moved in {sum(layer.up != 0 for layer in layers)}",
         Tier.FAIL if base or (down and audited.variant == "v2") else None,
     )
+    scales = Counter((layer.initial_scale, layer.scale) for layer in layers if layer.scale is not None)
+    for (before, now), count in scales.items():
+        told = f"was {before}" if before is not None else "the start has no such factor"
+        changed = before is not None and before != now
+        yield f"  scale {now}; {told} (in {count} of {of} layers)", Tier.FAIL if changed else None
     yield f"  {moved(audited)}", Tier.FAIL if audited.others else None
 
 

@@ -199,6 +199,42 @@ def test_formats_are_compared_across(tmp_path: Path) -> None:
     assert faults(back)[Q0][0].startswith("W_res changed")
 
 
+def test_a_base_stored_transposed_is_no_change(tmp_path: Path) -> None:
+    """Conv1D bases hold (in, out): the same weights turned are equal, other ones are not, square or not."""
+    peft_side = open_checkpoint(as_peft(tmp_path, lambda _, config: config.update(fan_in_fan_out=True)))
+    start = open_checkpoint(tiny.lora_null(tmp_path / "start", up_scale=0.0))
+    file = tmp_path / "base" / "model.safetensors"
+    plain = load_file(file)
+    linear = {f"{spec.name}.weight" for spec in start.layers}
+    turned = {name: value.T.contiguous() if name in linear else value for name, value in plain.items()}
+    for tensors, equal in ((turned, True), (plain, False)):
+        save_file(tensors, file)
+        base = read_tensors(tmp_path / "base", "model")
+        found = audit(peft_side, start, layers={spec.name for spec in start.layers}, trained_base=base)
+        assert all((layer.base == 0) is equal for layer in found.layers)
+
+
+def test_a_scale_that_is_not_that_of_the_start_is_a_fault(tmp_path: Path) -> None:
+    """Another alpha, or rsLoRA switched, is told with both factors in every layer; the file keeps them."""
+    start = open_checkpoint(as_peft(tmp_path / "a"))
+    for number, fields in enumerate(({"lora_alpha": 1}, {"use_rslora": True})):
+        trained = open_checkpoint(as_peft(tmp_path / str(number), lambda _, config, f=fields: config.update(f)))  # type: ignore[misc]
+        found = audit(trained, start, layers={Q0})
+        told = [phrase for phrase in faults(found)[Q0] if "scale" in phrase]
+        now = ("alpha 1 / rank 4 = 0.25", "alpha 4 / √rank 4 = 2, rsLoRA")[number]
+        assert told == [f"the scale is {now}, but was alpha 4 / rank 4 = 1"]
+        assert Audit.of({"audit": found.to_dict()}) == found
+    assert not [phrase for phrase in faults(audit(start, start, layers={Q0}))[Q0] if "scale" in phrase]
+
+
+@pytest.mark.parametrize("alpha", [None, "16", True])
+def test_a_lost_alpha_is_refused(tmp_path: Path, alpha: object) -> None:
+    """PEFT would silently take its default for an alpha that the config does not name."""
+    folder = as_peft(tmp_path, lambda _, config: config.update(lora_alpha=alpha))
+    with pytest.raises(CheckpointError, match=r"lora_alpha of model\.layers.*(is lost|no number), so the scale"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("degrees", [0.0, 1e-6, 0.5, 31.0, 89.0, 90.0])
 def test_the_angle_is_the_one_that_was_turned(degrees: float) -> None:
     """One basis vector turned out of the space by an angle gives that angle, small ones included."""
