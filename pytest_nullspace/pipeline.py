@@ -4,6 +4,7 @@ Only this module reaches torch, and only inside a function.
 """
 
 import hashlib
+import math
 import platform
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
@@ -238,6 +239,28 @@ def _about_text(text: str, windows: Sequence[calibration.Window], seqlen: int) -
     }
 
 
+def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, frozenset[str]]:
+    """The run as it will be, as far as that is known before the text is read and the model loaded.
+
+    Returns:
+        A run without figures, and the conditions in `pytest_nullspace.baseline.COMPARED` that it already tells.
+    """
+    seqlen = settings.seqlen
+    if seqlen is None and checkpoint.carries_base:
+        seqlen = _default_seqlen(checkpoint.config.get("max_position_embeddings"))
+    lost = math.nan
+    layers = tuple(
+        LayerStats(spec.name, 0, spec.in_features, spec.rank, spec.out_features, *[lost] * 9)
+        for spec in checkpoint.layers
+    )
+    if settings.task_dataset is not None:
+        layers = with_task(layers, layers)
+    told = {"windows": settings.calib_size, "seqlen": seqlen}
+    about = {"text": told, "settings": {"seed": settings.seed}}
+    known = {"seed", "rank", "widths", "figures"} | {what for what, value in told.items() if value is not None}
+    return RunStats(str(checkpoint.directory), settings.calib_dataset, layers, len(layers), about), frozenset(known)
+
+
 def read_files(checkpoint: Checkpoint, settings: Settings, layers: Collection[str]) -> RunStats:
     """A run in which nothing was measured: no text, no model, no torch; weighed where the settings ask for it."""
     weighed = {"statement": STATEMENT, "weights": weigh(checkpoint, layers).to_list()} if settings.weights_only else {}
@@ -340,10 +363,14 @@ def _device_name(torch: Any, device: Any) -> str:
 def _seqlen(asked: int | None, model: Any) -> int:
     limit = getattr(model.config, "max_position_embeddings", None)
     if asked is None:
-        return min(DEFAULT_SEQLEN, limit or DEFAULT_SEQLEN)
+        return _default_seqlen(limit)
     if limit is not None and asked > limit:
         raise TextError(f"{PREFIX}seqlen: {asked} tokens are more than the {limit} that the model takes")
     return asked
+
+
+def _default_seqlen(limit: Any) -> int:
+    return min(DEFAULT_SEQLEN, limit) if isinstance(limit, int) and limit else DEFAULT_SEQLEN
 
 
 def _hashes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -156,13 +156,13 @@ class GatedRun(ABC):
         """What keeps the outcome from being compared with another run, and is not allowed."""
         return [d for d in incomparable(outcome, earlier, conditions) if d.what not in self._settings.allowed]
 
-    def _check_comparable(self, outcome: RunStats) -> None:
-        """Refuse an outcome that does not compare with the earlier run or the saved start."""
+    def _check_comparable(self, outcome: RunStats, known: Collection[str] = tuple(COMPARED)) -> None:
+        """Refuse an outcome that does not compare with the earlier run or the saved start, by what is ``known``."""
         against = [("compare", self.earlier_file, self._earlier, set(COMPARED))]
         if self.start is not None:  # whether W_res is what it was is a test of its own, and figures may lack
             against.append(("init", self.start_file, self.start.run, {*COMPARED} - {"base", "figures"}))
         for option, file, other, conditions in against:
-            refused = [] if other is None else self._refused(outcome, other, conditions)
+            refused = [] if other is None else self._refused(outcome, other, conditions & {*known})
             if refused:
                 raise OptionError(
                     f"{PREFIX}{option}: not comparable: {'; '.join(map(str, refused))}: this run of {self.path}, and "
@@ -212,6 +212,7 @@ class CheckpointRun(GatedRun):
         self.checkpoint = checkpoint
         self._initial = None if settings.init_directory is None else open_checkpoint(settings.init_directory)
         self._bases = bases
+        self._check_comparable(*pipeline.planned(checkpoint, settings))
 
     @property
     def has_audit(self) -> bool:

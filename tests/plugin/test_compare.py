@@ -149,6 +149,40 @@ def test_a_measured_run_is_compared_too(checkpoint: Path, gate: Gate) -> None:
     again = gate(*LOOSE, *AGAINST, "-n", "2")
     again.assert_outcomes(passed=21 + 1)
     again.stdout.fnmatch_lines(["against *before.json: 0 of 21 layers are worse than allowed"])
-    other = gate(*LOOSE, *AGAINST, "--nullspace-seqlen=16", "-k", "layers.0.")
-    assert other.ret == 1
-    other.stdout.fnmatch_lines(["ERROR *not comparable: seqlen (16, was 32); rows*"])
+    other = gate(*LOOSE, *AGAINST, "--nullspace-seed=7", "-k", "layers.0.")
+    assert other.ret == pytest.ExitCode.USAGE_ERROR
+    text = (checkpoint.parents[1] / "text.txt").read_text()
+    (checkpoint.parents[1] / "text.txt").write_text(text.upper())
+    late = gate(*LOOSE, *AGAINST, "-k", "layers.0.")
+    assert late.ret == 1
+    late.stdout.fnmatch_lines(["ERROR *not comparable: text (*"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("seqlen=16",), "seqlen (16, was 32)"),
+        (("seed=7",), "seed (7, was 42)"),
+        (("calib-size=3", "seqlen=8"), "windows (3, was 16); seqlen (8, was 32)"),
+    ],
+)
+def test_what_is_known_early_is_refused_before_the_pass(
+    checkpoint: Path, gate: Gate, pytester: pytest.Pytester, options: tuple[str, ...], said: str
+) -> None:
+    """Settings, ranks and widths that cannot compare end pytest before the text is sought or a model loaded."""
+    spec = {"in_features": 32, "rank": 4, "out_features": 32}
+    run = saved.run("model.layers.0.self_attn.q_proj", **spec)
+    saved.save(pytester.path / "before.json", run)
+    asked = {"calib-size": "16", "seqlen": "32", **dict(option.split("=") for option in options)}
+    given = [f"--nullspace-{name}={value}" for name, value in asked.items()]
+    against = ("--nullspace-calib-dataset=nowhere.txt", "--nullspace-compare=before.json")
+    refused = gate(*given, *against)
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines([f"ERROR: --nullspace-compare: not comparable: {said}: this run of *"])
+    saved.save(
+        pytester.path / "before.json", dataclasses.replace(run, layers=(dataclasses.replace(run.layers[0], rank=8),))
+    )
+    ranks = gate("--nullspace-calib-size=16", "--nullspace-seqlen=32", *against)
+    ranks.stderr.fnmatch_lines(
+        ["ERROR: --nullspace-compare: not comparable: rank (model.layers.0.self_attn.q_proj: 4, *"]
+    )
