@@ -24,6 +24,10 @@ UNDERTRAINED = 1e-4
 """Effectiveness that a trained layer exceeds: the pass bound."""
 ORTHONORMAL = 1e-3
 """How far ``‖B‖² / r`` may lie from 1 for rows that were made orthonormal and left so."""
+QUIET = 0.5
+"""Leakage over chance below which the first layer is quiet: the pass bound."""
+HALF = 2.0**-25
+"""What float16 rounds to zero: half of its smallest number."""
 GROWN = 1.5
 """Growth of preservation since an earlier run that frozen weights do not explain."""
 
@@ -45,6 +49,11 @@ class Diagnosis:
     cure: str
     apart: str
     layers: tuple[str, ...]
+
+    @property
+    def page(self) -> str:
+        """Its page in the documentation, a path in the project's repository."""
+        return f"docs/causes/{self.cause}.md"
 
     def to_dict(self) -> dict[str, Any]:
         """The diagnosis as JSON holds it."""
@@ -217,7 +226,7 @@ def _depth(name: str) -> int | None:
 
 
 def _scale_wrong(case: _Case) -> Iterator[Diagnosis]:
-    scaled = case.audited(lambda layer: layer.is_rescaled)
+    scaled = _rescaled(case)
     if scaled and case.audit is not None:
         first = scaled[0]
         yield Diagnosis(
@@ -236,7 +245,7 @@ def _v1_trained(case: _Case) -> Iterator[Diagnosis]:
     """A v1 adapter may move B, and so out of the null space; a frozen one is told by `_wrong_subspace`."""
     loud = {layer.name: layer for layer in _loud(case)}
     left = case.audited(lambda layer: layer.name in loud and not layer.down <= layer.tolerance)
-    if case.audit is None or case.audit.variant != "v1" or len(left) < len(case.sound) / 2 or not left:
+    if case.audit is None or case.audit.variant != "v1" or not left:
         return
     leakage, angle = median(loud[layer.name].leakage for layer in left), median(layer.angle for layer in left)
     yield Diagnosis(
@@ -266,6 +275,10 @@ def _wrong_base(case: _Case) -> Iterator[Diagnosis]:
 
 def _outside(case: _Case) -> Iterator[Diagnosis]:
     others = [] if case.audit is None else [o for o in case.audit.others if not o.name.startswith("base_model_")]
+    if case.audit is not None and all(
+        layer.base is not None and layer.base > layer.tolerance for layer in case.audit.layers
+    ):
+        return  # another base differs in all that it holds, and has its own name
     if others and case.audit is not None:
         yield Diagnosis(
             "trained-outside",
@@ -281,6 +294,26 @@ def _loud(case: _Case) -> list[LayerStats]:
     return [layer for layer in case.sound if "leakage" not in layer.absent and layer.leakage > LOUD]
 
 
+def _rescaled(case: _Case) -> list[LayerAudit]:
+    return case.audited(lambda layer: layer.is_rescaled)
+
+
+def _drowns_its_input(case: _Case) -> bool:
+    """Whether updates, and not B, make deeper layers loud.
+
+    No update reaches the input of the first layer. If B is what it was and is quiet there, it is a null space; what
+    leaks behind it are activations that large updates have changed.
+    """
+    if (
+        not case.sound
+        or case.sound[0].leakage >= QUIET
+        or case.audited(lambda layer: not layer.down <= layer.tolerance)
+    ):
+        return False
+    unmoved = case.audit is not None or all(map(_is_orthonormal, case.sound))
+    return unmoved and fmean(layer.contribution for layer in case.sound) > OVERTRAINED
+
+
 def _is_orthonormal(layer: LayerStats) -> bool:
     return bool(layer.rank) and math.isclose(layer.down_weight_norm**2, layer.rank, rel_tol=ORTHONORMAL)
 
@@ -288,7 +321,7 @@ def _is_orthonormal(layer: LayerStats) -> bool:
 def _wrong_subspace(case: _Case) -> Iterator[Diagnosis]:
     frozen = {layer.name for layer in case.audited(lambda layer: layer.down <= layer.tolerance)}
     loud = [x for x in _loud(case) if (x.name in frozen if case.audit is not None else _is_orthonormal(x))]
-    if not case.sound or len(loud) < len(case.sound) / 2:
+    if not case.sound or len(loud) < len(case.sound) / 2 or _drowns_its_input(case) or _rescaled(case):
         return
     level = median(layer.leakage for layer in loud)
     evidence = f"B is frozen and leaks {level:.3g} times chance in the median {_of(loud, case.sound)}"
@@ -313,7 +346,7 @@ def _wrong_subspace(case: _Case) -> Iterator[Diagnosis]:
 
 def _plain_lora(case: _Case) -> Iterator[Diagnosis]:
     loud = _loud(case)
-    if case.audit is not None and case.audit.variant == "lora" and len(loud) >= len(case.sound) / 2 and loud:
+    if case.audit is not None and case.audit.variant == "lora" and loud:
         yield Diagnosis(
             "plain-lora",
             f"{case.audit.decided}; leakage / chance {median(layer.leakage for layer in loud):.3g} "
@@ -324,16 +357,26 @@ def _plain_lora(case: _Case) -> Iterator[Diagnosis]:
         )
 
 
-def _data_shift(case: _Case) -> Iterator[Diagnosis]:
+def _shifted(case: _Case) -> list[str]:
+    """The layers in which a B that did not move became louder, where they are most and the first is among them.
+
+    No update reaches the input of the first layer, so if that stayed quiet it is the updates that grew.
+    """
     if case.compared is None or case.audit is None or case.audited(lambda layer: layer.down > layer.tolerance):
-        return
+        return []
     grown = [
         name
         for name, changes in case.compared.changes.items()
         for change in changes
         if change.figure == "preservation" and change.now > GROWN * change.before
     ]
-    if len(grown) > len(case.compared.changes) / 2:
+    every = case.compared.changes
+    return grown if len(grown) > len(every) / 2 and next(iter(every)) in grown else []
+
+
+def _data_shift(case: _Case) -> Iterator[Diagnosis]:
+    grown = _shifted(case)
+    if grown:
         yield Diagnosis(
             "data-shift",
             f"B is what it was, yet preservation grew by more than half {_of(grown, case.run.layers)}",
@@ -343,12 +386,23 @@ def _data_shift(case: _Case) -> Iterator[Diagnosis]:
         )
 
 
+def _underflown(case: _Case) -> list[LayerStats]:
+    """The layers whose update is zero in the precision of the run, although A is not."""
+    least = HALF if case.run.about.get("dtype") == "float16" else 0.0
+    return [
+        layer
+        for layer in case.sound
+        if layer.up_weight_norm > 0 and layer.update_norm <= least * math.sqrt(layer.out_features)
+    ]
+
+
 def _underflow(case: _Case) -> Iterator[Diagnosis]:
-    lost = [layer for layer in case.sound if layer.update_norm == 0 and layer.up_weight_norm > 0]
+    lost = _underflown(case)
     if lost:
         yield Diagnosis(
             "underflow",
-            f"A is not zero, but ABx is, {_of(lost, case.sound)}; measured in {case.run.about.get('dtype', 'unknown')}",
+            f"A is not zero, but ABx is to {case.run.about.get('dtype', 'the precision it was measured in')} "
+            f"{_of(lost, case.sound)}",
             "measure and serve in bfloat16 or float32: the update lies below what half precision can hold",
             "in float32 a true zero of Bx would remain",
             _names(lost),
@@ -356,8 +410,9 @@ def _underflow(case: _Case) -> Iterator[Diagnosis]:
 
 
 def _strength(case: _Case) -> Iterator[Diagnosis]:
-    live = [layer for layer in case.sound if layer.update_norm > 0]
-    if not live or len(live) < len(case.run.layers):
+    lost = _underflown(case)
+    live = [layer for layer in case.sound if layer.update_norm > 0 and layer not in lost]
+    if not live or len(live) < len(case.run.layers) or _rescaled(case) or _shifted(case):
         return
     effects, shares = [layer.effectiveness for layer in live], [layer.contribution for layer in live]
     if max(effects) < UNDERTRAINED:
@@ -368,13 +423,13 @@ def _strength(case: _Case) -> Iterator[Diagnosis]:
             "some layers at zero among others that learned would be dead layers",
             _names(live),
         )
-    elif fmean(shares) > OVERTRAINED and not _loud(case):
+    elif fmean(shares) > OVERTRAINED and (not _loud(case) or _drowns_its_input(case)):
         yield Diagnosis(
             "overtrained",
             f"on text that is to be preserved the update makes {fmean(shares):.0%} of the output in the mean, although "
-            "the input space is quiet",
+            f"{'B is quiet where no update reaches its input' if _loud(case) else 'the input space is quiet'}",
             "fewer steps, a lower learning rate or a lower rank: a quiet space can still be made loud by its A",
-            "a lost null space would show in leakage",
+            "a lost null space would leak in the first layer too; a raised scale looks the same: the start tells",
             _names(live),
         )
 

@@ -325,11 +325,12 @@ def audit_lines(audited: Audit) -> Iterator[tuple[str, Tier | None]]:
 
 
 def diagnosis(causes: Sequence[Diagnosis]) -> Iterator[tuple[str, Tier | None]]:
-    """Each cause with its evidence, its cure, and what would tell it from the next likely one."""
+    """Each cause with its evidence, its cure, what would tell it from the next likely one, and its page."""
     for cause in causes:
         yield f"diagnosis: {cause.cause}: {cause.evidence}", Tier.FAIL
         yield f"  cure: {cause.cure}", None
         yield f"  to tell it apart: {cause.apart}", None
+        yield f"  more: {cause.page}", None
 
 
 def moved(audited: Audit) -> str:

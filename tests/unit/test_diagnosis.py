@@ -25,6 +25,10 @@ def run(some: tuple[str, ...] = NAMES, **changes: Any) -> RunStats:
     return dataclasses.replace(saved.run(), layers=tuple(layers))
 
 
+def in_half(found: RunStats) -> RunStats:
+    return dataclasses.replace(found, about={**found.about, "dtype": "float16"})
+
+
 def audited(
     some: tuple[str, ...] = NAMES, variant: str = "v2", others: tuple[Moved, ...] = (), **changes: Any
 ) -> Audit:
@@ -109,7 +113,7 @@ LEAKING: Mapping[str, Any] = {"mean_leakage": 4 / 64}
             f"the scale is not the one of the start in 2 of 9 layers: alpha 8 / rank 4 = 2, was *4, in {NAMES[0]}",
             2,
         ),
-        (run(update_norm=0.0), audited(), "underflow", "A is not zero, but ABx is, in 9 of 9 layers*", 9),
+        (run(update_norm=0.0), audited(), "underflow", "A is not zero, but ABx is to *in 9 of 9 layers", 9),
         (
             run(update_norm=1e-5),
             audited(),
@@ -118,6 +122,23 @@ LEAKING: Mapping[str, Any] = {"mean_leakage": 4 / 64}
             9,
         ),
         (run(update_norm=6.0), audited(), "overtrained", "on text that is to be preserved the update makes 60%*", 9),
+        (
+            run(NAMES[1:], mean_leakage=0.1, update_norm=6.0),
+            audited(),
+            "overtrained",
+            "on text that is to be preserved*",
+            9,
+        ),
+        (run(NAMES[1:], mean_leakage=0.1, update_norm=6.0), None, "overtrained", "on text that is to be preserved*", 9),
+        (
+            run(NAMES[1:], mean_leakage=0.1, update_norm=6.0),
+            audited(scale="alpha 8 / rank 4 = 2", initial_scale="alpha 4 / rank 4 = 1"),
+            "scale-wrong",
+            "the scale is not the one of the start in 9 of 9 layers*",
+            9,
+        ),
+        (in_half(run(update_norm=1e-8)), None, "underflow", "A is not zero, but ABx is to float16 in 9 of 9 layers", 9),
+        (run(NAMES[:2], **LEAKING), audited(variant="lora", **TRAINED_B), "plain-lora", "as it was said; leakage *", 2),
         (run(NAMES[:1], down_norm=math.nan), None, "non-finite", "NaN or infinity in 1 of 9 layers, 0 of them in*", 1),
         (run(NAMES[:2], up_weight_norm=math.inf), None, "non-finite", "NaN or infinity in 2 of 9 layers, 2 of*", 2),
     ],
@@ -145,6 +166,7 @@ def test_a_mistake_has_one_name(found: RunStats, against: Audit | None, cause: s
         (run(), audited(scale="alpha 8 / rank 4 = 2", initial_scale="alpha 8 / rank 4 = 2")),
         (run(), audited(scale="alpha 8 / rank 4 = 2")),
         (run(NAMES[:2], update_norm=1e-5), audited()),
+        (in_half(run()), audited()),
         (run(NAMES[:2], **LEAKING), audited()),
     ],
 )
@@ -159,12 +181,19 @@ def test_data_that_shifted_are_told_from_a_trained_b() -> None:
     compared = compare(now, before, [], Stage.TRAINED)
     (told,) = diagnose(now, audited(), compared)
     assert told.cause == "data-shift"
+    loud = run(down_norm=0.5, update_norm=6.0)
+    assert [d.cause for d in diagnose(loud, audited(), compare(loud, before, [], Stage.TRAINED))] == ["data-shift"]
+    behind = run(NAMES[1:], down_norm=0.5, update_norm=6.0)
+    told_behind = diagnose(behind, audited(), compare(behind, before, [], Stage.TRAINED))
+    assert [d.cause for d in told_behind] == ["overtrained"]
     assert [d.cause for d in diagnose(now, audited(**TRAINED_B), compared)] == ["b-trained"]
     assert diagnose(before, audited(), compare(before, before, [], Stage.TRAINED)) == []
 
 
 def test_distinct_causes_are_each_named_once() -> None:
-    """Several mistakes in one adapter are several diagnoses, and each can be saved."""
-    causes = diagnose(run(), audited(**TRAINED_B, base=0.1, others=(Moved("model.norm.weight", 0.5),)))
+    """Several mistakes in one adapter are several diagnoses, and each can be saved; another base explains the rest."""
+    norm = (Moved("model.norm.weight", 0.5),)
+    causes = diagnose(run(), audited(NAMES[:3], **TRAINED_B, base=0.1, others=norm))
     assert [cause.cause for cause in causes] == ["b-trained", "wrong-base", "trained-outside"]
+    assert [cause.cause for cause in diagnose(run(), audited(base=0.1, others=norm))] == ["wrong-base"]
     assert Diagnosis(**causes[0].to_dict()) == causes[0]
