@@ -506,12 +506,19 @@ def _check_together(settings: Settings) -> None:
 
 def _check_weights_only(settings: Settings) -> None:
     """Weights alone give no figures of activations, and a saved run holds no weights."""
-    saved = {"stats": settings.stats, "compare": settings.compare, "init": settings.saved_init}
-    given = next((name for name, value in saved.items() if value), None)
+    needing = {
+        "stats": settings.stats,
+        "compare": settings.compare,
+        "init": settings.saved_init,
+        "drift": settings.drift,
+        "spectrum": settings.spectrum,
+    }
+    given = next((name for name, value in needing.items() if value), None)
     if settings.weights_only and given is not None:
+        file = " with a saved run" if given == "init" else ""
         raise OptionError(
-            f"{PREFIX}weights-only: measures no activations, and {PREFIX}{given} names a saved run of them; "
-            "leave one of the two out"
+            f"{PREFIX}weights-only: measures no activations, and {PREFIX}{given}{file} is of them; leave one of the "
+            "two out"
         )
 
 

@@ -250,9 +250,12 @@ def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, froze
         seqlen = _default_seqlen(checkpoint.config.get("max_position_embeddings"))
     lost = math.nan
     layers = tuple(
-        LayerStats(spec.name, 0, spec.in_features, spec.rank, spec.out_features, *[lost] * 9)
+        LayerStats(
+            spec.name, 0, spec.in_features, spec.rank, spec.out_features,
+            lost, lost, lost, lost, lost, lost, lost, lost, lost,
+        )
         for spec in checkpoint.layers
-    )
+    )  # fmt: skip
     if settings.task_dataset is not None:
         layers = with_task(layers, layers)
     told = {"windows": settings.calib_size, "seqlen": seqlen}

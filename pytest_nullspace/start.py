@@ -84,7 +84,7 @@ class Start:
             return
         if layer.up_weight_norm == before.up_weight_norm:
             yield f"‖A‖ {layer.up_weight_norm:.4g} is what it was at the start: A did not move"
-        if not layer.effectiveness > UPDATE:
+        if not layer.figure("effectiveness") > UPDATE:
             yield f"{moves['effectiveness']} since the start: no clear update, which is above {UPDATE:g}"
 
     def moves(self, run: RunStats) -> dict[str, tuple[Change, ...]]:

@@ -38,8 +38,8 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
         f"**{counts[Tier.PASS]} passed, {counts[Tier.WARN]} warned, {counts[Tier.FAIL]} failed**.",
         "",
     ]
-    if not run.layers:
-        lines[2] = "No layer was measured; what follows is read from the files."
+    if not run.layers and run.drift is None:
+        lines += ["No layer was measured; what follows is read from the files.", ""]
         return "\n".join([*lines, *(f"- {escape(note.strip())}" for note in notes)]) + "\n"
     absent = not_measured(run)
     if absent is not None:

@@ -188,9 +188,6 @@ def summary(
     run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations
 ) -> Iterator[tuple[str, Tier | None]]:
     """The lines of the summary, each with the tier that colours it."""
-    if not run.layers:
-        yield "no layer was measured; what follows is read from the files", Tier.WARN
-        return
     conditions = _conditions(run)
     if conditions is not None:
         yield conditions, None
@@ -201,6 +198,9 @@ def summary(
         f"{counts[Tier.WARN]} warned, {counts[Tier.FAIL]} failed",
         worst if run.complete else Tier.WARN if worst is Tier.PASS else worst,
     )
+    if not run.layers and run.drift is None:
+        yield "no layer was measured; what follows is read from the files", Tier.WARN
+        return
     absent = not_measured(run)
     if absent is not None:
         yield absent, Tier.WARN

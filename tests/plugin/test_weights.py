@@ -61,10 +61,11 @@ def test_it_stands_in_for_no_measured_run(checkpoint: Path, gate: Gate, replay: 
     ):
         assert refused.ret == pytest.ExitCode.USAGE_ERROR
         refused.stderr.fnmatch_lines(["ERROR: *w.json: is of weights alone: its activations were not measured,*"])
-    for option in ("compare", "stats", "init"):
-        both = gate(ONLY, f"--nullspace-{option}=stats.json")
+    for option in ("compare=stats.json", "stats=stats.json", "init=stats.json", "drift", "spectrum"):
+        both = gate(ONLY, f"--nullspace-{option}")
         assert both.ret == pytest.ExitCode.USAGE_ERROR
-        both.stderr.fnmatch_lines([f"ERROR: --nullspace-weights-only: *--nullspace-{option} names a saved run*"])
+        name = option.partition("=")[0]
+        both.stderr.fnmatch_lines([f"ERROR: --nullspace-weights-only: *and --nullspace-{name}* is of them; leave *"])
 
 
 def test_dead_moved_and_broken_layers_fail(start: Path, gate: Gate, pytester: pytest.Pytester) -> None:
