@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_nullspace import calibration
 from pytest_nullspace.audit import Audit, audit
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors
+from pytest_nullspace.checkpoint.header import TensorInfo, read_tensors
 from pytest_nullspace.errors import CheckpointError, OptionError, TextError
 from pytest_nullspace.hub import directory_of
 from pytest_nullspace.invariants import Expectations, Stage, judge
@@ -315,11 +315,7 @@ def base_directory(checkpoint: Checkpoint, asked: str | None) -> Path:
     if asked is not None:
         return directory_of(asked, None, f"{PREFIX}base")
     if checkpoint.changed_base is not None:
-        raise CheckpointError(
-            f"{checkpoint.config_file}: init_lora_weights {checkpoint.changed_base} changed the base's weights, and "
-            f"the adapter was not saved converted: on the untouched base {printable(checkpoint.base)} every figure "
-            f"would be wrong; give the changed base by {PREFIX}base=DIR"
-        )
+        raise CheckpointError(f"{checkpoint.config_file}: {checkpoint.changed_base} by {PREFIX}base=DIR")
     if not checkpoint.base:
         raise CheckpointError(
             f"{checkpoint.config_file}: names no base_model_name_or_path; give it by {PREFIX}base=DIR"

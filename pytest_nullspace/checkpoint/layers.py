@@ -71,7 +71,7 @@ class Checkpoint:
         outside: Names of trained tensors that no layer's test covers, as far as the format tells.
         base: The base model that its config names, a path or a hub id; None where it carries its base.
         base_revision: That base's revision on the hub.
-        changed_base: The initialisation that changed the base's weights, if one did: the adapter holds only with them.
+        changed_base: Where an initialisation changed the base's weights, which base must be given, and why.
     """
 
     directory: Path

@@ -65,11 +65,23 @@ def _text(config: Mapping[str, Any], field: str, config_file: Path) -> str | Non
 
 
 def _changed_base(config: Mapping[str, Any]) -> str | None:
-    """The initialisation that moved weight out of the base; an adapter saved converted says ``true`` instead."""
-    start = str(config.get("init_lora_weights", "")).lower()
+    """What is known of an initialisation that moved weight out of the base.
+
+    An adapter saved converted belongs on the untouched base, and says ``true``. So does one that was made to say so
+    before it was saved as it is; of CorDA alone a trace is left.
+    """
+    start, base = str(config.get("init_lora_weights", "")).lower(), printable(config.get("base_model_name_or_path"))
     if start.startswith(CHANGES_THE_BASE):
-        return start
-    return "corda" if config.get("corda_config") else None
+        return (
+            f"init_lora_weights {start} changed the base's weights, and the adapter was not saved converted: on the "
+            f"untouched base {base} every figure would be wrong; give the changed base"
+        )
+    if config.get("corda_config"):
+        return (
+            "its corda_config says that CorDA changed the base's weights, and nothing says whether the adapter was "
+            f"saved converted; if it was, give the untouched base {base}, if not, the changed one,"
+        )
+    return None
 
 
 def _layers(directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> list[str]:
