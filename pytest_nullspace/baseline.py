@@ -220,7 +220,7 @@ def incomparable(
 
 
 def _alike(now: Any, before: Any) -> bool:
-    if isinstance(now, float):  # NaN fails its layer by itself
+    if isinstance(now, float) and isinstance(before, float):  # NaN fails its layer by itself
         return math.isnan(now) or math.isnan(before) or math.isclose(now, before, rel_tol=BASE_TOLERANCE)
     return bool(now == before)
 

@@ -72,7 +72,7 @@ class LayerStats:
         mean_leakage: Mean of ``‖Px‖² / ‖x‖²``, P the projector on B's row space; in [0, 1]. None if never measured.
         down_weight_norm: Frobenius norm of B.
         up_weight_norm: Frobenius norm of A.
-        base_weight_norm: Frobenius norm of W_res.
+        base_weight_norm: Frobenius norm of W_res. None if it is quantised in a way that does not give it.
         margins: Half the width of each figure's confidence interval; empty if never estimated.
         task: The same layer on the task text, if that was measured too; what is here is then of the preserved text.
         spectrum: What the text would allow at best, if that was measured.
@@ -91,7 +91,7 @@ class LayerStats:
     mean_leakage: float | None
     down_weight_norm: float
     up_weight_norm: float
-    base_weight_norm: float
+    base_weight_norm: float | None
     margins: Mapping[str, float] = field(default_factory=dict)
     task: "LayerStats | None" = None
     spectrum: Spectrum | None = None
@@ -176,7 +176,7 @@ class LayerStats:
         if self.task is not None and self.task.defect is not None:
             return f"on the task text: {self.task.defect}"
         norms = (self.down_weight_norm, self.up_weight_norm, self.base_weight_norm)
-        if not all(map(math.isfinite, norms)):
+        if not all(math.isfinite(norm) for norm in norms if norm is not None):
             return "non-finite weights (NaN or infinity)"
         if not all(map(math.isfinite, (self.input_norm, self.down_norm, self.update_norm, self.base_norm))):
             return "non-finite activations (NaN or infinity)"
@@ -245,6 +245,8 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
+_NOT_MEASURED = "not measured"
+"""What a file holds for a norm that a quantised weight does not give; ``null`` is what is not finite."""
 _MEASURED = tuple(name for name in LayerStats.__slots__ if name not in ("margins", "task", "spectrum"))
 
 # Our field -> the key in the file. Up to Residual_weight_norm they are the reference's own.
@@ -366,6 +368,8 @@ def _entry(layer: LayerStats) -> dict[str, Any]:
     if layer.task is None:
         absent.add("selectivity")
     entry: dict[str, Any] = {key: _plain(getattr(layer, name)) for name, key in _KEYS.items() if name not in absent}
+    if layer.base_weight_norm is None:
+        entry[_KEYS["base_weight_norm"]] = _NOT_MEASURED
     if layer.margins:
         entry[_MARGINS] = {figure: _plain(layer.margins[figure]) for figure in FIGURES if figure in layer.margins}
     if layer.task is not None:
@@ -486,6 +490,8 @@ def _layer(entry: object, where: str) -> LayerStats:
         if name in _COUNTS:
             if not _is_count(value):
                 raise StatsError(f"{where}: {_KEYS[name]} must be a whole number from 0, not {value!r}")
+        elif name == "base_weight_norm" and value == _NOT_MEASURED:
+            value = None
         elif name != "name" and (name != "mean_leakage" or _KEYS[name] in entry):
             value = _number(math.nan if value is None and _KEYS[name] in entry else value, f"{where}: {_KEYS[name]}")
         values[name] = value

@@ -25,6 +25,7 @@ class AdaptedLayer:
         base: Output ``W_res x``, shape ``(…, out)``, with a bias where it has one of its own.
         scale: What ``up``'s output is multiplied by.
         down_matrix: Gives the matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64 on the CPU.
+        base_matrix: Gives ``W_res`` or its transpose; None where it is quantised and cannot be had as numbers.
         has_bias: Whether the layer's output holds a bias on top of the two parts.
         has_magnitude: Whether it is a DoRA layer. Its update is then all that it changes, ``layer(x) - base(x)``.
     """
@@ -36,6 +37,7 @@ class AdaptedLayer:
     base: nn.Module
     scale: float
     down_matrix: Callable[[], Tensor]
+    base_matrix: Callable[[], Tensor | None]
     has_bias: bool
     has_magnitude: bool = False
 
@@ -63,15 +65,15 @@ class AdaptedLayer:
         assert isinstance(weight, Tensor)
         return weight.detach()
 
-    def weight_norms(self) -> tuple[float, float, float]:
-        """The Frobenius norms of B, A and W_res as stored, summed in float64."""
-        return _frobenius(self.down), _frobenius(self.up), _frobenius(self.base)
+    def weight_norms(self) -> tuple[float, float, float | None]:
+        """The Frobenius norms of B, A and, where it can be had, W_res as stored, summed in float64."""
+        down, base = self.down.weight, self.base_matrix()
+        assert isinstance(down, Tensor)
+        return _frobenius(down), _frobenius(self.up_matrix), None if base is None else _frobenius(base)
 
 
-def _frobenius(module: nn.Module) -> float:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return float(row_norms(weight.detach()).double().square().sum().sqrt())
+def _frobenius(matrix: Tensor) -> float:
+    return float(row_norms(matrix.detach()).double().square().sum().sqrt())
 
 
 @dataclass(frozen=True)

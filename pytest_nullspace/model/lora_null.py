@@ -192,5 +192,6 @@ def _view(adapted: AdaptedLinear, name: str) -> AdaptedLayer:
         base=adapted.residual,
         scale=1.0,
         down_matrix=adapted.down_matrix,
+        base_matrix=lambda: adapted.residual.weight,
         has_bias=adapted.bias is not None,
     )

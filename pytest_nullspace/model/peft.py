@@ -38,6 +38,9 @@ _CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
+"""The packages that read a base quantised so; of others transformers' message tells."""
+_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SHOWN = 5
 
 
@@ -152,6 +155,14 @@ def _base_model(kind: Any, base: Path, dtype: torch.dtype, replaced: tuple[str, 
             use_safetensors=True,
             output_loading_info=True,
         )
+    except ImportError as error:
+        method = _quantiser(base)
+        if method is None:
+            raise
+        raise CheckpointError(
+            f"{base}: its weights are quantised by {printable(method)}, and what reads them is not installed: {error}; "
+            f"pip install {_QUANTISERS.get(method, 'what it names')}"
+        ) from error
     except Exception as error:  # transformers raises many kinds for a directory that it cannot load
         raise CheckpointError(f"{base}: transformers cannot load the base model: {error}") from error
     missing = [key for key in sorted(report["missing_keys"]) if not any(part in replaced for part in key.split("."))]
@@ -163,6 +174,11 @@ def _base_model(kind: Any, base: Path, dtype: torch.dtype, replaced: tuple[str, 
         )
     assert isinstance(model, nn.Module)
     return model
+
+
+def _quantiser(base: Path) -> str | None:
+    config = read_json_object(base / "config.json", "the base model's config").get("quantization_config")
+    return str(config.get("quant_method")) if isinstance(config, dict) else None
 
 
 def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
@@ -218,6 +234,34 @@ def _view(name: str, layer: Any) -> AdaptedLayer:
         base=base,
         scale=float(layer.scaling[adapter]),
         down_matrix=lambda: down.weight.detach().to("cpu", torch.float64),
+        base_matrix=lambda: _weight(base, {layer.in_features, layer.out_features}),
         has_bias=getattr(base, "bias", None) is not None,
         has_magnitude=bool(layer.use_dora.get(adapter)),
     )
+
+
+def _weight(base: nn.Module, widths: set[int]) -> Tensor | None:
+    """The weight of one linear layer, taken out of its quantisation by the library that put it in; None if it cannot.
+
+    What another library packs or scales apart may still be a tensor named ``weight``, whose norm would be wrong.
+    """
+    weight = _dequantised(base)
+    if isinstance(weight, Tensor) and weight.dtype in _NUMBERS and weight.ndim == 2 and set(weight.shape) == widths:
+        return weight
+    return None
+
+
+def _dequantised(base: Any) -> object:
+    # PEFT has a function for it, but on a CPU that leaves an 8-bit layer unable to run again.
+    weight: Any = getattr(base, "weight", None)
+    match type(weight).__name__:
+        case "Params4bit":
+            from bitsandbytes.functional import dequantize_4bit
+
+            return dequantize_4bit(weight.data, weight.quant_state)
+        case "Int8Params":
+            from bitsandbytes.functional import int8_vectorwise_dequant
+
+            held = weight if base.state.CB is None else base.state  # there from the first forward on
+            return int8_vectorwise_dequant(held.CB, held.SCB)
+    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else weight

@@ -172,9 +172,10 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
         for figure in TASK_FIGURES:
             yield _figure_line(layer, figure, marks)
     yield "-" * WIDTH
+    base = "not measured" if layer.base_weight_norm is None else f"{layer.base_weight_norm:.6f}"
     yield (
         f"weight norms:  ||B||_F {layer.down_weight_norm:.6f}   ||A||_F {layer.up_weight_norm:.6f}   "
-        f"||W_residual||_F {layer.base_weight_norm:.6f}"
+        f"||W_residual||_F {base}"
     )
     for fault in _faults(verdict):
         yield f"  {MARKS[verdict.tier]} {fault}"

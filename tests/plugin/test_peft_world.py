@@ -116,6 +116,6 @@ def test_corda_saved_converted_is_the_same_model_on_the_untouched_base(
         assert judged("gated 21 of 21 layers: ", result)
     one, other = (json.loads((pytester.path / f"{name}.json").read_text())["stats"] for name in ("one", "other"))
     for layer, same in zip(one, other, strict=True):
-        assert same["name"] == layer["name"]
+        assert same["layer_name"] == layer["layer_name"]
         assert same["rank"] == 2 * layer["rank"]
         assert same["FullOutput_norm"] == pytest.approx(layer["FullOutput_norm"], rel=1e-4)

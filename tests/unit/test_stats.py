@@ -331,6 +331,14 @@ def broken(change: Callable[[dict[str, Any]], object]) -> str:
     return str(caught.value)
 
 
+def test_the_norm_of_a_weight_that_does_not_tell_it_is_neither_a_number_nor_a_defect() -> None:
+    """A quantised weight may have no norm: the layer is judged, and its file says that it was not measured."""
+    run = dataclasses.replace(RUN, layers=tuple(dataclasses.replace(x, base_weight_norm=None) for x in RUN.layers))
+    assert [layer.defect for layer in run.layers] == [layer.defect for layer in RUN.layers]
+    assert json.loads(to_json(run))["stats"][0]["Residual_weight_norm"] == "not measured"
+    assert same(from_json(to_json(run), "f"), run)
+
+
 @pytest.mark.parametrize(
     "key", sorted(REFERENCE_KEYS - {"BX_ratio", "ABX_ratio", "adapter_contribution", "layer_name"})
 )
