@@ -13,6 +13,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -208,6 +209,14 @@ def _check_targets(checkpoint: Checkpoint, base: Path, found: dict[str, LoraLaye
         raise CheckpointError(
             f"{checkpoint.config_file}: the adapter holds {_some(missing)}, but its target_modules do not name them "
             f"in the base model {base}; PEFT would leave them out"
+        )
+    bare = {name: module.parameter_name for name in saved if isinstance(module := found[name], ParamWrapper)}
+    if bare:
+        name, parameter = min(bare.items())
+        raise CheckpointError(
+            f"{checkpoint.config_file}: target_parameters put LoRA on the bare parameter {printable(parameter)} of "
+            f"{printable(name)}, which no layer test covers, and without its module's name it looks like a linear "
+            f"layer's; call it {printable(name.rpartition('.')[2])}.{printable(parameter)} there"
         )
     covered = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in checkpoint.tensors}
     unsaved = sorted(name for name in found if name not in saved and name not in covered)

@@ -373,6 +373,22 @@ def test_convolutions_are_listed(tmp_path: Path) -> None:
     )
 
 
+def test_a_matrix_among_the_parameters_is_an_error_until_its_module_is_named(tmp_path: Path) -> None:
+    """A bare name in target_parameters could be a linear layer's; with its module's, as told, it lies outside."""
+    model = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=8)
+    )
+    directory = adapter(tmp_path, model, r=4, target_modules=["lm_head"], target_parameters=["A_log"])
+    told = r"bare parameter A_log of backbone.layers.0.mixer, .*; call it mixer.A_log there$"
+    with pytest.raises(CheckpointError, match=told):
+        opened(directory)
+    change(directory, lambda _, config: config.update(target_parameters=["mixer.A_log"]))
+    checkpoint, adapted = opened(directory)
+    assert list(adapted.layers) == ["lm_head"]
+    assert len([name for name in checkpoint.outside if ".mixer.lora_" in name]) == 4
+    check_figures(adapted)
+
+
 @pytest.mark.parametrize(
     ("make", "config"),
     [
