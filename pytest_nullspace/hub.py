@@ -34,6 +34,7 @@ def downloaded(name: str, revision: str | None, how: str) -> Path:
     if not _HUB_ID.fullmatch(name) or name in (".", ".."):
         raise CheckpointError(f"{how}: {printable(name)} is no directory, and no id on the hub could be written so")
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     identity, _, said = name.partition("@")
     try:
@@ -43,7 +44,9 @@ def downloaded(name: str, revision: str | None, how: str) -> Path:
             )
         )
     except Exception as error:  # no network, offline, gated, unknown: huggingface_hub has an exception for each
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        if isinstance(error, RepositoryNotFoundError):  # what the hub says of any model that is not shown to the asker
+            reason += "; if it is private or gated, set HF_TOKEN to a token that may read it"
         raise CheckpointError(
             f"{how}: {printable(name)} is no directory here and cannot be had from the hub: {reason}; "
             "give a local directory"

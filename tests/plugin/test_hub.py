@@ -23,6 +23,8 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root = root
+        self.token: str | None = None
+        """Without it in the request nothing is served, as of a private repository."""
         self.fetched: list[tuple[str, str, str]] = []
 
 
@@ -36,6 +38,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, *, body: bool) -> None:
+        token = self.server.token
+        if token is not None and self.headers["Authorization"] != f"Bearer {token}":
+            self.reply(401, b'{"error": "Invalid username or password."}', {"X-Error-Code": "RepoNotFound"}, body=body)
+            return
         parts = self.path.partition("?")[0].strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             owner, name, revision = parts[2], parts[3], parts[5] if len(parts) > 5 else "main"
@@ -134,3 +140,17 @@ def test_what_the_hub_does_not_have_is_a_usage_error(hub: Hub, gate: Gate, monke
     offline = gate(model="someone/adapter")
     assert offline.ret == pytest.ExitCode.USAGE_ERROR
     offline.stderr.fnmatch_lines(["ERROR: --nullspace-model: someone/adapter is no directory here *local directory"])
+
+
+def test_a_private_model_needs_a_token(hub: Hub, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without HF_TOKEN, or with a wrong one, the error says that the model may be private; with it, it is gated."""
+    hub.token = "hf_right"
+    for token in (None, "hf_wrong"):
+        monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN", raising=False)
+        refused = gate(model="someone/adapter")
+        assert refused.ret == pytest.ExitCode.USAGE_ERROR
+        refused.stderr.fnmatch_lines(
+            ["ERROR: --nullspace-model: someone/adapter *: 401 *; if it is private or gated, set HF_TOKEN to a *"]
+        )
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    gate(*LOOSE, model="someone/adapter").assert_outcomes(passed=4)
