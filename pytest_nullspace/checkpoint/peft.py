@@ -39,6 +39,11 @@ def read(directory: Path) -> Checkpoint:
         raise CheckpointError(
             f"{config_file}: peft_type is {printable(kind)!r}: not a LoRA adapter, so it has no layers to gate"
         )
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise CheckpointError(
+            f"{config_file}: lora_alpha is {printable(config.get('lora_alpha'))}, not a number; without it the scale "
+            "of the update is unknown"
+        )
     tensors = read_tensors(directory, "adapter_model")
     names = _layers(directory, tensors, config)
     layers = [_layer(directory, name, tensors, config, config_file) for name in names]

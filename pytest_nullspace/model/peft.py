@@ -4,7 +4,8 @@ PEFT itself only warns about tensors that match nothing; here that is an error, 
 that is measured.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, MutableMapping
+import re
+from collections.abc import Collection, Hashable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,17 @@ def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
         raise CheckpointError(
             f"{checkpoint.directory}: the adapter does not fit the base model {base}: {error}"
         ) from None
+    except KeyError as error:
+        raise CheckpointError(
+            f"{checkpoint.directory}: its config says that {printable(error.args[0])} was trained, but the adapter "
+            "does not hold it; save the adapter again"
+        ) from None
+    lost = _lost_biases(wrapped, tensors)
+    if lost and checkpoint.config.get("bias", "none") != "none":
+        raise CheckpointError(
+            f"{checkpoint.directory}: its config says that biases were trained, but the adapter does not hold "
+            f"{_some(lost)}; save the adapter again"
+        )
     if result.unexpected_keys:
         own = (name for name, module in wrapped.base_model.model.named_modules() if isinstance(module, LoraLayer))
         raise CheckpointError(
@@ -200,6 +212,18 @@ def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
             f"{_some(own)}. "
             "Is this another architecture, or a prefix too many?"
         )
+
+
+def _lost_biases(wrapped: Any, tensors: Collection[str]) -> list[str]:
+    """The biases of the base that training may move and that ``tensors`` do not hold."""
+    return [
+        name
+        for name, parameter in wrapped.named_parameters()
+        if name.endswith(".bias")
+        and parameter.requires_grad
+        and not re.search(r"\.(lora_\w+|modules_to_save)\.", name)
+        and name not in tensors
+    ]
 
 
 def _check_targets(checkpoint: Checkpoint, base: Path, found: dict[str, LoraLayer]) -> None:

@@ -222,6 +222,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str
     ),
     "a layer that is no target": (lambda _, config: config.update(target_modules=["q_proj"]), "match nothing"),
     "config rank of another run": (lambda _, config: config.update(r=8), "has rank 4"),
+    "a scale that was lost": (lambda _, config: config.pop("lora_alpha"), "lora_alpha is None, not a number"),
     "an empty tensor": (
         lambda tensors, _: tensors.update(
             {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.empty(0)}
@@ -257,6 +258,34 @@ def test_a_broken_adapter_is_an_error_that_names_what_is_wrong(how: str, saved: 
     change(saved, edit)
     with pytest.raises(CheckpointError, match=message.replace("(", r"\(")):
         opened(saved)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "part", "message"),
+    [
+        (tiny.qwen2, {"bias": "lora_only"}, ".bias", "biases were trained, but the adapter does not hold base_model"),
+        (
+            lambda: tiny.llama(tie_word_embeddings=False),
+            {"modules_to_save": ["lm_head"]},
+            "lm_head",
+            "says that base_model.model.lm_head.weight was trained, but the adapter does not hold it",
+        ),
+    ],
+    ids=["biases", "whole modules"],
+)
+def test_what_was_trained_and_not_saved_is_an_error(
+    make: Callable[[], Any], config: dict[str, Any], part: str, message: str, tmp_path: Path
+) -> None:
+    """Biases and whole modules that the config says were trained must be there; the base's own are not what was."""
+    directory = adapter(tmp_path, make(), r=4, target_modules=["q_proj"], **config)
+
+    def lose(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        for name in [name for name in tensors if part in name]:
+            del tensors[name]
+
+    change(directory, lose)
+    with pytest.raises(CheckpointError, match=message):
+        opened(directory)
 
 
 def test_the_option_names_a_changed_base(saved: Path, tmp_path: Path) -> None:
