@@ -86,7 +86,7 @@ class Moved:
 
     def __str__(self) -> str:
         """The tensor with its relative change, or the reason."""
-        return f"{printable(self.name)} ({self.why or f'relative change {self.change:.3g}'})"
+        return f"{printable(self.name)} ({printable(self.why, 1000) or f'relative change {self.change:.3g}'})"
 
 
 @dataclass(frozen=True)

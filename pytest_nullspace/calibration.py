@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_nullspace.checkpoint.header import printable, read_json_object
+from pytest_nullspace.checkpoint.header import opened, printable, read_json_object
 from pytest_nullspace.errors import CheckpointError, TextError
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ DEFAULT_COLUMNS = ("text", "sentence", "question", "content")
 """Where a text is looked for when no column is named, in this order."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """A directory with none of these holds no tokenizer."""
+
+MAX_TOKENIZER_BYTES = 200_000_000
+"""Ten times the largest vocabulary that models have."""
 
 _MAX_CSV_FIELD = 2**31 - 1
 _HUB_SPEC = re.compile(
@@ -312,7 +315,9 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"line {line + error.lineno - 1}, column {error.colno}"
-        raise TextError(f"{path}: {where}: not JSON ({error.msg})") from None
+        raise TextError(f"{path}: {where}: not JSON ({error.msg}); mend or remove it") from None
+    except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
+        raise TextError(f"{path}: line {line}: not JSON that can be read ({error}); mend or remove it") from None
 
 
 def _read_txt(path: Path) -> _Table:
@@ -481,22 +486,50 @@ def _window(text: str, tokenize: Tokenize, start: int, seqlen: int) -> Window:
 def load_tokenizer(directory: Path) -> Callable[[str], list[int]]:
     """The tokenizer that lies in ``directory``, as a function from a text to its ids with the default special tokens.
 
-    A ``tokenizer.json`` is read as it stands, where AutoTokenizer might rebuild it as the model's usual one. Without
-    it the older vocabulary files are read by the class that `transformers` has for them. Code beside them is never run,
-    and the hub is never asked.
+    A ``tokenizer.json`` is read as it stands and alone: AutoTokenizer might rebuild it as the model's usual one, and
+    would open the configuration and the chat templates beside it. Without it the older vocabulary files are read by the
+    class that `transformers` has for them. Code beside them is never run, and the hub is never asked.
 
     Raises:
         CheckpointError: There is no tokenizer, it needs code of its own, or it cannot be loaded.
     """
     _require_tokenizer(directory)
     try:
-        if (directory / "tokenizer.json").is_file():
-            from transformers import PreTrainedTokenizerFast as Tokenizer
-        else:
-            from transformers import AutoTokenizer as Tokenizer
-        tokenizer = Tokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        return _fast(directory) if (directory / "tokenizer.json").is_file() else _slow(directory)
+    except CheckpointError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{directory}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{directory}: its tokenizer cannot be loaded: {_first_line(error)}; save the base model's tokenizer into "
+            "the directory"
+        ) from error
+
+
+def _fast(directory: Path) -> Callable[[str], list[int]]:
+    from tokenizers import Tokenizer
+
+    with opened(directory / "tokenizer.json", "the tokenizer") as (stream, status):
+        if (size := status.st_size) > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(
+                f"{directory / 'tokenizer.json'}: has {size:,} bytes; at most {MAX_TOKENIZER_BYTES:,} are read; "
+                "save the base model's tokenizer into the directory"
+            )
+        data = stream.read()
+    tokenizer = Tokenizer.from_buffer(data)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text).ids
+        return ids
+
+    return tokenize
+
+
+def _slow(directory: Path) -> Callable[[str], list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
 
     def tokenize(text: str) -> list[int]:
         # Quiet, because a text longer than the model's context is cut to a window afterwards.

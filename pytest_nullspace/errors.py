@@ -7,12 +7,33 @@
     ├── StatsError                  a saved statistics file that cannot be read or trusted
     └── MeasurementError            the pass itself: non-finite, interrupted, lost, incomplete
 
-Each message says what is wrong, where, and what to do. Warnings are `NullspaceWarning`.
+Each message says what is wrong, where, and what to do. Warnings are `NullspaceWarning`. Whatever a message quotes, be
+it a stranger's tensor name or the name of a file, no control character of it reaches a terminal.
 """
+
+
+def escaped(text: str) -> str:
+    """``text`` with everything but plain printable characters and ends of lines escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def printable(text: object, limit: int = 120) -> str:
+    """``text`` as one line of at most ``limit`` plain printable characters, for what a stranger wrote."""
+    shown = escaped(str(text)[: limit + 1]).replace("\n", "\\n")
+    return shown if len(shown) <= limit else f"{shown[:limit]}…"
+
+
+def quoted(text: object, limit: int = 120) -> str:
+    """`printable` in quotes."""
+    return f"'{printable(text, limit)}'"
 
 
 class NullspaceError(Exception):
     """Something the user can mend; the message stands alone, without a traceback."""
+
+    def __str__(self) -> str:
+        """The message, in plain printable characters."""
+        return escaped(super().__str__())
 
 
 class CheckpointError(NullspaceError):

@@ -1,6 +1,7 @@
 """The hooks of a run of pytest that gates: its nodes come in, its outcome is held complete, its reports go out."""
 
 import os
+import sys
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,10 +15,11 @@ from pytest_nullspace import stats
 from pytest_nullspace.audit import Audit
 from pytest_nullspace.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.errors import NullspaceError
+from pytest_nullspace.hub import local_directory
 from pytest_nullspace.invariants import Stage, Tier
 from pytest_nullspace.options import Settings, stats_file
 from pytest_nullspace.report import markdown, terminal, weights
-from pytest_nullspace.session import GatedRun, open_runs
+from pytest_nullspace.session import CheckpointRun, GatedRun, open_runs
 from pytest_nullspace.stats import RunStats
 from pytest_nullspace.weights import STATEMENT, Weights
 
@@ -31,6 +33,14 @@ class Gate:
         self.settings = settings
         self.runs = open_runs(settings)
         self._files = {run.file: run for run in self.runs}
+        named = [run.checkpoint.base for run in self.runs if isinstance(run, CheckpointRun)]
+        bases = [local_directory(name) for name in (*named, settings.base) if name]
+        strangers = [*(run.path for run in self.runs), *bases, settings.init]
+        self._strangers = [folder.absolute() for folder in strangers if folder is not None and folder.is_dir()]
+        on_path = {Path(folder).resolve() for folder in sys.path}
+        for folder in self._strangers:
+            if folder.resolve() in on_path and any(folder.glob("*.py")):
+                raise NullspaceError(f"{folder}: Python imports from it; start pytest in another folder")
         self._config = config
         self._expected: list[str] = []
         self._judged: set[str] = set()
@@ -52,6 +62,20 @@ class Gate:
         if run is None or not parent.session.isinitpath(file_path):
             return None
         return CheckpointFile.of(parent, run)
+
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        """Keep pytest from the Python files of a checkpoint that lies among the user's tests."""
+        return True if collection_path not in self._files and self._is_strange(collection_path) else None
+
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        """Take a checkpoint's directory for no package, whose ``__init__.py`` pytest would import."""
+        if not self._is_strange(path):
+            return None
+        directory: pytest.Dir = pytest.Dir.from_parent(parent, path=path)
+        return directory
+
+    def _is_strange(self, path: Path) -> bool:
+        return any(path.is_relative_to(folder) for folder in self._strangers)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_make_collect_report(

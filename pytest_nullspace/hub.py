@@ -25,14 +25,25 @@ def directory_of(name: str, revision: str | None, how: str) -> Path:
     Raises:
         CheckpointError: It is neither, or the hub cannot be reached or has no such model.
     """
-    local = Path(name).expanduser()
-    return local if local.is_dir() else downloaded(name, revision, how)
+    return local_directory(name) or downloaded(name, revision, how)
+
+
+def local_directory(name: str) -> Path | None:
+    """The directory of that path, if there is one."""
+    try:
+        local = Path(name).expanduser()
+        return local if local.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # a name too long, nobody's home
+        return None
 
 
 def downloaded(name: str, revision: str | None, how: str) -> Path:
     """The directory in the hub's own cache that holds ``name``, downloaded if it is not there; see `directory_of`."""
     if not _HUB_ID.fullmatch(name) or name in (".", ".."):
-        raise CheckpointError(f"{how}: {printable(name)} is no directory, and no id on the hub could be written so")
+        raise CheckpointError(
+            f"{how}: {printable(name)} is no directory, and no id on the hub could be written so; give a directory or "
+            "owner/name"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -44,7 +55,7 @@ def downloaded(name: str, revision: str | None, how: str) -> Path:
             )
         )
     except Exception as error:  # no network, offline, gated, unknown: huggingface_hub has an exception for each
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        reason = printable(str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__, 300)
         if isinstance(error, RepositoryNotFoundError):  # what the hub says of any model that is not shown to the asker
             reason += "; if it is private or gated, set HF_TOKEN to a token that may read it"
         raise CheckpointError(

@@ -207,13 +207,24 @@ class Finding:
 
     def __str__(self) -> str:
         """The verdict in a phrase, such as ``preservation 0.61 > 0.5``."""
-        threshold, value = self.threshold, f"{self.threshold.figure} {self.value:.4g}"
+        threshold = self.threshold
         if not math.isfinite(self.value):
-            return f"{value} is not finite"
+            return f"{threshold.figure} {self.value:g} is not finite"
+        bound = threshold.fails if self.tier is Tier.FAIL else threshold.passes
+        value, limit = _apart(self.value, bound)
         if self.tier is Tier.FAIL:
-            return f"{value} {'>' if threshold.lower_is_better else '<'} {threshold.fails:g}"
+            return f"{threshold.figure} {value} {'>' if threshold.lower_is_better else '<'} {limit}"
         sign = ("<", ">=") if threshold.lower_is_better else (">", "<=")
-        return f"{value} {sign[self.tier is Tier.WARN]} {threshold.passes:g}"
+        return f"{threshold.figure} {value} {sign[self.tier is Tier.WARN]} {limit}"
+
+
+def _apart(value: float, bound: float) -> tuple[str, str]:
+    """Both in as few digits as show on which side of ``bound`` the value lies."""
+    for digits in range(4, 17):
+        shown, limit = f"{value:.{digits}g}", f"{bound:.{max(digits, 6)}g}"
+        if (float(shown) > float(limit)) == (value > bound) and (float(shown) < float(limit)) == (value < bound):
+            return shown, limit
+    return repr(value), repr(bound)
 
 
 @dataclass(frozen=True)

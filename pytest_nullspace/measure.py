@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_nullspace import kernels
+from pytest_nullspace.errors import MeasurementError
 from pytest_nullspace.forward import forwards
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.stats import LayerStats
@@ -64,10 +65,10 @@ def measure(
         row, or saw NaN or infinity, has a `defect`.
 
     Raises:
-        ValueError: There is no window.
+        MeasurementError: There is no window, or one without tokens.
     """
-    if not windows:
-        raise ValueError("there is no window to measure")
+    if not windows or not all(windows):
+        raise MeasurementError("windows: there is none, or one without tokens; give at least one token id in each")
     chosen = [layer for name, layer in adapted.layers.items() if layers is None or name in layers]
     if not chosen:
         return ()

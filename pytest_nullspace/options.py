@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytest_nullspace.errors import OptionError
+from pytest_nullspace.errors import OptionError, quoted
 
 if TYPE_CHECKING:
     import pytest
@@ -142,8 +142,13 @@ def _text(given: _Given) -> str:
 
 
 def _path(given: _Given) -> Path:
+    try:
+        local = Path(_text(given)).expanduser()
+        (given.folder / local).exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, nobody's home
+        raise OptionError(f"{quoted(given.text)} can be no path: {getattr(error, 'strerror', None) or error}") from None
     # Not resolved: pytest does not follow links in the paths of tests either.
-    return Path(os.path.normpath(given.folder / Path(_text(given)).expanduser()))
+    return Path(os.path.normpath(given.folder / local))
 
 
 def _model(given: _Given) -> Path | str:
@@ -156,34 +161,40 @@ def _directory_or_id(given: _Given) -> str:
     return str(local) if local.is_dir() else _text(given)
 
 
-def _whole(least: int) -> Callable[[_Given], int]:
+def _whole(least: int, most: float = math.inf) -> Callable[[_Given], int]:
     def read(given: _Given) -> int:
         try:
             value = int(given.text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise OptionError(f"takes a whole number from {least}, not {given.text!r}")
+        if not least <= value <= most:
+            upto = f" to {most:,}" if value > most else ""
+            raise OptionError(f"takes a whole number from {least}{upto}, not {quoted(given.text)}")
         return value
 
     return read
+
+
+MOST_WINDOWS = 1_000_000
 
 
 def _calib_size(given: _Given) -> tuple[int | None, int]:
     """How many windows, or None and how many at most."""
     kind, _, most = given.text.partition(":")
     if kind == "auto":
-        return None, _whole(2)(replace(given, text=most)) if most else AUTO_MOST
+        return None, _whole(2, MOST_WINDOWS)(replace(given, text=most)) if most else AUTO_MOST
     try:
-        return _whole(1)(given), AUTO_MOST
+        return _whole(1, MOST_WINDOWS)(given), AUTO_MOST
     except OptionError:
-        raise OptionError(f"takes a whole number from 1, auto or auto:MOST, not {given.text!r}") from None
+        raise OptionError(
+            f"takes a whole number from 1 to {MOST_WINDOWS:,}, auto or auto:MOST, not {quoted(given.text)}"
+        ) from None
 
 
 def _one_of(*choices: str) -> Callable[[_Given], str]:
     def read(given: _Given) -> str:
         if given.text not in choices:
-            raise OptionError(f"takes {', '.join(choices[:-1])} or {choices[-1]}, not {given.text!r}")
+            raise OptionError(f"takes {', '.join(choices[:-1])} or {choices[-1]}, not {quoted(given.text)}")
         return given.text
 
     return read
@@ -191,20 +202,20 @@ def _one_of(*choices: str) -> Callable[[_Given], str]:
 
 def _device(given: _Given) -> str:
     if not re.fullmatch(r"auto|cpu|(cuda|xpu)(:\d+)?", given.text):
-        raise OptionError(f"takes auto, cpu, cuda, cuda:N, xpu or xpu:N, not {given.text!r}")
+        raise OptionError(f"takes auto, cpu, cuda, cuda:N, xpu or xpu:N, not {quoted(given.text)}")
     return given.text
 
 
 def _truth(given: _Given) -> bool:
     if given.text.lower() not in ("true", "false"):
-        raise OptionError(f"takes true or false, not {given.text!r}")
+        raise OptionError(f"takes true or false, not {quoted(given.text)}")
     return given.text.lower() == "true"
 
 
 def _report(given: _Given) -> Path:
     path = _path(given)
     if path.suffix != ".md":
-        raise OptionError(f"takes a file that ends in .md, not {given.text!r}")
+        raise OptionError(f"takes a file that ends in .md, not {quoted(given.text)}")
     return path
 
 
@@ -217,9 +228,9 @@ def _override(given: _Given) -> "Override":
         layers, figure, passes, fails = parts
         bounds = float(passes), float(fails)
     except ValueError:
-        raise OptionError(f"takes {form}, such as {form_example(given.in_ini)}, not {given.text!r}") from None
+        raise OptionError(f"takes {form}, such as {form_example(given.in_ini)}, not {quoted(given.text)}") from None
     if not all(map(math.isfinite, bounds)):
-        raise OptionError(f"takes finite bounds, not {given.text!r}")
+        raise OptionError(f"takes finite bounds, not {quoted(given.text)}")
     return Override(layers, figure, *bounds)
 
 
@@ -232,7 +243,7 @@ def _limit(given: _Given) -> "Limit":
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise OptionError(f"takes FIGURE:5% or FIGURE:0.001, not {given.text!r}")
+        raise OptionError(f"takes FIGURE:5% or FIGURE:0.001, not {quoted(given.text)}")
     relative = amount.endswith("%")
     return Limit(figure, value / 100 if relative else value, relative)
 
@@ -288,7 +299,7 @@ _OPTIONS = (
         _calib_size,
         default=(16, AUTO_MOST),
     ),
-    _Option("seqlen", "N", "Tokens a window (default 2048, or what the model allows).", _whole(1)),
+    _Option("seqlen", "N", "Tokens a window (default 2048, or what the model allows).", _whole(1, 10_000_000)),
     _Option(
         "max-activation-samples",
         "N",
@@ -296,7 +307,7 @@ _OPTIONS = (
         _whole(1),
     ),
     _Option("seed", "N", "Seed of the choice of windows and rows.", _whole(0), default=42),
-    _Option("batch-size", "N", "Windows per forward.", _whole(1), default=1),
+    _Option("batch-size", "N", "Windows per forward.", _whole(1, 1_000_000), default=1),
     _Option("device", "DEVICE", "auto, cpu, cuda, cuda:N, xpu or xpu:N.", _device, default="auto"),
     _Option(
         "dtype",
@@ -560,6 +571,15 @@ def model_name(model: Path | str) -> str:
 def stats_file(template: Path, name: str) -> Path:
     """The statistics file of one run: ``{model}`` in the file's name stands for ``name``."""
     return template.with_name(template.name.replace("{model}", name))
+
+
+def early_models(config: "pytest.Config") -> list[Path]:
+    """The models' directories, as far as they can be told before pytest has read its options."""
+    said = getattr(config.known_args_namespace, "nullspace_model", None)
+    folder = config.invocation_params.dir
+    if said is None:
+        said, folder = config.getini("nullspace_model") or (), config.inipath.parent if config.inipath else folder
+    return [folder / text for text in said]
 
 
 def _given(config: "pytest.Config", option: _Option) -> list[_Given]:

@@ -7,8 +7,8 @@ import hashlib
 import math
 import platform
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from pytest_nullspace import calibration
 from pytest_nullspace.audit import Audit, audit
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import TensorInfo, read_tensors
-from pytest_nullspace.errors import CheckpointError, OptionError, TextError
+from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors, require_unchanged
+from pytest_nullspace.errors import CheckpointError, MeasurementError, OptionError, TextError
 from pytest_nullspace.hub import directory_of
 from pytest_nullspace.invariants import Expectations, Stage, judge
 from pytest_nullspace.options import PREFIX, Settings
@@ -66,19 +66,27 @@ def measure_checkpoint(
 
     started = time.perf_counter()
     base = None if checkpoint.carries_base else base_directory(checkpoint, settings.base)
+    require_unchanged(checkpoint.tensors.values())
     texts = {"text": _text(settings.calib_dataset, settings.text_folder, calibration.OPTION)}
     if settings.task_dataset is not None:
         texts["task_text"] = _text(settings.task_dataset, settings.task_folder, calibration.TASK_OPTION)
     tokenize = calibration.load_tokenizer(_tokenizer_directory(checkpoint, base))
     device = _device(settings.device)
     dtype = _dtype(settings.dtype, checkpoint, device)
-    adapted = load_model(checkpoint, device, dtype, base, bases)
+    running = f"{str(dtype).removeprefix('torch.')} on {device}"
+    with _memory_told(
+        f"{checkpoint.directory}: too little memory to load the model in {running}; lower it by "
+        f"{PREFIX}dtype=bfloat16, or take a machine with more"
+    ):
+        adapted = load_model(checkpoint, device, dtype, base, bases)
     seqlen = _seqlen(settings.seqlen, adapted.model)
     count = settings.calib_most if settings.calib_size is None else settings.calib_size
     drawn = {
         what: calibration.draw_windows(text, tokenize, count=count, seqlen=seqlen, seed=settings.seed)
         for what, text in texts.items()
     }
+    for windows in drawn.values():
+        _require_known_tokens(windows, adapted.model, checkpoint)
     loaded = time.perf_counter()
 
     used: dict[str, int] = {}
@@ -104,23 +112,29 @@ def measure_checkpoint(
             settled=None if settings.calib_size is not None else lambda figures: _settled(judged(figures), settings),
         )
 
-    figures = measured("text", tuple)
-    if "task_text" in texts:
-        preserved = figures
-        of_task = measured("task_text", lambda task: with_task(preserved, task))
-        figures = with_task(preserved, of_task)
-    if settings.spectrum:
-        from pytest_nullspace.spectrum import spectrum
+    with _memory_told(
+        f"{checkpoint.directory}: too little memory in the pass of windows of {seqlen} tokens, {settings.batch_size} a "
+        f"forward, in {running}; lower {PREFIX}seqlen or {PREFIX}batch-size, or take {PREFIX}dtype=bfloat16"
+    ):
+        figures = measured("text", tuple)
+        if "task_text" in texts:
+            preserved = figures
+            of_task = measured("task_text", lambda task: with_task(preserved, task))
+            figures = with_task(preserved, of_task)
+        if settings.spectrum:
+            from pytest_nullspace.spectrum import spectrum
 
-        names = [layer.name for layer in figures]
-        best = spectrum(adapted, [w.tokens for w in drawn["text"][: used["text"]]], names, progress=progress)
-        figures = tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
-    moved = None
-    if settings.drift:
-        read = {what: drawn[what][:count] for what, count in used.items()}
-        moved = _drift(adapted, _base(adapted, checkpoint, initial, settings, device, dtype), read, progress)
+            names = [layer.name for layer in figures]
+            best = spectrum(adapted, [w.tokens for w in drawn["text"][: used["text"]]], names, progress=progress)
+            figures = tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
+        moved = None
+        if settings.drift:
+            read = {what: drawn[what][:count] for what, count in used.items()}
+            moved = _drift(adapted, _base(adapted, checkpoint, initial, settings, device, dtype), read, progress)
     adapted.take_off()
     passed = time.perf_counter()
+    hashes = _hashes(checkpoint)
+    require_unchanged(checkpoint.tensors.values())
     return RunStats(
         model_path=str(checkpoint.directory),
         calib_dataset=settings.calib_dataset,
@@ -131,7 +145,7 @@ def measure_checkpoint(
             "format": checkpoint.format,
             "base": checkpoint.base,
             "outside": list(checkpoint.outside),
-            "weights_sha256": _hashes(checkpoint),
+            "weights_sha256": hashes,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
             **{what: _about_text(texts[what], drawn[what][:count], seqlen) for what, count in used.items()},
             "settings": {
@@ -296,6 +310,7 @@ def audit_checkpoint(checkpoint: Checkpoint, initial: Checkpoint, settings: Sett
             return None
         return read_tensors(base_directory(of, settings.base), "model")
 
+    require_unchanged((*checkpoint.tensors.values(), *initial.tensors.values()))
     return audit(
         checkpoint,
         initial,
@@ -361,15 +376,50 @@ def _device_name(torch: Any, device: Any) -> str:
 
 def _seqlen(asked: int | None, model: Any) -> int:
     limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise TextError(
+            f"config.json: max_position_embeddings must be a whole number from 1, not {printable(limit)}; mend it"
+        )
     if asked is None:
         return _default_seqlen(limit)
     if limit is not None and asked > limit:
-        raise TextError(f"{PREFIX}seqlen: {asked} tokens are more than the {limit} that the model takes")
+        raise TextError(f"{PREFIX}seqlen: {asked} tokens are more than the {limit} that the model takes; lower it")
     return asked
 
 
 def _default_seqlen(limit: Any) -> int:
     return min(DEFAULT_SEQLEN, limit) if isinstance(limit, int) and limit else DEFAULT_SEQLEN
+
+
+def _require_known_tokens(windows: Sequence[calibration.Window], model: Any, checkpoint: Checkpoint) -> None:
+    largest = max(max(window.tokens) for window in windows)
+    known = getattr(model.config, "vocab_size", None)
+    if isinstance(known, int) and largest >= known:
+        raise CheckpointError(
+            f"{checkpoint.directory}: its tokenizer gives the token {largest}, but the model knows only {known}; save "
+            "the base model's tokenizer into the directory"
+        )
+
+
+@contextmanager
+def _memory_told(message: str) -> Iterator[None]:
+    """Say ``message`` where memory was refused, whatever a library made of that."""
+    try:
+        yield
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise MeasurementError(message) from None
+        raise
+
+
+_NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "not enough memory")
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    if error is None:
+        return False
+    refused = isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _NO_MEMORY)
+    return refused or isinstance(error, MemoryError) or _is_out_of_memory(error.__cause__ or error.__context__)
 
 
 def _hashes(checkpoint: Checkpoint) -> dict[str, str]:

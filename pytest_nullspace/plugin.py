@@ -2,9 +2,9 @@
 
 import pytest
 
-from pytest_nullspace.errors import NullspaceError
+from pytest_nullspace.errors import NullspaceError, escaped
 from pytest_nullspace.fixtures import RUNS, nullspace_layer, nullspace_run, parametrize
-from pytest_nullspace.options import add_options, read_settings
+from pytest_nullspace.options import add_options, early_models, read_settings
 
 __all__ = ["nullspace_layer", "nullspace_run"]
 
@@ -12,6 +12,15 @@ __all__ = ["nullspace_layer", "nullspace_run"]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare the options."""
     add_options(parser)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Refuse a model that brings a conftest.py before pytest runs it, as it would for an id copied from a report."""
+    for directory in early_models(early_config):
+        found = next((file for name in ("conftest.py", "test*/conftest.py") for file in directory.glob(name)), None)
+        if found is not None:
+            raise pytest.UsageError(escaped(f"{found}: pytest would run it as a part of your tests; remove it"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,7 +14,7 @@ from pytest_nullspace import pipeline
 from pytest_nullspace.audit import Audit
 from pytest_nullspace.baseline import COMPARED, Comparison, Difference, compare, incomparable, regressions
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
-from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.checkpoint.header import quoted
 from pytest_nullspace.checkpoint.layers import is_layer_name
 from pytest_nullspace.diagnosis import Diagnosis, diagnose
 from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError, StatsError
@@ -330,7 +330,7 @@ def read_run(file: Path) -> RunStats:
         raise StatsError(f"{file}: holds no layer, so there is nothing to gate")
     unfit = next((layer.name for layer in run.layers if not is_layer_name(layer.name)), None)
     if unfit is not None:
-        raise StatsError(f"{file}: {printable(unfit)!r} is not the name of a layer")
+        raise StatsError(f"{file}: {quoted(unfit)} is not the name of a layer; measure again")
     return run
 
 
@@ -352,15 +352,19 @@ class _SharedOutcome:
                 return outcome
             if self._started.exists():
                 return MeasurementError(
-                    "the worker that measured this checkpoint died before it had finished, perhaps out of memory; "
-                    f"lower {PREFIX}seqlen or {PREFIX}batch-size, or run without -n to see it happen"
+                    "the worker that measured this checkpoint died before it had finished, perhaps out of memory, or "
+                    f"found no room in {self._started.parent}; lower {PREFIX}seqlen or {PREFIX}batch-size, or run "
+                    "without -n to see it happen"
                 )
             self._started.touch()
             outcome = measure()
             if isinstance(outcome, NullspaceError):
                 write_atomically(self._failed, str(outcome))
             else:
-                write(outcome, self._measured)
+                try:
+                    write(outcome, self._measured)
+                except StatsError as error:
+                    return error
             return outcome
 
     def peek(self) -> RunStats | NullspaceError | None:

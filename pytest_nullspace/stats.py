@@ -10,14 +10,19 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pytest_nullspace.errors import StatsError
+from pytest_nullspace.errors import StatsError, printable, quoted
 
 SCHEMA = "pytest-nullspace/run"
 SCHEMA_VERSION = 1
+MAX_BYTES = 100_000_000
+"""Of a file that is read: a hundred thousand layers."""
+
+_AGAIN = "measure again"
 
 FIGURES = {
     "preservation": "||BX||/||X||",
@@ -308,7 +313,11 @@ class RunStats:
 
     def layer(self, name: str) -> LayerStats | None:
         """The layer of that name, if it was measured."""
-        return next((layer for layer in self.layers if layer.name == name), None)
+        return self._by_name.get(name)
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, LayerStats]:
+        return {layer.name: layer for layer in self.layers}
 
     @property
     def complete(self) -> bool:
@@ -394,30 +403,37 @@ def from_json(text: str, where: str) -> RunStats:
         StatsError: It is no such file, misses what every such file has, or contradicts itself.
     """
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
     except (ValueError, RecursionError) as error:
-        raise StatsError(f"{where}: not JSON: {error}") from None
+        raise StatsError(f"{where}: not JSON: {printable(error)}; {_AGAIN}") from None
     if not isinstance(document, dict) or not isinstance(document.get("stats"), list):
-        raise StatsError(f"{where}: not a statistics file: it has no list 'stats'")
+        raise StatsError(f"{where}: not a statistics file: it has no list 'stats'; {_AGAIN}")
     if document.get("schema", SCHEMA) != SCHEMA or document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         raise StatsError(
-            f"{where}: of schema {document.get('schema')} {document.get('schema_version')}, not {SCHEMA} 1"
+            f"{where}: of schema {printable(document.get('schema'))} {printable(document.get('schema_version'))}, not "
+            f"{SCHEMA} {SCHEMA_VERSION}; {_AGAIN} with this version"
         )
     layers = tuple(_layer(entry, f"{where}: stats[{i}]") for i, entry in enumerate(document["stats"]))
     if document.get("num_layers", len(layers)) != len(layers):
-        raise StatsError(f"{where}: says num_layers {document['num_layers']}, but holds {len(layers)}")
+        raise StatsError(
+            f"{where}: says num_layers {printable(document['num_layers'])}, but holds {len(layers)}; {_AGAIN}"
+        )
     seen: set[str] = set()
     for i, layer in enumerate(layers):
         if layer.name in seen:
-            raise StatsError(f"{where}: stats[{i}]: layer {layer.name} is there twice")
+            raise StatsError(f"{where}: stats[{i}]: layer {printable(layer.name)} is there twice; {_AGAIN}")
         seen.add(layer.name)
         if layer.absent != layers[0].absent:
             raise StatsError(
-                f"{where}: stats[{i}]: {layer.name} and {layers[0].name}: only one has leakage, or a task text"
+                f"{where}: stats[{i}]: {printable(layer.name)} and {printable(layers[0].name)}: only one has leakage, or "
+                f"a task text; {_AGAIN}"
             )
     checkpoint_layers = document.get("checkpoint_layers", len(layers))
     if not _is_count(checkpoint_layers) or checkpoint_layers < len(layers):
-        raise StatsError(f"{where}: checkpoint_layers must be a number from {len(layers)}, not {checkpoint_layers!r}")
+        raise StatsError(
+            f"{where}: checkpoint_layers must be a number from {len(layers)}, not "
+            f"{printable(repr(checkpoint_layers))}; {_AGAIN}"
+        )
     known = {
         _DRIFT,
         "model_path",
@@ -449,7 +465,7 @@ def _plain_drift(drift: Drift) -> dict[str, Any]:
 
 def _drift(told: object, where: str) -> Drift:
     if not isinstance(told, dict) or not isinstance(told.get("base"), str) or "preserved" not in told:
-        raise StatsError(f"{where}: not what a run tells of its drift")
+        raise StatsError(f"{where}: not what a run tells of its drift; {_AGAIN}")
     return Drift(
         told["base"],
         _text_drift(told["preserved"], f"{where}: preserved"),
@@ -459,7 +475,7 @@ def _drift(told: object, where: str) -> Drift:
 
 def _text_drift(told: object, where: str) -> TextDrift:
     if not isinstance(told, dict) or not _is_count(told.get("tokens")):
-        raise StatsError(f"{where}: tokens must be a whole number from 0")
+        raise StatsError(f"{where}: tokens must be a whole number from 0; {_AGAIN}")
     values: dict[str, Any] = {"tokens": told["tokens"]}
     for name in TextDrift.__slots__[1:]:
         # A margin that is infinite, and a loss that is no number, are null in the file.
@@ -470,17 +486,29 @@ def _text_drift(told: object, where: str) -> TextDrift:
 
 
 _MARGINS, _TASK, _DRIFT, _SPECTRUM = "margin_95", "task", "drift", "spectrum"
+
+
+def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """The object of ``pairs``, of which no two have one key: other readers would take the other value."""
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise StatsError(f"{where}: names {quoted(twice)} twice; {_AGAIN}")
+    return entries
+
+
 _ABSENT_IN_REFERENCE: Mapping[str, int] = {"in_features": 0, "rank": 0, "out_features": 0}
 
 
 def _layer(entry: object, where: str) -> LayerStats:
     if not isinstance(entry, dict) or not isinstance(entry.get("layer_name"), str):
-        raise StatsError(f"{where}: not a layer: it has no 'layer_name'")
+        raise StatsError(f"{where}: not a layer: it has no 'layer_name'; {_AGAIN}")
     values: dict[str, Any] = {"margins": _margins(entry.get(_MARGINS), where)}
     if _TASK in entry:
         values["task"] = task = _layer(entry[_TASK], f"{where}: task")
         if task.name != entry["layer_name"] or task.task is not None:
-            raise StatsError(f"{where}: its entry 'task' is not of the same layer")
+            raise StatsError(f"{where}: its entry 'task' is not of the same layer; {_AGAIN}")
     if _SPECTRUM in entry:
         told = entry[_SPECTRUM] if isinstance(entry[_SPECTRUM], dict) else {}
         numbers = {name: _number(told.get(name), f"{where}: {_SPECTRUM}: {name}") for name in Spectrum.__slots__}
@@ -489,7 +517,9 @@ def _layer(entry: object, where: str) -> LayerStats:
         value = entry.get(_KEYS[name], _ABSENT_IN_REFERENCE.get(name))
         if name in _COUNTS:
             if not _is_count(value):
-                raise StatsError(f"{where}: {_KEYS[name]} must be a whole number from 0, not {value!r}")
+                raise StatsError(
+                    f"{where}: {_KEYS[name]} must be a whole number from 0, not {printable(repr(value))}; {_AGAIN}"
+                )
         elif name == "base_weight_norm" and value == _NOT_MEASURED:
             value = None
         elif name != "name" and (name != "mean_leakage" or _KEYS[name] in entry):
@@ -540,13 +570,13 @@ def _is_count(value: object) -> bool:
 
 def _number(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise StatsError(f"{where} must be a number, not {value!r}")
+        raise StatsError(f"{where} must be a number, not {printable(repr(value))}; {_AGAIN}")
     try:
         number = float(value)
     except OverflowError:
-        raise StatsError(f"{where} must be a number that a float can hold") from None
+        raise StatsError(f"{where} must be a number that a float can hold; {_AGAIN}") from None
     if number < 0:
-        raise StatsError(f"{where} must not be negative, but is {number:g}")
+        raise StatsError(f"{where} must not be negative, but is {number:g}; {_AGAIN}")
     return number
 
 
@@ -557,11 +587,17 @@ def read(file: Path) -> RunStats:
         StatsError: It cannot be read, or `from_json` refuses what it holds.
     """
     try:
-        return from_json(file.read_text("utf-8"), str(file))
+        with file.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise StatsError(f"{file}: has more than {MAX_BYTES:,} bytes, which no statistics file has; {_AGAIN}")
+        return from_json(data.decode("utf-8"), str(file))
     except OSError as error:
-        raise StatsError(f"{file}: the statistics file cannot be read: {error.strerror}") from None
+        raise StatsError(
+            f"{file}: the statistics file cannot be read: {error.strerror}; give a file that can be read"
+        ) from None
     except UnicodeDecodeError as error:
-        raise StatsError(f"{file}: not JSON: not UTF-8 text (byte {error.start})") from None
+        raise StatsError(f"{file}: not JSON: not UTF-8 text (byte {error.start}); {_AGAIN}") from None
 
 
 def write(run: RunStats, file: Path) -> None:
@@ -595,4 +631,4 @@ def write_atomically(file: Path, text: str) -> None:
                 Path(new.name).unlink(missing_ok=True)
                 raise
     except OSError as error:
-        raise StatsError(f"{file}: cannot be written: {error.strerror}") from None
+        raise StatsError(f"{file}: cannot be written: {error.strerror}; mend that or give another place") from None

@@ -6,6 +6,7 @@ A new format is one file here, with a ``read(directory) -> Checkpoint``, and one
 from pathlib import Path
 
 from pytest_nullspace.checkpoint import lora_null, peft
+from pytest_nullspace.checkpoint.header import require_plain_files
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec
 from pytest_nullspace.errors import CheckpointError
 
@@ -24,9 +25,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         CheckpointError: It is no such directory, or what lies there does not hold together.
     """
-    if not directory.is_dir():
-        what = "is a file; give the directory that holds it" if directory.exists() else "no such directory"
-        raise CheckpointError(f"{directory}: {what}")
+    try:
+        if not directory.is_dir():
+            what = "is a file; give the directory that holds it" if directory.exists() else "no such directory"
+            raise CheckpointError(f"{directory}: {what}")
+        require_plain_files(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read: {error.strerror}; mend its permissions") from None
     if (directory / peft.CONFIG_FILE).exists():  # first: an adapter's directory may hold its base's config as well
         return peft.read(directory)
     if (directory / lora_null.CONFIG_FILE).exists():

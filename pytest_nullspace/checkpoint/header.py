@@ -4,17 +4,40 @@ Nothing here trusts the file: a header is checked as a whole before any of it is
 Format: https://huggingface.co/docs/safetensors (8 bytes little-endian length, JSON, data without holes).
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.errors import CheckpointError, printable, quoted
+
+__all__ = [
+    "FLOATING",
+    "TensorInfo",
+    "inside",
+    "opened",
+    "printable",
+    "quoted",
+    "read_header",
+    "read_json_object",
+    "read_tensors",
+    "require_plain_files",
+    "require_unchanged",
+]
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
 MAX_JSON_BYTES = 100_000_000
+MAX_JSON_VALUES = 4_000_000
+"""A header names about eight values a tensor; a million times ``[]`` takes twenty times the memory of its bytes."""
+
+_AGAIN = "save or download it again"
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -37,6 +60,7 @@ class TensorInfo:
         file: The file that holds it.
         begin: Offset of its first byte in the file's data.
         nbytes: Its size in bytes.
+        stamp: Size and time of the file when its header was read.
     """
 
     name: str
@@ -45,12 +69,32 @@ class TensorInfo:
     file: Path
     begin: int
     nbytes: int
+    stamp: tuple[int, int] = field(default=(0, 0), compare=False)
 
 
-def printable(text: object, limit: int = 120) -> str:
-    """``text`` with everything but plain printable characters escaped, for messages about untrusted names."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    return shown if len(shown) <= limit else f"{shown[:limit]}…"
+@contextmanager
+def opened(file: Path, what: str) -> Iterator[tuple[BufferedReader, os.stat_result]]:
+    """``file`` open for reading, with its status; ``what`` names it in messages.
+
+    A pipe or a device is not waited for, but refused.
+
+    Raises:
+        CheckpointError: It is missing, not a regular file, or cannot be read.
+    """
+    try:
+        try:
+            descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        except ValueError as error:  # a name that no file can have
+            raise OSError(None, str(error)) from None
+        with os.fdopen(descriptor, "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{file}: {what} cannot be read: it is not a regular file; put one there")
+            yield stream, status
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: {what} is missing; {_AGAIN}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: {what} cannot be read: {error.strerror}; mend that or {_AGAIN}") from None
 
 
 def read_json_object(file: Path, what: str) -> dict[str, Any]:
@@ -59,29 +103,27 @@ def read_json_object(file: Path, what: str) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is missing, too large, not UTF-8, not JSON, or not an object; ``what`` names it.
     """
-    try:
-        size = file.stat().st_size
+    with opened(file, what) as (stream, status):
+        size = status.st_size
         if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{file}: {what} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
-        data = file.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: {what} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: {what} cannot be read: {error.strerror}") from None
+            raise CheckpointError(f"{file}: {what} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read; {_AGAIN}")
+        data = stream.read(MAX_JSON_BYTES)
     return _json_object(data, f"{file}: {what}")
 
 
 def _json_object(data: bytes, where: str) -> dict[str, Any]:
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_JSON_VALUES:
+        raise CheckpointError(f"{where} has more than {MAX_JSON_VALUES:,} values, which no model needs; {_AGAIN}")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where))
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{where} is not UTF-8 text (byte {error.start})") from None
+        raise CheckpointError(f"{where} is not UTF-8 text (byte {error.start}); {_AGAIN}") from None
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where} is not JSON: {error.msg} at line {error.lineno}") from None
+        raise CheckpointError(f"{where} is not JSON: {error.msg} at line {error.lineno}; {_AGAIN}") from None
     except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
-        raise CheckpointError(f"{where} is not JSON that can be read: {error}") from None
+        raise CheckpointError(f"{where} is not JSON that can be read: {error}; {_AGAIN}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} must be a JSON object, not {type(value).__name__}")
+        raise CheckpointError(f"{where} must be a JSON object, not {type(value).__name__}; {_AGAIN}")
     return value
 
 
@@ -90,7 +132,7 @@ def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     if len(entries) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise CheckpointError(f"{where} names {printable(twice)!r} twice")
+        raise CheckpointError(f"{where} names {quoted(twice)} twice; {_AGAIN}")
     return entries
 
 
@@ -100,55 +142,70 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: The file is missing, truncated, or its header does not describe its data exactly.
     """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{file}: not a whole safetensors file: it has {size:,} bytes"
-                    + (f" and claims a header of {length:,}" if len(prefix) == 8 else "")
-                    + "; save or download it again"
-                )
-            header = _json_object(stream.read(length), f"{file}: the safetensors header")
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: the weights are missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{file}: the weights cannot be read: {error.strerror}") from None
+    with opened(file, "the file of the weights") as (stream, status):
+        size = status.st_size
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{file}: not a whole safetensors file: it has {size:,} bytes"
+                + (f" and claims a header of {length:,}" if len(prefix) == 8 else "")
+                + f"; {_AGAIN}"
+            )
+        header = _json_object(stream.read(length), f"{file}: the safetensors header")
     header.pop("__metadata__", None)
-    tensors = {name: _tensor(file, name, entry) for name, entry in header.items()}
+    tensors = {name: _tensor(file, name, entry, _stamp(status)) for name, entry in header.items()}
     _check_ranges(file, tensors.values(), size - 8 - length)
     return tensors
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def require_unchanged(tensors: Iterable[TensorInfo]) -> None:
+    """Refuse files that are no more what they were when their headers were read.
+
+    Raises:
+        CheckpointError: One is gone, or has another size or time.
+    """
+    for file, stamp in sorted({(tensor.file, tensor.stamp) for tensor in tensors}):
+        with opened(file, "the file of the weights") as (stream, status):
+            if _stamp(status) != stamp:
+                now = hashlib.file_digest(stream, "sha256").hexdigest()
+                raise CheckpointError(
+                    f"{file}: changed after its header was read (SHA-256 now {now}), so no figure would be of one "
+                    "checkpoint; run again once nothing writes to it"
+                )
 
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _tensor(file: Path, name: str, entry: object) -> TensorInfo:
-    where = f"{file}: tensor {printable(name)!r}"
+def _tensor(file: Path, name: str, entry: object, stamp: tuple[int, int]) -> TensorInfo:
+    where = f"{file}: tensor {quoted(name)}"
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{where}: its header entry is not an object")
+        raise CheckpointError(f"{where}: its header entry is not an object; {_AGAIN}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise CheckpointError(f"{where}: unknown dtype {printable(dtype)!r}")
+        raise CheckpointError(f"{where}: unknown dtype {quoted(dtype)}; save it in a floating point type")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise CheckpointError(f"{where}: its shape {printable(shape)} is not a list of sizes")
+        raise CheckpointError(f"{where}: its shape {printable(shape)} is not a list of sizes; {_AGAIN}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise CheckpointError(f"{where}: its data_offsets {printable(offsets)} are not a begin and an end")
+        raise CheckpointError(f"{where}: its data_offsets {printable(offsets)} are not a begin and an end; {_AGAIN}")
     begin, end = offsets
     elements = 1
     for size in shape:  # stop early: the whole product of a hostile shape can have millions of digits
         elements *= size
         if elements >= 2**63:
-            raise CheckpointError(f"{where}: its shape {printable(shape)} is larger than any file")
+            raise CheckpointError(f"{where}: its shape {printable(shape)} is larger than any file; {_AGAIN}")
     if end - begin != elements * _BITS[dtype] // 8:
         raise CheckpointError(
             f"{where}: shape {printable(shape)} of {dtype} takes {elements * _BITS[dtype] // 8:,} bytes, "
-            f"but its data_offsets hold {end - begin:,}"
+            f"but its data_offsets hold {end - begin:,}; {_AGAIN}"
         )
-    return TensorInfo(name, dtype, tuple(shape), file, begin, end - begin)
+    return TensorInfo(name, dtype, tuple(shape), file, begin, end - begin, stamp)
 
 
 def _check_ranges(file: Path, tensors: Iterable[TensorInfo], data_size: int) -> None:
@@ -156,12 +213,12 @@ def _check_ranges(file: Path, tensors: Iterable[TensorInfo], data_size: int) -> 
     for tensor in sorted(tensors, key=lambda t: (t.begin, t.nbytes)):
         if tensor.begin != at:
             fault = "overlaps the one before it" if tensor.begin < at else "leaves a hole before it"
-            raise CheckpointError(f"{file}: the data of tensor {printable(tensor.name)!r} {fault} (byte {at:,})")
+            raise CheckpointError(f"{file}: the data of tensor {quoted(tensor.name)} {fault} (byte {at:,}); {_AGAIN}")
         at += tensor.nbytes
     if at != data_size:
         raise CheckpointError(
             f"{file}: its header describes {at:,} bytes of data, but the file holds {data_size:,}; "
-            "it was cut short or altered: save or download it again"
+            f"it was cut short or altered: {_AGAIN}"
         )
 
 
@@ -189,7 +246,10 @@ def read_tensors(directory: Path, stem: str) -> dict[str, TensorInfo]:
                 f"{directory / pickled[0]}: pickled weights can run code and are never opened; save the model again "
                 "with safe_serialization=True"
             )
-        raise CheckpointError(f"{directory}: no weights: neither {single.name} nor {index.name} is there")
+        raise CheckpointError(
+            f"{directory}: no weights: neither {single.name} nor {index.name} is there; give the "
+            "directory that training saved"
+        )
     return read_header(inside(directory, single.name))
 
 
@@ -201,11 +261,11 @@ def inside(directory: Path, name: str) -> Path:
     """
     file = directory / name
     if not name or name != Path(name).name or "\\" in name or "\0" in name:
-        raise CheckpointError(f"{directory}: {printable(name)!r} is not the name of a file in this directory")
+        raise CheckpointError(f"{directory}: {quoted(name)} is not the name of a file in this directory; {_AGAIN}")
     try:
         home, target = directory.resolve(), file.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name that no file can have
-        raise CheckpointError(f"{directory}: {printable(name)!r} leads to no file: {printable(error)}") from None
+        raise CheckpointError(f"{directory}: {quoted(name)} leads to no file: {printable(error)}; {_AGAIN}") from None
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
@@ -214,21 +274,39 @@ def inside(directory: Path, name: str) -> Path:
     return file
 
 
+_READ_BY_LIBRARIES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+
+
+def require_plain_files(directory: Path) -> None:
+    """Refuse a checkpoint in which a file leads elsewhere, or would block or never end for whoever opens it.
+
+    The libraries choose by themselves what they open, so every file that they could want is looked at.
+
+    Raises:
+        CheckpointError: A file that is read is a link out of ``directory``, a pipe or a device.
+    """
+    for file in sorted(directory.iterdir()):
+        if file.suffix in _READ_BY_LIBRARIES:
+            inside(directory, file.name)
+            if file.exists() and not file.is_file() and not file.is_dir():
+                raise CheckpointError(f"{file}: cannot be read: it is not a regular file; put one there")
+
+
 def _read_shards(directory: Path, index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json_object(inside(directory, index.name), "the index of the weights").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index}: has no weight_map from tensor names to files")
+        raise CheckpointError(f"{index}: has no weight_map from tensor names to files; {_AGAIN}")
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
         for name, tensor in read_header(inside(directory, shard)).items():
             if weight_map.get(name) != shard:
-                said = f"puts it into {printable(weight_map[name])!r}" if name in weight_map else "does not name it"
-                raise CheckpointError(f"{tensor.file}: holds tensor {printable(name)!r}, but {index.name} {said}")
+                said = f"puts it into {quoted(weight_map[name])}" if name in weight_map else "does not name it"
+                raise CheckpointError(f"{tensor.file}: holds tensor {quoted(name)}, but {index.name} {said}; {_AGAIN}")
             tensors[name] = tensor
     missing = _first_missing(weight_map, tensors)
     if missing is not None:
         raise CheckpointError(
-            f"{directory / weight_map[missing]}: does not hold tensor {printable(missing)!r}, which {index.name} "
+            f"{directory / weight_map[missing]}: does not hold tensor {quoted(missing)}, which {index.name} "
             "promises; copy all shards of one save"
         )
     stray = [file for file in directory.glob(f"{index.name.split('.')[0]}-*-of-*.safetensors")

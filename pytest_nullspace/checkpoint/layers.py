@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_nullspace.checkpoint.header import TensorInfo, printable
+from pytest_nullspace.checkpoint.header import TensorInfo, quoted
 from pytest_nullspace.errors import CheckpointError
 
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
@@ -119,5 +119,7 @@ def in_model_order(directory: Path, layers: Iterable[LayerSpec]) -> tuple[LayerS
     layers = tuple(layers)
     for layer in layers:
         if not is_layer_name(layer.name):
-            raise CheckpointError(f"{directory}: {printable(layer.name)!r} is not the name of a layer")
+            raise CheckpointError(
+                f"{directory}: {quoted(layer.name)} is not the name of a layer; save the checkpoint again"
+            )
     return tuple(sorted(layers, key=lambda layer: model_order(layer.name)))

@@ -8,7 +8,7 @@ the original had a bias, ``ALinear.bias (out)``. A variant also holds ``PBLinear
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pytest_nullspace.checkpoint.header import FLOATING, TensorInfo, printable, read_json_object, read_tensors
+from pytest_nullspace.checkpoint.header import FLOATING, TensorInfo, inside, printable, read_json_object, read_tensors
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec, in_model_order
 from pytest_nullspace.errors import CheckpointError
 
@@ -28,9 +28,12 @@ def read(directory: Path) -> Checkpoint:
         CheckpointError: The config or the weights are unreadable, no layer is adapted, or one is incomplete.
     """
     config_file = directory / CONFIG_FILE
-    config = read_json_object(config_file, "the model's config")
+    config = read_json_object(inside(directory, CONFIG_FILE), "the model's config")
     if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{config_file}: has no model_type; it is not the config of a transformers model")
+        raise CheckpointError(
+            f"{config_file}: has no model_type; it is not the config of a transformers model, so give the directory "
+            "that training saved"
+        )
     tensors = read_tensors(directory, "model")
     names = sorted({name for name in map(_layer_of, tensors) if name is not None})
     if not names:

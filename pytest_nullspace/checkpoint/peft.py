@@ -7,11 +7,19 @@ than two dimensions) and on bare parameters (``target_parameters``), trained tok
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pytest_nullspace.checkpoint.header import FLOATING, TensorInfo, printable, read_json_object, read_tensors
+from pytest_nullspace.checkpoint.header import (
+    FLOATING,
+    TensorInfo,
+    inside,
+    printable,
+    quoted,
+    read_json_object,
+    read_tensors,
+)
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec, Scale, in_model_order
 from pytest_nullspace.errors import CheckpointError
 
@@ -33,12 +41,13 @@ def read(directory: Path) -> Checkpoint:
         CheckpointError: It is no LoRA adapter, the config or the weights are unreadable, or they do not fit together.
     """
     config_file = directory / CONFIG_FILE
-    config = read_json_object(config_file, "the adapter's config")
+    config = read_json_object(inside(directory, CONFIG_FILE), "the adapter's config")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{config_file}: peft_type is {printable(kind)!r}: not a LoRA adapter, so it has no layers to gate"
+            f"{config_file}: peft_type is {quoted(kind)}: not a LoRA adapter, so it has no layers to gate"
         )
+    _check_fields(config, config_file)
     if not isinstance(config.get("lora_alpha"), int | float):
         raise CheckpointError(
             f"{config_file}: lora_alpha is {printable(config.get('lora_alpha'))}, not a number; without it the scale "
@@ -47,7 +56,7 @@ def read(directory: Path) -> Checkpoint:
     tensors = read_tensors(directory, "adapter_model")
     names = _layers(directory, tensors, config)
     layers = [_layer(directory, name, tensors, config, config_file) for name in names]
-    inside = {f"{PREFIX}{name}.{part}" for name in names for part in (DOWN, UP)}
+    covered = {f"{PREFIX}{name}.{part}" for name in names for part in (DOWN, UP)}
     return Checkpoint(
         directory=directory,
         format=FORMAT,
@@ -55,18 +64,109 @@ def read(directory: Path) -> Checkpoint:
         config=config,
         layers=in_model_order(directory, layers),
         tensors=tensors,
-        outside=tuple(sorted(set(tensors) - inside)),
-        base=_text(config, "base_model_name_or_path", config_file) or "",
-        base_revision=_text(config, "revision", config_file),
+        outside=tuple(sorted(set(tensors) - covered)),
+        base=config.get("base_model_name_or_path") or "",
+        base_revision=config.get("revision"),
         changed_base=_changed_base(config),
     )
 
 
-def _text(config: Mapping[str, Any], field: str, config_file: Path) -> str | None:
-    value = config.get(field)
-    if value is not None and not isinstance(value, str):
-        raise CheckpointError(f"{config_file}: {field} must be text, not {printable(value)}")
-    return value
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and _is_number(value)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+def _is_map(key: Callable[[object], bool], of: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(key(k) and of(v) for k, v in value.items())
+
+
+def _is_replication(value: object) -> bool:
+    """Ranges of layers, together no more than any model has: PEFT copies each of them."""
+    return (
+        isinstance(value, list)
+        and all(isinstance(part, list) and len(part) == 2 and all(map(_is_whole, part)) for part in value)
+        and sum(end - begin for begin, end in value if end > begin) <= 10_000
+    )
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_truth(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+_FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "r": (_is_whole, "a whole number"),
+    "lora_alpha": (_is_number, "a number below a billion"),
+    **dict.fromkeys(("bias", "task_type", "base_model_name_or_path", "revision"), (_is_text, "text")),
+    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"), (_is_truth, "true or false")),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        (lambda value: _is_text(value) or _is_texts(value), "text or a list of texts"),
+    ),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (_is_texts, "a list of texts")),
+    "layers_to_transform": (
+        lambda value: _is_whole(value) or (isinstance(value, list) and all(map(_is_whole, value))),
+        "a whole number or a list of them",
+    ),
+    "rank_pattern": (_is_map(_is_text, _is_whole), "an object of whole numbers"),
+    "alpha_pattern": (_is_map(_is_text, _is_number), "an object of numbers below a billion"),
+    "trainable_token_indices": (
+        lambda value: (
+            (isinstance(value, list) and all(map(_is_whole, value)))
+            or _is_map(_is_text, lambda of: isinstance(of, list) and all(map(_is_whole, of)))(value)
+        ),
+        "a list of whole numbers, or an object of such lists",
+    ),
+    "layer_replication": (_is_replication, "a list of ranges of layers, 10,000 layers at most"),
+}
+"""Each field that is used, what it may hold, and that in words."""
+
+FIELDS = tuple(field for field in _FIELDS if field not in ("task_type", "base_model_name_or_path", "revision"))
+"""The fields that shape the adapted model; no other reaches PEFT."""
+
+
+def _check_fields(config: Mapping[str, Any], config_file: Path) -> None:
+    """Hold every field that is used against what it may be, before any library sees it."""
+    for field, (fits, words) in _FIELDS.items():
+        value = config.get(field)
+        if value is not None and not fits(value):
+            raise CheckpointError(
+                f"{config_file}: {field} must be {words}, not {printable(value)}; mend it or save the adapter again"
+            )
+        patterns = value if field in ("rank_pattern", "alpha_pattern") else ()
+        if field in ("target_modules", "exclude_modules", "layers_pattern") and isinstance(value, str):
+            patterns = (value,)
+        for pattern in patterns or ():
+            if _is_slow(pattern):
+                raise CheckpointError(
+                    f"{config_file}: {field}: the regex {quoted(pattern)} repeats so much within itself that it could "
+                    "run for ever; write it with fewer repeats, or name the layers"
+                )
+
+
+_REPEAT = r"(?:[*+]|\{\d*,?\d*\}|(?<![(*+?}])\?)"
+_MOST_REPEATS = 6
+"""In one regex: each may multiply the time by the length of a layer's name."""
+
+
+def _is_slow(pattern: str) -> bool:
+    """Whether a stranger's regex could take exponential time: a group repeated, a back reference, many repeats."""
+    plain = re.sub(r"\\[^\d]", "x", re.sub(r"\\\\", "x", pattern))
+    return bool(
+        len(pattern) > 10_000
+        or re.search(r"\)[*+{]|\\\d|\(\?P=", plain)
+        or len(re.findall(_REPEAT, plain)) > _MOST_REPEATS
+    )
 
 
 def _changed_base(config: Mapping[str, Any]) -> str | None:
@@ -95,7 +195,7 @@ def _layers(directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[
     if stray is not None:
         is_lora = ".lora_A." in stray or ".lora_B." in stray
         raise CheckpointError(
-            f"{directory}: tensor {printable(stray)!r} does not begin with {PREFIX!r} as PEFT's do, so PEFT would "
+            f"{directory}: tensor {quoted(stray)} does not begin with {PREFIX!r} as PEFT's do, so PEFT would "
             "silently leave it out; "
             + ("rename the keys or save the adapter with save_pretrained" if is_lora else "save the adapter again")
         )
@@ -109,7 +209,7 @@ def _layers(directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[
     named = next((name for name in tensors if re.search(r"\.lora_[AB]\.[^.]+\.weight$", name)), None)
     if named is not None:
         raise CheckpointError(
-            f"{directory}: tensor {printable(named)!r} carries the adapter's name, which PEFT takes out when it saves, "
+            f"{directory}: tensor {quoted(named)} carries the adapter's name, which PEFT takes out when it saves, "
             "and would not find again; save the adapter with save_pretrained"
         )
     names = {name for name in names if not _is_parameter(name, tensors, config)}
@@ -195,5 +295,5 @@ def pattern_value(pattern: object, layer: str, default: Any) -> Any:
             if re.match(rf"(.*\.)?({key})$", layer):
                 return value
         except re.error as error:
-            raise CheckpointError(f"{printable(key)!r} in rank_pattern or alpha_pattern is no regex: {error}") from None
+            raise CheckpointError(f"{quoted(key)} in rank_pattern or alpha_pattern is no regex: {error}") from None
     return default

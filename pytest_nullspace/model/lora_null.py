@@ -6,7 +6,6 @@ and its tensors say which linear layers were replaced.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -14,18 +13,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import TensorInfo, printable
+from pytest_nullspace.checkpoint.header import TensorInfo, printable, quoted
 from pytest_nullspace.checkpoint.lora_null import BIAS, PROTECT_DOWN
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.weights import fill
 
-# Fields that lead to code, to other weights, or to a dtype of their own; none of them shapes the plain architecture.
-_NOT_ARCHITECTURE = (
-    "auto_map", "architectures", "custom_pipelines", "lora_r", "attn_implementation", "_attn_implementation",
-    "_attn_implementation_internal", "experts_implementation", "_experts_implementation", "quantization_config",
-    "torch_dtype", "dtype", "_name_or_path", "transformers_version", "use_cache", "model_type",
-)  # fmt: skip
+_NOT_ARCHITECTURE = LEADS_TO_CODE | {
+    "architectures", "lora_r", "quantization_config", "torch_dtype", "dtype", "transformers_version", "use_cache",
+    "num_labels", "id2label", "label2id",
+}  # fmt: skip
+"""What leads to code, to other weights, to a dtype of its own or to endless lists of labels; none of it shapes the
+plain architecture."""
 
 
 class AdaptedLinear(nn.Module):
@@ -117,15 +117,23 @@ def _is_orthonormal(adapted: AdaptedLinear) -> bool:
 
 
 def _plain_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    fields: dict[str, Any] = {k: v for k, v in checkpoint.config.items() if k not in _NOT_ARCHITECTURE}
     model_type = checkpoint.config["model_type"]
     try:
+        fields = without(_NOT_ARCHITECTURE, checkpoint.config)
+        del fields["model_type"]
+        check_counts(fields, checkpoint.config_file)
         config = AutoConfig.for_model(model_type, **fields)
+        # First without memory, buffers included: the config is a stranger's, and can ask for any size.
+        with held_to(checkpoint.tensors.values(), checkpoint.config_file), torch.device("meta"):
+            AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except CheckpointError:
+        raise
     except Exception as error:  # transformers raises many kinds for a config that it cannot build from
         raise CheckpointError(
-            f"{checkpoint.config_file}: transformers cannot build a causal {model_type!r} model from it: {error}"
+            f"{checkpoint.config_file}: transformers cannot build a causal {quoted(model_type)} model from it: "
+            f"{printable(error, 300)}; give the config that was saved with the weights"
         ) from error
     return model
 

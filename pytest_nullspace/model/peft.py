@@ -16,21 +16,17 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import printable, read_json_object
-from pytest_nullspace.checkpoint.peft import PREFIX
+from pytest_nullspace.checkpoint.header import printable, quoted, read_header, read_json_object
+from pytest_nullspace.checkpoint.peft import FIELDS, PREFIX
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
-
-_FIELDS = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "use_dora",
-    "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "lora_bias",
-    "target_parameters", "trainable_token_indices", "layer_replication",
-)  # fmt: skip
-"""The fields of adapter_config.json that shape the adapted model; no other reaches PEFT."""
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -66,12 +62,13 @@ def load(
         bases.clear()  # of the bases one is in memory at a time
         model = _base_model(kind, base, dtype, replaced).to(device)
     untouched = _Untouched(model)
-    fields = {key: checkpoint.config[key] for key in _FIELDS if checkpoint.config.get(key) is not None}
+    fields = {key: checkpoint.config[key] for key in FIELDS if checkpoint.config.get(key) is not None}
     try:
         wrapped: Any = get_peft_model(model, LoraConfig(**fields))
     except Exception as error:  # PEFT raises many kinds for a config that does not fit the model
         raise CheckpointError(
-            f"{checkpoint.config_file}: PEFT cannot put this adapter on the base model {base}: {error}"
+            f"{checkpoint.config_file}: PEFT cannot put this adapter on the base model {base}: "
+            f"{printable(error, 300)}; give the base that it was trained on by --nullspace-base=DIR"
         ) from error
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     _fill(wrapped, checkpoint, base)
@@ -140,33 +137,52 @@ class _Untouched:
 
 def _class_of(checkpoint: Checkpoint, base: Path) -> Any:
     config = read_json_object(base / "config.json", "the base model's config")
-    name = _CLASSES.get(str(checkpoint.config.get("task_type"))) or next(iter(config.get("architectures") or ()), "")
-    kind = getattr(transformers, str(name), None)
-    if kind is None or not hasattr(kind, "from_pretrained"):
-        raise CheckpointError(f"{base}: its architecture {printable(name)!r} is not one of transformers' own")
+    check_counts(config, base / "config.json")
+    named = config.get("architectures")
+    name = _CLASSES.get(str(checkpoint.config.get("task_type"))) or (
+        named[0] if isinstance(named, list) and named else ""
+    )
+    kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if name not in _CLASSES.values() and not (
+        isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    ):
+        raise CheckpointError(
+            f"{base}: its architecture {quoted(name)} is not one of transformers' own; give another base by "
+            "--nullspace-base=DIR"
+        )
     return kind
 
 
 def _base_model(kind: Any, base: Path, dtype: torch.dtype, replaced: tuple[str, ...]) -> nn.Module:
+    tensors = [tensor for file in sorted(base.glob("*.safetensors")) for tensor in read_header(file).values()]
+    fields = without(LEADS_TO_CODE, read_json_object(base / "config.json", "the base model's config"))
     try:
-        model, report = kind.from_pretrained(
-            str(base),
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
+        with held_to(tensors, base / "config.json"):
+            model, report = kind.from_pretrained(
+                str(base),
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except CheckpointError:
+        raise
     except ImportError as error:
         method = _quantiser(base)
         if method is None:
             raise
         raise CheckpointError(
-            f"{base}: its weights are quantised by {printable(method)}, and what reads them is not installed: {error}; "
-            f"pip install {_QUANTISERS.get(method, 'what it names')}"
+            f"{base}: its weights are quantised by {printable(method)}, and what reads them is not installed: "
+            f"{printable(error, 300)}; pip install {_QUANTISERS.get(method, 'what it names')}"
         ) from error
     except Exception as error:  # transformers raises many kinds for a directory that it cannot load
-        raise CheckpointError(f"{base}: transformers cannot load the base model: {error}") from error
+        raise CheckpointError(
+            f"{base}: transformers cannot load the base model: {printable(error, 300)}; save it again with "
+            "safe_serialization=True, or give another by --nullspace-base=DIR"
+        ) from error
     missing = [key for key in sorted(report["missing_keys"]) if not any(part in replaced for part in key.split("."))]
     if missing or report["mismatched_keys"]:
         wrong = missing or [key for key, *_ in report["mismatched_keys"]]
@@ -186,12 +202,16 @@ def _quantiser(base: Path) -> str | None:
 def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-        tensors |= load_file(file)
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: the weights cannot be read: {error}; save or download them again") from None
     try:
         result = set_peft_model_state_dict(wrapped, tensors)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{checkpoint.directory}: the adapter does not fit the base model {base}: {error}"
+            f"{checkpoint.directory}: the adapter does not fit the base model {base}: {printable(error, 1000)}; give "
+            "the base that it was trained on by --nullspace-base=DIR"
         ) from None
     except KeyError as error:
         raise CheckpointError(

@@ -64,7 +64,10 @@ def _mismatch(tensors: Mapping[str, TensorInfo], unused: list[str], empty: list[
         for what, names in (("tensors that the model has no place for", unused), ("parameters without a tensor", empty))
         if names
     ]
-    return f"{where}: the weights are not those of the model that config.json describes: {'; '.join(parts)}"
+    return (
+        f"{where}: the weights are not those of the model that config.json describes: {'; '.join(parts)}; copy both "
+        "from one save"
+    )
 
 
 def _check_shapes(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
@@ -72,7 +75,7 @@ def _check_shapes(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
         if name in tensors and tensors[name].shape != tuple(value.shape):
             raise CheckpointError(
                 f"{tensors[name].file}: tensor {printable(tensors[name].name)} has shape {list(tensors[name].shape)}, "
-                f"but config.json makes it {list(value.shape)}"
+                f"but config.json makes it {list(value.shape)}; copy both from one save"
             )
 
 
@@ -94,7 +97,9 @@ def _fill_from(
                 for name in names:
                     _put(model, name, value)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: the weights cannot be read: {error}") from None
+        raise CheckpointError(
+            f"{file}: the weights cannot be read: {printable(error, 300)}; save or download them again"
+        ) from None
 
 
 def _read(stored: safe_open, info: TensorInfo, dtype: torch.dtype) -> Tensor:

@@ -40,6 +40,11 @@ def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator
     )
     if settings.task_dataset is not None:
         yield f"nullspace: task text {printable(settings.task_dataset, 1000)}"
+    if not checkpoint.carries_base:
+        base, how = (
+            (settings.base, "--nullspace-base") if settings.base else (checkpoint.base, checkpoint.config_file.name)
+        )
+        yield f"nullspace: base model {printable(base or 'none', 1000)}, named by {how}"
     if checkpoint.outside:
         yield f"nullspace: {outside(checkpoint.outside)}"
 
@@ -238,8 +243,7 @@ def best_possible(run: RunStats) -> Iterator[str]:
     yield (
         f"best possible on this text: leakage / chance {least:.3g} (median over layers); from chance (0) to that (1) "
         f"the adapter stands at {median(s for *_, s in layers):.3f}, lowest {lowest:.3f} in {printable(worst.name)}; "
-        f"it shares {shared:.0%} of the best subspace; effective rank of the inputs {min(ranks):.1f} "
-        f"to {max(ranks):.1f}"
+        f"it shares {shared:.0%} of the best subspace; effective rank of inputs {min(ranks):.1f} to {max(ranks):.1f}"
     )
 
 
@@ -308,7 +312,11 @@ def _size(change: Change) -> tuple[float, float]:
 def audit_lines(audited: Audit) -> Iterator[tuple[str, Tier | None]]:
     """What moved since training started, in all layers and outside them."""
     layers, of = audited.layers, len(audited.layers)
-    yield f"against its start {printable(audited.initial, 1000)}: variant {audited.variant}, {audited.decided}", None
+    yield (
+        f"against its start {printable(audited.initial, 1000)}: variant {printable(audited.variant)}, "
+        f"{printable(audited.decided)}",
+        None,
+    )
     down = [layer for layer in layers if not layer.down <= layer.tolerance]
     angle = max((layer.angle for layer in layers), default=0.0)
     base = sum(layer.base is not None and not layer.base <= layer.tolerance for layer in layers)
@@ -356,9 +364,9 @@ def _conditions(run: RunStats) -> str | None:
 def _extent(run: RunStats, name: str | None, what: str) -> str:
     text = run.about[what]
     named = run.calib_dataset if name is None else run.about[name]
-    told = f"text {printable(named, 1000)}: {text['windows']} windows, {text['tokens']:,} tokens"
+    told = f"text {printable(named, 1000)}: {text['windows']:,} windows, {text['tokens']:,} tokens"
     overlapping = text.get("overlapping", 0)
-    return f"{told}, {overlapping} of them overlapping" if 2 * overlapping > text["windows"] else told
+    return f"{told}, {overlapping:,} of them overlapping" if 2 * overlapping > text["windows"] else told
 
 
 def _table(run: RunStats, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, Tier | None]]:

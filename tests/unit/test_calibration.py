@@ -238,9 +238,9 @@ class TestFiles:
         [
             ("a.txt", b"caf\xe9", "not UTF-8 text (byte 3); save it as UTF-8"),
             ("b.txt", b"\xef\xbb\xbfcaf\xe9", "not UTF-8 text (byte 6); save it as UTF-8"),
-            ("a.jsonl", '"x"\n{"text": }\n', "line 2, column 10: not JSON (Expecting value)"),
+            ("a.jsonl", '"x"\n{"text": }\n', "line 2, column 10: not JSON (Expecting value); mend or remove it"),
             ("b.jsonl", '"x"\n[1]\n', "line 2 holds list, neither an object nor a string"),
-            ("a.json", '[\n"x",\n]', "line 3, column 1: not JSON (Expecting value)"),
+            ("a.json", '[\n"x",\n]', "line 3, column 1: not JSON (Expecting value); mend or remove it"),
             ("b.json", "[1]", "row 1 holds int, neither an object nor a string"),
             ("c.json", '{"text": "x"}', "takes a list of objects or strings, or an object whose values are lists"),
             ("d.json", '"x"', "takes a list of objects or strings, or an object whose values are lists"),

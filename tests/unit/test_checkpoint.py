@@ -193,8 +193,8 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_file_and_a_directory_are_refused(tmp_path: Path) -> None:
     """No file, and a directory of that name, are told apart from a broken file."""
-    assert refused(tmp_path / "m").endswith("the weights are missing")
-    assert "the weights cannot be read" in refused(tmp_path)
+    assert refused(tmp_path / "m").endswith("the file of the weights is missing; save or download it again")
+    assert "the file of the weights cannot be read" in refused(tmp_path)
 
 
 def test_names_are_escaped_in_messages(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_shards_are_read_as_one(tmp_path: Path) -> None:
 def test_a_missing_shard_is_refused_by_name(tmp_path: Path) -> None:
     """A shard that the index names and that is not there is named."""
     (shards(tmp_path) / "model-00002-of-00002.safetensors").unlink()
-    assert "model-00002-of-00002.safetensors: the weights are missing" in not_read(tmp_path)
+    assert "model-00002-of-00002.safetensors: the file of the weights is missing" in not_read(tmp_path)
 
 
 def test_a_shard_that_the_index_does_not_name_is_refused(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_many_misfits_are_counted_and_the_first_named(tmp_path: Path) -> None:
     """A checkpoint of another depth gives one short message, not one of a thousand names."""
     message = refused(tmp_path, lambda _, config: config.update(num_hidden_layers=4))
     assert "9 parameters without a tensor: model.layers.3." in message
-    assert message.endswith("…")
+    assert message.endswith(" …; copy both from one save")
 
 
 def test_a_layer_that_the_architecture_lacks_is_refused(tmp_path: Path) -> None:

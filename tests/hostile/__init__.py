@@ -1,0 +1,1 @@
+"""What strangers and bad days do: hostile checkpoints, and machines that die."""

@@ -1,0 +1,214 @@
+"""Machines that die, disks that fill, files that change: no result is lost, half written, or other than it was."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import saved, tiny
+from tests.plugin.conftest import LOOSE, Gate
+
+WRITER = """
+import sys
+from pathlib import Path
+from pytest_nullspace.stats import write
+from tests import saved
+runs = [saved.run(*(f"l.{i}" for i in range(300)), rows=rows) for rows in (1, 2)]
+file, count = Path(sys.argv[1]), int(sys.argv[2])
+print("ready", flush=True)
+for number in range(count):
+    write(runs[number % 2], file)
+"""
+
+
+def writer(file: Path, count: int) -> "subprocess.Popen[str]":
+    """A process that saves two runs in turn into one file, and has begun."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, file, str(count)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+def whole(file: Path) -> bool:
+    return len(json.loads(file.read_text("utf-8"))["stats"]) == 300
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
+    """Killed before, during or after writing, the file is the whole old run or the whole new one."""
+    file = tmp_path / "stats.json"
+    for delay in range(8):
+        process = writer(file, 10_000)
+        time.sleep(0.05 + delay * 0.0137)
+        process.kill()
+        process.communicate()
+        assert whole(file)
+
+
+def test_two_runs_may_write_one_file(tmp_path: Path) -> None:
+    """Written by two processes at once, the file is always the whole of one."""
+    file = saved.save(tmp_path / "stats.json", saved.run(*(f"l.{i}" for i in range(300))))
+    processes = [writer(file, 100) for _ in range(2)]
+    while any(process.poll() is None for process in processes):
+        assert whole(file)
+    assert [process.communicate() and process.returncode for process in processes] == [0, 0]
+    assert [name.name for name in tmp_path.iterdir()] == ["stats.json"]
+
+
+FULL = """
+import pytest, resource
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_sessionfinish():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+def test_no_room_for_the_statistics_is_told_and_red(
+    pytester: pytest.Pytester, replay: Callable[..., pytest.RunResult]
+) -> None:
+    """Where the file does not fit, a green run is not green, the old file is whole, and no half is left."""
+    pytester.makeconftest(FULL)
+    (pytester.path / "out.json").write_text("old")
+    result = replay("--nullspace-save-stats=out.json", "-p", "no:cacheprovider", apart=True)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        ["nullspace: NOT GATED: *out.json: cannot be written: File too large; mend that or give another place"]
+    )
+    assert (pytester.path / "out.json").read_text() == "old"
+    assert not [f for f in pytester.path.iterdir() if f.name.startswith(".out")]
+
+
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="needs a folder in which nobody may write")
+def test_a_read_only_folder_is_told(replay: Callable[..., pytest.RunResult]) -> None:
+    """A folder in which nothing can be made is told by the file's name."""
+    result = replay("--nullspace-save-stats=/proc/self/stats.json")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["nullspace: NOT GATED: /proc/self/stats.json: cannot be written: *; mend that or *"])
+
+
+# Called as often as a module of any model runs: what it does, it does inside the pass.
+IN_THE_PASS = """
+import gc, os, resource, signal, torch
+from torch.nn.modules.module import register_module_forward_hook
+calls = 0
+def once(*_):
+    global calls
+    calls += 1
+    if calls == 200:
+        {act}
+register_module_forward_hook(once)
+"""
+LEFT = """
+def pytest_unconfigure():
+    modules = [m for m in gc.get_objects() if isinstance(m, torch.nn.Module)]
+    print("hooks left:", sum(len(m._forward_hooks) for m in modules), "of", len(modules) > 50)
+"""
+
+
+def test_ctrl_c_in_the_pass_ends_it_without_statistics(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """A real SIGINT inside the pass ends pytest as ever (exit code 2), soon, without a hook or a partial file."""
+    act = "open('at', 'w').close(); os.kill(os.getpid(), signal.SIGINT)"
+    pytester.makeconftest(IN_THE_PASS.format(act=act) + LEFT)
+    (pytester.path / "stats.json").write_text("old")
+    result = gate(*LOOSE, "--nullspace-save-stats=stats.json", "--nullspace-calib-size=5000", "-s")
+    assert time.time() - (pytester.path / "at").stat().st_mtime < 20
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(["*KeyboardInterrupt*", "hooks left: 0 of *"])
+    assert (pytester.path / "stats.json").read_text() == "old"
+    assert "gated" not in result.stdout.str()
+
+
+def test_a_checkpoint_that_changes_while_it_is_read_is_an_error(
+    checkpoint: Path, gate: Gate, pytester: pytest.Pytester
+) -> None:
+    """Weights written to during the pass give no figure: every test errs, with the file and its hash."""
+    act = "f = open('runs/ft/model.safetensors', 'r+b'); f.seek(-1, 2); f.write(b'x'); f.close()"
+    pytester.makeconftest(IN_THE_PASS.format(act=act))
+    result = gate(*LOOSE, "--nullspace-save-stats=stats.json")
+    assert result.ret == 1
+    result.assert_outcomes(errors=22)
+    result.stdout.fnmatch_lines(
+        [
+            "*model.safetensors: changed after its header was read (SHA-256 now *), so no figure would be of one "
+            "checkpoint; run again once nothing writes to it"
+        ]
+    )
+    assert "Traceback" not in result.stdout.str()
+    assert not (pytester.path / "stats.json").exists()
+
+
+SHORT = """
+import resource, torch, transformers
+from pytest_nullspace import measure, model, pipeline
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+def limit(): resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
+"""
+IN_THE_LOAD = SHORT + "limit()\n"
+BEFORE_THE_PASS = SHORT + (
+    "real = measure.measure\ndef short(*a, **k):\n    limit()\n    return real(*a, **k)\nmeasure.measure = short\n"
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process's memory is Linux's")
+@pytest.mark.parametrize("where", ["load", "pass"])
+def test_too_little_memory_is_told_with_what_to_lower(pytester: pytest.Pytester, gate: Gate, where: str) -> None:
+    """Memory that is refused, really refused, in loading or in the pass: one sentence with the options that help."""
+    (pytester.path / "text.txt").write_text(tiny.TEXT * 50)
+    (pytester.path / "pytest.ini").write_text("[pytest]\n")
+    wide = tiny.llama(max_position_embeddings=16_384, vocab_size=128 if where == "pass" else 4_000_000)
+    tiny.lora_null(pytester.path / "wide", wide)
+    pytester.makeconftest((IN_THE_LOAD if where == "load" else BEFORE_THE_PASS).format(room=300_000_000))
+    dtype = ("--nullspace-dtype=bfloat16",) if where == "load" else ()
+    result = gate(*LOOSE, *dtype, "--nullspace-seqlen=16000", "--nullspace-batch-size=40", "--nullspace-calib-size=40",
+                  model="wide")  # fmt: skip
+    assert result.ret == 1
+    result.assert_outcomes(errors=22)
+    assert "Traceback" not in result.stdout.str()
+    result.stdout.fnmatch_lines(
+        ["*wide: too little memory to load the model in bfloat16 on cpu; lower it by --nullspace-dtype=bfloat16, or *"]
+        if where == "load"
+        else [
+            "*wide: too little memory in the pass of windows of 16000 tokens, 40 a forward, in float32 on cpu; lower "
+            "--nullspace-seqlen or --nullspace-batch-size, or take --nullspace-dtype=bfloat16"
+        ]
+    )
+
+
+def test_a_tokenizer_of_another_model_is_told(checkpoint: Path, gate: Gate) -> None:
+    """A token that the model does not know is told before the pass, not as an index out of range."""
+    tokenizer = checkpoint / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"e": 101', '"e": 4101'))
+    result = gate(*LOOSE)
+    result.assert_outcomes(errors=22)
+    result.stdout.fnmatch_lines(
+        [
+            "*runs/ft: its tokenizer gives the token 4101, but the model knows only 128; save the base model's "
+            "tokenizer into the directory"
+        ]
+    )
+
+
+def test_the_same_command_gives_the_same_bytes(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """Two runs differ in time and host alone; workers, order, selection and batches change no figure beyond 1e-6."""
+
+    def document(name: str, *options: str) -> dict[str, Any]:
+        assert gate(*LOOSE, f"--nullspace-save-stats={name}", *options).ret == 0
+        told: dict[str, Any] = json.loads((pytester.path / name).read_text())
+        del told["measured"]
+        return told
+
+    first = document("a.json")
+    assert json.dumps(first) == json.dumps(document("b.json"))
+    other = document("c.json", "-n", "2", "-p", "randomly", "--nullspace-batch-size=2", "--nullspace-layers=*.[01].*")
+    figures = {layer["layer_name"]: layer for layer in first["stats"]}
+    assert len(other["stats"]) == 14
+    for layer in other["stats"]:
+        name = layer.pop("layer_name")
+        assert layer == pytest.approx({key: figures[name][key] for key in layer}, rel=1e-6)

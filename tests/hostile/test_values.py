@@ -1,0 +1,195 @@
+"""Values that break arithmetic, and configs that ask for more than the files hold: figures, defects, or one error."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.errors import CheckpointError, MeasurementError
+from pytest_nullspace.invariants import Expectations, Finding, Threshold, Tier, judge
+from pytest_nullspace.measure import measure
+from pytest_nullspace.model import AdaptedModel, load_model
+from pytest_nullspace.model.bounds import LEADS_TO_CODE, without
+from pytest_nullspace.stats import LayerStats, RunStats
+from tests import saved, tiny
+
+Q = "model.layers.1.self_attn.q_proj"
+WINDOWS = [[token % 128 for token in range(start, start + 24)] for start in (3, 40)]
+CPU = torch.device("cpu")
+
+
+def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> AdaptedModel:
+    return load_model(open_checkpoint(folder), CPU, dtype)
+
+
+def measured(folder: Path, part: str, change: Any, dtype: torch.dtype = torch.float32) -> LayerStats:
+    """One layer's figures, one of its tensors changed before the checkpoint is saved."""
+
+    def edit(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        tensors[f"{Q}.{part}"] = change(tensors[f"{Q}.{part}"])
+
+    (layer,) = measure(loaded(tiny.lora_null(folder, change=edit), dtype), WINDOWS, layers=[Q])
+    return layer
+
+
+def test_a_rank_deficient_b_is_measured_by_its_true_row_space(tmp_path: Path) -> None:
+    """A row that repeats another adds nothing to the space: leakage is that of the rows that are left, and finite."""
+    whole = measured(tmp_path / "a", "BLinear.weight", lambda b: torch.cat([b[:1], b[1:2], b[1:2], b[1:2]]))
+    again = measured(tmp_path / "b", "BLinear.weight", lambda b: torch.cat([b[:1], b[1:2], 3 * b[1:2], -b[1:2]]))
+    assert math.isfinite(whole.leakage)
+    assert whole.mean_leakage == pytest.approx(again.mean_leakage, rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["BLinear.weight", "ALinear.weight"])
+def test_denormal_weights_have_figures_and_no_green(tmp_path: Path, part: str) -> None:
+    """Weights that float32 hardly holds are measured as what they are, and such an update passes nothing."""
+    layer = measured(tmp_path, part, lambda w: w * 1e-42)
+    assert layer.defect is None
+    assert layer.update_norm < 1e-30
+    assert judge(layer, Expectations()).tier is Tier.FAIL
+
+
+def test_a_b_of_zeros_is_not_green(tmp_path: Path) -> None:
+    """A layer with B = 0 sees nothing and does nothing: its figures are finite and it fails."""
+    layer = measured(tmp_path, "BLinear.weight", torch.zeros_like)
+    assert judge(layer, Expectations()).tier is Tier.FAIL
+    assert layer.update_norm == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38])
+def test_a_value_that_breaks_the_forward_is_never_green(tmp_path: Path, value: float) -> None:
+    """NaN, infinities and what overflows within the forward fail their layer."""
+    layer = measured(tmp_path, "ALinear.weight", lambda w: w.clone().fill_(value))
+    assert judge(layer, Expectations()).tier is Tier.FAIL
+
+
+def test_no_window_and_an_empty_one_are_errors(tmp_path: Path) -> None:
+    """Without tokens there is nothing to measure, and no figure."""
+    model = loaded(tiny.lora_null(tmp_path))
+    for windows in ([], [[1, 2], []]):
+        with pytest.raises(MeasurementError, match="windows: there is none, or one without tokens"):
+            measure(model, windows)
+
+
+def test_ctrl_c_in_the_pass_removes_every_hook(tmp_path: Path) -> None:
+    """An interrupt after the first batch goes through at once, and the model is left without a hook."""
+    model = loaded(tiny.lora_null(tmp_path))
+
+    def interrupt(done: int, _: int) -> None:
+        raise KeyboardInterrupt(done)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, WINDOWS, progress=interrupt)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.modules())
+    assert len(measure(model, WINDOWS)) == 21
+
+
+ABSURD: Mapping[str, tuple[dict[str, Any], str]] = {
+    "layers": ({"num_hidden_layers": 10**9}, "config.json: num_hidden_layers is 1000000000, more than any model has"),
+    "a few more layers": ({"num_hidden_layers": 90_000}, "config.json: describes a model far larger than the "),
+    "labels": ({"num_labels": 10**9}, ""),
+    "vocabulary": ({"vocab_size": 10**12}, "config.json: describes a model far larger than"),
+    "width": ({"intermediate_size": 10**10}, "config.json: describes a model far larger than"),
+    "wrong type": ({"hidden_size": "\x1b[31m"}, "config.json: transformers cannot build a causal 'llama' model"),
+    "no model": ({"model_type": "trap"}, "config.json: transformers cannot build a causal 'trap' model from it: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_a_config_cannot_ask_for_more_than_the_files_hold(tmp_path: Path, case: str) -> None:
+    """Absurd sizes are refused in bounded time, before memory is taken; nested ones that shape nothing are dropped."""
+    fields, message = ABSURD[case]
+    folder = tiny.lora_null(tmp_path / "ft", change=lambda _, config: config.update(fields))
+    started = time.perf_counter()
+    if message:
+        with pytest.raises(CheckpointError) as caught:
+            loaded(folder)
+        assert message in str(caught.value)
+        assert str(caught.value).isprintable()
+        assert "; give the config that was saved with" in str(caught.value)
+    else:
+        loaded(folder)
+    assert time.perf_counter() - started < 20
+
+
+def test_masks_of_a_hostile_size_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    """GPT-Neo makes a mask of all positions squared in every layer: a config of a million is told, not built."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    small = GPTNeoConfig(
+        vocab_size=128, max_position_embeddings=64, hidden_size=32, num_layers=2, num_heads=4,
+        attention_types=[[["global"], 2]], bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    loaded(tiny.lora_null(tmp_path / "sound", GPTNeoForCausalLM(small)))
+    folder = tiny.lora_null(
+        tmp_path / "ft", GPTNeoForCausalLM(small), change=lambda _, fields: fields.update(max_position_embeddings=10**6)
+    )
+    with pytest.raises(CheckpointError, match="describes a model far larger than"):
+        loaded(folder)
+
+
+def test_a_nested_field_cannot_name_a_kernel_or_code() -> None:
+    """What leads to code is dropped at every depth of the config, not at its top alone."""
+    fields = {"a": {"_attn_implementation": "x/kernel", "b": [{"auto_map": {}, "c": 1}]}, "auto_map": {}}
+    assert without(LEADS_TO_CODE, fields) == {"a": {"b": [{"c": 1}]}}
+
+
+FIELD = st.sampled_from([*tiny.SIZES, "rope_parameters", "hidden_act", "head_dim", "layer_types", "pad_token_id", "x"])
+VALUE = st.sampled_from(
+    [0, -1, 1, 7, 2**31, 10**18, 0.5, 1e400, True, None, "", "gelu", "x\x1b", [], [1], {}, {"rope_type": "x"}]
+)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA-Null directory whose config is rewritten over and over."""
+    return tiny.lora_null(tmp_path_factory.mktemp("config") / "ft")
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fields=st.dictionaries(FIELD, VALUE, min_size=1, max_size=3))
+def test_any_config_is_built_or_refused(sound: Path, fields: dict[str, Any]) -> None:
+    """Whatever a model's config says, loading it raises nothing but our own error, and that in plain characters."""
+    file = sound / "config.json"
+    before = file.read_text()
+    file.write_text(json.dumps({**json.loads(before), **fields}))
+    told = ""
+    try:
+        loaded(sound)
+    except CheckpointError as error:
+        told = str(error)
+    finally:
+        file.write_text(before)
+    assert not told or told.isprintable()
+
+
+@given(st.floats(1e-9, 1e9), st.floats(-1e-7, 1e-7))
+def test_a_finding_never_rounds_to_its_bound(bound: float, off: float) -> None:
+    """Value and bound are shown in as many digits as it takes to see which side the value lies on."""
+    value = bound * (1 + off)
+    threshold = Threshold("preservation", bound / 2, bound, lower_is_better=True)
+    finding = str(Finding(value, threshold, threshold.tier(value)))
+    _, shown, sign, limit = finding.split()
+    compare = {">": float.__gt__, "<": float.__lt__, ">=": float.__ge__, "<=": float.__le__}[sign]
+    assert compare(float(shown), float(limit))
+    assert str(Finding(0.5000001, Threshold("leakage", 0.1, 0.5, lower_is_better=True), Tier.FAIL)) == (
+        "leakage 0.5000001 > 0.5"
+    )
+
+
+def test_ten_thousand_layers_are_found_at_once() -> None:
+    """Looking up every layer of a large run takes no longer than a walk through it."""
+    run = RunStats("m", "t", tuple(saved.run(*(f"l.{i}" for i in range(10_000))).layers), 10_000)
+    started = time.perf_counter()
+    assert all(run.layer(layer.name) is layer for layer in run.layers)
+    assert time.perf_counter() - started < 1
+    assert run.layer("nothing") is None
