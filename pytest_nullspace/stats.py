@@ -424,10 +424,8 @@ def from_json(text: str, where: str) -> RunStats:
             raise StatsError(f"{where}: stats[{i}]: layer {printable(layer.name)} is there twice; {_AGAIN}")
         seen.add(layer.name)
         if layer.absent != layers[0].absent:
-            raise StatsError(
-                f"{where}: stats[{i}]: {printable(layer.name)} and {printable(layers[0].name)}: only one has leakage, or "
-                f"a task text; {_AGAIN}"
-            )
+            both = f"{printable(layer.name)} and {printable(layers[0].name)}"
+            raise StatsError(f"{where}: stats[{i}]: {both}: only one has leakage, or a task text; {_AGAIN}")
     checkpoint_layers = document.get("checkpoint_layers", len(layers))
     if not _is_count(checkpoint_layers) or checkpoint_layers < len(layers):
         raise StatsError(

@@ -45,7 +45,7 @@ def read(directory: Path) -> Checkpoint:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{config_file}: peft_type is {quoted(kind)}: not a LoRA adapter, so it has no layers to gate"
+            f"{config_file}: peft_type is {quoted(kind)}: not a LoRA adapter, so it has no layers to gate; give one"
         )
     _check_fields(config, config_file)
     if not isinstance(config.get("lora_alpha"), int | float):
@@ -254,7 +254,11 @@ def _layer(
         if tensor.dtype not in FLOATING:
             raise CheckpointError(f"{where}: {part} is {tensor.dtype}, not a floating point type that is measured")
         if len(tensor.shape) != 2 or 0 in tensor.shape:
-            hint = "; an empty tensor is what ZeRO-3 leaves when it is saved ungathered" if 0 in tensor.shape else ""
+            hint = (
+                "; an empty tensor is what ZeRO-3 leaves when it is saved ungathered; gather it first"
+                if 0 in tensor.shape
+                else ""
+            )
             raise CheckpointError(f"{where}: {part} has shape {list(tensor.shape)}, expected two dimensions{hint}")
         shapes.append(tensor.shape)
     (rank, in_features), (out_features, up_rank) = shapes

@@ -185,7 +185,7 @@ REFUSED: Mapping[str, tuple[Edit, str]] = {
         described(lambda _: None, text=b'{"a": {}, "a": {}}'),
         WEIGHTS + "the safetensors header names 'a' twice" + AGAIN,
     ),
-    "tensors that overlap": (
+    "a hole in the data": (
         entry(data_offsets=[16, 48]),
         WEIGHTS + "the data of tensor '*lora_A.weight' leaves a hole before it (byte 0)" + AGAIN,
     ),
@@ -211,7 +211,7 @@ REFUSED: Mapping[str, tuple[Edit, str]] = {
     "rank 0, or what ZeRO-3 leaves": (
         shaped([0, 4], [4, 0]),
         f"*adapter: layer {Q}: lora_A.weight has shape [[]0, 4], expected two dimensions; an empty tensor is what "
-        "ZeRO-3 leaves when it is saved ungathered",
+        "ZeRO-3 leaves when it is saved ungathered; gather it first",
     ),
     "two matrices of different ranks": (
         shaped([2, 4], [4, 3]),
@@ -235,7 +235,7 @@ REFUSED: Mapping[str, tuple[Edit, str]] = {
     ),
     "another method than LoRA": (
         config(peft_type="\x1b[2JIA3"),
-        CONFIG + r"peft_type is '\x1b[[]2JIA3': not a LoRA adapter, so it has no layers to gate",
+        CONFIG + r"peft_type is '\x1b[[]2JIA3': not a LoRA adapter, so it has no layers to gate; give one",
     ),
     "a field of the wrong type": (
         config(target_parameters=7),
