@@ -349,7 +349,7 @@ def test_what_is_no_checkpoint_is_a_usage_error(checkpoint: Path, gate: Gate, py
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("calib-size=0", "--nullspace-calib-size: takes a whole number from 1, not '0'"),
+        ("calib-size=0", "--nullspace-calib-size: takes a whole number from 1*, not '0'"),
         ("seqlen=many", "--nullspace-seqlen: takes a whole number from 1, not 'many'"),
         ("device=gpu", "--nullspace-device: takes auto, cpu, cuda, cuda:N, xpu or xpu:N, not 'gpu'"),
         ("dtype=int8", "--nullspace-dtype: takes auto, float32, float16 or bfloat16, not 'int8'"),
