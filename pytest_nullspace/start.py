@@ -22,13 +22,13 @@ ZERO = 1e-6
 ORTHONORMAL = 1e-3
 """How far ``‖B‖² / r`` may lie from 1 for rows that are orthonormal."""
 
-QUANTITIES: Mapping[str, Callable[[LayerStats], float]] = {
+QUANTITIES: Mapping[str, Callable[[LayerStats], float | None]] = {
     **{figure: lambda layer, figure=figure: layer.figure(figure) for figure in FIGURES},  # type: ignore[misc]
     "‖B‖": lambda layer: layer.down_weight_norm,
     "‖A‖": lambda layer: layer.up_weight_norm,
     "‖W_res‖": lambda layer: layer.base_weight_norm,
 }
-"""Of what reports show the change."""
+"""Of what reports show the change; None where a quantised weight does not tell it."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ class Start:
             return
         moves = {change.figure: change for change in layer_moves(layer, before)}
         for frozen in ("‖B‖", "‖W_res‖") if self.variant == "v2" else ("‖W_res‖",):
-            if not abs(moves[frozen].share) <= UNCHANGED:
+            if frozen not in moves:
+                if layer.base_weight_norm is not before.base_weight_norm:
+                    yield f"{frozen} was measured on one side only, so nothing tells that it did not change"
+            elif not abs(moves[frozen].share) <= UNCHANGED:
                 yield f"{moves[frozen]} since the start, where it must not change"
         if self.variant == "v2" and not layer.preservation <= max(CLOSE * before.preservation, QUIET):
             yield f"{moves['preservation']} since the start: more than {CLOSE:g} times as loud"
@@ -96,10 +99,11 @@ class Start:
 def layer_moves(layer: LayerStats, before: LayerStats) -> tuple[Change, ...]:
     """The change of every quantity that both runs measured."""
     absent = {*layer.absent, *before.absent}
+    values = {name: (value(before), value(layer)) for name, value in QUANTITIES.items() if name not in absent}
     return tuple(
-        Change(name, value(before), value(layer), lower_is_better=True)
-        for name, value in QUANTITIES.items()
-        if name not in absent
+        Change(name, was, now, lower_is_better=True)
+        for name, (was, now) in values.items()
+        if was is not None and now is not None
     )
 
 
