@@ -41,6 +41,10 @@ class Gate:
         for folder in self._strangers:
             if folder.resolve() in on_path and any(folder.glob("*.py")):
                 raise NullspaceError(f"{folder}: Python imports from it; start pytest in another folder")
+            if (folder / "conftest.py").exists():
+                raise NullspaceError(
+                    f"{folder / 'conftest.py'}: pytest would run it as a part of your tests; remove it"
+                )
         self._config = config
         self._expected: list[str] = []
         self._judged: set[str] = set()
@@ -64,8 +68,13 @@ class Gate:
         return CheckpointFile.of(parent, run)
 
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
-        """Keep pytest from the Python files of a checkpoint that lies among the user's tests."""
-        return True if collection_path not in self._files and self._is_strange(collection_path) else None
+        """Keep pytest from the Python files of a checkpoint that lies among the user's tests.
+
+        The directory of what is gated is collected itself, so that the user's own conftest files above it hold for it.
+        """
+        if any(collection_path in (file, file.parent) for file in self._files):
+            return None
+        return True if self._is_strange(collection_path) else None
 
     def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         """Take a checkpoint's directory for no package, whose ``__init__.py`` pytest would import."""

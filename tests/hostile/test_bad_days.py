@@ -108,19 +108,18 @@ register_module_forward_hook(once)
 LEFT = """
 def pytest_unconfigure():
     modules = [m for m in gc.get_objects() if isinstance(m, torch.nn.Module)]
-    print("hooks left:", sum(len(m._forward_hooks) for m in modules), "of", len(modules) > 50)
+    print(f"modules run: {calls}; hooks left:", sum(len(m._forward_hooks) for m in modules), "of", len(modules) > 50)
 """
 
 
 def test_ctrl_c_in_the_pass_ends_it_without_statistics(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
-    """A real SIGINT inside the pass ends pytest as ever (exit code 2), soon, without a hook or a partial file."""
-    act = "open('at', 'w').close(); os.kill(os.getpid(), signal.SIGINT)"
+    """A real SIGINT inside the pass ends pytest as ever (exit code 2), at once, without a hook or a partial file."""
+    act = "os.kill(os.getpid(), signal.SIGINT)"
     pytester.makeconftest(IN_THE_PASS.format(act=act) + LEFT)
     (pytester.path / "stats.json").write_text("old")
     result = gate(*LOOSE, "--nullspace-save-stats=stats.json", "--nullspace-calib-size=5000", "-s")
-    assert time.time() - (pytester.path / "at").stat().st_mtime < 20
     assert result.ret == pytest.ExitCode.INTERRUPTED
-    result.stdout.fnmatch_lines(["*KeyboardInterrupt*", "hooks left: 0 of *"])
+    result.stdout.fnmatch_lines(["*KeyboardInterrupt*", "modules run: 200; hooks left: 0 of *"])
     assert (pytester.path / "stats.json").read_text() == "old"
     assert "gated" not in result.stdout.str()
 

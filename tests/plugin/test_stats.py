@@ -137,8 +137,11 @@ def test_a_partial_run_has_no_averages_to_judge(replay: Replay, pytester: pytest
             "stats[[]1]: BX_ratio is 0.03125, but BX_norm / X_norm is 0.00125; the file was edited or damaged*",
         ),
         (lambda d: d.update(stats=[], num_layers=0), "holds no layer, so there is nothing to gate"),
-        (lambda d: d["stats"][0].update(layer_name="a::b[c]"), "'a::b[[]c[]]' is not the name of a layer"),
-        (lambda d: d["stats"][0].update(layer_name="model"), "'model' is not the name of a layer"),
+        (
+            lambda d: d["stats"][0].update(layer_name="a::b[c]"),
+            "'a::b[[]c[]]' is not the name of a layer; measure again",
+        ),
+        (lambda d: d["stats"][0].update(layer_name="model"), "'model' is not the name of a layer; measure again"),
     ],
 )
 def test_what_no_run_can_hold_is_a_usage_error(

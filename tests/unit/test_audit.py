@@ -231,7 +231,7 @@ def test_a_scale_that_is_not_that_of_the_start_is_a_fault(tmp_path: Path) -> Non
 def test_a_lost_alpha_is_refused(tmp_path: Path, alpha: object) -> None:
     """PEFT would silently take its default for an alpha that the config does not name."""
     folder = as_peft(tmp_path, lambda _, config: config.update(lora_alpha=alpha))
-    with pytest.raises(CheckpointError, match=r"lora_alpha of model\.layers.*(is lost|no number), so the scale"):
+    with pytest.raises(CheckpointError, match=r"lora_alpha (is None, not|must be) a number"):
         open_checkpoint(folder)
 
 

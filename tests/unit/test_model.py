@@ -188,7 +188,7 @@ def test_the_files_of_the_directory_are_never_executed(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     load(tmp_path)
     assert not (tmp_path / "executed").exists()
-    assert not [name for name in sys.modules if "_trap" in name]
+    assert not [name for name in sys.modules if name.endswith("_trap")]
 
 
 def test_a_config_cannot_choose_another_implementation(tmp_path: Path) -> None:

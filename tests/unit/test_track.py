@@ -1,0 +1,42 @@
+"""The tracking of benchmark ratios: what counts as a regression."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks import track
+
+BEFORE = {"a[cpu]": {"pass_over_bare_forward": 1.02}, "b[cpu]": {"share_of_copy_bandwidth": 0.8}}
+
+
+@pytest.mark.parametrize(
+    ("now", "regressed"),
+    [
+        ({"a[cpu]": {"pass_over_bare_forward": 1.2}, "b[cpu]": {"share_of_copy_bandwidth": 0.7}}, 0),
+        ({"a[cpu]": {"pass_over_bare_forward": 1.3}, "b[cpu]": {"share_of_copy_bandwidth": 0.9}}, 1),
+        ({"a[cpu]": {"pass_over_bare_forward": 0.5}, "b[cpu]": {"share_of_copy_bandwidth": 0.6}}, 1),
+        ({"c[cuda]": {"share_of_copy_bandwidth": 0.1}}, 0),
+    ],
+)
+def test_a_ratio_regresses_in_its_own_direction(now: track.Ratios, regressed: int) -> None:
+    """The pass may not become dearer, nor the share of bandwidth smaller, by more than the margin."""
+    assert sum(worse for _, worse in track.compared(now, BEFORE)) == regressed
+
+
+def test_only_ratios_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times are left out; a run without any ratio fails, and writing makes it the baseline."""
+    run = {"benchmarks": [{"fullname": "a", "stats": {"mean": 1}, "extra_info": {"share_of_copy_bandwidth": 0.5}}]}
+    assert track.ratios(run) == {"a": {"share_of_copy_bandwidth": 0.5}}
+    file = tmp_path / "run.json"
+    monkeypatch.setattr(track, "BASELINE", tmp_path / "baseline.json")
+    for document, arguments, code in ((run, ["--write"], 0), (run, [], 0), ({"benchmarks": []}, [], 1)):
+        file.write_text(json.dumps(document))
+        monkeypatch.setattr("sys.argv", ["track", str(file), *arguments])
+        assert track.main() == code
+
+
+def test_the_committed_baseline_holds_ratios_of_every_kind() -> None:
+    """What CI compares with is there, for the reduction and for the pass."""
+    held = json.loads(track.BASELINE.read_text("utf-8"))
+    assert {ratio for told in held.values() for ratio in told} == set(track.LOWER_IS_BETTER)
