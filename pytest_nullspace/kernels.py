@@ -1,7 +1,7 @@
 """The figures of an adapted layer as pure functions of its activations: norms, sums, merge, compute.
 
 What rows add up to is one vector of sums, so any split of the rows, in any order, over any number of processes, merges
-to the same answer. Norms are taken in at least float32 without copying half-precision activations; sums are float64.
+to the same answer. Norms are taken in at least float32, on a GPU without copying half-precision rows; sums are float64.
 Leading dimensions, of layers or windows, are carried along.
 """
 
@@ -63,6 +63,9 @@ def row_norms(values: Tensor) -> Tensor:
     Returns:
         Shape ``(…,)``, float64 where ``values`` are, else float32: whether those are `safe` is the caller's to ask.
     """
+    if values.device.type == "cpu" and values.dtype in (torch.float16, torch.bfloat16):
+        # There torch sums wide half-precision rows one by one, an order of magnitude slower than it copies them.
+        values = values.float()
     return _vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, torch.float32))
 
 

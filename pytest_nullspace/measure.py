@@ -2,8 +2,8 @@
 
 A layer's hooks take the norms of its wide activations while these are still in the cache, and keep them, with the
 narrow ``Bx``, until enough layers have come together to be summed at once. On a CPU a batch counts only when every norm
-was exact: a layer whose norms leave float32's range, or whose ``Bx`` lost too many digits to cancellation, is marked,
-and the batch is run again with that layer in float64.
+was exact: a layer whose norms leave float32's range, or whose ``Bx`` lost too many digits to cancellation, is taken in
+float64 from there on, and the batch is run again where that matters for the whole.
 """
 
 import random
@@ -363,12 +363,15 @@ class _Recorder:
         cancelled = error > CANCELLATION * down_norms.sum(dim=-1, dtype=torch.float64)
         if taken[0].down.dtype != torch.float32:
             cancelled = torch.zeros_like(cancelled)
-        for t, beyond, lost in zip(taken, unsafe.tolist(), cancelled.tolist(), strict=True):
+        # Of the whole pass this batch is but a share, so what it lost may stay if the others lose nothing.
+        batches = min(self._windows, FIRST_ROUND) / len(self._batch.counts)
+        too_much = cancelled & (error > CANCELLATION * batches * down_norms.sum(dim=-1, dtype=torch.float64))
+        marks = zip(taken, unsafe.tolist(), cancelled.tolist(), too_much.tolist(), strict=True)
+        for t, beyond, lost, unbearably in marks:
             name = t.watched.layer.name
-            for marks, needed in ((self._wide, beyond), (self._cancelled, lost)):
-                if needed and name not in marks:
-                    marks.add(name)
-                    self._marked = True
+            self._marked |= (beyond and name not in self._wide) or (unbearably and name not in self._cancelled)
+            self._wide |= {name} if beyond else set()
+            self._cancelled |= {name} if lost else set()
 
 
 def _parts(layer: AdaptedLayer, base: Tensor, up: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
