@@ -56,9 +56,23 @@ def node_id(file: Path, rootdir: Path) -> str:
 
 
 class GateItem(pytest.Item):
-    """A test of the gate."""
+    """A test of the gate.
+
+    Attributes:
+        removed: Whether something took it out of the session without deselecting it.
+    """
 
     parent: CheckpointFile
+    removed = False
+
+    def setup(self) -> None:
+        """Fail where it was removed."""
+        if self.removed:
+            pytest.fail(
+                f"{self.name}: a conftest file or plugin removed this test without telling pytest (hook "
+                "pytest_deselected); mend that, or leave tests out with -k or --deselect",
+                pytrace=False,
+            )
 
     def reportinfo(self) -> tuple[Path, int, str]:
         """Where the item lies; pytest takes a third part that ends the id for a Python name and rewrites it."""
@@ -74,6 +88,7 @@ class MeasuredItem(GateItem):
 
     def setup(self) -> None:
         """Have the checkpoint measured; whatever prevents that is an error of every item."""
+        super().setup()
         try:
             with showing_progress(self.config) as progress:
                 self.parent.run.measured(progress)

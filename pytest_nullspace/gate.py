@@ -46,6 +46,7 @@ class Gate:
                     f"{folder / 'conftest.py'}: pytest would run it as a part of your tests; remove it"
                 )
         self._config = config
+        self._deselected: set[pytest.Item] = set()
         self._expected: list[str] = []
         self._judged: set[str] = set()
         self._problems: list[str] = []
@@ -101,13 +102,25 @@ class Gate:
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> Generator[None, None, None]:
-        """After every other selection, tell the runs what to measure, and remember which tests must be judged."""
+        """After every other selection, tell the runs what to measure, and remember which tests must be judged.
+
+        A test that is gone without having been deselected comes back, to fail: left out unsaid, it would look green.
+        """
+        collected = [item for item in items if isinstance(item, GateItem)]
         yield
         dropped = select(items, self.runs)
         if dropped:
             items[:] = [item for item in items if item not in dropped]
             config.hook.pytest_deselected(items=dropped)
+        gone = set(collected).difference(items, self._deselected)
+        for item in gone:
+            item.removed = True
+        items.extend(item for item in collected if item in gone)
         self._expected = [item.nodeid for item in items if isinstance(item, GateItem)]
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Remember what was left out in the way that pytest tells of."""
+        self._deselected.update(items)
 
     # --- several processes ------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ def whole(file: Path) -> bool:
 
 def test_a_kill_at_any_moment_leaves_a_whole_file(tmp_path: Path) -> None:
     """Killed before, during or after writing, the file is the whole old run or the whole new one."""
-    file = tmp_path / "stats.json"
+    file = saved.save(tmp_path / "stats.json", saved.run(*(f"l.{i}" for i in range(300))))
     for delay in range(8):
         process = writer(file, 10_000)
         time.sleep(0.05 + delay * 0.0137)

@@ -386,13 +386,19 @@ SABOTAGE = {
     "exit 0": "import pytest\ndef pytest_runtest_teardown(): pytest.exit('enough', returncode=0)\n",
     "items cleared": "def pytest_collection_finish(session): session.items.clear()\n",
     "one item dropped at the end": "def pytest_collection_finish(session): del session.items[3]\n",
+    "items removed unsaid": "def pytest_collection_modifyitems(items): del items[5:]\n",
+    "items removed last": (
+        "import pytest\n@pytest.hookimpl(trylast=True)\n"
+        "def pytest_collection_modifyitems(items): items[:] = [i for i in items if i.name != 'model']\n"
+    ),
     "loop taken over": "def pytest_runtestloop(session): return True\n",
 }
+ON_WORKERS = "skip marks", "protocol taken over", "exit 0", "items removed unsaid", "items removed last"
 
 
 @pytest.mark.parametrize(
     ("how", "mode"),
-    [(how, ()) for how in SABOTAGE] + [(how, ("-n", "2")) for how in ("skip marks", "protocol taken over", "exit 0")],
+    [(how, ()) for how in SABOTAGE] + [(how, ("-n", "2")) for how in ON_WORKERS],
 )
 def test_what_was_not_judged_is_not_green(
     checkpoint: Path, gate: Gate, pytester: pytest.Pytester, how: str, mode: tuple[str, ...]
@@ -400,6 +406,19 @@ def test_what_was_not_judged_is_not_green(
     """Whatever a conftest does to keep layers from being judged, the run does not exit 0."""
     pytester.makeconftest(SABOTAGE[how])
     assert gate(*LOOSE, *mode).ret != 0
+
+
+def test_a_removed_test_is_told_by_its_name(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """What a conftest removes without deselecting comes back as an error that says so; what it deselects does not."""
+    pytester.makeconftest(
+        "def pytest_collection_modifyitems(config, items):\n"
+        "    config.hook.pytest_deselected(items=items[7:])\n"
+        "    del items[6:]\n"
+    )
+    result = gate(*LOOSE)
+    assert result.ret == 1
+    result.assert_outcomes(passed=6, errors=1, deselected=LAYERS + 1 - 7)
+    result.stdout.fnmatch_lines(["ERROR runs/ft/config.json::* - Failed: *: a conftest file or plugin removed this *"])
 
 
 def test_the_gate_cannot_be_blocked_behind_its_option(checkpoint: Path, gate: Gate) -> None:
