@@ -18,6 +18,9 @@ _qr: Callable[..., tuple[Tensor, Tensor]] = torch.linalg.qr
 FLOAT32_SAFE = (1e-15, 1e15)
 """Float32 norms between these have squares, and sums of squares over any real width, within float32's normal range."""
 
+CONVERTED = 1 << 20
+"""Numbers of half precision that are converted at once."""
+
 
 class Sums(NamedTuple):
     """What is summed over rows, in the order of the vector."""
@@ -64,8 +67,11 @@ def row_norms(values: Tensor) -> Tensor:
         Shape ``(…,)``, float64 where ``values`` are, else float32: whether those are `safe` is the caller's to ask.
     """
     if values.device.type == "cpu" and values.dtype in (torch.float16, torch.bfloat16):
-        # There torch sums wide half-precision rows one by one, an order of magnitude slower than it copies them.
-        values = values.float()
+        # There torch sums wide half-precision rows one by one, an order of magnitude slower than it copies them; and
+        # what is converted whole leaves the cache before it is summed.
+        rows = values.reshape(-1, values.shape[-1])
+        parts = torch.split(rows, max(1, CONVERTED // max(1, rows.shape[-1])))
+        return torch.cat([_vector_norm(part.float(), dim=-1) for part in parts]).reshape(values.shape[:-1])
     return _vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, torch.float32))
 
 

@@ -27,8 +27,8 @@ from pytest_nullspace.uncertainty import margins
 CANCELLATION = 5e-8
 """The relative error to which cancellation in a float32 ``Bx`` may add up over a batch."""
 
-HELD_BYTES = 1 << 24
-"""What may be kept of the narrow activations before they are summed."""
+HELD_BYTES = 1 << 22
+"""What may be kept of norms and narrow activations before they are summed."""
 
 FIRST_ROUND = 16
 """Windows after which a pass may end early, and again whenever they have doubled."""
@@ -212,7 +212,36 @@ class _Taken:
     down: Tensor
     base: Tensor
     output: Tensor
-    change: Tensor | None
+    change: Tensor | None = None
+
+
+class _Held:
+    """Memory set aside for what is kept from layer to layer.
+
+    Kept where it was allocated, amid wide activations that are freed, each small piece would stop their memory from
+    being used again, and the heap would grow with every layer.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._memory, self._used = torch.empty(size, dtype=torch.uint8, device=device), 0
+
+    def has_room(self, *parts: Tensor) -> bool:
+        """Whether copies of ``parts`` fit beside what is kept."""
+        return self._used + sum(map(_padded, parts)) <= len(self._memory)
+
+    def keep(self, part: Tensor) -> Tensor:
+        """A copy of ``part``, for which there `has_room`."""
+        kept = self._memory[self._used : self._used + part.nbytes].view(part.dtype).view(part.shape)
+        self._used += _padded(part)
+        return kept.copy_(part)
+
+    def clear(self) -> None:
+        """Forget all that is kept."""
+        self._used = 0
+
+
+def _padded(part: Tensor) -> int:
+    return -(-part.nbytes // 64) * 64
 
 
 class _Recorder:
@@ -230,6 +259,7 @@ class _Recorder:
         self._input: Tensor | None = None
         self._input_norms = torch.empty(0)
         self._held: list[_Taken] = []
+        self._memory = _Held(HELD_BYTES, device)
         self._of_batch: list[tuple[str, Tensor]] = []
         self._wide: set[str] = set()
         self._cancelled: set[str] = set()
@@ -238,7 +268,7 @@ class _Recorder:
     def start(self, batch: _Batch) -> None:
         """From here on count the rows of ``batch``."""
         self._batch, self._input, self._marked = batch, None, False
-        self._held.clear()
+        self._forget_held()
         self._of_batch.clear()
 
     def end(self) -> bool:
@@ -281,7 +311,7 @@ class _Recorder:
                 yield
             finally:
                 self._input = None
-                self._held.clear()
+                self._forget_held()
         self.sums = {name: summed.cpu() for name, summed in self.sums.items()}
 
     def _take(self, watched: _Watched, _: nn.Module, args: Any, output: Tensor) -> None:
@@ -295,10 +325,17 @@ class _Recorder:
             change = self._norms_of(watched, parts) if watched.updates_by_more else None
         if layer.name in self._cancelled | self._wide:
             down = self._counted(x).double() @ layer.down_matrix().mT
-        self._held.append(_Taken(watched, self._input_norms, down, base, self._norms_of(watched, output), change))
         watched.seen.clear()
-        if sum(taken.down.nbytes for taken in self._held) > HELD_BYTES:
+        self._hold(_Taken(watched, self._input_norms, down, base, self._norms_of(watched, output), change))
+
+    def _hold(self, taken: _Taken) -> None:
+        parts = {name: part for name, part in vars(taken).items() if isinstance(part, Tensor)}
+        if not self._memory.has_room(*parts.values()):
             self._sum_held()
+        if not self._memory.has_room(*parts.values()):
+            self._sum([taken])
+            return
+        self._held.append(_Taken(taken.watched, **{name: self._memory.keep(part) for name, part in parts.items()}))
 
     def _norms(self, watched: _Watched, values: Tensor) -> Tensor:
         return self._norms_of(watched, self._counted(values))
@@ -325,7 +362,11 @@ class _Recorder:
 
         for _, alike in groupby(sorted(self._held, key=lambda taken: repr(shape(taken))), key=shape):
             self._sum(list(alike))
+        self._forget_held()
+
+    def _forget_held(self) -> None:
         self._held.clear()
+        self._memory.clear()
 
     def _sum(self, taken: list[_Taken]) -> None:
         exact = torch.promote_types(taken[0].down.dtype, torch.float32)

@@ -23,6 +23,7 @@ from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tenso
 from pytest_nullspace.errors import CheckpointError, MeasurementError, OptionError, TextError
 from pytest_nullspace.hub import directory_of
 from pytest_nullspace.invariants import Expectations, Stage, judge
+from pytest_nullspace.memory import keep_freed_memory
 from pytest_nullspace.options import PREFIX, Settings
 from pytest_nullspace.stats import Drift, LayerStats, RunStats
 from pytest_nullspace.weights import STATEMENT, weigh
@@ -65,6 +66,7 @@ def measure_checkpoint(
     from pytest_nullspace.model import load_model
 
     started = time.perf_counter()
+    keep_freed_memory()
     base = None if checkpoint.carries_base else base_directory(checkpoint, settings.base)
     require_unchanged(checkpoint.tensors.values())
     texts = {"text": _text(settings.calib_dataset, settings.text_folder, calibration.OPTION)}

@@ -158,6 +158,7 @@ def test_imports_run_one_way() -> None:
         "drift": {"stats", "uncertainty"},
         "forward": {"model"},
         "spectrum": {"forward", "model", "stats"},
+        "memory": set(),
         "pipeline": {
             "audit",
             "calibration",
@@ -167,6 +168,7 @@ def test_imports_run_one_way() -> None:
             "hub",
             "invariants",
             "measure",
+            "memory",
             "model",
             "options",
             "spectrum",

@@ -153,6 +153,16 @@ def test_the_batch_size_changes_nothing(llama: AdaptedModel, batch_size: int, ma
     agree(measure(llama, UNEQUAL, max_rows=max_rows, batch_size=batch_size), one, 1e-6)
 
 
+@pytest.mark.parametrize("held", [0, 1 << 10, 1 << 14])
+def test_how_much_is_held_before_it_is_summed_changes_nothing(
+    llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    """Layers that are summed one by one, or few at a time, add up to the same as many at once."""
+    want = measure(llama, UNEQUAL)
+    monkeypatch.setattr("pytest_nullspace.measure.HELD_BYTES", held)
+    agree(measure(llama, UNEQUAL), want, 1e-12)
+
+
 def test_windows_of_unequal_length_are_not_padded(llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only windows of one length share a batch, so each token counts once and none is made up."""
     monkeypatch.setattr("pytest_nullspace.measure.CANCELLATION", math.inf)

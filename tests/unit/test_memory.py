@@ -1,0 +1,42 @@
+"""What a forward frees is kept for the next, where the C library can."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+FREED = """
+import ctypes
+from pytest_nullspace.memory import keep_freed_memory
+{keep}
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+blocks = [libc.malloc(20 << 20) for _ in range(4)]
+for block in blocks:
+    libc.free(block)
+libc.mallinfo2.restype = type("mallinfo2", (ctypes.Structure,), {{
+    "_fields_": [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks "
+                 "fordblks keepcost".split()]}})
+print(libc.mallinfo2().fordblks >> 20)
+"""
+
+
+def kept(keep: str, **env: str) -> int:
+    """MiB that stay with the process of the 80 that it freed."""
+    code = FREED.format(keep=keep)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_what_was_freed_is_kept() -> None:
+    """Blocks of the size of activations stay with the process, which else gives every one of them back."""
+    assert kept("pass") < 20
+    assert kept("assert keep_freed_memory()") >= 80
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_the_users_own_settings_of_the_allocator_stand() -> None:
+    """Where the user has told glibc how to keep memory, nothing is changed."""
+    assert kept("assert not keep_freed_memory()", MALLOC_ARENA_MAX="2") < 20
