@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from pytest_nullspace.distributed import ALONE, Ranks
 from pytest_nullspace.stats import TextDrift
 from pytest_nullspace.uncertainty import jackknife
 
@@ -26,6 +27,7 @@ def drift(
     windows: Sequence[Sequence[int]],
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> TextDrift:
     """Compare the adapted model's predictions with the base model's on one text.
 
@@ -35,20 +37,25 @@ def drift(
         windows: Token ids of the text.
         device: Where the inputs go.
         progress: Told how many windows of how many are done.
+        ranks: The processes that share the windows.
 
     Returns:
         Loss before and after, and the divergence, as means over tokens.
     """
     by_window = torch.zeros(len(windows), 5, dtype=torch.float64)
+    share = ranks.share(range(len(windows)))
+    read = []
     with torch.inference_mode():
-        for number, window in enumerate(windows):
-            tokens = torch.tensor([list(window)], device=device)
+        for number in share:
+            tokens = torch.tensor([list(windows[number])], device=device)
             adapted = model(input_ids=tokens, use_cache=False).logits[0]
             with base() as plain:
                 before = plain(input_ids=tokens, use_cache=False).logits[0]
             by_window[number] = _compared(adapted, before, tokens[0]).cpu()
+            read.append(number)
             if progress is not None:
-                progress(number + 1, len(windows))
+                progress(min(ranks.size * len(read), len(windows)), len(windows))
+    ranks.add("the predictions", range(len(windows)), read, by_window)
     return _means(by_window)
 
 

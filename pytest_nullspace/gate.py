@@ -31,6 +31,12 @@ class Gate:
 
     def __init__(self, config: pytest.Config, settings: Settings) -> None:
         self.settings = settings
+        self._reports = settings.ranks.rank == 0
+        if settings.ranks.size > 1 and config.getoption("dist", "no") != "no":
+            raise NullspaceError(
+                f"-n shares out the tests of one process, but torchrun started {settings.ranks.size} that measure "
+                "together; leave out -n"
+            )
         self.runs = open_runs(settings)
         self._files = {run.file: run for run in self.runs}
         named = [run.checkpoint.base for run in self.runs if isinstance(run, CheckpointRun)]
@@ -59,7 +65,9 @@ class Gate:
 
     def pytest_report_header(self) -> list[str]:
         """Say what is gated, before anything is loaded."""
-        return [line for run in self.runs for line in run.header()]
+        size = self.settings.ranks.size
+        together = [f"nullspace: {size} processes, each reads its share of the windows"] if size > 1 else []
+        return [*(line for run in self.runs for line in run.header()), *together]
 
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         """Answer for a checkpoint's file that was named on the command line, as an id copied from a report is."""
@@ -149,13 +157,16 @@ class Gate:
         judged = report.failed or (report.when == "call" and (report.passed or hasattr(report, "wasxfail")))
         if judged:
             self._judged.add(report.nodeid)
+        if report.failed and not self._reports and report.nodeid not in self._expected:
+            print(f"nullspace: process {self.settings.ranks.rank}: FAILED {report.nodeid}", file=sys.stderr)
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Save and report what was measured; a run that looks green without all having been judged is not."""
         if hasattr(session.config, "workerinput") or session.config.option.collectonly:
             return
-        self._write()
-        self._state_what_was_not_measured()
+        if self._reports:
+            self._write()
+            self._state_what_was_not_measured()
         if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             self._hold_complete()
         if self._problems and exitstatus == pytest.ExitCode.OK:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_nullspace import kernels
+from pytest_nullspace.distributed import ALONE, Ranks
 from pytest_nullspace.errors import MeasurementError
 from pytest_nullspace.forward import forwards
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
@@ -47,6 +48,7 @@ def measure(
     seed: int = 42,
     progress: Progress | None = None,
     settled: Callable[[tuple[LayerStats, ...]], bool] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[LayerStats, ...]:
     """Run ``windows`` through the model and take every figure of the chosen layers.
 
@@ -57,15 +59,16 @@ def measure(
         batch_size: Windows a forward.
         max_rows: At most so many rows a layer, drawn evenly and seeded from all windows; all rows if None.
         seed: Of that draw.
-        progress: Called after each batch.
+        progress: Called after each batch, as if every process were as far.
         settled: Asked after `FIRST_ROUND` windows, and whenever they have doubled, whether the figures suffice.
+        ranks: The processes that share the windows; each gets the figures of all.
 
     Returns:
         The figures in the model's order of layers, with margins from how they vary between windows. A layer that saw no
         row, or saw NaN or infinity, has a `defect`.
 
     Raises:
-        MeasurementError: There is no window, or one without tokens.
+        MeasurementError: There is no window, or one without tokens, or another process failed.
     """
     if not windows or not all(windows):
         raise MeasurementError("windows: there is none, or one without tokens; give at least one token id in each")
@@ -74,26 +77,40 @@ def measure(
         return ()
     drawn = draw_rows([len(window) for window in windows], max_rows, seed)
     recorder = _Recorder(adapted.device, len(windows))
-    done, ask_at = 0, FIRST_ROUND
+    sums = torch.zeros(len(chosen), 0, len(kernels.Sums._fields), dtype=torch.float64)
 
     def figures() -> tuple[LayerStats, ...]:
-        return tuple(_stats(layer, recorder.sums[layer.name][:done]) for layer in chosen)
+        return tuple(_stats(layer, by_window) for layer, by_window in zip(chosen, sums, strict=True))
 
     with forwards(adapted, chosen, windows[0]) as forward, recorder.watching(chosen):
-        for batch in _batches(windows, drawn, batch_size, adapted.device):
-            counted = False
-            while not counted:
-                recorder.start(batch)
-                forward(batch.tokens)
-                counted = recorder.end()
-            done += len(batch.tokens)
-            if progress is not None:
-                progress(done, len(windows))
-            if settled is not None and done >= ask_at:
-                if settled(figures()):
-                    break
-                ask_at = 2 * done
+        for part in _rounds(len(windows), settled is not None):
+            share, done, told = ranks.share(part), 0, part.start
+            for batch in _batches(windows, share, drawn, batch_size, adapted.device):
+                counted = False
+                while not counted:
+                    recorder.start(batch)
+                    forward(batch.tokens)
+                    counted = recorder.end()
+                done += len(batch.tokens)
+                told = min(part.start + ranks.size * done, part.stop)
+                if progress is not None:
+                    progress(told, len(windows))
+            added = torch.stack([recorder.sums[layer.name][part.start : part.stop] for layer in chosen]).cpu()
+            ranks.add("the sums over windows", part, share[:done], added)
+            sums = torch.cat((sums, added), dim=1)
+            if progress is not None and told < part.stop:
+                progress(part.stop, len(windows))
+            if settled is not None and part.stop < len(windows) and settled(figures()):
+                break
     return figures()
+
+
+def _rounds(windows: int, early: bool) -> Iterator[range]:
+    """The windows in parts, after each of which a pass may end early; in one part where it may not."""
+    first, last = 0, FIRST_ROUND if early else windows
+    while first < windows:
+        yield range(first, min(last, windows))
+        first, last = last, 2 * last
 
 
 def _stats(layer: AdaptedLayer, by_window: Tensor) -> LayerStats:
@@ -166,9 +183,13 @@ class _Batch:
 
 
 def _batches(
-    windows: Sequence[Sequence[int]], drawn: list[list[int]] | None, batch_size: int, device: torch.device
+    windows: Sequence[Sequence[int]],
+    share: range,
+    drawn: list[list[int]] | None,
+    batch_size: int,
+    device: torch.device,
 ) -> Iterator[_Batch]:
-    for length, run in groupby(range(len(windows)), key=lambda i: len(windows[i])):
+    for length, run in groupby(share, key=lambda i: len(windows[i])):
         numbers = list(run)
         for first in range(0, len(numbers), batch_size):
             batch = numbers[first : first + batch_size]
@@ -248,8 +269,7 @@ class _Recorder:
     """Takes the norms of each watched layer while it runs, and adds them to its sums.
 
     Attributes:
-        sums: For each layer the sums of each window, shape ``(windows, len(kernels.Sums))``, on the CPU once the pass
-            is over.
+        sums: For each layer the sums of each window, shape ``(windows, len(kernels.Sums))``.
     """
 
     def __init__(self, device: torch.device, windows: int) -> None:
@@ -312,7 +332,6 @@ class _Recorder:
             finally:
                 self._input = None
                 self._forget_held()
-        self.sums = {name: summed.cpu() for name, summed in self.sums.items()}
 
     def _take(self, watched: _Watched, _: nn.Module, args: Any, output: Tensor) -> None:
         x, layer, change = args[0], watched.layer, None

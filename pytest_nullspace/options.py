@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_nullspace.baseline import Limit
+    from pytest_nullspace.distributed import Ranks
     from pytest_nullspace.invariants import Override
 
 PREFIX = "--nullspace-"
@@ -48,6 +49,7 @@ class Settings:
         overrides: Thresholds of the user's own.
         save_stats: Where to save the statistics.
         reports: Where to write reports.
+        ranks: The processes that a launcher started to measure together.
         init: The checkpoint from which training started, or a saved run of it.
         variant: What training might move: ``auto`` or one of `pytest_nullspace.audit.VARIANTS`.
         compare: An earlier run to hold each run against; ``{model}`` stands for the run's name.
@@ -80,6 +82,7 @@ class Settings:
     overrides: "tuple[Override, ...]"
     save_stats: Path | None
     reports: tuple[Path, ...]
+    ranks: "Ranks"
     allow_unreached: tuple[str, ...] = ()
     strict_scope: bool = False
     drift: bool = False
@@ -438,6 +441,8 @@ def read_settings(config: "pytest.Config") -> Settings | None:
     """
     if not any(_given(config, option) for option in _OPTIONS if option.name in ("model", "stats")):
         return None
+    from pytest_nullspace.distributed import Ranks
+
     values = {option.name: _read(config, option) for option in _OPTIONS}
     calib_dataset = values["calib-dataset"]
     if isinstance(calib_dataset, str):
@@ -463,6 +468,7 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         overrides=values["threshold"],
         save_stats=values["save-stats"],
         reports=values["report"],
+        ranks=Ranks.of(os.environ),
         allow_unreached=values["allow-unreached"],
         strict_scope=values["strict-scope"],
         drift=values["drift"],
@@ -494,6 +500,11 @@ def _check_together(settings: Settings) -> None:
     if unheld is not None and settings.task_dataset is None and not settings.stats:
         raise OptionError(
             f"{PREFIX}threshold: {unheld} is judged only beside a task text; give one by {PREFIX}task-dataset"
+        )
+    if settings.ranks.size > 1 and not settings.models:
+        raise OptionError(
+            f"{PREFIX}stats: a saved run leaves nothing for {settings.ranks.size} processes to measure; gate it "
+            "without torchrun"
         )
     if settings.init_directory is not None and not settings.models:
         raise OptionError(

@@ -20,6 +20,7 @@ from pytest_nullspace import calibration
 from pytest_nullspace.audit import Audit, audit
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors, require_unchanged
+from pytest_nullspace.distributed import Ranks
 from pytest_nullspace.errors import CheckpointError, MeasurementError, OptionError, TextError
 from pytest_nullspace.hub import directory_of
 from pytest_nullspace.invariants import Expectations, Stage, judge
@@ -73,7 +74,7 @@ def measure_checkpoint(
     if settings.task_dataset is not None:
         texts["task_text"] = _text(settings.task_dataset, settings.task_folder, calibration.TASK_OPTION)
     tokenize = calibration.load_tokenizer(_tokenizer_directory(checkpoint, base))
-    device = _device(settings.device)
+    device = _device(settings.device, settings.ranks)
     dtype = _dtype(settings.dtype, checkpoint, device)
     running = f"{str(dtype).removeprefix('torch.')} on {device}"
     with _memory_told(
@@ -111,6 +112,7 @@ def measure_checkpoint(
             max_rows=settings.max_activation_samples,
             seed=settings.seed,
             progress=tell,
+            ranks=settings.ranks,
             settled=None if settings.calib_size is not None else lambda figures: _settled(judged(figures), settings),
         )
 
@@ -127,12 +129,20 @@ def measure_checkpoint(
             from pytest_nullspace.spectrum import spectrum
 
             names = [layer.name for layer in figures]
-            best = spectrum(adapted, [w.tokens for w in drawn["text"][: used["text"]]], names, progress=progress)
+            best = spectrum(
+                adapted,
+                [w.tokens for w in drawn["text"][: used["text"]]],
+                names,
+                progress=progress,
+                ranks=settings.ranks,
+            )
             figures = tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
         moved = None
         if settings.drift:
             read = {what: drawn[what][:count] for what, count in used.items()}
-            moved = _drift(adapted, _base(adapted, checkpoint, initial, settings, device, dtype), read, progress)
+            moved = _drift(
+                adapted, _base(adapted, checkpoint, initial, settings, device, dtype), read, progress, settings.ranks
+            )
     adapted.take_off()
     passed = time.perf_counter()
     hashes = _hashes(checkpoint)
@@ -154,6 +164,7 @@ def measure_checkpoint(
                 "calib_size": settings.calib_size,
                 "max_activation_samples": settings.max_activation_samples,
                 "seed": settings.seed,
+                "processes": settings.ranks.size,
                 "batch_size": settings.batch_size,
                 "layers": settings.layers,
                 "stage": settings.stage,
@@ -194,11 +205,12 @@ def _drift(
     base: tuple["Base", str],
     windows: Mapping[str, Sequence[calibration.Window]],
     progress: Callable[[int, int], None] | None,
+    ranks: Ranks,
 ) -> Drift:
     from pytest_nullspace.drift import drift
 
     found = {
-        what: drift(adapted.model, base[0], [window.tokens for window in of], adapted.device, progress)
+        what: drift(adapted.model, base[0], [window.tokens for window in of], adapted.device, progress, ranks)
         for what, of in windows.items()
     }
     return Drift(base[1], found["text"], found.get("task_text"))
@@ -347,12 +359,14 @@ def _tokenizer_directory(checkpoint: Checkpoint, base: Path | None) -> Path:
     return checkpoint.directory if base is None or has_own else base
 
 
-def _device(name: str) -> Any:
+def _device(name: str, ranks: Ranks) -> Any:
     import torch
 
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         name = accelerator.type if accelerator is not None and accelerator.type in ("cuda", "xpu") else "cpu"
+    if ranks.size > 1 and name in ("cuda", "xpu"):
+        name = f"{name}:{ranks.local}"
     device = torch.device(name)
     if device.type != "cpu":
         module = getattr(torch, device.type)

@@ -37,6 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RUNS] = gate.runs
     if config.pluginmanager.register(gate, "nullspace-gate") is None:
         raise pytest.UsageError("a model is to be gated, but the gate is blocked by -p no:nullspace-gate")
+    if settings.ranks.rank:
+        # Of the processes that measure together one reports. Those who would are registered later than this.
+        config.pluginmanager.set_blocked("terminalreporter")
+        config.option.xmlpath = None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

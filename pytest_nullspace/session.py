@@ -28,6 +28,9 @@ from pytest_nullspace.start import Start, unpaired
 from pytest_nullspace.stats import RunStats, from_json, read, write, write_atomically
 from pytest_nullspace.weights import LayerWeights, Weights
 
+READ_ALIKE = ("weights_sha256", "text", "task_text", "settings", "dtype")
+"""What the processes that measure together must have found alike, of what a run tells."""
+
 
 class GatedRun(ABC):
     """What one file stands for in this run of pytest: layers that are gated, those selected, and their figures.
@@ -242,22 +245,10 @@ class CheckpointRun(GatedRun):
 
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         try:
-            checkpoint, settings, layers = self.checkpoint, self._settings, self.selected or set(self.gated)
-            if self.weights_only or not (self.selected or self.drift_selected):  # as where `frozen` alone is selected
-                outcome = pipeline.read_files(checkpoint, settings, layers)
-            else:
-                outcome = pipeline.measure_checkpoint(
-                    checkpoint,
-                    settings if self.drift_selected else replace(settings, drift=False),
-                    self.selected,
-                    progress,
-                    self._bases,
-                    self._initial,
-                )
-            if self._initial is None:
-                return outcome
-            audited = pipeline.audit_checkpoint(checkpoint, self._initial, settings, layers)
-            return replace(outcome, about={**outcome.about, "audit": audited.to_dict()})
+            with self._settings.ranks.joined() as ranks:
+                outcome = self._measured_here(progress)
+                ranks.agree({name: outcome.about.get(name) for name in READ_ALIKE})
+            return outcome
         except NullspaceError as error:
             return error
         except Exception as error:
@@ -267,6 +258,24 @@ class CheckpointRun(GatedRun):
             )
         finally:
             self._bases = {}  # the last run to let go of what is shared frees it
+
+    def _measured_here(self, progress: Callable[[int, int], None] | None) -> RunStats:
+        checkpoint, settings, layers = self.checkpoint, self._settings, self.selected or set(self.gated)
+        if self.weights_only or not (self.selected or self.drift_selected):  # as where `frozen` alone is selected
+            outcome = pipeline.read_files(checkpoint, settings, layers)
+        else:
+            outcome = pipeline.measure_checkpoint(
+                checkpoint,
+                settings if self.drift_selected else replace(settings, drift=False),
+                self.selected,
+                progress,
+                self._bases,
+                self._initial,
+            )
+        if self._initial is None:
+            return outcome
+        audited = pipeline.audit_checkpoint(checkpoint, self._initial, settings, layers)
+        return replace(outcome, about={**outcome.about, "audit": audited.to_dict()})
 
 
 class SavedRun(GatedRun):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_nullspace.distributed import ALONE, Ranks
 from pytest_nullspace.forward import forwards
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.stats import Spectrum
@@ -26,7 +27,7 @@ class _Input:
 
     layers: list[AdaptedLayer] = field(default_factory=list)
     covariance: Tensor = field(default_factory=lambda: torch.empty(0))
-    rows: int = 0
+    rows: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
     @property
     def width(self) -> int:
@@ -40,6 +41,7 @@ def spectrum(
     *,
     held_bytes: int = HELD_BYTES,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Mapping[str, Spectrum]:
     """Take the covariance of each distinct input of ``layers``, as many in one pass as fit, and what follows from it.
 
@@ -49,6 +51,7 @@ def spectrum(
         layers: Names of the layers.
         held_bytes: What the covariances of one pass may need.
         progress: Told how many windows of how many are done, all passes taken together.
+        ranks: The processes that share the windows.
 
     Returns:
         For each layer that a row reached, its `Spectrum`.
@@ -64,10 +67,15 @@ def spectrum(
                 for of in group:
                     of.covariance = torch.zeros(of.width, of.width, dtype=torch.float64, device=adapted.device)
                     hooks.callback(of.layers[0].layer.register_forward_pre_hook(_adding(of)).remove)
-                for done, window in enumerate(windows, 1):
-                    forward(torch.tensor([list(window)], device=adapted.device))
+                read = []
+                for window in ranks.share(range(len(windows))):
+                    forward(torch.tensor([list(windows[window])], device=adapted.device))
+                    read.append(window)
                     if progress is not None:
+                        done = min(ranks.size * len(read), len(windows))
                         progress(number * len(windows) + done, len(groups) * len(windows))
+            held = [part for of in group for part in (of.rows, of.covariance)]
+            ranks.add("the covariances", range(len(windows)), read, *held)
             for of in group:
                 found |= _spectra(of)
                 of.covariance = torch.empty(0)

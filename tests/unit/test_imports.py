@@ -26,6 +26,7 @@ LIGHT = (
     "pytest_nullspace.diagnosis",
     "pytest_nullspace.start",
     "pytest_nullspace.weights",
+    "pytest_nullspace.distributed",
     "pytest_nullspace.pipeline",
     "pytest_nullspace.report.weights",
     "pytest_nullspace.report.terminal",
@@ -151,18 +152,20 @@ def test_imports_run_one_way() -> None:
         "diagnosis": {"audit", "baseline", "stats", "weights"},
         "start": {"baseline", "stats"},
         "model": {"errors", "checkpoint", "kernels", "model"},
-        "measure": {"errors", "forward", "kernels", "model", "stats", "uncertainty"},
+        "distributed": {"errors"},
+        "measure": {"distributed", "errors", "forward", "kernels", "model", "stats", "uncertainty"},
         "calibration": {"errors", "checkpoint"},
-        "options": {"errors", "invariants", "baseline", "stats"},
+        "options": {"distributed", "errors", "invariants", "baseline", "stats"},
         "uncertainty": {"stats"},
-        "drift": {"stats", "uncertainty"},
+        "drift": {"distributed", "stats", "uncertainty"},
         "forward": {"model"},
-        "spectrum": {"forward", "model", "stats"},
+        "spectrum": {"distributed", "forward", "model", "stats"},
         "memory": set(),
         "pipeline": {
             "audit",
             "calibration",
             "checkpoint",
+            "distributed",
             "drift",
             "errors",
             "hub",
@@ -184,14 +187,14 @@ def test_imports_run_one_way() -> None:
 
 
 def test_only_the_pipeline_reaches_torch() -> None:
-    """Beside the parts that hold tensors, only the pipeline imports torch, and only inside functions."""
+    """Beside the parts that hold tensors, only `pipeline` and `distributed` import torch, and only inside functions."""
     tensors = {"drift", "forward", "kernels", "measure", "model", "spectrum"}
     for name, file in sources().items():
         if name.split(".")[0] in tensors:
             continue
         reached = imports(file)
         heavy = {n for n in reached if n.split(".")[0] == "torch"} | (rooms(reached) & tensors)
-        assert not heavy or name == "pipeline", name
+        assert not heavy or name in ("pipeline", "distributed"), name
         assert not {n for n in imports(file, deferred=False) if n.split(".")[0] in HEAVY}, name
 
 

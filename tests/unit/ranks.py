@@ -1,0 +1,93 @@
+"""What `tests.unit.test_distributed` starts in several processes: meeting after meeting, and what each gave."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from time import sleep
+from typing import Any
+
+import torch
+
+from pytest_nullspace import distributed
+from pytest_nullspace.distributed import Ranks
+from pytest_nullspace.errors import NullspaceError, TextError
+
+ME = Ranks.of(os.environ)
+
+
+def added() -> Any:
+    """Seven windows, each summed by the one process that reads it."""
+    windows = range(3, 10)
+    sums = torch.zeros(7, dtype=torch.float64)
+    for window in ME.share(windows):
+        sums[window - 3] = window + 0.1
+    ME.add("sums", windows, ME.share(windows), sums)
+    return sums.tolist()
+
+
+def more_processes_than_windows() -> Any:
+    """One window for all."""
+    sums = torch.full((1,), float(len(ME.share(range(1)))))
+    ME.add("sums", range(1), ME.share(range(1)), sums)
+    return sums.tolist()
+
+
+def window_lost() -> Any:
+    """The last process reads one window fewer than its share."""
+    ME.add("sums", range(6), ME.share(range(6))[: 1 if ME.rank == ME.size - 1 else None], torch.zeros(6))
+
+
+def window_twice() -> Any:
+    """Every process reads all."""
+    ME.add("sums", range(6), range(6), torch.zeros(6))
+
+
+def elsewhere() -> Any:
+    """The last process sums another text."""
+    windows = range(ME.size if ME.rank < ME.size - 1 else 2 * ME.size)
+    ME.add("sums", windows, ME.share(windows), torch.zeros(len(windows)))
+
+
+def other_files() -> Any:
+    """The last process read another file."""
+    ME.agree({"text": 1, "weights": ME.rank == ME.size - 1})
+
+
+def error() -> Any:
+    """The last process fails while the others go on."""
+    with ME.joined():
+        if ME.rank == ME.size - 1:
+            raise TextError("facts.txt: is empty")
+        ME.add("sums", range(ME.size), ME.share(range(ME.size)), torch.zeros(1))
+
+
+def killed() -> Any:
+    """The last process is killed while the others wait for it."""
+    if ME.rank == ME.size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    added()
+
+
+def hangs() -> Any:
+    """The last process neither answers nor dies."""
+    if ME.rank == ME.size - 1:
+        sleep(6)
+    added()
+
+
+def outcome(of: Callable[[], Any]) -> Any:
+    """What the meeting gave, or its message."""
+    try:
+        return of()
+    except NullspaceError as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    distributed.TIMEOUT = timedelta(seconds=3)
+    with ME.joined():
+        for name in sys.argv[1:]:
+            print(json.dumps({name: outcome(globals()[name])}), flush=True)
