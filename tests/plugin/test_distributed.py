@@ -83,7 +83,7 @@ SLOW = """
 import time
 def pytest_unconfigure(config):
     if config.pluginmanager.get_plugin("terminalreporter"):
-        time.sleep(2)
+        time.sleep(6)
         print("the end")
 """
 
