@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_nullspace.checkpoint import gguf
 from pytest_nullspace.checkpoint.header import opened, printable, read_json_object
 from pytest_nullspace.errors import CheckpointError, TextError
 
@@ -486,6 +487,8 @@ def _window(text: str, tokenize: Tokenize, start: int, seqlen: int) -> Window:
 def load_tokenizer(directory: Path) -> Callable[[str], list[int]]:
     """The tokenizer that lies in ``directory``, as a function from a text to its ids with the default special tokens.
 
+    ``directory`` may also be a GGUF file, which holds its own.
+
     A ``tokenizer.json`` is read as it stands and alone: AutoTokenizer might rebuild it as the model's usual one, and
     would open the configuration and the chat templates beside it. Without it the older vocabulary files are read by the
     class that `transformers` has for them. Code beside them is never run, and the hub is never asked.
@@ -493,7 +496,10 @@ def load_tokenizer(directory: Path) -> Callable[[str], list[int]]:
     Raises:
         CheckpointError: There is no tokenizer, it needs code of its own, or it cannot be loaded.
     """
-    _require_tokenizer(directory)
+    if directory.suffix == gguf.SUFFIX:
+        gguf.read_header(directory)
+    else:
+        _require_tokenizer(directory)
     try:
         return _fast(directory) if (directory / "tokenizer.json").is_file() else _slow(directory)
     except CheckpointError:
@@ -529,7 +535,10 @@ def _fast(directory: Path) -> Callable[[str], list[int]]:
 def _slow(directory: Path) -> Callable[[str], list[int]]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(directory)}
+    if directory.suffix == gguf.SUFFIX:
+        place = {"pretrained_model_name_or_path": str(directory.parent), "gguf_file": str(directory.absolute())}
+    tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
 
     def tokenize(text: str) -> list[int]:
         # Quiet, because a text longer than the model's context is cut to a window afterwards.

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from pytest_nullspace.checkpoint import gguf
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.errors import CheckpointError
 
@@ -14,31 +15,43 @@ _UNWANTED = ("*/*",)
 """Nor what lies in folders, such as the states of training."""
 
 
-def directory_of(name: str, revision: str | None, how: str) -> Path:
-    """The local directory of ``name``, downloaded to the hub's own cache where it is no path.
+def base_path(name: str, revision: str | None, how: str) -> Path:
+    """The directory of the base model ``name``, downloaded to the hub's own cache where it is no path; or a GGUF file.
+
+    The one GGUF file of a directory is its model where the directory holds no safetensors.
 
     Args:
-        name: A directory, or ``owner/name`` on the hub, with ``@revision`` where ``revision`` shall be that one.
+        name: A directory, a GGUF file, or ``owner/name`` on the hub, with ``@revision`` before ``revision``.
         revision: A branch, tag or commit of the hub; None for the main branch.
         how: Which option or field said so, for messages.
 
     Raises:
-        CheckpointError: It is neither, or the hub cannot be reached or has no such model.
+        CheckpointError: It is none, holds several GGUF files, or the hub cannot be reached or has no such model.
     """
-    return local_directory(name) or downloaded(name, revision, how)
+    local = _local(name)
+    if local is None and name.endswith(gguf.SUFFIX):
+        raise CheckpointError(f"{how}: {printable(name)}: no such file; give a GGUF file that is there")
+    local = local or downloaded(name, revision, how)
+    return local if local.is_file() else gguf.only_file(local) or local
 
 
 def local_directory(name: str) -> Path | None:
-    """The directory of that path, if there is one."""
+    """The directory of that path, or that in which the GGUF file of that path lies, if there is one."""
+    local = _local(name)
+    return local.parent if local is not None and local.is_file() else local
+
+
+def _local(name: str) -> Path | None:
+    """The directory or GGUF file of that path, if there is one."""
     try:
         local = Path(name).expanduser()
-        return local if local.is_dir() else None
+        return local if local.is_dir() or (local.suffix == gguf.SUFFIX and local.is_file()) else None
     except (OSError, RuntimeError, ValueError):  # a name too long, nobody's home
         return None
 
 
 def downloaded(name: str, revision: str | None, how: str) -> Path:
-    """The directory in the hub's own cache that holds ``name``, downloaded if it is not there; see `directory_of`."""
+    """The directory in the hub's own cache that holds ``name``, downloaded if it is not there; see `base_path`."""
     if not _HUB_ID.fullmatch(name) or name in (".", ".."):
         raise CheckpointError(
             f"{how}: {printable(name)} is no directory, and no id on the hub could be written so; give a directory or "

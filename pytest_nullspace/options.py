@@ -34,7 +34,8 @@ class Settings:
     Attributes:
         models: The checkpoints' directories; text where it is an id on the hub, with ``@revision`` if one was given.
         stats: Saved runs to gate without their models.
-        base: The base model of adapters that do not carry theirs, a directory or hub id; None for what they name.
+        base: The base model of adapters that do not carry theirs, a directory, GGUF file or hub id; None for what they
+            name.
         calib_dataset: The preserved text, as given.
         text_folder: The folder to which its path is relative.
         calib_size: Windows to draw from each text; None to draw until every verdict is settled.
@@ -276,7 +277,8 @@ _OPTIONS = (
     _Option(
         "base",
         "DIR",
-        "The base model of a PEFT adapter, a directory or hub id[@revision] (default: what its config names).",
+        "The base model of a PEFT adapter: a directory, a GGUF file or a hub id[@revision] (default: what its config "
+        "names).",
         _directory_or_id,
     ),
     _Option(

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 from pytest_nullspace import calibration
 from pytest_nullspace.audit import Audit, audit
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors, require_unchanged
+from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors, require_unchanged, stamps
 from pytest_nullspace.distributed import Ranks
 from pytest_nullspace.errors import CheckpointError, MeasurementError, OptionError, TextError
-from pytest_nullspace.hub import directory_of
+from pytest_nullspace.hub import base_path
 from pytest_nullspace.invariants import Expectations, Stage, judge
 from pytest_nullspace.memory import keep_freed_memory
 from pytest_nullspace.options import PREFIX, Settings
@@ -68,8 +68,12 @@ def measure_checkpoint(
 
     started = time.perf_counter()
     keep_freed_memory()
-    base = None if checkpoint.carries_base else base_directory(checkpoint, settings.base)
-    require_unchanged(checkpoint.tensors.values())
+    is_base_read = not checkpoint.carries_base or (settings.drift and initial is None and settings.base is not None)
+    base = base_of(checkpoint, settings.base) if is_base_read else None
+    require_unchanged(checkpoint.stamps)
+    read = checkpoint.stamps | (stamps(base) if base is not None else frozenset())
+    if settings.drift and initial is not None:
+        read |= initial.stamps
     texts = {"text": _text(settings.calib_dataset, settings.text_folder, calibration.OPTION)}
     if settings.task_dataset is not None:
         texts["task_text"] = _text(settings.task_dataset, settings.task_folder, calibration.TASK_OPTION)
@@ -139,14 +143,13 @@ def measure_checkpoint(
             figures = tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
         moved = None
         if settings.drift:
-            read = {what: drawn[what][:count] for what, count in used.items()}
-            moved = _drift(
-                adapted, _base(adapted, checkpoint, initial, settings, device, dtype), read, progress, settings.ranks
-            )
+            over = {what: drawn[what][:count] for what, count in used.items()}
+            true_base = _base(adapted, checkpoint, initial, base, settings, device, dtype)
+            moved = _drift(adapted, true_base, over, progress, settings.ranks)
     adapted.take_off()
     passed = time.perf_counter()
     hashes = _hashes(checkpoint)
-    require_unchanged(checkpoint.tensors.values())
+    require_unchanged(read)
     return RunStats(
         model_path=str(checkpoint.directory),
         calib_dataset=settings.calib_dataset,
@@ -220,6 +223,7 @@ def _base(
     adapted: "AdaptedModel",
     checkpoint: Checkpoint,
     initial: Checkpoint | None,
+    base: Path | None,
     settings: Settings,
     device: Any,
     dtype: Any,
@@ -234,13 +238,12 @@ def _base(
     if adapted.is_encoder_decoder or not hasattr(adapted.model, "lm_head"):
         raise OptionError(f"{PREFIX}drift: {checkpoint.directory} is no causal language model; leave the option out")
     if initial is not None:
-        base = None if initial.carries_base else base_directory(initial, settings.base)
-        start = load_model(initial, device, dtype, base).model
+        of_start = None if initial.carries_base else base_of(initial, settings.base)
+        start = load_model(initial, device, dtype, of_start).model
         return lambda: nullcontext(start), f"the start {initial.directory}"
-    if checkpoint.carries_base and settings.base is not None:
-        directory = directory_of(settings.base, None, f"{PREFIX}base")
-        plain = load_plain(directory, device, dtype)
-        return lambda: nullcontext(plain), f"the base {directory}"
+    if checkpoint.carries_base and base is not None:
+        plain = load_plain(base, device, dtype)
+        return lambda: nullcontext(plain), f"the base {base}"
     if adapted.switched_off is not None:
         return adapted.switched_off, "the model with its adapter switched off"
     raise OptionError(
@@ -322,9 +325,15 @@ def audit_checkpoint(checkpoint: Checkpoint, initial: Checkpoint, settings: Sett
     def base(of: Checkpoint, other: Checkpoint) -> Mapping[str, TensorInfo] | None:
         if of.carries_base or not other.carries_base:
             return None
-        return read_tensors(base_directory(of, settings.base), "model")
+        path = base_of(of, settings.base)
+        if path.is_file():
+            raise CheckpointError(
+                f"{path}: {PREFIX}init holds the base's weights against those of the start one by one, and a GGUF file "
+                f"holds others, quantised; give them as safetensors by {PREFIX}base=DIR"
+            )
+        return read_tensors(path, "model")
 
-    require_unchanged((*checkpoint.tensors.values(), *initial.tensors.values()))
+    require_unchanged(checkpoint.stamps | initial.stamps)
     return audit(
         checkpoint,
         initial,
@@ -335,14 +344,14 @@ def audit_checkpoint(checkpoint: Checkpoint, initial: Checkpoint, settings: Sett
     )
 
 
-def base_directory(checkpoint: Checkpoint, asked: str | None) -> Path:
-    """Where the base model of ``checkpoint`` lies: what the option says, else what the adapter's config names.
+def base_of(checkpoint: Checkpoint, asked: str | None) -> Path:
+    """The base model of ``checkpoint``, a directory or a GGUF file: as the option says, else as its config does.
 
     Raises:
         CheckpointError: Neither says, it cannot be had, or the config's base is not the one that was trained on.
     """
     if asked is not None:
-        return directory_of(asked, None, f"{PREFIX}base")
+        return base_path(asked, None, f"{PREFIX}base")
     if checkpoint.changed_base is not None:
         raise CheckpointError(f"{checkpoint.config_file}: {checkpoint.changed_base} by {PREFIX}base=DIR")
     if not checkpoint.base:
@@ -350,13 +359,16 @@ def base_directory(checkpoint: Checkpoint, asked: str | None) -> Path:
             f"{checkpoint.config_file}: names no base_model_name_or_path; give it by {PREFIX}base=DIR"
         )
     how = f"{checkpoint.config_file}: base_model_name_or_path"
-    return directory_of(checkpoint.base, checkpoint.base_revision, how)
+    return base_path(checkpoint.base, checkpoint.base_revision, how)
 
 
 def _tokenizer_directory(checkpoint: Checkpoint, base: Path | None) -> Path:
-    """The adapter's own tokenizer if one was saved with it, else its base's."""
-    has_own = any((checkpoint.directory / name).is_file() for name in calibration.TOKENIZER_FILES)
-    return checkpoint.directory if base is None or has_own else base
+    """The adapter's own tokenizer if one was saved with it, else its base's; a GGUF file holds one itself."""
+    places = [checkpoint.directory]
+    if base is not None:
+        places.append(base.parent if base.is_file() else base)
+    held = (place for place in places if any((place / name).is_file() for name in calibration.TOKENIZER_FILES))
+    return next(held, base or checkpoint.directory)
 
 
 def _device(name: str, ranks: Ranks) -> Any:

@@ -18,7 +18,9 @@ from typing import Any
 from pytest_nullspace.errors import CheckpointError, printable, quoted
 
 __all__ = [
+    "AGAIN",
     "FLOATING",
+    "Stamps",
     "TensorInfo",
     "inside",
     "opened",
@@ -29,6 +31,8 @@ __all__ = [
     "read_tensors",
     "require_plain_files",
     "require_unchanged",
+    "stamp_of",
+    "stamps",
 ]
 
 MAX_HEADER_BYTES = 100_000_000
@@ -37,7 +41,8 @@ MAX_JSON_BYTES = 100_000_000
 MAX_JSON_VALUES = 4_000_000
 """A header names about eight values a tensor; a million times ``[]`` takes twenty times the memory of its bytes."""
 
-_AGAIN = "save or download it again"
+AGAIN = "save or download it again"
+"""How most messages of a file end."""
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -47,6 +52,10 @@ _BITS = {
 
 FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
 """The dtypes in which adapter weights can be measured."""
+
+
+Stamps = frozenset[tuple[Path, tuple[int, int]]]
+"""Files, each with its size and time when it was first read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +101,9 @@ def opened(file: Path, what: str) -> Iterator[tuple[BufferedReader, os.stat_resu
                 raise CheckpointError(f"{file}: {what} cannot be read: it is not a regular file; put one there")
             yield stream, status
     except FileNotFoundError:
-        raise CheckpointError(f"{file}: {what} is missing; {_AGAIN}") from None
+        raise CheckpointError(f"{file}: {what} is missing; {AGAIN}") from None
     except OSError as error:
-        raise CheckpointError(f"{file}: {what} cannot be read: {error.strerror}; mend that or {_AGAIN}") from None
+        raise CheckpointError(f"{file}: {what} cannot be read: {error.strerror}; mend that or {AGAIN}") from None
 
 
 def read_json_object(file: Path, what: str) -> dict[str, Any]:
@@ -106,24 +115,24 @@ def read_json_object(file: Path, what: str) -> dict[str, Any]:
     with opened(file, what) as (stream, status):
         size = status.st_size
         if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{file}: {what} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read; {_AGAIN}")
+            raise CheckpointError(f"{file}: {what} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read; {AGAIN}")
         data = stream.read(MAX_JSON_BYTES)
     return _json_object(data, f"{file}: {what}")
 
 
 def _json_object(data: bytes, where: str) -> dict[str, Any]:
     if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_JSON_VALUES:
-        raise CheckpointError(f"{where} has more than {MAX_JSON_VALUES:,} values, which no model needs; {_AGAIN}")
+        raise CheckpointError(f"{where} has more than {MAX_JSON_VALUES:,} values, which no model needs; {AGAIN}")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where))
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{where} is not UTF-8 text (byte {error.start}); {_AGAIN}") from None
+        raise CheckpointError(f"{where} is not UTF-8 text (byte {error.start}); {AGAIN}") from None
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{where} is not JSON: {error.msg} at line {error.lineno}; {_AGAIN}") from None
+        raise CheckpointError(f"{where} is not JSON: {error.msg} at line {error.lineno}; {AGAIN}") from None
     except (RecursionError, ValueError) as error:  # ValueError: an integer of thousands of digits
-        raise CheckpointError(f"{where} is not JSON that can be read: {error}; {_AGAIN}") from None
+        raise CheckpointError(f"{where} is not JSON that can be read: {error}; {AGAIN}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} must be a JSON object, not {type(value).__name__}; {_AGAIN}")
+        raise CheckpointError(f"{where} must be a JSON object, not {type(value).__name__}; {AGAIN}")
     return value
 
 
@@ -132,7 +141,7 @@ def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     if len(entries) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise CheckpointError(f"{where} names {quoted(twice)} twice; {_AGAIN}")
+        raise CheckpointError(f"{where} names {quoted(twice)} twice; {AGAIN}")
     return entries
 
 
@@ -150,31 +159,45 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(
                 f"{file}: not a whole safetensors file: it has {size:,} bytes"
                 + (f" and claims a header of {length:,}" if len(prefix) == 8 else "")
-                + f"; {_AGAIN}"
+                + f"; {AGAIN}"
             )
         header = _json_object(stream.read(length), f"{file}: the safetensors header")
     header.pop("__metadata__", None)
-    tensors = {name: _tensor(file, name, entry, _stamp(status)) for name, entry in header.items()}
+    tensors = {name: _tensor(file, name, entry, stamp_of(status)) for name, entry in header.items()}
     _check_ranges(file, tensors.values(), size - 8 - length)
     return tensors
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int]:
+def stamp_of(status: os.stat_result) -> tuple[int, int]:
+    """Size and time of a file, by which it is known again."""
     return status.st_size, status.st_mtime_ns
 
 
-def require_unchanged(tensors: Iterable[TensorInfo]) -> None:
-    """Refuse files that are no more what they were when their headers were read.
+def stamps(model: Path) -> Stamps:
+    """The files from which the numbers of a model come, a directory's or the one that it is, as they are now.
+
+    Raises:
+        CheckpointError: One cannot be read.
+    """
+    found = set()
+    for file in [model] if model.is_file() else [*model.glob("*.safetensors"), *model.glob("config.json")]:
+        with opened(file, "the file of the model") as (_, status):
+            found.add((file, stamp_of(status)))
+    return frozenset(found)
+
+
+def require_unchanged(stamps: Stamps) -> None:
+    """Refuse files that are no more what they were when they were stamped.
 
     Raises:
         CheckpointError: One is gone, or has another size or time.
     """
-    for file, stamp in sorted({(tensor.file, tensor.stamp) for tensor in tensors}):
-        with opened(file, "the file of the weights") as (stream, status):
-            if _stamp(status) != stamp:
+    for file, stamp in sorted(stamps):
+        with opened(file, "the file of the model") as (stream, status):
+            if stamp_of(status) != stamp:
                 now = hashlib.file_digest(stream, "sha256").hexdigest()
                 raise CheckpointError(
-                    f"{file}: changed after its header was read (SHA-256 now {now}), so no figure would be of one "
+                    f"{file}: changed after it was first read (SHA-256 now {now}), so no figure would be of one "
                     "checkpoint; run again once nothing writes to it"
                 )
 
@@ -186,24 +209,24 @@ def _is_size(value: object) -> bool:
 def _tensor(file: Path, name: str, entry: object, stamp: tuple[int, int]) -> TensorInfo:
     where = f"{file}: tensor {quoted(name)}"
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{where}: its header entry is not an object; {_AGAIN}")
+        raise CheckpointError(f"{where}: its header entry is not an object; {AGAIN}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise CheckpointError(f"{where}: unknown dtype {quoted(dtype)}; save it in a floating point type")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise CheckpointError(f"{where}: its shape {printable(shape)} is not a list of sizes; {_AGAIN}")
+        raise CheckpointError(f"{where}: its shape {printable(shape)} is not a list of sizes; {AGAIN}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise CheckpointError(f"{where}: its data_offsets {printable(offsets)} are not a begin and an end; {_AGAIN}")
+        raise CheckpointError(f"{where}: its data_offsets {printable(offsets)} are not a begin and an end; {AGAIN}")
     begin, end = offsets
     elements = 1
     for size in shape:  # stop early: the whole product of a hostile shape can have millions of digits
         elements *= size
         if elements >= 2**63:
-            raise CheckpointError(f"{where}: its shape {printable(shape)} is larger than any file; {_AGAIN}")
+            raise CheckpointError(f"{where}: its shape {printable(shape)} is larger than any file; {AGAIN}")
     if end - begin != elements * _BITS[dtype] // 8:
         raise CheckpointError(
             f"{where}: shape {printable(shape)} of {dtype} takes {elements * _BITS[dtype] // 8:,} bytes, "
-            f"but its data_offsets hold {end - begin:,}; {_AGAIN}"
+            f"but its data_offsets hold {end - begin:,}; {AGAIN}"
         )
     return TensorInfo(name, dtype, tuple(shape), file, begin, end - begin, stamp)
 
@@ -213,12 +236,12 @@ def _check_ranges(file: Path, tensors: Iterable[TensorInfo], data_size: int) -> 
     for tensor in sorted(tensors, key=lambda t: (t.begin, t.nbytes)):
         if tensor.begin != at:
             fault = "overlaps the one before it" if tensor.begin < at else "leaves a hole before it"
-            raise CheckpointError(f"{file}: the data of tensor {quoted(tensor.name)} {fault} (byte {at:,}); {_AGAIN}")
+            raise CheckpointError(f"{file}: the data of tensor {quoted(tensor.name)} {fault} (byte {at:,}); {AGAIN}")
         at += tensor.nbytes
     if at != data_size:
         raise CheckpointError(
             f"{file}: its header describes {at:,} bytes of data, but the file holds {data_size:,}; "
-            f"it was cut short or altered: {_AGAIN}"
+            f"it was cut short or altered: {AGAIN}"
         )
 
 
@@ -261,11 +284,11 @@ def inside(directory: Path, name: str) -> Path:
     """
     file = directory / name
     if not name or name != Path(name).name or "\\" in name or "\0" in name:
-        raise CheckpointError(f"{directory}: {quoted(name)} is not the name of a file in this directory; {_AGAIN}")
+        raise CheckpointError(f"{directory}: {quoted(name)} is not the name of a file in this directory; {AGAIN}")
     try:
         home, target = directory.resolve(), file.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a name that no file can have
-        raise CheckpointError(f"{directory}: {quoted(name)} leads to no file: {printable(error)}; {_AGAIN}") from None
+        raise CheckpointError(f"{directory}: {quoted(name)} leads to no file: {printable(error)}; {AGAIN}") from None
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
@@ -295,13 +318,13 @@ def require_plain_files(directory: Path) -> None:
 def _read_shards(directory: Path, index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json_object(inside(directory, index.name), "the index of the weights").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index}: has no weight_map from tensor names to files; {_AGAIN}")
+        raise CheckpointError(f"{index}: has no weight_map from tensor names to files; {AGAIN}")
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
         for name, tensor in read_header(inside(directory, shard)).items():
             if weight_map.get(name) != shard:
                 said = f"puts it into {quoted(weight_map[name])}" if name in weight_map else "does not name it"
-                raise CheckpointError(f"{tensor.file}: holds tensor {quoted(name)}, but {index.name} {said}; {_AGAIN}")
+                raise CheckpointError(f"{tensor.file}: holds tensor {quoted(name)}, but {index.name} {said}; {AGAIN}")
             tensors[name] = tensor
     missing = _first_missing(weight_map, tensors)
     if missing is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_nullspace.checkpoint.header import TensorInfo, quoted
+from pytest_nullspace.checkpoint.header import Stamps, TensorInfo, quoted
 from pytest_nullspace.errors import CheckpointError
 
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
@@ -89,6 +89,11 @@ class Checkpoint:
     def carries_base(self) -> bool:
         """Whether the directory holds the whole model."""
         return self.base is None
+
+    @property
+    def stamps(self) -> Stamps:
+        """The files of its tensors as they were when their headers were read."""
+        return frozenset((tensor.file, tensor.stamp) for tensor in self.tensors.values())
 
     @property
     def ranks(self) -> str:

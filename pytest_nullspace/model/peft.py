@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import printable, quoted, read_header, read_json_object
+from pytest_nullspace.checkpoint import Checkpoint, gguf
+from pytest_nullspace.checkpoint.header import TensorInfo, printable, quoted, read_header, read_json_object, stamps
 from pytest_nullspace.checkpoint.peft import FIELDS, PREFIX
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
@@ -56,7 +56,7 @@ def load(
     """
     kind = _class_of(checkpoint, base)
     replaced = tuple(checkpoint.config.get("modules_to_save") or ())
-    key = base.resolve(), device, dtype, kind, replaced
+    key = base.resolve(), stamps(base), device, dtype, kind, replaced
     model = bases.pop(key, None)
     if model is None:
         bases.clear()  # of the bases one is in memory at a time
@@ -136,6 +136,8 @@ class _Untouched:
 
 
 def _class_of(checkpoint: Checkpoint, base: Path) -> Any:
+    if base.is_file():  # a GGUF file does not name the class, and most are of models that write text
+        return getattr(transformers, _CLASSES.get(str(checkpoint.config.get("task_type")), "AutoModelForCausalLM"))
     config = read_json_object(base / "config.json", "the base model's config")
     check_counts(config, base / "config.json")
     named = config.get("architectures")
@@ -154,24 +156,22 @@ def _class_of(checkpoint: Checkpoint, base: Path) -> Any:
 
 
 def _base_model(kind: Any, base: Path, dtype: torch.dtype, replaced: tuple[str, ...]) -> nn.Module:
-    tensors = [tensor for file in sorted(base.glob("*.safetensors")) for tensor in read_header(file).values()]
-    fields = without(LEADS_TO_CODE, read_json_object(base / "config.json", "the base model's config"))
     try:
-        config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
-        with held_to(tensors, base / "config.json"):
+        config, tensors, how = _from_gguf(base) if base.is_file() else _from_directory(base)
+        with held_to(tensors, base if base.is_file() else base / "config.json"):
             model, report = kind.from_pretrained(
-                str(base),
+                str(base.parent if base.is_file() else base),
                 config=config,
                 dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
-                use_safetensors=True,
                 output_loading_info=True,
+                **how,
             )
     except CheckpointError:
         raise
     except ImportError as error:
-        method = _quantiser(base)
+        method = None if base.is_file() else _quantiser(base)
         if method is None:
             raise
         raise CheckpointError(
@@ -192,6 +192,25 @@ def _base_model(kind: Any, base: Path, dtype: torch.dtype, replaced: tuple[str, 
         )
     assert isinstance(model, nn.Module)
     return model
+
+
+def _from_directory(base: Path) -> tuple[Any, list[TensorInfo], dict[str, Any]]:
+    """A saved base's config, its tensors, and what else ``from_pretrained`` is told."""
+    tensors = [tensor for file in sorted(base.glob("*.safetensors")) for tensor in read_header(file).values()]
+    fields = without(LEADS_TO_CODE, read_json_object(base / "config.json", "the base model's config"))
+    config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
+    return config, tensors, {"use_safetensors": True}
+
+
+def _from_gguf(file: Path) -> tuple[Any, list[TensorInfo], dict[str, Any]]:
+    """The same of a GGUF file, whose weights are taken out of their blocks: PEFT adapts plain layers."""
+    tensors = gguf.read_header(file)
+    # Of an absolute path transformers reads this very file, and not one of its name in the current folder.
+    how: dict[str, Any] = {"gguf_file": str(file.absolute())}
+    config = AutoConfig.from_pretrained(str(file.parent), **how, local_files_only=True, trust_remote_code=False)
+    if hasattr(transformers, "GgufConfig"):  # which else fetches kernels from the hub for what it keeps in blocks
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return config, [*tensors.values()], how
 
 
 def _quantiser(base: Path) -> str | None:

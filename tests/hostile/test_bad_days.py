@@ -2,16 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import saved, tiny
+from tests.adapters import adapter
 from tests.plugin.conftest import LOOSE, Gate
 
 WRITER = """
@@ -58,6 +60,71 @@ def test_two_runs_may_write_one_file(tmp_path: Path) -> None:
         assert whole(file)
     assert [process.communicate() and process.returncode for process in processes] == [0, 0]
     assert [name.name for name in tmp_path.iterdir()] == ["stats.json"]
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts a file system of its own; skips where this user may not."""
+    places = []
+
+    def mount(*options: str) -> Path:
+        place = tmp_path / "disk"
+        place.mkdir(exist_ok=True)
+        command = ["mount", *options, str(place)]
+        if not shutil.which("mount"):
+            pytest.skip("needs the command mount")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"needs the right to mount a file system: {done.stderr.strip()}")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in reversed(places):
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("old", ["old", None])
+def test_a_full_disk_is_told_and_red(
+    mounted: Callable[..., Path], replay: Callable[..., pytest.RunResult], old: str | None
+) -> None:
+    """On a disk of 12 kB, really full, a green run is not green, the old file is whole, and no half is left."""
+    disk = mounted("-t", "tmpfs", "-o", "size=12k", "tmpfs")
+    if old is not None:
+        (disk / "out.json").write_text(old)
+    saved.save(disk.parent / "many.json", saved.run(*(f"l.{i}" for i in range(300))))
+    result = replay(f"--nullspace-save-stats={disk / 'out.json'}", stats=str(disk.parent / "many.json"))
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        [
+            f"nullspace: NOT GATED: {disk / 'out.json'}: cannot be written: No space left on device; mend that or give "
+            "another place"
+        ]
+    )
+    assert [(file.name, file.read_text()) for file in disk.iterdir()] == ([("out.json", old)] if old else [])
+
+
+def test_a_disk_that_is_full_for_the_workers_is_told(
+    mounted: Callable[..., Path], checkpoint: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the outcome that workers share finds no room, every test errs with the file, and nothing is green."""
+    disk = mounted("-t", "tmpfs", "-o", "size=12k", "tmpfs")
+    monkeypatch.setenv("TMPDIR", str(disk))
+    result = gate(*LOOSE, "-n", "2", "-p", "no:cacheprovider")
+    assert result.ret == 1
+    assert not result.parseoutcomes().get("passed")
+    result.stdout.fnmatch_lines(["*No space left on device*"])
+
+
+def test_a_read_only_disk_is_told(mounted: Callable[..., Path], replay: Callable[..., pytest.RunResult]) -> None:
+    """On a file system that nobody may write to, root neither, the file's name and the reason are told."""
+    disk = mounted("-t", "tmpfs", "-o", "ro", "tmpfs")
+    for name in ("stats.json", "new/stats.json"):
+        result = replay(f"--nullspace-save-stats={disk / name}")
+        assert result.ret == 1
+        result.stdout.fnmatch_lines(
+            [f"nullspace: NOT GATED: {disk / name}: cannot be written: Read-only file system; mend that or give *"]
+        )
 
 
 FULL = """
@@ -135,7 +202,34 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_an_error(
     result.assert_outcomes(errors=22)
     result.stdout.fnmatch_lines(
         [
-            "*model.safetensors: changed after its header was read (SHA-256 now *), so no figure would be of one "
+            "*model.safetensors: changed after it was first read (SHA-256 now *), so no figure would be of one "
+            "checkpoint; run again once nothing writes to it"
+        ]
+    )
+    assert "Traceback" not in result.stdout.str()
+    assert not (pytester.path / "stats.json").exists()
+
+
+BASE_FILES = {
+    "weights": ("model.safetensors", "r+b", "f.seek(-1, 2); f.write(b'x')"),
+    "config": ("config.json", "ab", "f.write(b' ')"),
+}
+
+
+@pytest.mark.parametrize("which", BASE_FILES)
+def test_a_base_that_changes_while_it_is_read_is_an_error(gate: Gate, pytester: pytest.Pytester, which: str) -> None:
+    """Files of the base written to during the pass give no figure, though the adapter's own stay as they are."""
+    (pytester.path / "text.txt").write_text(tiny.TEXT)
+    (pytester.path / "pytest.ini").write_text("[pytest]\n")
+    adapter(pytester.path, tiny.llama(), r=4, target_modules="all-linear")
+    file, mode, change = BASE_FILES[which]
+    pytester.makeconftest(IN_THE_PASS.format(act=f"f = open('base/{file}', '{mode}'); {change}; f.close()"))
+    result = gate(*LOOSE, "--nullspace-save-stats=stats.json", model="adapter")
+    assert result.ret == 1
+    result.assert_outcomes(errors=22)
+    result.stdout.fnmatch_lines(
+        [
+            f"*/base/{file}: changed after it was first read (SHA-256 now *), so no figure would be of one "
             "checkpoint; run again once nothing writes to it"
         ]
     )

@@ -15,7 +15,7 @@ from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measure import measure
 from pytest_nullspace.model import AdaptedModel, load_model
-from pytest_nullspace.pipeline import base_directory
+from pytest_nullspace.pipeline import base_of
 from pytest_nullspace.report import terminal
 from pytest_nullspace.stats import LayerStats
 from tests import tiny
@@ -31,7 +31,7 @@ SMALL = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_atte
 
 def opened(directory: Path) -> tuple[Checkpoint, AdaptedModel]:
     checkpoint = open_checkpoint(directory)
-    base = base_directory(checkpoint, None)
+    base = base_of(checkpoint, None)
     return checkpoint, load_model(checkpoint, torch.device("cpu"), torch.float32, base)
 
 
@@ -291,7 +291,7 @@ def test_what_was_trained_and_not_saved_is_an_error(
 def test_the_option_names_a_changed_base(saved: Path, tmp_path: Path) -> None:
     """With --nullspace-base the base that an initialisation changed can be given."""
     change(saved, lambda _, config: config.update(init_lora_weights="olora"))
-    assert base_directory(open_checkpoint(saved), str(tmp_path / "base")) == tmp_path / "base"
+    assert base_of(open_checkpoint(saved), str(tmp_path / "base")) == tmp_path / "base"
 
 
 def mixtral() -> Any:
