@@ -139,24 +139,34 @@ class Audit:
         if told is None:
             return None
         try:
-            layers = tuple(LayerAudit(**{**entry, **_numbers(entry)}) for entry in told["layers"])
-            others = tuple(Moved(str(m["name"]), float(_numbers(m)["change"]), str(m["why"])) for m in told["others"])
-            return cls(**{**told, "layers": layers, "others": others})
-        except (TypeError, KeyError, ValueError, AttributeError):
+            layers = tuple(LayerAudit(**{key: _told(key, value) for key, value in e.items()}) for e in told["layers"])
+            others = tuple(Moved(**{key: _told(key, value) for key, value in m.items()}) for m in told["others"])
+            words: dict[str, Any] = {key: _told(key, told[key]) for key in ("initial", "variant", "decided")}
+            words["compared"] = int(_told("compared", told["compared"]))
+            return cls(**{**told, **words, "layers": layers, "others": others})
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
             raise StatsError(f"{where}: its entry 'audit' is no audit; measure again") from None
 
 
-_OPTIONAL = ("base", "bias")
-_WORDS = ("name", "why", "scale", "initial_scale")
+_OPTIONAL = ("base", "bias", "scale", "initial_scale")
+_WORDS = ("name", "why", "scale", "initial_scale", "initial", "variant", "decided")
 
 
-def _numbers(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What was null because it was no number, as NaN; what is not there at all stays None."""
-    return {
-        key: math.nan if value is None or value == "nan" else float(value)
-        for key, value in entry.items()
-        if key not in _WORDS and not (key in _OPTIONAL and value is None)
-    }
+def _told(key: str, value: Any) -> Any:
+    """What a file holds under ``key``: null is a number that is none, or what is not there at all.
+
+    Raises:
+        TypeError: It is of another type.
+    """
+    if value is None and key in _OPTIONAL:
+        return None
+    if key in _WORDS and isinstance(value, str):
+        return printable(value, 1000)
+    if key not in _WORDS and (value is None or value == "nan"):
+        return math.nan
+    if key in _WORDS or isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(key)
+    return float(value)
 
 
 def _plain(value: Any) -> Any:

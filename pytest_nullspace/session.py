@@ -330,7 +330,7 @@ def read_run(file: Path) -> RunStats:
         StatsError: It cannot be read, holds no layer, or one whose name no layer can have.
     """
     run = read(file)
-    if Weights.of(run.about) is not None:
+    if Weights.of(run.about, str(file)) is not None:
         raise StatsError(
             f"{file}: is of weights alone: its activations were not measured, so it can stand in for no measured run; "
             "measure without --nullspace-weights-only"

@@ -403,7 +403,13 @@ def from_json(text: str, where: str) -> RunStats:
         StatsError: It is no such file, misses what every such file has, or contradicts itself.
     """
     try:
-        document = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
+        # What is no number, however it is written, is what ``null`` is in our own files.
+        document = json.loads(
+            text,
+            object_pairs_hook=lambda pairs: _unique(pairs, where),
+            parse_float=lambda digits: _plain(float(digits)),
+            parse_constant=lambda _: None,
+        )
     except (ValueError, RecursionError) as error:
         raise StatsError(f"{where}: not JSON: {printable(error)}; {_AGAIN}") from None
     if not isinstance(document, dict) or not isinstance(document.get("stats"), list):
@@ -563,7 +569,7 @@ _COUNTS = ("rows", "in_features", "rank", "out_features")
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _number(value: object, where: str) -> float:

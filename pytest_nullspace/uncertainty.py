@@ -8,6 +8,8 @@ from pytest_nullspace.stats import OWN_FIGURES, LayerStats
 
 LEVEL = 0.95
 """How often the true figure lies within its margin."""
+MOST_WINDOWS = 10**9
+"""More than any text has."""
 
 
 def margins(without: Sequence[LayerStats]) -> Mapping[str, float]:
@@ -56,7 +58,12 @@ def students_t(freedom: int) -> float:
 
 
 def windows_needed(windows: int, margin: float, distance: float) -> int | None:
-    """About how many windows would bring ``margin`` below ``distance``, as it falls with their square root."""
-    if not (math.isfinite(margin) and distance > 0):
+    """About how many windows would bring ``margin`` below ``distance``, as it falls with their square root.
+
+    None where no text would have so many.
+    """
+    if not distance > 0:
         return None
-    return math.ceil(windows * (margin / distance) ** 2)
+    times = margin / distance
+    needed = windows * times * times
+    return math.ceil(needed) if needed <= MOST_WINDOWS else None

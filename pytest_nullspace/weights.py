@@ -74,8 +74,12 @@ class Weights:
         ]
 
     @classmethod
-    def of(cls, about: Mapping[str, Any]) -> "Weights | None":
+    def of(cls, about: Mapping[str, Any], where: str = "the run") -> "Weights | None":
         """The weights that a run tells of, if it was gated on them.
+
+        Args:
+            about: Of the run.
+            where: The file it was saved in, for messages.
 
         Raises:
             StatsError: What it tells is none.
@@ -85,8 +89,8 @@ class Weights:
             return None
         try:
             return cls(tuple(map(_layer, told)))
-        except (TypeError, KeyError, ValueError, AttributeError):
-            raise StatsError("its entry 'weights' holds no weights; weigh again") from None
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+            raise StatsError(f"{where}: its entry 'weights' holds no weights; weigh again") from None
 
 
 def _plain(value: Any) -> Any:
@@ -94,10 +98,16 @@ def _plain(value: Any) -> Any:
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerWeights:
-    lost: dict[str, Any] = {
-        key: math.nan if value is None else value for key, value in entry.items() if key != "has_base"
-    }
-    return LayerWeights(**{**lost, **({} if entry["has_base"] else {"base_norm": None})})
+    told = {key: _told(key, value) for key, value in entry.items() if key != "has_base"}
+    return LayerWeights(**{**told, **({} if entry["has_base"] else {"base_norm": None})})
+
+
+def _told(key: str, value: Any) -> Any:
+    if key == "name" and isinstance(value, str):
+        return value
+    if key == "name" or isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise TypeError(key)
+    return int(value) if key == "rank" and value is not None else math.nan if value is None else float(value)
 
 
 def weigh(checkpoint: Checkpoint, layers: Collection[str]) -> Weights:

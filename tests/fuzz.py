@@ -5,18 +5,26 @@ Hypothesis drives these in ``tests/properties/test_readers.py``; for longer, wit
 """
 
 import json
+import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from pytest_nullspace.audit import Audit
+from pytest_nullspace.baseline import compare, incomparable
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.checkpoint.header import read_header, read_tensors
+from pytest_nullspace.diagnosis import diagnose
 from pytest_nullspace.errors import CheckpointError, StatsError
-from pytest_nullspace.invariants import Expectations, judge, judge_averages
-from pytest_nullspace.stats import from_json, to_json
+from pytest_nullspace.invariants import Expectations, Stage, judge, judge_averages, judge_drift
+from pytest_nullspace.report import markdown, terminal
+from pytest_nullspace.start import Start
+from pytest_nullspace.stats import RunStats, from_json, to_json
+from pytest_nullspace.weights import Weights
 from tests import saved
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -88,16 +96,42 @@ def _config(folder: Path, name: str) -> Callable[[bytes], None]:
 
 
 def stats(_: Path) -> Callable[[bytes], None]:
-    """A statistics file; what is read can be judged and saved."""
+    """A statistics file; what is read can be judged, compared, diagnosed, reported and saved."""
+    sound, file = saved.full(), Path("f.json")
 
     def read(data: bytes) -> None:
         run = from_json(data.decode("utf-8", "replace"), "f.json")
-        for layer in run.layers:
-            judge(layer, Expectations())
-        judge_averages(run, Expectations())
-        to_json(run)
+        text = to_json(run)
+        assert to_json(from_json(text, "f.json")) == text
+        audited, _ = Audit.of(run.about, "f.json"), Weights.of(run.about)
+        for now, before in ((run, sound), (sound, run)):
+            start, compared = Start.of(before), compare(now, before, (), Stage.TRAINED)
+            checks = [partial(start.check, trained=True)]
+            if audited is not None:
+                checks.append(partial(audited.check, trained=True))
+            expectations = Expectations(Stage.TRAINED, (), checks)
+            lines = [*terminal.start_lines(start, file, now, True, True), *terminal.comparison(compared, file, ())]
+            lines += terminal.diagnosis(diagnose(now, audited, compared))
+            str(incomparable(now, before))
+            shown(now, expectations, [line for line, _ in lines])
+        if audited is not None:
+            list(terminal.audit_lines(audited))
 
     return read
+
+
+def shown(run: RunStats, expectations: Expectations, notes: Sequence[str]) -> None:
+    """Every report of a run."""
+    verdicts = [judge(layer, expectations) for layer in run.layers]
+    list(terminal.saved_header(Path("f.json"), run, len(run.layers)))
+    list(terminal.summary(run, verdicts, expectations))
+    for layer, verdict in zip(run.layers, verdicts, strict=True):
+        list(terminal.block(layer, verdict))
+        terminal.layer_failure(layer, verdict)
+    terminal.model_failure(run, judge_averages(run, expectations))
+    if run.drift is not None:
+        judge_drift(run.drift, expectations)
+    markdown.report(run, expectations, notes)
 
 
 TARGETS: Mapping[str, tuple[Callable[[Path], Callable[[bytes], None]], Any]] = {
@@ -105,9 +139,41 @@ TARGETS: Mapping[str, tuple[Callable[[Path], Callable[[bytes], None]], Any]] = {
     "index": (index, INDEX),
     "adapter_config": (adapter_config, ADAPTER_CONFIG),
     "model_config": (model_config, MODEL_CONFIG),
-    "stats": (stats, json.loads(to_json(saved.run()))),
+    "stats": (stats, json.loads(to_json(saved.full()))),
 }
 """Each reader by its name, with a sound document to begin from."""
+
+
+VALUES: Sequence[Any] = (
+    None, True, False, 0, -1, 1, 9, 2**31, 2**63, 10**400, 1e308, 1e-308, -0.5, 0.25, float("nan"), float("inf"),
+    "", "nan", "not measured", ".", "../x", "/", "\x1b[31m", "(a+)+$", "\ud800", [], [[]], [1, "a"], {}, {"a": 1},
+)  # fmt: skip
+
+
+def places(document: Any) -> list[tuple[Any, Any]]:
+    """Every place in a JSON document: what holds it, and under which key."""
+    keys = document.keys() if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
+    return [place for key in keys for place in ((document, key), *places(document[key]))]
+
+
+def changed(text: bytes, choose: random.Random) -> bytes:
+    """A JSON document in which a few places hold another value, or that of another place, or nothing any more."""
+    document = json.loads(text)
+    for _ in range(choose.randint(1, 3)):
+        held = places(document)
+        if not held:
+            break
+        (owner, key), (other, at) = choose.choice(held), choose.choice(held)
+        match choose.randrange(6):
+            case 0:
+                del owner[key]
+            case 1:
+                owner[key] = json.loads(json.dumps(other[at]))
+            case 2 if isinstance(owner[key], int | float):
+                owner[key] *= choose.choice((0, -1, 2, 1e300))
+            case _:
+                owner[key] = choose.choice(VALUES)
+    return json.dumps(document).encode()
 
 
 def main() -> None:
@@ -127,7 +193,17 @@ def main() -> None:
             with suppress(CheckpointError, StatsError):
                 read(data)
 
-        atheris.Setup([*sys.argv, str(seeds)], one)
+        def mutate(data: bytes, most: int, seed: int) -> bytes:
+            head = 8 if name == "header" else 0
+            choose = random.Random(seed)
+            with suppress(ValueError, RecursionError, OverflowError):
+                if choose.randrange(4):
+                    length = int.from_bytes(data[:8], "little") if head else len(data)
+                    text = changed(data[head : head + length], choose)
+                    return (len(text).to_bytes(8, "little") + text + data[8 + length :] if head else text)[:most]
+            return bytes(atheris.Mutate(data, most))
+
+        atheris.Setup([*sys.argv, str(seeds)], one, custom_mutator=mutate)
         atheris.Fuzz()
 
 

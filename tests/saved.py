@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pytest_nullspace.stats import LayerStats, RunStats, write
+from pytest_nullspace.audit import Audit, LayerAudit, Moved
+from pytest_nullspace.stats import Drift, LayerStats, RunStats, Spectrum, TextDrift, write
 
 LAYER = LayerStats(
     name="model.layers.0.self_attn.q_proj",
@@ -44,6 +45,36 @@ def run(*names: str, of: int | None = None, **changes: Any) -> RunStats:
     layers = [dataclasses.replace(LAYER, name=name) for name in names or NAMES]
     layers[0] = dataclasses.replace(layers[0], **changes)
     return RunStats("runs/ft", "text.txt", tuple(layers), len(layers) if of is None else of, ABOUT)
+
+
+def full() -> RunStats:
+    """A run of two layers that tells of everything: margins, a task text, the spectrum, drift and an audit."""
+    spectrum = Spectrum(effective_rank=12.5, least_leakage=0.0005, shared=0.9)
+    margins = {
+        "preservation": 0.001,
+        "effectiveness": 0.002,
+        "contribution": 0.003,
+        "leakage": 0.004,
+        "forgetting": 0.1,
+    }
+    layers = []
+    for name in NAMES[:2]:
+        task = dataclasses.replace(LAYER, name=name, update_norm=4.0, margins=margins)
+        layers.append(dataclasses.replace(LAYER, name=name, margins=margins, task=task, spectrum=spectrum))
+    moved = [LayerAudit(name, 0.0, 0.5, 0.0, None, 0.0, 1e-6, "alpha 4 / rank 4 = 1", None) for name in NAMES[:2]]
+    audited = Audit("runs/init", "v2", "A is zero at the start", tuple(moved), (Moved("model.norm.weight", 0.1),), 3)
+    about = {
+        **ABOUT,
+        "task_dataset": "task.txt",
+        "task_text": {"sha256": "1" * 64, "windows": 16, "seqlen": 32, "tokens": 512, "overlapping": 9, "starts": [0]},
+        "outside": ["base_model.model.lm_head.weight"],
+        "device": "cpu",
+        "dtype": "float32",
+        "measured": {"at": "now", "host": "here", "device_name": "x86", "seconds": {"load": 1.0, "pass": 2.0}},
+        "audit": audited.to_dict(),
+    }
+    drift = Drift("the base", TextDrift(480, 2.0, 2.01, 0.01, 0.001, 0.002), TextDrift(480, 3.0, 1.0, 0.5, 0.01, 0.02))
+    return RunStats("runs/ft", "text.txt", tuple(layers), len(layers), about, drift)
 
 
 def save(file: Path, saved: RunStats | None = None) -> Path:

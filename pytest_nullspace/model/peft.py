@@ -5,7 +5,7 @@ that is measured.
 """
 
 import re
-from collections.abc import Collection, Hashable, Iterable, Iterator, MutableMapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -229,8 +229,9 @@ def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
         result = set_peft_model_state_dict(wrapped, tensors)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{checkpoint.directory}: the adapter does not fit the base model {base}: {printable(error, 1000)}; give "
-            "the base that it was trained on by --nullspace-base=DIR"
+            f"{checkpoint.directory}: the adapter does not fit the base model {base}: "
+            f"{_misfit(wrapped, tensors) or printable(error, 1000)}; give the base that it was trained on by "
+            "--nullspace-base=DIR"
         ) from None
     except KeyError as error:
         raise CheckpointError(
@@ -251,6 +252,20 @@ def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
             f"{_some(own)}. "
             "Is this another architecture, or a prefix too many?"
         )
+
+
+def _misfit(wrapped: Any, tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor whose place in the model has another shape, in words."""
+    places = {
+        re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name): list(place.shape)
+        for name, place in wrapped.state_dict().items()
+    }
+    wrong = [name for name, tensor in tensors.items() if places.get(name, list(tensor.shape)) != list(tensor.shape)]
+    if not wrong:
+        return None
+    name = min(wrong)
+    more = f", one of {len(wrong)}" if len(wrong) > 1 else ""
+    return f"its tensor {printable(name)} is {list(tensors[name].shape)}, and the base would take {places[name]}{more}"
 
 
 def _lost_biases(wrapped: Any, tensors: Collection[str]) -> list[str]:

@@ -16,7 +16,7 @@ from pytest_nullspace.diagnosis import Diagnosis
 from pytest_nullspace.invariants import Expectations, Tier, Verdict, judge, judge_averages, judge_drift
 from pytest_nullspace.start import QUANTITIES, Start
 from pytest_nullspace.stats import FIGURES, TASK_FIGURES, Drift, LayerStats, RunStats
-from pytest_nullspace.uncertainty import windows_needed
+from pytest_nullspace.uncertainty import MOST_WINDOWS, windows_needed
 
 if TYPE_CHECKING:
     import pytest
@@ -111,7 +111,7 @@ def uncertain(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
     told = f"uncertain: more text might change the verdict on {len(layers)} of {len(verdicts)} layers"
     recorded = run.about.get("text")
     windows = recorded.get("windows") if isinstance(recorded, dict) else None
-    if not isinstance(windows, int):
+    if not isinstance(windows, int) or windows > MOST_WINDOWS:  # a file of another making may hold anything
         return told
     if windows < 2:
         return f"{told}; one window tells nothing of how the figures vary, so draw more by --nullspace-calib-size"

@@ -261,6 +261,10 @@ def test_an_audit_survives_its_file(tmp_path: Path) -> None:
         {"layers": 3},
         {**found.to_dict(), "layers": [{"name": 1}]},
         {**found.to_dict(), "x": 1},
+        {**found.to_dict(), "variant": ["v2"]},
+        {**found.to_dict(), "compared": "3"},
+        {**found.to_dict(), "layers": [{**found.to_dict()["layers"][0], "scale": ["2"]}]},
+        {**found.to_dict(), "layers": [{**found.to_dict()["layers"][0], "up": 10**400}]},
         [],
     ]
     for broken in wrong:

@@ -2,11 +2,14 @@
 
 import struct
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pytest_nullspace.checkpoint.gguf import MAX_VALUES, read_header
@@ -81,11 +84,12 @@ def test_figures_are_those_of_the_same_base_saved_as_safetensors(kind: str, off:
     measured = measure(adapted, WINDOWS)
     of_gguf = {name: layer.base_matrix() for name, layer in adapted.layers.items()}
     adapted.take_off()
-    adapted.model.save_pretrained(tmp_path / "unpacked")
+    unpacked: Any = adapted.model
+    unpacked.save_pretrained(tmp_path / "unpacked")
     change(directory, lambda _, config: config.update(base_model_name_or_path=str(tmp_path / "unpacked")))
     _, again = opened(directory)
     assert measure(again, WINDOWS) == measured
-    true = tiny.llama(hidden_size=64, intermediate_size=128, tie_word_embeddings=False)
+    true: Any = tiny.llama(hidden_size=64, intermediate_size=128, tie_word_embeddings=False)
     for name, matrix in of_gguf.items():
         weight = true.get_submodule(name).weight
         assert isinstance(matrix, Tensor)
@@ -219,10 +223,29 @@ def test_a_hostile_file_is_refused_before_a_library_sees_it(case: str, tmp_path:
     assert "\n" not in str(caught.value)
 
 
+WHOLE = raw(
+    number("llama.block_count", 2),
+    text("names") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b"),
+    tensors=(tensor(), tensor("b", (2, 2), offset=32)),
+)
+
+
+@settings(max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), max_size=4), cut=st.integers(0))
+def test_changed_bytes_are_read_or_refused(tmp_path: Path, changes: list[tuple[int, int]], cut: int) -> None:
+    """A sound file with bytes changed, or cut short, raises nothing but our own error."""
+    data = bytearray(WHOLE)
+    for at, value in changes:
+        data[at] = value
+    (tmp_path / "m.gguf").write_bytes(data[: len(data) - cut % len(data)] if cut % 3 == 0 else data)
+    with suppress(CheckpointError):
+        read_header(tmp_path / "m.gguf")
+
+
 def test_a_whole_file_made_by_hand_is_read(tmp_path: Path) -> None:
     """The hostile ones above differ from one that is read."""
     file = tmp_path / "m.gguf"
-    file.write_bytes(raw(number("llama.block_count", 2), tensors=(tensor(), tensor("b", (2, 2), offset=32))))
+    file.write_bytes(WHOLE)
     assert [(t.name, t.shape, t.dtype) for t in read_header(file).values()] == [
         ("a", (4,), "F32"),
         ("b", (2, 2), "F32"),

@@ -355,6 +355,7 @@ def test_a_layer_without_one_of_the_references_fields_is_refused(key: str) -> No
         ("num_samples", True, "stats[1]: num_samples must be a whole number from 0, not True"),
         ("num_samples", -1, "stats[1]: num_samples must be a whole number from 0, not -1"),
         ("rank", "4", "stats[1]: rank must be a whole number from 0, not '4'"),
+        ("rank", 10**400, "stats[1]: rank must be a whole number from 0, not 1000"),
         ("rank", -4, "stats[1]: rank must be a whole number from 0, not -4"),
         ("X_norm", "1.0", "stats[1]: X_norm must be a number, not '1.0'"),
         ("X_norm", False, "stats[1]: X_norm must be a number, not False"),
@@ -440,6 +441,18 @@ def test_what_is_no_statistics_file_is_refused(text: str) -> None:
     """Anything else than a statistics file is refused by name, never with a traceback."""
     with pytest.raises(StatsError, match=r"^f\.json: not "):
         from_json(text, "f.json")
+
+
+@pytest.mark.parametrize("written", ["NaN", "Infinity", "-Infinity", "1e999", "null"])
+def test_a_number_that_is_none_is_read_however_it_is_written(written: str) -> None:
+    """It is NaN where a figure is wanted, and what else the file tells can be saved again."""
+    text = to_json(RUN).replace('"X_norm": 8.0', f'"X_norm": {written}').replace('"k": [\n  1\n ]', f'"k": {written}')
+    for ratio in ("BX_ratio", "ABX_ratio"):
+        text = re.sub(rf'"{ratio}": [\d.]+', f'"{ratio}": {written}', text)
+    run = from_json(text, "f.json")
+    assert math.isnan(run.layers[0].input_norm)
+    assert run.about == {"k": None}
+    assert from_json(to_json(run), "f.json").about == run.about
 
 
 JSON = st.recursive(

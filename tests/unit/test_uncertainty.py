@@ -52,4 +52,5 @@ def test_the_windows_needed_grow_with_the_square() -> None:
     assert windows_needed(16, 0.1, 0.1) == 16
     assert windows_needed(16, 0.1, 0.0) is None
     assert windows_needed(1, math.inf, 0.1) is None
+    assert windows_needed(16, 1e308, 1e-308) is None
     assert NormalDist().inv_cdf(0.975) < students_t(10**6) < 1.96 + 1e-4

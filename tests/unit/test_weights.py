@@ -13,6 +13,7 @@ from torch import Tensor
 from pytest_nullspace.audit import norm
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.diagnosis import diagnose
+from pytest_nullspace.errors import StatsError
 from pytest_nullspace.stats import RunStats
 from pytest_nullspace.weights import Weights, effective_rank, singular_values, weigh
 from tests import adapters, tiny
@@ -76,6 +77,10 @@ def test_dead_and_non_finite_layers_have_faults_and_causes(tmp_path: Path) -> No
     again = Weights.of({"weights": json.loads(json.dumps(found.to_list(), allow_nan=False))})
     assert again is not None
     assert [list(layer.faults(True)) for layer in again.layers] == list(told.values())
+    sound = found.to_list()[0]
+    for broken in ([3], [{}], [{**sound, "name": ["a"]}], [{**sound, "rank": "4"}], [{**sound, "up_norm": 10**400}]):
+        with pytest.raises(StatsError, match=r"^f\.json: its entry 'weights' holds no weights; weigh again$"):
+            Weights.of({"weights": broken}, "f.json")
     causes = diagnose(RunStats("ft", "", (), 21), weights=found)
     assert [(cause.cause, cause.layers) for cause in causes] == [
         ("non-finite", (Q0[:-6] + "v_proj",)),
