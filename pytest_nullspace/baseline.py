@@ -164,7 +164,8 @@ def _layers(of: Callable[[LayerStats], Any]) -> Callable[[RunStats, Collection[s
 def _about(section: str, key: str) -> Callable[[RunStats, Collection[str]], Any]:
     def read(run: RunStats, _: Collection[str]) -> Any:
         recorded = run.about.get(section)
-        return recorded.get(key) if isinstance(recorded, Mapping) else None
+        value = recorded.get(key) if isinstance(recorded, Mapping) else None
+        return value if value is None or isinstance(value, str | int | float) else str(value)
 
     return read
 

@@ -51,7 +51,7 @@ def read(directory: Path) -> Checkpoint:
     if not isinstance(config.get("lora_alpha"), int | float):
         raise CheckpointError(
             f"{config_file}: lora_alpha is {printable(config.get('lora_alpha'))}, not a number; without it the scale "
-            "of the update is unknown"
+            "of the update is unknown; write back the value that it was trained with"
         )
     tensors = read_tensors(directory, "adapter_model")
     names = _layers(directory, tensors, config)
@@ -217,7 +217,8 @@ def _layers(directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[
         held = f", only others such as {printable(min(tensors))}" if tensors else ""
         raise CheckpointError(
             f"{directory}: no adapted layer: none of its {len(tensors)} tensors is {PREFIX}<layer>.{DOWN} of a linear "
-            f"layer{held}; there is nothing here that a layer test could cover"
+            f"layer{held}; there is nothing here that a layer test could cover; give the directory "
+            "that save_pretrained wrote"
         )
     return sorted(names)
 
@@ -250,7 +251,7 @@ def _layer(
     for part in (DOWN, UP):
         tensor = tensors.get(f"{PREFIX}{name}.{part}")
         if tensor is None:
-            raise CheckpointError(f"{where} has no {part}; the adapter is incomplete")
+            raise CheckpointError(f"{where} has no {part}: the adapter is incomplete; save or download it again")
         if tensor.dtype not in FLOATING:
             raise CheckpointError(f"{where}: {part} is {tensor.dtype}, not a floating point type that is measured")
         if len(tensor.shape) != 2 or 0 in tensor.shape:
@@ -263,12 +264,15 @@ def _layer(
         shapes.append(tensor.shape)
     (rank, in_features), (out_features, up_rank) = shapes
     if rank != up_rank:
-        raise CheckpointError(f"{where}: {DOWN} has rank {rank}, {UP} has rank {up_rank}; they are of different runs")
+        raise CheckpointError(
+            f"{where}: {DOWN} has rank {rank}, {UP} has rank {up_rank}: they are of different runs; copy both from one "
+            "save"
+        )
     expected = pattern_value(config.get("rank_pattern"), name, config.get("r"))
     if expected != rank:
         raise CheckpointError(
             f"{config_file}: gives {printable(name)} the rank {printable(expected)}, but its {DOWN} has rank {rank}; "
-            "config and weights are of different runs, and the scale alpha / r would be wrong"
+            "config and weights are of different runs, and the scale alpha / r would be wrong; copy both from one save"
         )
     return LayerSpec(name, rank, in_features, out_features, _scale(name, rank, config, config_file))
 

@@ -4,10 +4,12 @@ PEFT itself only warns about tensors that match nothing; here that is an error, 
 that is measured.
 """
 
+import math
 import re
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ _CLASSES = {
 _QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """The packages that read a base quantised so; of others transformers' message tells."""
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_SHOWN = 5
+_SHOWN = 2
 
 
 def load(
@@ -71,10 +73,12 @@ def load(
             f"{printable(error, 300)}; give the base that it was trained on by --nullspace-base=DIR"
         ) from error
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    _check_targets(checkpoint, base, found, {name for name, _ in model.named_modules()})
     _fill(wrapped, checkpoint, base)
-    _check_targets(checkpoint, base, found)
     model.to(device).eval()
     views = {spec.name: _view(spec.name, found[spec.name]) for spec in checkpoint.layers}
+    if checkpoint.changed_base is not None:
+        _require_changed(checkpoint, base, views.values())
 
     def take_off() -> None:
         wrapped.unload()
@@ -245,12 +249,10 @@ def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
             f"{_some(lost)}; save the adapter again"
         )
     if result.unexpected_keys:
-        own = (name for name, module in wrapped.base_model.model.named_modules() if isinstance(module, LoraLayer))
         raise CheckpointError(
-            f"{checkpoint.directory}: {len(result.unexpected_keys)} tensors of the adapter match nothing in the base "
-            f"model {base}: {_some(result.unexpected_keys)}; the base model's own layers are named like "
-            f"{_some(own)}. "
-            "Is this another architecture, or a prefix too many?"
+            f"{checkpoint.directory}: {_some(result.unexpected_keys)} have no place in the base model {base}, so PEFT "
+            "would leave them out; give the base that it was trained on by --nullspace-base=DIR, or save the adapter "
+            "again"
         )
 
 
@@ -280,13 +282,21 @@ def _lost_biases(wrapped: Any, tensors: Collection[str]) -> list[str]:
     ]
 
 
-def _check_targets(checkpoint: Checkpoint, base: Path, found: dict[str, LoraLayer]) -> None:
+def _check_targets(checkpoint: Checkpoint, base: Path, found: dict[str, LoraLayer], modules: Collection[str]) -> None:
     saved = {spec.name for spec in checkpoint.layers}
     missing = sorted(saved - set(found))
+    strange = [name for name in missing if name not in modules]
+    if strange:
+        raise CheckpointError(
+            f"{checkpoint.directory}: {len(strange)} of its layers, such as {printable(strange[0])}, are not in the "
+            f"base model {base}, whose own are named like {printable(min(found))}: that is of another architecture, or "
+            "the adapter's tensors have a prefix too many or too few; give the base by --nullspace-base=DIR, or save "
+            "the adapter with save_pretrained"
+        )
     if missing:
         raise CheckpointError(
             f"{checkpoint.config_file}: the adapter holds {_some(missing)}, but its target_modules do not name them "
-            f"in the base model {base}; PEFT would leave them out"
+            f"in the base model {base}, so PEFT would leave them out; add them to target_modules"
         )
     bare = {name: module.parameter_name for name in saved if isinstance(module := found[name], ParamWrapper)}
     if bare:
@@ -301,7 +311,7 @@ def _check_targets(checkpoint: Checkpoint, base: Path, found: dict[str, LoraLaye
     if unsaved:
         raise CheckpointError(
             f"{checkpoint.config_file}: target_modules name {_some(unsaved)}, but the adapter holds no weights for "
-            "them; they would be measured with random ones"
+            "them, so they would be measured with random ones; save the adapter again"
         )
 
 
@@ -325,6 +335,34 @@ def _view(name: str, layer: Any) -> AdaptedLayer:
         has_bias=getattr(base, "bias", None) is not None,
         has_magnitude=bool(layer.use_dora.get(adapter)),
     )
+
+
+def _require_changed(checkpoint: Checkpoint, base: Path, views: Iterable[AdaptedLayer]) -> None:
+    """Refuse a base that still holds what the adapter's initialisation took out of it.
+
+    PiSSA, CorDA and OLoRA start from ``s·A₀B₀``, take it out of W, and make it orthogonal to what is left. So the share
+    of the update that W holds, ``⟨W, s·A B⟩ / ‖s·A B‖²``, is 1 on the untouched base and 0 on the changed one. Training
+    blurs it: for PiSSA and OLoRA, which start from much of W, not by half; for CorDA, which starts from little, wholly.
+    """
+    start, shares = str(checkpoint.config.get("init_lora_weights", "")).lower(), []
+    for view in views:
+        weight = view.base_matrix()
+        if weight is None:
+            continue
+        weight = weight.detach().float()
+        if getattr(view.layer, "fan_in_fan_out", False):
+            weight = weight.mT
+        down, up = view.down_matrix().to(weight), view.up_matrix.detach().to(weight)
+        held = float((up * (weight @ down.mT)).sum() / ((up.mT @ up) * (down @ down.mT)).sum())
+        # OLoRA alone does not divide A₀B₀ by the scale, so it takes s times the share that W holds.
+        shares.append((held - (1 - view.scale if start == "olora" else 0)) / view.scale)
+    share = median(shares) if shares and all(map(math.isfinite, shares)) else 0.0
+    if 0.5 < share < 1.5:
+        raise CheckpointError(
+            f"{base}: is not the base that the initialisation of {checkpoint.directory} changed, for it still holds "
+            f"{share:.0%} of what that takes out, and every figure would be wrong; give the base as PEFT left it by "
+            "--nullspace-base=DIR"
+        )
 
 
 def _weight(base: nn.Module, widths: set[int]) -> Tensor | None:

@@ -357,7 +357,7 @@ def _conditions(run: RunStats) -> str | None:
             f"{_extent(run, None, 'text')}; {of_task}{printable(run.about['device'])} {printable(run.about['dtype'])}; "
             f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s"
         )
-    except (KeyError, TypeError, ValueError):  # a file of another making may lack any of it
+    except (KeyError, TypeError, ValueError, OverflowError):  # a file of another making may hold anything
         return None
 
 

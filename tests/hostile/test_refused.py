@@ -215,7 +215,8 @@ REFUSED: Mapping[str, tuple[Edit, str]] = {
     ),
     "two matrices of different ranks": (
         shaped([2, 4], [4, 3]),
-        f"*adapter: layer {Q}: lora_A.weight has rank 2, lora_B.weight has rank 3; they are of different runs",
+        f"*adapter: layer {Q}: lora_A.weight has rank 2, lora_B.weight has rank 3: they are of different runs; "
+        "copy both from one save",
     ),
     # configs
     "an empty config": (
@@ -253,7 +254,7 @@ REFUSED: Mapping[str, tuple[Edit, str]] = {
     "a rank that the weights do not have": (
         config(r=8),
         CONFIG + f"gives {Q} the rank 8, but its lora_A.weight has rank 2; config and weights are of different runs, "
-        "and the scale alpha / r would be wrong",
+        "and the scale alpha / r would be wrong; copy both from one save",
     ),
     "a regex that never ends": (
         config(rank_pattern={r"(\w+\.?)+!": 2}),

@@ -147,3 +147,12 @@ def test_layers_that_do_not_match_are_left_out_of_the_conditions() -> None:
     """Only layers that both hold must have the same rank, widths and base."""
     assert incomparable(saved.run("extra", *saved.NAMES, rank=99), EARLIER) == ()
     assert set(COMPARED) >= {"text", "windows", "seqlen", "seed", "rank", "widths", "base", "figures"}
+
+
+@pytest.mark.parametrize("odd", [{"a": 1}, {}, [1]])
+def test_conditions_of_any_kind_are_compared(odd: object) -> None:
+    """A file whose conditions are objects or lists differs from one of ours by them, in words."""
+    other = dataclasses.replace(EARLIER, about={**EARLIER.about, "text": {**EARLIER.about["text"], "sha256": odd}})
+    assert [d.what for d in incomparable(other, EARLIER)] == ["text"]
+    assert [d.what for d in incomparable(EARLIER, other)] == ["text"]
+    assert incomparable(other, other) == ()

@@ -1,5 +1,6 @@
 """PEFT adapters: measured as PEFT computes them, on several architectures, and proved applied."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,13 +205,17 @@ def rename(old: str, new: str) -> Callable[[dict[str, Tensor], dict[str, Any]], 
     return edit
 
 
+TABLE = Path(__file__).parents[2] / "docs/bad-days.md"
 BROKEN: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str]] = {
     "another PEFT type": (
         lambda _, config: config.update(peft_type="LOHA"),
         "peft_type is 'LOHA': not a LoRA adapter",
     ),
     "a prefix missing": (rename("base_model.model.", ""), "does not begin with 'base_model.model.' as PEFT's do"),
-    "a prefix too many": (rename("model.model.", "model.model.model."), "match nothing in the base model"),
+    "a prefix too many": (
+        rename("model.model.", "model.model.model."),
+        "6 of its layers, such as model.model.layers.0.self_attn.q_proj, are not in the base model",
+    ),
     "the adapter's name left in": (rename("lora_A.", "lora_A.default."), "carries the adapter's name"),
     "half an adapter": (
         lambda tensors, _: tensors.pop("base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"),  # type: ignore[dict-item]
@@ -220,7 +225,11 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str
         lambda _, config: config.update(target_modules=["q_proj", "v_proj", "o_proj"]),
         "target_modules name model.layers.0.self_attn.o_proj",
     ),
-    "a layer that is no target": (lambda _, config: config.update(target_modules=["q_proj"]), "match nothing"),
+    "a layer that is no target": (
+        lambda _, config: config.update(target_modules=["q_proj"]),
+        "holds model.layers.0.self_attn.v_proj, model.layers.1.self_attn.v_proj … (3 in all), but its target_modules "
+        "do not name them",
+    ),
     "config rank of another run": (lambda _, config: config.update(r=8), "has rank 4"),
     "a scale that was lost": (lambda _, config: config.pop("lora_alpha"), "lora_alpha is None, not a number"),
     "an empty tensor": (
@@ -229,11 +238,29 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str
         ),
         "an empty tensor is what ZeRO-3 leaves",
     ),
+    "a file of no tensors": (
+        lambda tensors, _: tensors.clear(),
+        "no adapted layer: none of its 0 tensors is base_model.model.<layer>.lora_A.weight of a linear layer",
+    ),
+    "a rank_pattern that was lost": (
+        lambda tensors, _: tensors.update(
+            {
+                f"base_model.model.model.layers.2.self_attn.v_proj.lora_{m}.weight": t
+                for m, t in (("A", torch.ones(2, 32)), ("B", torch.ones(16, 2)))
+            }
+        ),
+        "gives model.layers.2.self_attn.v_proj the rank 4, but its lora_A.weight has rank 2",
+    ),
+    "an alpha of a layer that is no number": (
+        lambda _, config: config.update(alpha_pattern={"v_proj": None}),
+        "alpha_pattern must be an object of numbers below a billion",
+    ),
     "a base of another width": (
         lambda tensors, _: tensors.update(
             {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 16)}
         ),
-        "does not fit the base model",
+        "base: its tensor base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight is [4, 16], and the base "
+        "would take [4, 32]; give the base that it was trained on by --nullspace-base=DIR",
     ),
     "a base changed by its initialisation": (
         lambda _, config: config.update(init_lora_weights="pissa_niter_4"),
@@ -253,11 +280,20 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_adapter_is_an_error_that_names_what_is_wrong(how: str, saved: Path) -> None:
-    """What PEFT only warns about, or does not see, is an error."""
+    """What PEFT only warns about, or does not see, is an error, which the table of bad days quotes as it is."""
     edit, message = BROKEN[how]
     change(saved, edit)
-    with pytest.raises(CheckpointError, match=message.replace("(", r"\(")):
+    with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
         opened(saved)
+    exit_code = 1
+    try:
+        open_checkpoint(saved)
+    except CheckpointError:
+        exit_code = 4
+    said, _, _ = str(caught.value).replace(f"{saved.parent}/", "").partition(" from the hub:")
+    row = next(line for line in TABLE.read_text("utf-8").splitlines() if line.startswith(f"| {how} |"))
+    assert f"| `{said}" in row
+    assert f"| {exit_code} |" in row
 
 
 @pytest.mark.parametrize(
@@ -292,6 +328,39 @@ def test_the_option_names_a_changed_base(saved: Path, tmp_path: Path) -> None:
     """With --nullspace-base the base that an initialisation changed can be given."""
     change(saved, lambda _, config: config.update(init_lora_weights="olora"))
     assert base_of(open_checkpoint(saved), str(tmp_path / "base")) == tmp_path / "base"
+
+
+@pytest.mark.parametrize(
+    ("start", "architecture"),
+    [("pissa", "llama"), ("pissa_niter_4", "llama"), ("olora", "llama"), ("pissa", "gpt2")],
+)
+def test_the_untouched_base_is_refused_where_the_changed_one_is_needed(
+    start: str, architecture: str, tmp_path: Path
+) -> None:
+    """After training, too, the base that PEFT left is measured, and the one from before says that it is not that."""
+    torch.manual_seed(0)
+    make, _, config = ARCHITECTURES.get(architecture, (tiny.llama, None, {"target_modules": "all-linear"}))
+    model = make()
+    model.save_pretrained(tmp_path / "base")
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM", **config}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=start, **options))
+    optimiser = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], 2e-3)
+    for _ in range(10):
+        adapted(input_ids=(tokens := torch.tensor(WINDOWS)), labels=tokens).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    adapted.save_pretrained(tmp_path / "ft")
+    adapted.unload().save_pretrained(tmp_path / "changed")
+    checkpoint = open_checkpoint(tmp_path / "ft")
+
+    def loaded(base: str) -> AdaptedModel:
+        return load_model(checkpoint, torch.device("cpu"), torch.float32, base_of(checkpoint, str(tmp_path / base)))
+
+    check_figures(loaded("changed"), 1e-5)
+    with pytest.raises(
+        CheckpointError, match=r"base: is not the base that the initialisation of .*ft changed, .* still holds \d+% of"
+    ):
+        loaded("base")
 
 
 def mixtral() -> Any:

@@ -179,7 +179,18 @@ def test_what_was_run_is_told_where_it_is_known() -> None:
 
 def test_a_summary_of_a_foreign_file_is_not_stopped_by_what_it_lacks() -> None:
     """Whatever else a statistics file holds under our names, its figures are reported."""
-    for about in ({"text": {"windows": 3}}, {"text": 3, "measured": []}, {"text": None, "measured": {"seconds": "x"}}):
+    huge = {
+        "text": {"windows": 16, "tokens": 32768},
+        "device": "cpu",
+        "dtype": "float32",
+        "measured": {"seconds": {"load": 10**400, "pass": 1}},
+    }
+    for about in (
+        {"text": {"windows": 3}},
+        {"text": 3, "measured": []},
+        {"text": None, "measured": {"seconds": "x"}},
+        huge,
+    ):
         assert summary(dataclasses.replace(run_of(EXAMPLE), about=about))[0][0].startswith("gated")
 
 

@@ -77,7 +77,8 @@ def test_dead_and_non_finite_layers_have_faults_and_causes(tmp_path: Path) -> No
     again = Weights.of({"weights": json.loads(json.dumps(found.to_list(), allow_nan=False))})
     assert again is not None
     assert [list(layer.faults(True)) for layer in again.layers] == list(told.values())
-    sound = found.to_list()[0]
+    sound: dict[str, Any] = found.to_list()[0]
+    broken: list[Any]
     for broken in ([3], [{}], [{**sound, "name": ["a"]}], [{**sound, "rank": "4"}], [{**sound, "up_norm": 10**400}]):
         with pytest.raises(StatsError, match=r"^f\.json: its entry 'weights' holds no weights; weigh again$"):
             Weights.of({"weights": broken}, "f.json")
