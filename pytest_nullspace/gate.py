@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pytest_nullspace import stats
+from pytest_nullspace import saved
 from pytest_nullspace.audit import Audit
 from pytest_nullspace.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.errors import NullspaceError
@@ -196,10 +196,10 @@ class Gate:
         try:
             for run, outcome in measured:
                 if self.settings.save_stats is not None:
-                    stats.write(_diagnosed(run, outcome), stats_file(self.settings.save_stats, run.name))
+                    saved.write(_diagnosed(run, outcome), stats_file(self.settings.save_stats, run.name))
             document = "\n".join(_document(run, outcome) for run, outcome in measured)
             for file in self.settings.reports:
-                stats.write_atomically(file, document)
+                saved.write_atomically(file, document)
             _append_step_summary(document)
         except NullspaceError as error:
             self._problems.append(str(error))

@@ -24,8 +24,9 @@ from pytest_nullspace.options import PREFIX, Settings, model_name, stats_file
 from pytest_nullspace.pipeline import Bases
 from pytest_nullspace.report import terminal
 from pytest_nullspace.report import weights as weights_report
+from pytest_nullspace.saved import from_json, read, write, write_atomically
 from pytest_nullspace.start import Start, unpaired
-from pytest_nullspace.stats import RunStats, from_json, read, write, write_atomically
+from pytest_nullspace.stats import RunStats
 from pytest_nullspace.weights import LayerWeights, Weights
 
 READ_ALIKE = ("weights_sha256", "text", "task_text", "settings", "dtype")

@@ -22,8 +22,9 @@ from pytest_nullspace.diagnosis import diagnose
 from pytest_nullspace.errors import CheckpointError, StatsError
 from pytest_nullspace.invariants import Expectations, Stage, judge, judge_averages, judge_drift
 from pytest_nullspace.report import markdown, terminal
+from pytest_nullspace.saved import from_json, to_json
 from pytest_nullspace.start import Start
-from pytest_nullspace.stats import RunStats, from_json, to_json
+from pytest_nullspace.stats import RunStats
 from pytest_nullspace.weights import Weights
 from tests import saved
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nullspace.audit import Audit, LayerAudit, Moved
-from pytest_nullspace.stats import Drift, LayerStats, RunStats, Spectrum, TextDrift, write
+from pytest_nullspace.saved import write
+from pytest_nullspace.stats import Drift, LayerStats, RunStats, Spectrum, TextDrift
 
 LAYER = LayerStats(
     name="model.layers.0.self_attn.q_proj",

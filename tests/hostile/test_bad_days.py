@@ -19,7 +19,7 @@ from tests.plugin.conftest import LOOSE, Gate
 WRITER = """
 import sys
 from pathlib import Path
-from pytest_nullspace.stats import write
+from pytest_nullspace.saved import write
 from tests import saved
 runs = [saved.run(*(f"l.{i}" for i in range(300)), rows=rows) for rows in (1, 2)]
 file, count = Path(sys.argv[1]), int(sys.argv[2])

@@ -20,6 +20,7 @@ LIGHT = (
     "pytest_nullspace.fixtures",
     "pytest_nullspace.checkpoint",
     "pytest_nullspace.stats",
+    "pytest_nullspace.saved",
     "pytest_nullspace.invariants",
     "pytest_nullspace.audit",
     "pytest_nullspace.baseline",
@@ -36,7 +37,7 @@ LIGHT = (
     "pytest_nullspace.session",
 )
 SHELL = {"options", "session", "collect", "gate", "plugin", "fixtures", "progress"}
-CORE = {"checkpoint", "stats", "invariants", "audit", "baseline", "diagnosis", "start", "weights"}
+CORE = {"checkpoint", "stats", "saved", "invariants", "audit", "baseline", "diagnosis", "start", "weights"}
 MAY_KNOW_PYTEST = {"plugin", "gate", "collect", "fixtures", "progress"}
 
 
@@ -144,7 +145,8 @@ def test_imports_run_one_way() -> None:
         "errors": set(),
         "kernels": {"errors"},
         "checkpoint": {"errors", "checkpoint"},
-        "stats": {"errors"},
+        "stats": set(),
+        "saved": {"errors", "stats"},
         "invariants": {"errors", "stats"},
         "audit": {"errors", "checkpoint", "stats"},
         "baseline": {"invariants", "stats"},
