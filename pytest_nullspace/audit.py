@@ -6,6 +6,7 @@ One tensor of each side is in memory at a time. Nothing needs torch; numpy is im
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint, lora_null, peft
@@ -115,9 +116,13 @@ class Audit:
 
     def faults(self, layer: str, trained: bool) -> Iterator[str]:
         """The same by the layer's name."""
-        audited = next((audit for audit in self.layers if audit.name == layer), None)
+        audited = self._by_name.get(layer)
         if audited is not None:
             yield from audited.faults(self.variant, trained)
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, LayerAudit]:
+        return {audited.name: audited for audited in self.layers}
 
     def to_dict(self) -> dict[str, Any]:
         """The audit as JSON holds it."""

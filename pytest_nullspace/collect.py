@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_nullspace.audit import Audit
 from pytest_nullspace.errors import NullspaceError, NullspaceWarning
 from pytest_nullspace.invariants import DRIFT, MODEL, Tier, Verdict, judge, judge_averages, judge_drift
 from pytest_nullspace.progress import fail_measuring, showing_progress
 from pytest_nullspace.report import terminal
 from pytest_nullspace.session import GatedRun
 from pytest_nullspace.stats import RunStats
-from pytest_nullspace.weights import STATEMENT, Weights
+from pytest_nullspace.weights import STATEMENT
 
 if TYPE_CHECKING:
     from typing import Self
@@ -137,7 +136,7 @@ class WeightsItem(LayerItem):
         """Fail where the weights show a fault, or moved and must not have; pass only with a warning."""
         run = self.parent.run
         outcome = run.measured()
-        weighed = Weights.of(outcome.about)
+        weighed = run.told(outcome).weights
         layer = None if weighed is None else weighed.layer(self.name)
         if layer is None:
             pytest.fail(f"{self.name} was not weighed", pytrace=False)
@@ -179,7 +178,8 @@ class FrozenItem(MeasuredItem):
 
     def runtest(self) -> None:
         """Fail where one did."""
-        audited = Audit.of(self.parent.run.measured().about)
+        run = self.parent.run
+        audited = run.told(run.measured()).audit
         if audited is None:
             pytest.fail("the checkpoint was not held against its start", pytrace=False)
         self.record(compared=audited.compared, moved=len(audited.others))

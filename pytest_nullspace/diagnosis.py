@@ -212,11 +212,11 @@ def _nothing_learned(case: _Case) -> Iterator[Diagnosis]:
 
 def _shared(some: Sequence[str], every: Sequence[str]) -> str:
     """What some layers have in common that no other has: their kind, or their depth."""
-    kinds = {name.rpartition(".")[2] for name in some}
-    if not any(name.rpartition(".")[2] in kinds for name in every if name not in some):
+    kinds, held = {name.rpartition(".")[2] for name in some}, set(some)
+    if not any(name.rpartition(".")[2] in kinds for name in every if name not in held):
         return f"all those named {', '.join(sorted(kinds))}"
     depths = {_depth(name) for name in some}
-    if None not in depths and not any(_depth(name) in depths for name in every if name not in some):
+    if None not in depths and not any(_depth(name) in depths for name in every if name not in held):
         return f"all those of block {', '.join(map(str, sorted(d for d in depths if d is not None)))}"
     return f"{some[0]} among them"
 
@@ -410,8 +410,8 @@ def _underflow(case: _Case) -> Iterator[Diagnosis]:
 
 
 def _strength(case: _Case) -> Iterator[Diagnosis]:
-    lost = _underflown(case)
-    live = [layer for layer in case.sound if layer.update_norm > 0 and layer not in lost]
+    lost = set(_names(_underflown(case)))
+    live = [layer for layer in case.sound if layer.update_norm > 0 and layer.name not in lost]
     if not live or len(live) < len(case.run.layers) or _rescaled(case) or _shifted(case):
         return
     effects, shares = [layer.effectiveness for layer in live], [layer.contribution for layer in live]

@@ -14,6 +14,8 @@ it a stranger's tensor name or the name of a file, no control character of it re
 
 def escaped(text: str) -> str:
     """``text`` with everything but plain printable characters and ends of lines escaped."""
+    if text.isprintable():  # nearly always, and a checkpoint has tens of thousands of names
+        return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from pytest_nullspace import saved
-from pytest_nullspace.audit import Audit
 from pytest_nullspace.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.errors import NullspaceError
 from pytest_nullspace.hub import local_directory
@@ -21,7 +20,7 @@ from pytest_nullspace.options import Settings, stats_file
 from pytest_nullspace.report import markdown, terminal, weights
 from pytest_nullspace.session import CheckpointRun, GatedRun, open_runs
 from pytest_nullspace.stats import RunStats
-from pytest_nullspace.weights import STATEMENT, Weights
+from pytest_nullspace.weights import STATEMENT
 
 _SHARED = "nullspace_shared_folder"
 
@@ -210,7 +209,7 @@ class Gate:
             outcome = run.peek()
             if outcome is not None:
                 terminalreporter.section(f"nullspace: {node_id(run.path, self._config.rootpath)}")
-                weighed = Weights.of(outcome.about)
+                weighed = run.told(outcome).weights
                 if weighed is None:
                     terminal.write(terminalreporter, outcome, run.expectations(outcome))
                 else:
@@ -232,7 +231,7 @@ class Gate:
 
 def _document(run: GatedRun, outcome: RunStats) -> str:
     """The Markdown report of one run."""
-    weighed, told = Weights.of(outcome.about), [line for line, _ in notes(run, outcome)]
+    weighed, told = run.told(outcome).weights, [line for line, _ in notes(run, outcome)]
     if weighed is None:
         return markdown.report(outcome, run.expectations(outcome), told)
     faults = partial(run.weight_faults, outcome)
@@ -251,7 +250,7 @@ def notes(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[s
     With ``every`` layer by layer where there is so much to say.
     """
     lines: list[tuple[str, Tier | None]] = []
-    audited, compared = Audit.of(outcome.about), run.compared(outcome)
+    audited, compared = run.told(outcome).audit, run.compared(outcome)
     if audited is not None:
         lines += terminal.audit_lines(audited)
     if run.start is not None and run.start_file is not None:

@@ -8,9 +8,9 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pytest_nullspace.errors import OptionError, quoted
 
@@ -109,8 +109,7 @@ class Settings:
         return self.init if self.saved_init is None else None
 
 
-@dataclass(frozen=True)
-class _Given:
+class _Given(NamedTuple):
     """One value as the user wrote it, and where."""
 
     text: str
@@ -118,8 +117,7 @@ class _Given:
     in_ini: bool
 
 
-@dataclass(frozen=True)
-class _Option:
+class _Option(NamedTuple):
     """A row of the table: how an option is called, read and explained."""
 
     name: str
@@ -186,7 +184,7 @@ def _calib_size(given: _Given) -> tuple[int | None, int]:
     """How many windows, or None and how many at most."""
     kind, _, most = given.text.partition(":")
     if kind == "auto":
-        return None, _whole(2, MOST_WINDOWS)(replace(given, text=most)) if most else AUTO_MOST
+        return None, _whole(2, MOST_WINDOWS)(given._replace(text=most)) if most else AUTO_MOST
     try:
         return _whole(1, MOST_WINDOWS)(given), AUTO_MOST
     except OptionError:

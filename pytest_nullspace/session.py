@@ -6,7 +6,7 @@ A saved run stands in for a checkpoint: it is gated alike, and nothing is measur
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -31,6 +31,15 @@ from pytest_nullspace.weights import LayerWeights, Weights
 
 READ_ALIKE = ("weights_sha256", "text", "task_text", "settings", "dtype")
 """What the processes that measure together must have found alike, of what a run tells."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What an outcome tells beside its figures."""
+
+    outcome: RunStats
+    audit: Audit | None
+    weights: Weights | None
 
 
 class GatedRun(ABC):
@@ -72,6 +81,8 @@ class GatedRun(ABC):
         self.start = self._saved_start(layers)
         self._outcome: RunStats | NullspaceError | None = None
         self._shared: _SharedOutcome | None = None
+        self._wrong: NullspaceError | None = None
+        self._told: Told | None = None
 
     def _saved_start(self, layers: Sequence[str]) -> Start | None:
         file = self.start_file
@@ -122,9 +133,15 @@ class GatedRun(ABC):
         """Whether a test holds that nothing was trained outside the layers."""
         return self._settings.strict_scope
 
+    def told(self, outcome: RunStats) -> Told:
+        """What the outcome tells beside its figures, read once, for each of its layers asks."""
+        if self._told is None or self._told.outcome is not outcome:
+            self._told = Told(outcome, Audit.of(outcome.about), Weights.of(outcome.about))
+        return self._told
+
     def expectations(self, outcome: RunStats) -> Expectations:
         """What its layers are held against, given what was measured."""
-        settings, earlier, audited = self._settings, self._earlier, Audit.of(outcome.about)
+        settings, earlier, audited = self._settings, self._earlier, self.told(outcome).audit
         stage = Stage(settings.stage)
         checks: list[Check] = []
         if earlier is not None:
@@ -145,12 +162,13 @@ class GatedRun(ABC):
         """The causes of what is wrong with a trained adapter; an initial one has none yet."""
         if self._settings.stage != Stage.TRAINED:
             return []
-        return diagnose(outcome, Audit.of(outcome.about), self.compared(outcome), Weights.of(outcome.about))
+        told = self.told(outcome)
+        return diagnose(outcome, told.audit, self.compared(outcome), told.weights)
 
     def weight_faults(self, outcome: RunStats, layer: LayerWeights) -> list[str]:
         """What fails a layer of which the weights alone are gated."""
         trained = self._settings.stage == Stage.TRAINED
-        audited = Audit.of(outcome.about)
+        audited = self.told(outcome).audit
         moved = () if audited is None else audited.faults(layer.name, trained)
         return list(dict.fromkeys([*layer.faults(trained), *moved]))
 
@@ -174,6 +192,13 @@ class GatedRun(ABC):
                     + " ".join(f"{PREFIX}compare-allow={difference.what}" for difference in refused)
                 )
 
+    def _refusal(self, outcome: RunStats) -> OptionError | None:
+        try:
+            self._check_comparable(outcome)
+        except OptionError as error:
+            return error
+        return None
+
     def share(self, folder: Path, number: int) -> None:
         """Keep the outcome in ``folder`` as well, for the other processes of this run of pytest."""
         self._shared = _SharedOutcome(folder, number)
@@ -191,9 +216,10 @@ class GatedRun(ABC):
                 if self._shared is None
                 else self._shared.get_or(lambda: self._measure(progress))
             )
-        if isinstance(self._outcome, NullspaceError):
-            raise self._outcome
-        self._check_comparable(self._outcome)
+            self._wrong = self._outcome if isinstance(self._outcome, NullspaceError) else self._refusal(self._outcome)
+        if self._wrong is not None:
+            raise self._wrong
+        assert isinstance(self._outcome, RunStats)
         return self._outcome
 
     def peek(self) -> RunStats | None:
@@ -216,7 +242,8 @@ class CheckpointRun(GatedRun):
         self.checkpoint = checkpoint
         self._initial = None if settings.init_directory is None else open_checkpoint(settings.init_directory)
         self._bases = bases
-        self._check_comparable(*pipeline.planned(checkpoint, settings))
+        if self._earlier is not None or self.start is not None:
+            self._check_comparable(*pipeline.planned(checkpoint, settings))
 
     @property
     def has_audit(self) -> bool:

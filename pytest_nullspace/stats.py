@@ -269,7 +269,7 @@ class RunStats:
         """Whether every adapted layer was measured."""
         return len(self.layers) == self.checkpoint_layers
 
-    @property
+    @cached_property
     def absent(self) -> tuple[str, ...]:
         """The figures that were not measured in every layer."""
         return tuple(figure for figure in FIGURES if any(figure in layer.absent for layer in self.layers))
@@ -295,7 +295,7 @@ class RunStats:
         known = [value for value in values if value is not None]
         return fmean(known) if known and len(known) == len(values) else None
 
-    @property
+    @cached_property
     def has_task(self) -> bool:
         """Whether a task text was measured too."""
         return any(layer.task is not None for layer in self.layers)

@@ -6,6 +6,7 @@ No text, no forward, no torch: what the layers do to activations stays unknown, 
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from pytest_nullspace.audit import norm, places, read_tensor
@@ -64,7 +65,11 @@ class Weights:
 
     def layer(self, name: str) -> LayerWeights | None:
         """The layer of that name, if it was weighed."""
-        return next((layer for layer in self.layers if layer.name == name), None)
+        return self._by_name.get(name)
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, LayerWeights]:
+        return {layer.name: layer for layer in self.layers}
 
     def to_list(self) -> list[dict[str, Any]]:
         """The weights as JSON holds them, no number as ``null``."""

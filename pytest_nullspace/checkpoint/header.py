@@ -163,7 +163,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             )
         header = _json_object(stream.read(length), f"{file}: the safetensors header")
     header.pop("__metadata__", None)
-    tensors = {name: _tensor(file, name, entry, stamp_of(status)) for name, entry in header.items()}
+    stamp = stamp_of(status)
+    tensors = {name: _tensor(file, name, entry, stamp) for name, entry in header.items()}
     _check_ranges(file, tensors.values(), size - 8 - length)
     return tensors
 
@@ -207,25 +208,27 @@ def _is_size(value: object) -> bool:
 
 
 def _tensor(file: Path, name: str, entry: object, stamp: tuple[int, int]) -> TensorInfo:
-    where = f"{file}: tensor {quoted(name)}"
+    def wrong(what: str) -> CheckpointError:  # put into words only where needed: there may be a million tensors
+        return CheckpointError(f"{file}: tensor {quoted(name)}: {what}")
+
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{where}: its header entry is not an object; {AGAIN}")
+        raise wrong(f"its header entry is not an object; {AGAIN}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise CheckpointError(f"{where}: unknown dtype {quoted(dtype)}; save it in a floating point type")
+        raise wrong(f"unknown dtype {quoted(dtype)}; save it in a floating point type")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise CheckpointError(f"{where}: its shape {printable(shape)} is not a list of sizes; {AGAIN}")
+        raise wrong(f"its shape {printable(shape)} is not a list of sizes; {AGAIN}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise CheckpointError(f"{where}: its data_offsets {printable(offsets)} are not a begin and an end; {AGAIN}")
+        raise wrong(f"its data_offsets {printable(offsets)} are not a begin and an end; {AGAIN}")
     begin, end = offsets
     elements = 1
     for size in shape:  # stop early: the whole product of a hostile shape can have millions of digits
         elements *= size
         if elements >= 2**63:
-            raise CheckpointError(f"{where}: its shape {printable(shape)} is larger than any file; {AGAIN}")
+            raise wrong(f"its shape {printable(shape)} is larger than any file; {AGAIN}")
     if end - begin != elements * _BITS[dtype] // 8:
-        raise CheckpointError(
-            f"{where}: shape {printable(shape)} of {dtype} takes {elements * _BITS[dtype] // 8:,} bytes, "
+        raise wrong(
+            f"shape {printable(shape)} of {dtype} takes {elements * _BITS[dtype] // 8:,} bytes, "
             f"but its data_offsets hold {end - begin:,}; {AGAIN}"
         )
     return TensorInfo(name, dtype, tuple(shape), file, begin, end - begin, stamp)

@@ -58,19 +58,20 @@ def _layer_of(tensor: str) -> str | None:
 
 
 def _layer(directory: Path, name: str, tensors: Mapping[str, TensorInfo]) -> LayerSpec:
-    where = f"{directory}: layer {printable(name)}"
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(f"{directory}: layer {printable(name)}{what}")
 
     def part(suffix: str, *shape: int | None) -> TensorInfo:
         tensor = tensors.get(f"{name}.{suffix}")
         if tensor is None:
-            raise CheckpointError(f"{where} has no {suffix}; the checkpoint is incomplete")
+            raise wrong(f" has no {suffix}; the checkpoint is incomplete")
         if tensor.dtype not in FLOATING:
-            raise CheckpointError(f"{where}: {suffix} is {tensor.dtype}, not a floating point type that is measured")
+            raise wrong(f": {suffix} is {tensor.dtype}, not a floating point type that is measured")
         fits = len(tensor.shape) == len(shape) and all(w in (None, s) for w, s in zip(shape, tensor.shape, strict=True))
         if not fits or 0 in tensor.shape:
             wanted = ", ".join("?" if w is None else str(w) for w in shape)
             hint = "; an empty tensor is what ZeRO-3 leaves when it is saved ungathered" if 0 in tensor.shape else ""
-            raise CheckpointError(f"{where}: {suffix} has shape {list(tensor.shape)}, expected ({wanted}){hint}")
+            raise wrong(f": {suffix} has shape {list(tensor.shape)}, expected ({wanted}){hint}")
         return tensor
 
     rank, in_features = part(DOWN, None, None).shape
@@ -84,9 +85,9 @@ def _layer(directory: Path, name: str, tensors: Mapping[str, TensorInfo]) -> Lay
     for module in _MODULES:
         for other in (n for n in (f"{name}.{module}.weight", f"{name}.{module}.bias") if n in tensors):
             if other.removeprefix(f"{name}.") not in _PARTS:
-                raise CheckpointError(f"{where}: {other.removeprefix(f'{name}.')} belongs to no known LoRA-Null layer")
+                raise wrong(f": {other.removeprefix(f'{name}.')} belongs to no known LoRA-Null layer")
     if rank > in_features:
-        raise CheckpointError(f"{where}: its rank {rank} is above its input width {in_features}")
+        raise wrong(f": its rank {rank} is above its input width {in_features}")
     return LayerSpec(name, rank, in_features, out_features)
 
 

@@ -117,9 +117,17 @@ def test_every_public_name_is_there() -> None:
         _ = pytest_nullspace.nothing
 
 
-def test_the_core_and_the_plugin_load_no_numpy_either() -> None:
-    """The module that pytest loads in every run stays as small as what it needs to declare its options."""
-    assert "numpy" not in loaded_by("import pytest_nullspace.plugin")
+def test_the_plugin_brings_nothing_but_its_options() -> None:
+    """What pytest loads in every run, gated or not, is four small modules of ours, and none that pytest had not."""
+    code = (
+        "import sys, pytest\nbefore = set(sys.modules)\nimport pytest_nullspace.plugin\n"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        "pytest_nullspace",
+        *(f"pytest_nullspace.{room}" for room in ("errors", "fixtures", "options", "plugin")),
+    ]
 
 
 @pytest.mark.parametrize("name", [n for n in sources() if n.split(".")[0] in CORE])
