@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ def measure(
     progress: Progress | None = None,
     settled: Callable[[tuple[LayerStats, ...]], bool] | None = None,
     ranks: Ranks = ALONE,
+    shrunk: Callable[[int], None] | None = None,
 ) -> tuple[LayerStats, ...]:
     """Run ``windows`` through the model and take every figure of the chosen layers.
 
@@ -56,12 +57,13 @@ def measure(
         adapted: The model; it is left as it was, hooks removed.
         windows: Token ids; windows of equal length that follow one another share a batch, so nothing is padded.
         layers: The names of the layers to measure; all if None.
-        batch_size: Windows a forward.
+        batch_size: Windows a forward; halved for the rest of the pass whenever a device has no memory for so many.
         max_rows: At most so many rows a layer, drawn evenly and seeded from all windows; all rows if None.
         seed: Of that draw.
         progress: Called after each batch, as if every process were as far.
         settled: Asked after `FIRST_ROUND` windows, and whenever they have doubled, whether the figures suffice.
         ranks: The processes that share the windows; each gets the figures of all.
+        shrunk: Told the batch size after each halving.
 
     Returns:
         The figures in the model's order of layers, with margins from how they vary between windows. A layer that saw no
@@ -69,6 +71,7 @@ def measure(
 
     Raises:
         MeasurementError: There is no window, or one without tokens, or another process failed.
+        torch.OutOfMemoryError: A device has no memory even for one window.
     """
     if not windows or not all(windows):
         raise MeasurementError("windows: there is none, or one without tokens; give at least one token id in each")
@@ -85,12 +88,13 @@ def measure(
     with forwards(adapted, chosen, windows[0]) as forward, recorder.watching(chosen):
         for part in _rounds(len(windows), settled is not None):
             share, done, told = ranks.share(part), 0, part.start
-            for batch in _batches(windows, share, drawn, batch_size, adapted.device):
-                counted = False
-                while not counted:
-                    recorder.start(batch)
-                    forward(batch.tokens)
-                    counted = recorder.end()
+            while done < len(share):
+                batch = _batch(windows, share[done:], drawn, batch_size, adapted.device)
+                if not _fits(recorder, forward, batch):
+                    batch_size = len(batch.tokens) // 2
+                    if shrunk is not None:
+                        shrunk(batch_size)
+                    continue
                 done += len(batch.tokens)
                 told = min(part.start + ranks.size * done, part.stop)
                 if progress is not None:
@@ -111,6 +115,25 @@ def _rounds(windows: int, early: bool) -> Iterator[range]:
     while first < windows:
         yield range(first, min(last, windows))
         first, last = last, 2 * last
+
+
+def _fits(recorder: "_Recorder", forward: Callable[[Tensor], None], batch: "_Batch") -> bool:
+    """Run and count ``batch``; False, nothing counted and its memory given back, where the device has none for it."""
+    try:
+        counted = False
+        while not counted:
+            recorder.start(batch)
+            forward(batch.tokens)
+            counted = recorder.end()
+    except torch.OutOfMemoryError:
+        if len(batch.tokens) == 1:
+            raise
+        recorder.forget()
+    else:
+        return True
+    if batch.tokens.device.type != "cpu":  # only now that the exception, and the frames that it held, are gone
+        getattr(torch, batch.tokens.device.type).empty_cache()
+    return False
 
 
 def _stats(layer: AdaptedLayer, by_window: Tensor) -> LayerStats:
@@ -182,24 +205,18 @@ class _Batch:
     counts: list[int]
 
 
-def _batches(
-    windows: Sequence[Sequence[int]],
-    share: range,
-    drawn: list[list[int]] | None,
-    batch_size: int,
-    device: torch.device,
-) -> Iterator[_Batch]:
-    for length, run in groupby(share, key=lambda i: len(windows[i])):
-        numbers = list(run)
-        for first in range(0, len(numbers), batch_size):
-            batch = numbers[first : first + batch_size]
-            tokens = torch.tensor([list(windows[i]) for i in batch], device=device)
-            if drawn is None:
-                yield _Batch(tokens, batch[0], None, [length] * len(batch))
-                continue
-            counted = [position * length + row for position, i in enumerate(batch) for row in drawn[i]]
-            rows = torch.tensor(counted, dtype=torch.long, device=device)
-            yield _Batch(tokens, batch[0], rows, [len(drawn[i]) for i in batch])
+def _batch(
+    windows: Sequence[Sequence[int]], left: range, drawn: list[list[int]] | None, most: int, device: torch.device
+) -> _Batch:
+    """The first of the windows ``left`` and those of its length that follow it, ``most`` together."""
+    first, length = left[0], len(windows[left[0]])
+    alike = list(takewhile(lambda window: len(window) == length, (windows[i] for i in left[:most])))
+    tokens = torch.tensor([list(window) for window in alike], device=device)
+    if drawn is None:
+        return _Batch(tokens, first, None, [length] * len(alike))
+    of = drawn[first : first + len(alike)]
+    counted = [position * length + row for position, rows in enumerate(of) for row in rows]
+    return _Batch(tokens, first, torch.tensor(counted, dtype=torch.long, device=device), list(map(len, of)))
 
 
 @dataclass(frozen=True)
@@ -276,6 +293,7 @@ class _Recorder:
         self._device, self._windows = device, windows
         self.sums: dict[str, Tensor] = {}
         self._batch = _Batch(torch.empty(0), 0, None, [])
+        self._watched: list[_Watched] = []
         self._input: Tensor | None = None
         self._input_norms = torch.empty(0)
         self._held: list[_Taken] = []
@@ -290,6 +308,14 @@ class _Recorder:
         self._batch, self._input, self._marked = batch, None, False
         self._forget_held()
         self._of_batch.clear()
+
+    def forget(self) -> None:
+        """Let go of all that was seen of a batch that did not come to its end."""
+        self._input = None
+        self._forget_held()
+        self._of_batch.clear()
+        for watched in self._watched:
+            watched.seen.clear()
 
     def end(self) -> bool:
         """Count the batch, if all its norms were exact; otherwise it has to be run again."""
@@ -314,6 +340,7 @@ class _Recorder:
                     kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale).to(self._device),
                     layer.has_magnitude or layer.has_bias or _has_bias(layer.up),
                 )
+                self._watched.append(watched)
                 takes: dict[str, Callable[[Tensor], Tensor]] = {
                     "down": self._counted,
                     "base": partial(self._norms, watched),

@@ -42,7 +42,7 @@ class Settings:
         seqlen: Tokens a window; None for 2048 or what the model allows, whichever is less.
         max_activation_samples: Activation rows a layer at most; None for all.
         seed: Of the choice of windows and rows.
-        batch_size: Windows a forward.
+        batch_size: Windows a forward; None for as many as suit the device.
         device: ``auto`` or a torch device.
         dtype: ``auto`` or a torch dtype.
         layers: A glob that the names of the gated layers match.
@@ -75,7 +75,7 @@ class Settings:
     seqlen: int | None
     max_activation_samples: int | None
     seed: int
-    batch_size: int
+    batch_size: int | None
     device: str
     dtype: str
     layers: str
@@ -191,6 +191,10 @@ def _calib_size(given: _Given) -> tuple[int | None, int]:
         raise OptionError(
             f"takes a whole number from 1 to {MOST_WINDOWS:,}, auto or auto:MOST, not {quoted(given.text)}"
         ) from None
+
+
+def _batch_size(given: _Given) -> int | None:
+    return None if given.text == "auto" else _whole(1, 1_000_000)(given)
 
 
 def _one_of(*choices: str) -> Callable[[_Given], str]:
@@ -310,7 +314,13 @@ _OPTIONS = (
         _whole(1),
     ),
     _Option("seed", "N", "Seed of the choice of windows and rows.", _whole(0), default=42),
-    _Option("batch-size", "N", "Windows per forward.", _whole(1, 1_000_000), default=1),
+    _Option(
+        "batch-size",
+        "N",
+        "Windows per forward (default auto: as many as suit the device); a GPU that has no memory for so many is given "
+        "half.",
+        _batch_size,
+    ),
     _Option("device", "DEVICE", "auto, cpu, cuda, cuda:N, xpu or xpu:N.", _device, default="auto"),
     _Option(
         "dtype",

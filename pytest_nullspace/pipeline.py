@@ -38,6 +38,9 @@ Bases = MutableMapping[Hashable, Any]
 
 DEFAULT_SEQLEN = 2048
 """Tokens a window, as in the reference, where the model allows as many."""
+CPU_TOKENS, GPU_TOKENS = 512, 16384
+"""Tokens of the windows that share a forward. Below so many a CPU spends its time between the matrix products, beyond
+them what the hooks read has left the cache (docs/cost.md); a GPU wants more, as far as they fit."""
 
 
 def measure_checkpoint(
@@ -61,12 +64,7 @@ def measure_checkpoint(
     Raises:
         NullspaceError: Any of it is not possible.
     """
-    import torch
-
-    from pytest_nullspace.measure import measure
-    from pytest_nullspace.model import load_model
-
-    started = time.perf_counter()
+    spent = _Spent()
     keep_freed_memory()
     is_base_read = not checkpoint.carries_base or (settings.drift and initial is None and settings.base is not None)
     base = base_of(checkpoint, settings.base) if is_base_read else None
@@ -78,6 +76,15 @@ def measure_checkpoint(
     if settings.task_dataset is not None:
         texts["task_text"] = _text(settings.task_dataset, settings.task_folder, calibration.TASK_OPTION)
     tokenize = calibration.load_tokenizer(_tokenizer_directory(checkpoint, base))
+    spent.on("text")
+
+    import torch  # only now, for what is wrong with the text need not wait for it
+
+    from pytest_nullspace.measure import measure
+    from pytest_nullspace.model import import_libraries, load_model
+
+    import_libraries(checkpoint)
+    spent.on("imports")
     device = _device(settings.device, settings.ranks)
     dtype = _dtype(settings.dtype, checkpoint, device)
     running = f"{str(dtype).removeprefix('torch.')} on {device}"
@@ -86,6 +93,7 @@ def measure_checkpoint(
         f"{PREFIX}dtype=bfloat16, or take a machine with more"
     ):
         adapted = load_model(checkpoint, device, dtype, base, bases)
+    spent.on("model")
     seqlen = _seqlen(settings.seqlen, adapted.model)
     count = settings.calib_most if settings.calib_size is None else settings.calib_size
     drawn = {
@@ -94,9 +102,11 @@ def measure_checkpoint(
     }
     for windows in drawn.values():
         _require_known_tokens(windows, adapted.model, checkpoint)
-    loaded = time.perf_counter()
+    spent.on("windows")
+    load = sum(spent.seconds.values())
 
     used: dict[str, int] = {}
+    batches = [settings.batch_size or _batch_size(seqlen, device)]
 
     def measured(what: str, judged: Callable[[Figures], Figures]) -> Figures:
         before = sum(used.values())
@@ -112,7 +122,8 @@ def measure_checkpoint(
             adapted,
             [window.tokens for window in drawn[what]],
             layers=layers,
-            batch_size=settings.batch_size,
+            batch_size=batches[-1],
+            shrunk=batches.append,
             max_rows=settings.max_activation_samples,
             seed=settings.seed,
             progress=tell,
@@ -121,7 +132,7 @@ def measure_checkpoint(
         )
 
     with _memory_told(
-        f"{checkpoint.directory}: too little memory in the pass of windows of {seqlen} tokens, {settings.batch_size} a "
+        f"{checkpoint.directory}: too little memory in the pass of windows of {seqlen} tokens, {batches[-1]} a "
         f"forward, in {running}; lower {PREFIX}seqlen or {PREFIX}batch-size, or take {PREFIX}dtype=bfloat16"
     ):
         figures = measured("text", tuple)
@@ -147,8 +158,9 @@ def measure_checkpoint(
             true_base = _base(adapted, checkpoint, initial, base, settings, device, dtype)
             moved = _drift(adapted, true_base, over, progress, settings.ranks)
     adapted.take_off()
-    passed = time.perf_counter()
+    spent.on("pass")
     hashes = _hashes(checkpoint)
+    spent.on("hashes")
     require_unchanged(read)
     return RunStats(
         model_path=str(checkpoint.directory),
@@ -182,11 +194,25 @@ def measure_checkpoint(
             "measured": {
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "host": platform.node(),
+                "batch_sizes": batches,
                 "device_name": _device_name(torch, device),
-                "seconds": {"load": round(loaded - started, 3), "pass": round(passed - loaded, 3)},
+                "seconds": {"load": round(load, 3), **{what: round(took, 3) for what, took in spent.seconds.items()}},
             },
         },
     )
+
+
+class _Spent:
+    """Where the time went: the seconds of each part, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def on(self, what: str) -> None:
+        """All since the last part ended went on this one."""
+        now = time.perf_counter()
+        self.seconds[what], self._since = now - self._since, now
 
 
 Figures = tuple[LayerStats, ...]
@@ -385,6 +411,11 @@ def _device(name: str, ranks: Ranks) -> Any:
         if not module.is_available() or (device.index or 0) >= module.device_count():
             raise OptionError(f"{PREFIX}device: torch sees no {name} on this machine; choose cpu or leave it at auto")
     return device
+
+
+def _batch_size(seqlen: int, device: Any) -> int:
+    """Windows a forward that suit ``device``; how many fit is found out by trying."""
+    return max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // seqlen)
 
 
 def _dtype(name: str, checkpoint: Checkpoint, device: Any) -> Any:

@@ -2,7 +2,9 @@
 
 import warnings
 from collections.abc import Hashable, MutableMapping
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +13,18 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 
-__all__ = ["AdaptedLayer", "AdaptedModel", "load_model", "load_plain"]
+__all__ = ["AdaptedLayer", "AdaptedModel", "import_libraries", "load_model", "load_plain"]
+
+
+def import_libraries(checkpoint: Checkpoint) -> None:
+    """Import what `load_model` will need, so that the seconds of it can be told from those of loading."""
+    with warnings.catch_warnings(action="ignore"):
+        import_module("transformers.modeling_utils")
+        _loader(checkpoint)
+
+
+def _loader(checkpoint: Checkpoint) -> Any:
+    return import_module("pytest_nullspace.model." + ("lora_null" if checkpoint.carries_base else "peft"))
 
 
 def load_model(

@@ -28,6 +28,13 @@ _NOT_ARCHITECTURE = LEADS_TO_CODE | {
 plain architecture."""
 
 
+class _Linear(nn.Linear):
+    """A linear layer whose weight comes from a file: it is never filled with random numbers before."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as it is."""
+
+
 class AdaptedLinear(nn.Module):
     """``y = A B x + W_res x [+ bias]``, with ``x − P_A P_B x`` in place of B's input in the protecting variant.
 
@@ -36,12 +43,12 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool, protected: int | None) -> None:
         super().__init__()
-        self.BLinear = nn.Linear(in_features, rank, bias=False)
-        self.ALinear = nn.Linear(rank, out_features, bias=False)
-        self.residual = nn.Linear(in_features, out_features, bias=False)
+        self.BLinear = _Linear(in_features, rank, bias=False)
+        self.ALinear = _Linear(rank, out_features, bias=False)
+        self.residual = _Linear(in_features, out_features, bias=False)
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.PBLinear = None if protected is None else nn.Linear(in_features, protected, bias=False)
-        self.PALinear = None if protected is None else nn.Linear(protected, in_features, bias=False)
+        self.PBLinear = None if protected is None else _Linear(in_features, protected, bias=False)
+        self.PALinear = None if protected is None else _Linear(protected, in_features, bias=False)
         self.is_on = True
 
     def forward(self, x: Tensor) -> Tensor:

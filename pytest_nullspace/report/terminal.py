@@ -126,13 +126,28 @@ def uncertain(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
 
 
 def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expectations) -> None:
-    """Print the report of one checkpoint: with ``-v`` a block for each layer, always the summary."""
+    """Print the report of one checkpoint: with ``-v`` a block for each layer, with ``-vv`` where the time went."""
     verdicts = [judge(layer, expectations) for layer in run.layers]
     if reporter.verbosity > 0:
         for layer, verdict in zip(run.layers, verdicts, strict=True):
             for line in block(layer, verdict):
                 reporter.write_line(line)
+    if reporter.verbosity > 1 and (told := time_spent(run)) is not None:
+        reporter.write_line(told)
     write_lines(reporter, summary(run, verdicts, expectations))
+
+
+_START_UP = ("text", "imports", "model", "windows")
+
+
+def time_spent(run: RunStats) -> str | None:
+    """Where the time of a measurement went; None where the run does not tell."""
+    try:
+        seconds = run.about["measured"]["seconds"]
+        start = ", ".join(f"{what} {seconds[what]:.1f} s" for what in _START_UP)
+        return f"start-up: {start}; measuring {seconds['pass']:.1f} s; hashing the weights {seconds['hashes']:.1f} s"
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def write_lines(reporter: "pytest.TerminalReporter", lines: Iterable[tuple[str, Tier | None]]) -> None:
@@ -355,10 +370,15 @@ def _conditions(run: RunStats) -> str | None:
         of_task = f"task {_extent(run, 'task_dataset', 'task_text')}; " if run.has_task else ""
         return (
             f"{_extent(run, None, 'text')}; {of_task}{printable(run.about['device'])} {printable(run.about['dtype'])}; "
-            f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s"
+            f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s{_backed_off(run)}"
         )
     except (KeyError, TypeError, ValueError, OverflowError):  # a file of another making may hold anything
         return None
+
+
+def _backed_off(run: RunStats) -> str:
+    asked, *halved = run.about["measured"].get("batch_sizes") or [1]
+    return f"; no memory for {asked:d} windows a forward, so {halved[-1]:d}" if halved else ""
 
 
 def _extent(run: RunStats, name: str | None, what: str) -> str:

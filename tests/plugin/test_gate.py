@@ -547,3 +547,26 @@ def test_progress_shows_on_a_terminal_and_leaves_no_trace(checkpoint: Path, pyte
     after = shown.rpartition("nullspace: window 2 of 2")[2]
     assert "runs/ft/config.json " in after
     assert "gated 21 of 21 layers: 21 passed" in after
+
+
+NO_MEMORY = """
+import torch
+
+
+def full(module, args, output):
+    if type(module).__name__ == "LlamaDecoderLayer" and len(output) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+torch.nn.modules.module.register_module_forward_hook(full)
+"""
+"""A conftest under which a forward of more than two windows fails as on a GPU whose memory is full."""
+
+
+def test_a_batch_that_did_not_fit_is_told(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """The gate goes on with half the windows a forward, says so once, and gates every layer."""
+    pytester.makeconftest(NO_MEMORY)
+    result = gate(*LOOSE, "--nullspace-calib-size=6", "--nullspace-batch-size=6", "--nullspace-save-stats=s.json")
+    result.assert_outcomes(passed=22)
+    result.stdout.fnmatch_lines(["*no memory for 6 windows a forward, so 1"])
+    assert json.loads((pytester.path / "s.json").read_text())["measured"]["batch_sizes"] == [6, 3, 1]

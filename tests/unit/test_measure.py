@@ -163,6 +163,52 @@ def test_how_much_is_held_before_it_is_summed_changes_nothing(
     agree(measure(llama, UNEQUAL), want, 1e-12)
 
 
+def no_memory_for_more_than(most: int) -> Callable[[Any, Any, Any], None]:
+    """A hook that fails as torch does where an accelerator's memory is full; no CPU has that allocator."""
+
+    def hook(module: object, args: object, output: Tensor) -> None:
+        if len(output) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    return hook
+
+
+def test_a_batch_without_memory_is_halved_until_it_fits(llama: AdaptedModel) -> None:
+    """Nothing of the failed forwards is counted, the smaller size is kept and told, and the figures are the same."""
+    windows = [list(range(i, i + 20)) for i in range(9)]
+    one, told, lengths = measure(llama, windows), [], []
+    block = llama.model.get_submodule("model.layers.1")
+    handles = [
+        block.register_forward_pre_hook(lambda _, args: lengths.append(len(args[0]))),
+        block.register_forward_hook(no_memory_for_more_than(2)),
+    ]
+    halved = measure(llama, windows, batch_size=8, shrunk=told.append)
+    for handle in handles:
+        handle.remove()
+    assert told == [4, 2]
+    assert lengths[-7:] == [8, 4, 2, 2, 2, 2, 1]
+    agree(halved, one, 1e-6)
+
+
+def test_a_window_without_memory_is_an_error(llama: AdaptedModel) -> None:
+    """Where not even one window fits nothing is halved, and the error is torch's own; no hook stays behind."""
+    handle = llama.model.get_submodule("model.layers.1").register_forward_hook(no_memory_for_more_than(0))
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(llama, UNEQUAL)
+    handle.remove()
+    assert not any(module._forward_hooks for module in llama.model.modules())
+
+
+def test_a_pass_ends_early_after_the_same_windows_whatever_the_batch(llama: AdaptedModel) -> None:
+    """Whether the figures suffice is asked after 16 windows and each doubling, also where a batch would be larger."""
+    windows = [[i, i + 1, i + 2] for i in range(40)]
+    for batch_size in (1, 5, 64):
+        asked: list[int] = []
+        measure(llama, windows, batch_size=batch_size, settled=lambda told: bool(asked.append(told[0].rows // 3)))  # noqa: B023
+        assert asked == [16, 32, 40][: len(asked)]
+        assert len(asked) >= 2
+
+
 def test_windows_of_unequal_length_are_not_padded(llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only windows of one length share a batch, so each token counts once and none is made up."""
     monkeypatch.setattr("pytest_nullspace.measure.CANCELLATION", math.inf)
