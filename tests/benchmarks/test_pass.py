@@ -9,25 +9,15 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measure import measure
-from pytest_nullspace.model import AdaptedModel, load_model
+from pytest_nullspace.model import load_model
 from tests import tiny
+from tests.benchmarks.reference import bare
 
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")),
 ]
 ALTERNATIONS = 9
-
-
-def bare(adapted: AdaptedModel, windows: list[list[int]]) -> None:
-    """The decoder alone, as the pass runs it, with nothing watching."""
-    with torch.inference_mode():
-        for window in windows:
-            decoder = adapted.model.base_model
-            assert isinstance(decoder, torch.nn.Module)
-            decoder(input_ids=torch.tensor([window], device=adapted.device), use_cache=False)
-    if adapted.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("device", DEVICES)

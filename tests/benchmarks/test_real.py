@@ -21,6 +21,7 @@ from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measure import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.stats import LayerStats
+from tests.benchmarks.reference import bare
 
 REAL = os.environ.get("NULLSPACE_REAL")
 pytestmark = pytest.mark.skipif(not REAL, reason="NULLSPACE_REAL does not name a folder made by fixtures.build smollm2")
@@ -38,15 +39,6 @@ def prepared(windows: int = WINDOWS, dtype: torch.dtype = torch.float32) -> tupl
     drawn = draw_windows(text, load_tokenizer(directory), count=windows, seqlen=SEQLEN, seed=42)
     adapted = load_model(open_checkpoint(directory), torch.device("cpu"), dtype)
     return adapted, [list(window.tokens) for window in drawn]
-
-
-def bare(adapted: AdaptedModel, windows: list[list[int]]) -> None:
-    """The decoder without its head, with nothing watching."""
-    decoder = adapted.model.base_model
-    assert isinstance(decoder, torch.nn.Module)
-    with torch.inference_mode():
-        for window in windows:
-            decoder(input_ids=torch.tensor([window]), use_cache=False)
 
 
 def naive(adapted: AdaptedModel, windows: list[list[int]]) -> dict[str, list[float]]:
@@ -126,9 +118,9 @@ def test_peak_memory_over_the_bare_forward() -> None:
 
     def peak(what: str, count: int) -> float:
         code = (
-            "import resource; from tests.benchmarks.test_real import *\n"
+            "from tests.benchmarks.reference import peak_memory; from tests.benchmarks.test_real import *\n"
             f"adapted, windows = prepared(windows={count})\n{what}(adapted, windows)\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+            "print(peak_memory() / 2**10)"
         )
         return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 

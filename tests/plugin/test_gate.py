@@ -570,3 +570,21 @@ def test_a_batch_that_did_not_fit_is_told(checkpoint: Path, gate: Gate, pytester
     result.assert_outcomes(passed=22)
     result.stdout.fnmatch_lines(["*no memory for 6 windows a forward, so 1"])
     assert json.loads((pytester.path / "s.json").read_text())["measured"]["batch_sizes"] == [6, 3, 1]
+
+
+def test_where_the_time_went_is_told_on_request(checkpoint: Path, gate: Gate) -> None:
+    """With ``-vv``, and not with less, the report tells the seconds of each part of the start-up and of the pass."""
+    part = r"\d+\.\d s"
+    line = (
+        f"start-up: text {part}, imports {part}, model {part}, windows {part}; measuring {part}; "
+        f"hashing the weights {part}"
+    )
+    gate(*LOOSE, "-vv").stdout.re_match_lines([line])
+    gate(*LOOSE, "-v").stdout.no_re_match_line("start-up")
+
+
+def test_a_bad_text_is_told_before_torch_is_imported(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """Whoever mistypes a text does not wait for libraries that are not needed to say so."""
+    pytester.makeconftest("import sys; sys.modules['torch'] = None")
+    gate(*LOOSE, "--nullspace-calib-dataset=none.txt").stdout.fnmatch_lines(["*none.txt: no such file or folder*"])
+    gate(*LOOSE).stdout.fnmatch_lines(["*import of torch halted*"])
