@@ -38,9 +38,9 @@ Bases = MutableMapping[Hashable, Any]
 
 DEFAULT_SEQLEN = 2048
 """Tokens a window, as in the reference, where the model allows as many."""
-CPU_TOKENS, GPU_TOKENS = 512, 16384
+CPU_TOKENS, GPU_TOKENS = 256, 16384
 """Tokens of the windows that share a forward. Below so many a CPU spends its time between the matrix products, beyond
-them what the hooks read has left the cache (docs/cost.md); a GPU wants more, as far as they fit."""
+them nothing is gained (docs/cost.md); a GPU wants more, as far as they fit."""
 
 
 def measure_checkpoint(

@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import time
@@ -173,10 +174,12 @@ def _output(*arguments: str) -> str:
 
 def _cpu_seconds(*arguments: str, cwd: Path = ROOT) -> float:
     """CPU seconds of a fresh interpreter."""
-    before = os.times()
-    subprocess.run([sys.executable, *arguments], capture_output=True, check=False, cwd=cwd)
-    after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
+    # As where it is installed: what it imports was compiled before.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *arguments], capture_output=True, check=False, cwd=cwd, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def start_up(folder: Path) -> dict[str, float]:
@@ -195,6 +198,16 @@ def start_up(folder: Path) -> dict[str, float]:
     return {part: median(run[part] for run in runs) for part in runs[0]}
 
 
+OPENING = """
+import sys, time
+from pathlib import Path
+from pytest_nullspace.checkpoint import open_checkpoint
+start = time.process_time()
+open_checkpoint(Path(sys.argv[1]))
+print(time.process_time() - start)
+"""
+
+
 def shell(folder: Path) -> dict[str, float]:
     """What the plugin adds where nothing is gated, and what 10,000 layers cost to read and collect, in CPU seconds."""
     (folder / "plain").mkdir()
@@ -202,12 +215,10 @@ def shell(folder: Path) -> dict[str, float]:
     plain = ("-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", "plain")
     pairs = [
         (_cpu_seconds(*plain, "-p", "no:nullspace", cwd=folder), _cpu_seconds(*plain, cwd=folder))
-        for _ in range(2 * _rounds + 1)
+        for _ in range(4 * _rounds + 1)
     ]
     many, collect = sharded(folder / "many", 10_000), (*plain, "--co")
-    start = time.process_time()
-    open_checkpoint(many)
-    opened = time.process_time() - start
+    opened = float(_output("-c", OPENING, str(many)))
     collected = median(
         _cpu_seconds(*collect, f"--nullspace-model={many}", cwd=folder) - _cpu_seconds(*collect, cwd=folder)
         for _ in range(_rounds)
@@ -243,7 +254,7 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
             place = (at, times["pass"]["seconds"])
             axis.annotate(f"{times['pass']['ratio']:.2f}×", place, (0, 7), textcoords="offset points", ha="center")
         axis.set(xscale="log", yscale="log", xlabel=what, title=f"pass and bare forward by {what}")
-        axis.margins(y=0.2)
+        axis.margins(x=0.1, y=0.2)
         axis.set_xticks(x, [str(value) for value in x])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
@@ -320,7 +331,7 @@ def page(found: Mapping[str, Any]) -> str:
 PAGE = """# What a gate costs
 
 The physical limit is the bare forward of the decoder over the windows, and one read of the weights. This page holds
-the pass against it. It is written by `python -m tests.benchmarks.cost`; {machine}. Ratios are medians of alternated
+the pass against it. It is written by `python -m tests.benchmarks.cost` ({machine}). Ratios are medians of alternated
 runs in one process, in CPU seconds of one thread; of absolute seconds only the shape means anything.
 
 ![pass and bare forward by rows, layers, width and rank; peak memory; start-up](cost.png)
@@ -329,10 +340,11 @@ runs in one process, in CPU seconds of one thread; of absolute seconds only the 
 
 {growth}
 
-The models are random Llamas of 4 blocks 256 wide under rank 16, one of the four changed at a time. What the hooks
-add is a fixed number of small operations a layer and a window, so the narrower the model the more it shows. The
-cost is linear in rows and layers. A rank costs what its own two products cost the model, and one `r × r` product a
-row.
+The models are random Llamas of 4 blocks 256 wide under rank 16, or 2 blocks where width and rank change (512 wide),
+with one of the four changed at a time. What the hooks add is a fixed number of small operations a layer and a window,
+so the narrower the model the more it shows; a real one is wider than any of these. The cost is linear in rows and
+layers. A rank costs two `r × r` products a row, and once a run a decomposition of `B Bᵀ` and of `A`, which at rank
+256 is most of what is added to so few rows.
 
 ## Against the reference's way
 
@@ -352,7 +364,8 @@ Leakage, its whitening and the margins are part of every figure above: there is 
 
 ## Selecting
 
-The pass ends after the last block that holds a selected layer, so `-k layers.0.` costs about its share:
+The pass ends after the last block that holds a selected layer, so `-k layers.0.` costs about its share of 16 blocks,
+and the short forward that finds out where it may end:
 
 {selecting}
 
@@ -362,14 +375,16 @@ Windows a forward on a CPU, the pass over that of one window a forward:
 
 {batches}
 
-Up to about 512 tokens a forward a CPU spends its time between the matrix products; beyond them what the hooks read
-has left the cache. So `--nullspace-batch-size=auto` puts windows together up to 512 tokens on a CPU, and never two
-of the usual 2,048. On a GPU it takes 16,384 tokens, and half whenever the device has no memory for so many; the
-report says so, and the figures are the same.
+Up to about 256 tokens a forward a CPU spends its time between the matrix products; beyond them nothing is gained that
+can be told from the noise, and more memory is needed. So `--nullspace-batch-size=auto` puts windows together up to
+256 tokens on a CPU, and never two of the usual 2,048. On a GPU it takes 16,384 tokens, a number that is chosen and
+not measured, and half whenever the device has no memory for so many; the report says so, and the figures are the
+same.
 
 ## Start-up
 
-A gate of the shipped tiny world, from the command to its end; `-vv` shows these parts for every run:
+A gate of the shipped tiny world: the parts that `-vv` shows for every run, as the clock has them, and the whole command
+in CPU seconds:
 
 {start}
 
@@ -380,7 +395,8 @@ beside the imports, in threads of their own, was tried and was no faster: both c
 interpreter.
 
 Where nothing is gated the plugin adds {unused:.0f} ms to pytest. The headers of a sharded checkpoint of 10,000
-layers are read and checked in {opened:.2f} s; with their collection pytest takes {collected:.2f} s longer.
+layers are read and checked in {opened:.2f} s; with their collection and the printing of their ids pytest takes
+{collected:.2f} s longer.
 
 ## Tracking
 
