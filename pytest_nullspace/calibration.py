@@ -13,6 +13,7 @@ import io
 import json
 import random
 import re
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 MAX_TOKENIZER_BYTES = 200_000_000
 """Ten times the largest vocabulary that models have."""
+
+CONTEXT = 64
+"""Tokens that no text repeats by chance, or so seldom that it does not count."""
 
 _MAX_CSV_FIELD = 2**31 - 1
 _HUB_SPEC = re.compile(
@@ -482,6 +486,19 @@ def _window(text: str, tokenize: Tokenize, start: int, seqlen: int) -> Window:
             "give a text without long blanks, or check the tokenizer"
         )
     return Window(start, tokens)
+
+
+def distinct_rows(windows: Sequence[Window]) -> int:
+    """How many tokens come for the first time with the `CONTEXT` tokens up to them, or all that their window has.
+
+    Windows that overlap, and a text that repeats itself, give rows that are almost the same again.
+    """
+    seen: set[int] = set()
+    for window in windows:
+        data = array("q", window.tokens).tobytes()
+        ends = range(8, len(data) + 1, 8)
+        seen.update(hash(data[max(0, end - 8 * CONTEXT) : end]) for end in ends)
+    return len(seen)
 
 
 def load_tokenizer(directory: Path) -> Callable[[str], list[int]]:

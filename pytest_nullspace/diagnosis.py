@@ -4,7 +4,7 @@ Pure. A cause is named only on evidence that the good adapters do not show; what
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
@@ -62,13 +62,14 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class _Case:
-    """All that is known of one run; ``sound`` are the layers whose figures can be judged."""
+    """All that is known of one run; ``sound`` are the layers that can be judged, ``left_out`` figures that are not."""
 
     run: RunStats
     sound: Sequence[LayerStats]
     audit: Audit | None
     compared: Comparison | None
     weights: Weights | None
+    left_out: Collection[str]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,7 +89,11 @@ class _Case:
 
 
 def diagnose(
-    run: RunStats, audit: Audit | None = None, compared: Comparison | None = None, weights: Weights | None = None
+    run: RunStats,
+    audit: Audit | None = None,
+    compared: Comparison | None = None,
+    weights: Weights | None = None,
+    left_out: Collection[str] = (),
 ) -> list[Diagnosis]:
     """Name what is wrong with a trained adapter.
 
@@ -97,11 +102,12 @@ def diagnose(
         audit: Its tensors against their start, if they were compared.
         compared: The run against an earlier one, if it was.
         weights: Its weights, where they alone are known.
+        left_out: Figures that are not judged, so that no cause follows from them.
 
     Returns:
         One diagnosis for each cause; none for an adapter that shows no mistake.
     """
-    case = _Case(run, [layer for layer in run.layers if layer.defect is None], audit, compared, weights)
+    case = _Case(run, [layer for layer in run.layers if layer.defect is None], audit, compared, weights, left_out)
     return [found for find in _FINDERS for found in find(case)]
 
 
@@ -291,7 +297,8 @@ def _outside(case: _Case) -> Iterator[Diagnosis]:
 
 
 def _loud(case: _Case) -> list[LayerStats]:
-    return [layer for layer in case.sound if "leakage" not in layer.absent and layer.leakage > LOUD]
+    left_out = "leakage" in case.left_out
+    return [layer for layer in case.sound if not left_out and "leakage" not in layer.absent and layer.leakage > LOUD]
 
 
 def _rescaled(case: _Case) -> list[LayerAudit]:
@@ -423,7 +430,9 @@ def _strength(case: _Case) -> Iterator[Diagnosis]:
             "some layers at zero among others that learned would be dead layers",
             _names(live),
         )
-    elif fmean(shares) > OVERTRAINED and (not _loud(case) or _drowns_its_input(case)):
+    elif (
+        "leakage" not in case.left_out and fmean(shares) > OVERTRAINED and (not _loud(case) or _drowns_its_input(case))
+    ):
         yield Diagnosis(
             "overtrained",
             f"on text that is to be preserved the update makes {fmean(shares):.0%} of the output in the mean, although "

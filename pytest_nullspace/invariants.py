@@ -134,26 +134,38 @@ class Expectations:
         overrides: Bounds set by the user; of several that fit a layer the last holds.
         checks: What each layer is held against beside the thresholds.
         unreached: Globs of the layers that no activation row need reach.
+        variant: What the adapter was said to be; plain LoRA (``lora``) promises no null space.
     """
 
     stage: Stage = Stage.TRAINED
     overrides: Sequence[Override] = ()
     checks: Sequence[Check] = ()
     unreached: Sequence[str] = ()
+    variant: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse overrides of figures that this stage does not judge, and bounds that cannot be."""
         defaults = {threshold.figure: threshold for threshold in (*_DEFAULTS[self.stage], *_DRIFT)}
         for override in self.overrides:
+            if override.figure in self.left_out:
+                raise OptionError(
+                    f"{override.figure} is not judged of variant {self.variant}; leave one of the two out"
+                )
             if override.figure not in defaults:
                 raise OptionError(
                     f"no figure {override.figure!r} is judged at stage {self.stage}; there are {', '.join(defaults)}"
                 )
             defaults[override.figure].replaced(override.passes, override.fails)
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """The figures that are shown and not judged, because the adapter promises nothing of them."""
+        return ("leakage",) if self.variant == "lora" else ()
+
     def thresholds(self, layer: str) -> tuple[Threshold, ...]:
         """The thresholds that hold for the layer of that name (``model`` for the averages, ``drift`` for the drift)."""
-        return tuple(self._overridden(t, layer) for t in (_DRIFT if layer == DRIFT else _DEFAULTS[self.stage]))
+        defaults = _DRIFT if layer == DRIFT else _DEFAULTS[self.stage]
+        return tuple(self._overridden(t, layer) for t in defaults if t.figure not in self.left_out)
 
     def excuses(self, layer: LayerStats) -> bool:
         """Whether no row reached ``layer``, and none had to."""

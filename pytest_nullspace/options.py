@@ -503,7 +503,7 @@ def _check_together(settings: Settings) -> None:
         if twice is not None:
             raise OptionError(f"{PREFIX}{name}: {twice} is given twice")
     try:
-        Expectations(Stage(settings.stage), settings.overrides)
+        Expectations(Stage(settings.stage), settings.overrides, variant=settings.variant)
     except OptionError as error:
         raise OptionError(f"{PREFIX}threshold: {error}") from None
     unheld = next((o.figure for o in settings.overrides if o.figure in TASK_FIGURES), None)

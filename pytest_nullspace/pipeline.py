@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,7 +224,7 @@ def with_task(preserved: Figures, task: Figures) -> Figures:
 
 def _settled(figures: Figures, settings: Settings) -> bool:
     """Whether more text would change no verdict."""
-    expectations = Expectations(Stage(settings.stage), settings.overrides)
+    expectations = Expectations(Stage(settings.stage), settings.overrides, variant=settings.variant)
     return not any(finding.uncertain for layer in figures for finding in judge(layer, expectations).findings)
 
 
@@ -284,14 +283,12 @@ def _text(spec: str, folder: Path, option: str) -> str:
 
 
 def _about_text(text: str, windows: Sequence[calibration.Window], seqlen: int) -> dict[str, Any]:
-    starts = sorted(window.start for window in windows)
     return {
         "sha256": calibration.text_hash(text),
         "windows": len(windows),
         "seqlen": seqlen,
         "tokens": sum(len(window.tokens) for window in windows),
-        # A token is a character at least, so these windows share text with the one before them.
-        "overlapping": sum(b - a < seqlen for a, b in pairwise(starts)),
+        "distinct": calibration.distinct_rows(windows),
         "starts": [window.start for window in windows],
     }
 

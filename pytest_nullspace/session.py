@@ -150,7 +150,7 @@ class GatedRun(ABC):
             checks.append(lambda layer: audited.check(layer, trained=stage is Stage.TRAINED))
         if (start := self.start) is not None:
             checks.append(lambda layer: start.check(layer, trained=stage is Stage.TRAINED))
-        return Expectations(stage, settings.overrides, checks, settings.allow_unreached)
+        return Expectations(stage, settings.overrides, checks, settings.allow_unreached, settings.variant)
 
     def compared(self, outcome: RunStats) -> Comparison | None:
         """The outcome against the earlier run, if there is one that compares."""
@@ -162,8 +162,8 @@ class GatedRun(ABC):
         """The causes of what is wrong with a trained adapter; an initial one has none yet."""
         if self._settings.stage != Stage.TRAINED:
             return []
-        told = self.told(outcome)
-        return diagnose(outcome, told.audit, self.compared(outcome), told.weights)
+        told, left_out = self.told(outcome), self.expectations(outcome).left_out
+        return diagnose(outcome, told.audit, self.compared(outcome), told.weights, left_out)
 
     def weight_faults(self, outcome: RunStats, layer: LayerWeights) -> list[str]:
         """What fails a layer of which the weights alone are gated."""

@@ -8,11 +8,14 @@ from pytest_nullspace.report.terminal import (
     MARKS,
     best_possible,
     drift,
+    few_rows,
     figures,
+    left_out,
     not_measured,
     outside,
     outside_of,
     reading,
+    repeated,
     texts,
     uncertain,
 )
@@ -44,6 +47,9 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
     absent = not_measured(run)
     if absent is not None:
         lines += [f"{absent}.", ""]
+    unjudged = left_out(expectations)
+    if unjudged is not None:
+        lines += [f"{MARKS[Tier.WARN]} {escape(unjudged)}.", ""]
     if names := outside_of(run):
         lines += [f"{MARKS[Tier.WARN]} {escape(outside(names))}", ""]
     if run.complete:
@@ -53,8 +59,8 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
     if run.drift is not None:
         mark = MARKS[judge_drift(run.drift, expectations).tier]
         lines += ["", *(f"- {mark} {escape(line.strip())}" for line in drift(run.drift))]
-    told_apart = uncertain(verdicts, run)
-    lines += ["", f"{told_apart}."] if told_apart is not None else []
+    for doubt in (uncertain(verdicts, run), few_rows(run), repeated(run)):
+        lines += ["", f"{escape(doubt)}."] if doubt is not None else []
     told = [f"- {escape(note.strip())}" for note in notes]
     lines += ["", *told] if told else []
     formulas = (

@@ -96,6 +96,17 @@ def not_measured(run: RunStats) -> str | None:
     return f"not measured: {', '.join(absent)}; left out of judging" if absent else None
 
 
+def left_out(expectations: Expectations) -> str | None:
+    """Which figures are shown and were not judged, and why; None if all were."""
+    if not expectations.left_out:
+        return None
+    named = ", ".join(FIGURES[figure] for figure in expectations.left_out)
+    return (
+        f"not judged: {named}, as plain LoRA (--nullspace-variant={expectations.variant}) promises no null space; "
+        "a small ||BX||/||X|| alone is none"
+    )
+
+
 def texts(run: RunStats) -> str:
     """On which text, or texts, the run was measured."""
     task = run.about.get("task_dataset")
@@ -123,6 +134,53 @@ def uncertain(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
         f"{told}, such as {printable(name)} ({finding.threshold.figure} {finding.value:.3g} ± {finding.margin:.2g}); "
         f"about {half:.0f} windows would settle half of them, or try --nullspace-calib-size=auto"
     )
+
+
+def repeated(run: RunStats) -> str | None:
+    """How much of the preserved text repeats, where that is a tenth or more; None if it is less, or nobody told."""
+    tokens, distinct = _tokens(run)
+    if 10 * (tokens - distinct) < tokens or not tokens:
+        return None
+    return (
+        f"repeated text: only {distinct:,} of {tokens:,} tokens are new, the others repeat a stretch of the windows "
+        "before them, so the margins are larger than told; give a longer text, or one that does not repeat itself"
+    )
+
+
+def few_rows(run: RunStats) -> str | None:
+    """How many layers are wider than their rows are many, and what would be enough; None if there are none."""
+    tokens, distinct = _tokens(run)
+    new = distinct / tokens if tokens else 1.0
+    short = [layer for layer in run.layers if 0 < layer.rows * new < layer.in_features]
+    if not short:
+        return None
+    layer = min(short, key=lambda layer: layer.rows / layer.in_features)
+    return (
+        f"too few rows: {len(short)} of {len(run.layers)} layers are wider than their distinct rows are many, such as "
+        f"{printable(layer.name)} (width {layer.in_features:,}, {layer.rows * new:,.0f} rows); so few rows leave some "
+        f"subspace perfectly quiet on any text, so leakage says little there; {_enough(run, layer, new)}"
+    )
+
+
+def _enough(run: RunStats, layer: LayerStats, new: float) -> str:
+    """What would give ``layer`` as many distinct rows as it is wide, of which the share ``new`` is."""
+    settings, text = run.about.get("settings"), run.about.get("text")
+    if isinstance(settings, dict) and settings.get("max_activation_samples") == layer.rows:
+        most = math.ceil(layer.in_features / new)
+        return f"--nullspace-max-activation-samples={most} would be enough, or leave it out"
+    windows = text.get("windows") if isinstance(text, dict) else None
+    if not isinstance(windows, int):
+        return "measure on more text"
+    needed = math.ceil(windows * layer.in_features / (layer.rows * new))
+    return f"about {needed:,} windows as long and as new would be enough"
+
+
+def _tokens(run: RunStats) -> tuple[int, int]:
+    """How many tokens the preserved text had, and how many of them were new; zeros where nobody told."""
+    text = run.about.get("text")  # a file of another making may hold anything
+    counts = [text.get(what) for what in ("tokens", "distinct")] if isinstance(text, dict) else []
+    known = [count for count in counts if isinstance(count, int) and count > 0]
+    return (known[0], known[1]) if len(known) == 2 else (0, 0)
 
 
 def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expectations) -> None:
@@ -225,11 +283,14 @@ def summary(
     absent = not_measured(run)
     if absent is not None:
         yield absent, Tier.WARN
+    unjudged = left_out(expectations)
+    if unjudged is not None:
+        yield unjudged, Tier.WARN
     if names := outside_of(run):
         yield outside(names), Tier.WARN
-    told_apart = uncertain(verdicts, run)
-    if told_apart is not None:
-        yield told_apart, Tier.WARN
+    for told in (uncertain(verdicts, run), few_rows(run), repeated(run)):
+        if told is not None:
+            yield told, Tier.WARN
     yield "", None
     yield from _table(run, verdicts)
     for line in best_possible(run):
@@ -384,9 +445,7 @@ def _backed_off(run: RunStats) -> str:
 def _extent(run: RunStats, name: str | None, what: str) -> str:
     text = run.about[what]
     named = run.calib_dataset if name is None else run.about[name]
-    told = f"text {printable(named, 1000)}: {text['windows']:,} windows, {text['tokens']:,} tokens"
-    overlapping = text.get("overlapping", 0)
-    return f"{told}, {overlapping:,} of them overlapping" if 2 * overlapping > text["windows"] else told
+    return f"text {printable(named, 1000)}: {text['windows']:,} windows, {text['tokens']:,} tokens"
 
 
 def _table(run: RunStats, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, Tier | None]]:

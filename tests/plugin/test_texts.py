@@ -120,6 +120,41 @@ def test_a_base_that_cannot_be_had_is_refused(gate: Gate, pytester: pytest.Pytes
         result.stdout.fnmatch_lines([f"  base: the {base[12:16].replace('init', 'start')}*"])
 
 
+def test_plain_lora_is_not_judged_by_leakage(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """A random subspace passes where it is said to be plain LoRA, and terminal and Markdown say what was left out."""
+    quiet = "--nullspace-threshold=preservation:2:3"
+    assert gate(quiet, "--tb=no").ret == 1
+    result = gate(quiet, "--nullspace-variant=lora", "--nullspace-report=r.md", "--nullspace-save-stats=s.json")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(
+        ["not judged: leakage / chance, as plain LoRA (--nullspace-variant=lora) promises no *"]
+    )
+    result.stdout.no_fnmatch_line("*✓ leakage*")
+    assert "⚠ not judged: leakage / chance" in (pytester.path / "r.md").read_text().replace("\\", "")
+    saved = json.loads((pytester.path / "s.json").read_text())
+    assert saved["diagnosis"] == []
+    assert saved["stats"][0]["leakage_over_chance"] > 0
+    refused = gate("--nullspace-threshold=leakage:1:2", "--nullspace-variant=lora")
+    assert refused.ret == 4
+    refused.stderr.fnmatch_lines(
+        ["*--nullspace-threshold: leakage is not judged of variant lora; leave one of the two *"]
+    )
+
+
+def test_too_few_rows_and_repeats_are_told(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """Fewer distinct rows than a layer is wide are told with what would be enough, and so is text that repeats."""
+    result = gate(*LOOSE, "--nullspace-calib-size=1", "--nullspace-report=r.md")
+    result.stdout.fnmatch_lines(["too few rows: * of * layers *, 32 rows); * about 2 windows as long and as new *"])
+    assert "too few rows: " in (pytester.path / "r.md").read_text()
+    (pytester.path / "text.txt").write_text("all work and no play makes a dull text. " * 100)
+    result = gate(*LOOSE, "--nullspace-seqlen=128")
+    result.stdout.fnmatch_lines(["repeated text: only * of 256 tokens are new, *"])
+    (pytester.path / "text.txt").write_text(tiny.TEXT)
+    result = gate(*LOOSE, "--nullspace-calib-size=8")
+    result.stdout.no_fnmatch_line("too few rows*")
+    result.stdout.no_fnmatch_line("repeated text*")
+
+
 def test_a_threshold_of_two_texts_needs_both(checkpoint: Path, gate: Gate) -> None:
     """A bound on a figure that would not be judged is a usage error, not a silent nothing."""
     result = gate("--nullspace-threshold=selectivity:2:1")

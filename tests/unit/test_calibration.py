@@ -15,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_nullspace.calibration import (
+    CONTEXT,
     NAMED_SETS,
     FileText,
     FolderText,
     HubText,
     Window,
+    distinct_rows,
     draw_windows,
     load_tokenizer,
     parse_source,
@@ -513,6 +515,32 @@ class TestWindows:
 
 CORPUS = ["the cat sat on the mat", "the dog ate the cat"]
 TRAP = "from pathlib import Path\nPath(__file__).with_name('SPRUNG').touch()\nraise SystemExit('code was run')\n"
+
+
+class TestDistinctRows:
+    """How much of the windows is new."""
+
+    NEW = tuple(range(300))
+
+    def test_what_was_there_before_does_not_count(self) -> None:
+        """The same window again adds nothing, another one all its tokens."""
+        windows = [Window(0, self.NEW), Window(0, self.NEW), Window(9, tuple(range(300, 400)))]
+        assert distinct_rows(windows) == 400
+
+    def test_a_text_that_goes_round_is_as_new_as_one_round(self) -> None:
+        """Wherever windows begin in a text that repeats itself, only the first round and their beginnings count."""
+        around = self.NEW * 4
+        assert distinct_rows([Window(0, around)]) == 300 + CONTEXT - 1
+        assert distinct_rows([Window(0, around), Window(7, around[7:])]) == 300 + 2 * (CONTEXT - 1)
+
+    def test_an_overlap_does_not_count_twice(self) -> None:
+        """Of a window that begins within another only what reaches beyond it is new, and its beginning."""
+        assert distinct_rows([Window(0, self.NEW[:200]), Window(100, self.NEW[100:])]) == 300 + CONTEXT - 1
+
+    def test_common_words_are_new_where_what_precedes_them_is(self) -> None:
+        """Two tokens in any order are as many rows as there are, for what precedes them tells them apart."""
+        choose = random.Random(0)
+        assert distinct_rows([Window(0, tuple(choose.choices((1, 2), k=1000)))]) == 1000
 
 
 class TestTokenizer:

@@ -41,6 +41,16 @@ TRAINED_B: Mapping[str, Any] = {"down": 0.4, "angle": 31.2}
 LEAKING: Mapping[str, Any] = {"mean_leakage": 4 / 64}
 
 
+@pytest.mark.parametrize("against", [None, audited(variant="lora", **TRAINED_B)], ids=["alone", "held"])
+@pytest.mark.parametrize("orthonormal", [False, True])
+def test_no_cause_follows_from_a_figure_that_is_not_judged(against: Audit | None, orthonormal: bool) -> None:
+    """Leakage of what was said to be plain LoRA is no mistake, and does not make a loud update quiet either."""
+    loud = run(mean_leakage=0.5, output_norm=0.02)
+    found = loud if orthonormal else run(mean_leakage=0.5, output_norm=0.02, down_weight_norm=5.0)
+    assert diagnose(found, against)
+    assert diagnose(found, against, left_out=("leakage",)) == []
+
+
 @pytest.mark.parametrize(
     ("found", "against", "cause", "evidence", "layers"),
     [

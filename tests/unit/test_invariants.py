@@ -324,6 +324,25 @@ def test_averages_of_an_incomplete_or_defective_run_fail() -> None:
     assert judge_averages(RunStats("m", "t", (), 0), TRAINED).tier is FAIL
 
 
+def test_plain_lora_is_not_judged_by_leakage() -> None:
+    """What promises no null space is held against every other figure, in its layers and averages, at each stage."""
+    loud = layer(mean_leakage=0.09)
+    for stage in Stage:
+        left = {t.figure for t in Expectations(stage).thresholds("x")} - {"leakage"}
+        assert {t.figure for t in Expectations(stage, variant="lora").thresholds("x")} == left
+    lora = Expectations(variant="lora")
+    assert (judge(loud, lora).tier, judge(layer(down_norm=9.0), lora).tier) == (PASS, FAIL)
+    assert judge_averages(RunStats("m", "t", (loud,), 1), lora).tier is PASS
+    for variant in ("auto", "v1", "v2"):
+        assert judge(loud, Expectations(variant=variant)).tier is FAIL
+
+
+def test_a_bound_on_what_is_not_judged_is_refused() -> None:
+    """Bounds on leakage beside plain LoRA are an error: one of the two would be ignored."""
+    with pytest.raises(OptionError, match=r"^leakage is not judged of variant lora; leave one of the two out$"):
+        Expectations(overrides=[Override("*", "leakage", 0.1, 0.2)], variant="lora")
+
+
 def test_bounds_are_told_in_words() -> None:
     """What passes and what fails is said with the sign that holds for the figure."""
     assert threshold("preservation").bound == "pass < 0.1, fail > 0.5"

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import math
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -304,6 +305,59 @@ def test_the_markdown_counts_and_reads() -> None:
     assert "Gated 2 of 2 layers on wikitext2: **1 passed, 1 warned, 0 failed**." in text
     assert "- ✓ ||BX||/||X|| 1.00e-02 (pass &lt; 0.1, fail > 0.5): the null space is well kept" in text
     assert text.endswith("|\n")
+
+
+def test_what_is_not_judged_is_told_and_does_not_look_green() -> None:
+    """Leakage of plain LoRA stays in the tables, has no mark and no reading, and a yellow line says why."""
+    lora = Expectations(variant="lora")
+    lines = summary(run_of(LOST), lora)
+    told = "not judged: leakage / chance, as plain LoRA (--nullspace-variant=lora) promises no null space; *"
+    assert [tier for line, tier in lines if fnmatchcase(line, told)] == [Tier.WARN]
+    assert not any("leakage" in line and "✓" in line for line, _ in lines)
+    assert any(line.startswith("✗ model.layers.1") and "1.600e+01" in line for line, _ in lines)
+    assert next(line for line in terminal.block(LOST, judge(LOST, lora)) if "leakage" in line).endswith("1.600e+01")
+    text = markdown.report(run_of(LOST), lora)
+    assert "⚠ not judged: leakage / chance, as plain LoRA" in text.replace("\\", "")
+    assert "not judged" not in markdown.report(run_of(LOST), TRAINED)
+
+
+def told_of_text(layer: LayerStats, tokens: int, distinct: int, **settings: int) -> tuple[str | None, str | None]:
+    """What is said of repeats and of few rows."""
+    about = {"text": {"windows": 4, "tokens": tokens, "distinct": distinct}, "settings": settings}
+    run = dataclasses.replace(run_of(layer, EXAMPLE), about=about)
+    lines, document = [line for line, _ in summary(run)], markdown.report(run, TRAINED)
+    found = terminal.repeated(run), terminal.few_rows(run)
+    for line in found:
+        assert (line in lines) == (line is not None)
+        assert line is None or f"\n{markdown.escape(line)}.\n" in document
+    return found
+
+
+def test_rows_fewer_than_the_width_are_told() -> None:
+    """A line counts the layers that are wider than their rows are many, and says how many windows would be enough."""
+    enough = dataclasses.replace(EXAMPLE, name="enough", in_features=100)
+    repeats, few = told_of_text(enough, tokens=100, distinct=100)
+    assert repeats is None
+    assert few is not None
+    assert few.startswith("too few rows: 1 of 2 layers are wider than their distinct rows are many, such as ")
+    assert f"{EXAMPLE.name} (width 4,096, 100 rows)" in few
+    assert few.endswith("about 164 windows as long and as new would be enough")
+    _, capped = told_of_text(enough, tokens=5000, distinct=5000, max_activation_samples=100)
+    assert capped is not None
+    assert capped.endswith("--nullspace-max-activation-samples=4096 would be enough, or leave it out")
+    plenty = dataclasses.replace(EXAMPLE, rows=4096)
+    assert terminal.few_rows(run_of(plenty)) is None
+
+
+def test_text_that_repeats_is_told_and_does_not_count_as_rows() -> None:
+    """From a tenth on repeats are told, and rows that repeat do not make up for a layer's width."""
+    plenty = dataclasses.replace(EXAMPLE, name="x", rows=5000, in_features=2000)
+    assert told_of_text(plenty, tokens=5000, distinct=4501)[0] is None
+    repeats, few = told_of_text(plenty, tokens=5000, distinct=1000)
+    assert repeats is not None
+    assert repeats.startswith("repeated text: only 1,000 of 5,000 tokens are new, ")
+    assert few is not None
+    assert few.startswith("too few rows: 2 of 2 layers ")
 
 
 HOSTILE = "<img src=x onerror=alert(1)>\n# [x](y) | `z` &amp; \x1b[31m"
