@@ -149,7 +149,7 @@ def test_too_few_rows_and_repeats_are_told(checkpoint: Path, gate: Gate, pyteste
     (pytester.path / "text.txt").write_text("all work and no play makes a dull text. " * 100)
     result = gate(*LOOSE, "--nullspace-seqlen=128")
     result.stdout.fnmatch_lines(["repeated text: only * of 256 tokens are new, *"])
-    (pytester.path / "text.txt").write_text(tiny.TEXT)
+    (pytester.path / "text.txt").write_text(world.facts_text())
     result = gate(*LOOSE, "--nullspace-calib-size=8")
     result.stdout.no_fnmatch_line("too few rows*")
     result.stdout.no_fnmatch_line("repeated text*")
