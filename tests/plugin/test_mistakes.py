@@ -8,11 +8,10 @@ import pytest
 from filelock import FileLock
 
 from fixtures import mistakes
-from fixtures.mistakes import MISTAKES, Mistake
+from fixtures.mistakes import MISTAKES, RIGHT, Mistake
 from pytest_nullspace import diagnosis
 
 DOCS = Path(mistakes.__file__).parents[1] / "docs"
-RIGHT = ("null-v2", "peft")
 CAUSES = set(re.findall(r'Diagnosis\(\s*"([a-z0-9-]+)"', Path(diagnosis.__file__).read_text("utf-8")))
 
 
