@@ -15,7 +15,7 @@ from pytest_nullspace import saved
 from pytest_nullspace.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.errors import NullspaceError
 from pytest_nullspace.hub import local_directory
-from pytest_nullspace.invariants import Stage, Tier
+from pytest_nullspace.invariants import DRIFT, Stage, Tier
 from pytest_nullspace.options import Settings, stats_file
 from pytest_nullspace.report import markdown, terminal, weights
 from pytest_nullspace.session import CheckpointRun, GatedRun, open_runs
@@ -144,6 +144,8 @@ class Gate:
         """Remember on the controller which tests of the gate the workers must judge."""
         prefixes = tuple(f"{node_id(file, self._config.rootpath)}::" for file in self._files)
         self._expected = [name for name in ids if name.startswith(prefixes)]
+        for file, run in self._files.items():
+            run.drift_selected = f"{node_id(file, self._config.rootpath)}::{DRIFT}" in ids
 
     def _share(self, folder: Path) -> None:
         for number, run in enumerate(self.runs):

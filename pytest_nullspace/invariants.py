@@ -135,6 +135,8 @@ class Expectations:
         checks: What each layer is held against beside the thresholds.
         unreached: Globs of the layers that no activation row need reach.
         variant: What the adapter was said to be; plain LoRA (``lora``) promises no null space.
+        drift_judged: Whether what the preserved text lost is judged itself, so that `forgetting`, which stands for it
+            and also counts what an adapter held when it was initialised, only warns.
     """
 
     stage: Stage = Stage.TRAINED
@@ -142,6 +144,7 @@ class Expectations:
     checks: Sequence[Check] = ()
     unreached: Sequence[str] = ()
     variant: str = "auto"
+    drift_judged: bool = False
 
     def __post_init__(self) -> None:
         """Refuse overrides of figures that this stage does not judge, and bounds that cannot be."""
@@ -291,13 +294,14 @@ def judge(layer: LayerStats, expectations: Expectations) -> Verdict:
         return Verdict(layer.name, (), excuse="no activation row reached it, which is allowed")
     verdict = _judge(layer.name, layer, expectations, layer.defect)
     if layer.task is not None:
-        verdict = replace(verdict, findings=tuple(map(_of_one_layer, verdict.findings)))
+        # With a task text at hand a single layer may contribute little, as long as the averages do not.
+        verdict = replace(verdict, findings=tuple(_softened(f, "contribution") for f in verdict.findings))
     return replace(verdict, faults=tuple(fault for check in expectations.checks for fault in check(layer)))
 
 
-def _of_one_layer(finding: Finding) -> Finding:
-    """With a task text at hand a single layer may contribute little: it warns, and the averages must not fail."""
-    if finding.threshold.figure == "contribution" and finding.tier is Tier.FAIL and math.isfinite(finding.value):
+def _softened(finding: Finding, figure: str) -> Finding:
+    """The finding as a warning where it fails by ``figure``, unless that is no number."""
+    if finding.threshold.figure == figure and finding.tier is Tier.FAIL and math.isfinite(finding.value):
         return replace(finding, tier=Tier.WARN)
     return finding
 
@@ -338,4 +342,6 @@ def _judge(subject: str, of: LayerStats | RunStats, expectations: Expectations, 
         for threshold in expectations.thresholds(subject)
         if (figure := threshold.figure) in of.measured
     )
+    if expectations.drift_judged:
+        findings = tuple(_softened(finding, "forgetting") for finding in findings)
     return Verdict(subject, findings, defect)

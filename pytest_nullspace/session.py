@@ -150,7 +150,8 @@ class GatedRun(ABC):
             checks.append(lambda layer: audited.check(layer, trained=stage is Stage.TRAINED))
         if (start := self.start) is not None:
             checks.append(lambda layer: start.check(layer, trained=stage is Stage.TRAINED))
-        return Expectations(stage, settings.overrides, checks, settings.allow_unreached, settings.variant)
+        drifted = self.drift_selected and outcome.drift is not None
+        return Expectations(stage, settings.overrides, checks, settings.allow_unreached, settings.variant, drifted)
 
     def compared(self, outcome: RunStats) -> Comparison | None:
         """The outcome against the earlier run, if there is one that compares."""

@@ -77,12 +77,24 @@ def test_two_texts_and_drift_are_measured_once_for_all_workers(
 ) -> None:
     """Random adapters pass where the bounds let them, in one process and in several, and the drift is an item."""
     (pytester.path / "task.txt").write_text(tiny.TEXT.upper())
-    loose = (*LOOSE, *(f"--nullspace-threshold={f}" for f in ("forgetting:99:99", "selectivity:0:0", "divergence:9:9")))
+    loose = (*LOOSE, *(f"--nullspace-threshold={f}" for f in ("selectivity:0:0", "divergence:9:9")))
     more = ("--nullspace-threshold=loss-rise:9:9", "--nullspace-threshold=task-gain:-9:-9")
     off = ("--nullspace-task-dataset=task.txt", "--nullspace-drift")
     result = gate(*loose, *more, *off, "-v", *apart)
     assert result.ret == 0, result.outlines
     assert any("::drift PASSED" in line or "PASSED runs/ft/config.json::drift" in line for line in result.outlines)
+    assert any(line.startswith("⚠ model.layers.") for line in result.outlines), "forgetting warns"
+    assert not any(line.startswith("✗") for line in result.outlines)
+
+
+def test_without_drift_forgetting_fails(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """The same adapters fail by forgetting where no drift is judged, also where its test is deselected."""
+    (pytester.path / "task.txt").write_text(tiny.TEXT.upper())
+    asked = (*LOOSE, "--nullspace-threshold=selectivity:0:0", "--nullspace-task-dataset=task.txt")
+    for more in ((), ("--nullspace-drift", "-k", "not drift")):
+        result = gate(*asked, *more)
+        assert result.ret == 1
+        result.stdout.fnmatch_lines(["*forgetting * > 0.125*"])
 
 
 def test_an_adapter_that_ruins_the_predictions_fails_by_its_drift(

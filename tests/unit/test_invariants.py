@@ -250,6 +250,21 @@ def test_with_a_task_text_one_layer_may_contribute_little_and_the_model_may_not(
     assert judge(dead, TRAINED).tier is FAIL
 
 
+def test_where_drift_is_judged_forgetting_only_warns() -> None:
+    """What stands for a loss on the preserved text fails nothing where that loss is judged, unless it is no number."""
+    task = dataclasses.replace(GOOD, update_norm=20.0)
+    for norm, tiers in ((5.0, (FAIL, WARN)), (math.nan, (FAIL, FAIL))):
+        layer = dataclasses.replace(GOOD, update_norm=norm, task=task)
+        run = RunStats("m", "t", (layer,), 1)
+        for judged, tier in zip((False, True), tiers, strict=True):
+            for verdict in (
+                judge(layer, Expectations(drift_judged=judged)),
+                judge_averages(run, Expectations(drift_judged=judged)),
+            ):
+                assert {f.tier for f in verdict.findings if f.threshold.figure == "forgetting"} <= {tier}
+                assert verdict.tier is tier
+
+
 def test_a_verdict_whose_margin_reaches_over_a_bound_is_uncertain() -> None:
     """Uncertain is what another tier lies within the margin of, and whatever has an infinite margin."""
     threshold = next(t for t in TRAINED.thresholds("x") if t.figure == "preservation")
