@@ -89,7 +89,7 @@ def measure(
         for part in _rounds(len(windows), settled is not None):
             share, done, told = ranks.share(part), 0, part.start
             while done < len(share):
-                batch = _batch(windows, share[done:], drawn, batch_size, adapted.device)
+                batch = _batch(windows, share[done : done + batch_size], drawn, adapted.device)
                 if not _fits(recorder, forward, batch):
                     batch_size = len(batch.tokens) // 2
                     if shrunk is not None:
@@ -206,17 +206,17 @@ class _Batch:
 
 
 def _batch(
-    windows: Sequence[Sequence[int]], left: range, drawn: list[list[int]] | None, most: int, device: torch.device
+    windows: Sequence[Sequence[int]], numbers: range, drawn: list[list[int]] | None, device: torch.device
 ) -> _Batch:
-    """The first of the windows ``left`` and those of its length that follow it, ``most`` together."""
-    first, length = left[0], len(windows[left[0]])
-    alike = list(takewhile(lambda window: len(window) == length, (windows[i] for i in left[:most])))
-    tokens = torch.tensor([list(window) for window in alike], device=device)
+    """The first of the windows of these ``numbers``, and those of its length that follow it."""
+    length = len(windows[numbers[0]])
+    alike = list(takewhile(lambda number: len(windows[number]) == length, numbers))
+    tokens = torch.tensor([list(windows[number]) for number in alike], device=device)
     if drawn is None:
-        return _Batch(tokens, first, None, [length] * len(alike))
-    of = drawn[first : first + len(alike)]
+        return _Batch(tokens, alike[0], None, [length] * len(alike))
+    of = [drawn[number] for number in alike]
     counted = [position * length + row for position, rows in enumerate(of) for row in rows]
-    return _Batch(tokens, first, torch.tensor(counted, dtype=torch.long, device=device), list(map(len, of)))
+    return _Batch(tokens, alike[0], torch.tensor(counted, dtype=torch.long, device=device), list(map(len, of)))
 
 
 @dataclass(frozen=True)
