@@ -194,7 +194,12 @@ def _calib_size(given: _Given) -> tuple[int | None, int]:
 
 
 def _batch_size(given: _Given) -> int | None:
-    return None if given.text == "auto" else _whole(1, 1_000_000)(given)
+    if given.text == "auto":
+        return None
+    try:
+        return _whole(1, 1_000_000)(given)
+    except OptionError:
+        raise OptionError(f"takes a whole number from 1 to 1,000,000, or auto, not {quoted(given.text)}") from None
 
 
 def _one_of(*choices: str) -> Callable[[_Given], str]:
