@@ -1,11 +1,11 @@
 """The streaming pass: text through the model once, forward hooks that add to sums, no activation kept.
 
 A layer's hooks take the norms of its wide activations while these are still in the cache, and keep them, with the
-narrow ``Bx``, until enough layers have come together to be summed at once. On a CPU a batch counts only when every norm
-was exact: a layer whose norms leave float32's range, or whose ``Bx`` lost too many digits to cancellation, is taken in
-float64 from there on, and the batch is run again where that matters for the whole.
+narrow ``Bx``, until enough layers have come together to be summed at once. On a CPU they see at once whether a norm
+left float32's range, or ``Bx`` lost its digits to cancellation, and take it in float64 where it did.
 """
 
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -120,11 +120,9 @@ def _rounds(windows: int, early: bool) -> Iterator[range]:
 def _fits(recorder: "_Recorder", forward: Callable[[Tensor], None], batch: "_Batch") -> bool:
     """Run and count ``batch``; False, nothing counted and its memory given back, where the device has none for it."""
     try:
-        counted = False
-        while not counted:
-            recorder.start(batch)
-            forward(batch.tokens)
-            counted = recorder.end()
+        recorder.start(batch)
+        forward(batch.tokens)
+        recorder.end()
     except torch.OutOfMemoryError:
         if len(batch.tokens) == 1:
             raise
@@ -299,13 +297,10 @@ class _Recorder:
         self._held: list[_Taken] = []
         self._memory = _Held(HELD_BYTES, device)
         self._of_batch: list[tuple[str, Tensor]] = []
-        self._wide: set[str] = set()
-        self._cancelled: set[str] = set()
-        self._marked = False
 
     def start(self, batch: _Batch) -> None:
         """From here on count the rows of ``batch``."""
-        self._batch, self._input, self._marked = batch, None, False
+        self._batch, self._input = batch, None
         self._forget_held()
         self._of_batch.clear()
 
@@ -317,16 +312,13 @@ class _Recorder:
         for watched in self._watched:
             watched.seen.clear()
 
-    def end(self) -> bool:
-        """Count the batch, if all its norms were exact; otherwise it has to be run again."""
+    def end(self) -> None:
+        """Count the batch."""
         self._sum_held()
-        if self._marked:
-            return False
         first = self._batch.first
         for name, summed in self._of_batch:
             # An expert may run more than once a forward.
             self.sums[name][first : first + len(summed)] += summed
-        return True
 
     @contextmanager
     def watching(self, layers: Sequence[AdaptedLayer]) -> Iterator[None]:
@@ -343,7 +335,7 @@ class _Recorder:
                 self._watched.append(watched)
                 takes: dict[str, Callable[[Tensor], Tensor]] = {
                     "down": self._counted,
-                    "base": partial(self._norms, watched),
+                    "base": self._norms,
                 }
                 if watched.in_parts:
                     takes |= {"base": self._counted, "up": self._counted}
@@ -363,16 +355,16 @@ class _Recorder:
     def _take(self, watched: _Watched, _: nn.Module, args: Any, output: Tensor) -> None:
         x, layer, change = args[0], watched.layer, None
         down, base, output = watched.seen["down"], watched.seen["base"], self._counted(output)
-        if x is not self._input or layer.name in self._wide:
-            self._input, self._input_norms = x, self._norms(watched, x)
+        if x is not self._input:
+            self._input, self._input_norms = x, self._norms(x)
         if watched.in_parts:
             whole, output, parts = _parts(layer, base, watched.seen["up"], output)
-            base = self._norms_of(watched, whole)
-            change = self._norms_of(watched, parts) if watched.updates_by_more else None
-        if layer.name in self._cancelled | self._wide:
+            base = self._norms_of(whole)
+            change = self._norms_of(parts) if watched.updates_by_more else None
+        if self._device.type == "cpu" and _loses_digits(down, self._input_norms, layer.in_features):
             down = self._counted(x).double() @ layer.down_matrix().mT
         watched.seen.clear()
-        self._hold(_Taken(watched, self._input_norms, down, base, self._norms_of(watched, output), change))
+        self._hold(_Taken(watched, self._input_norms, down, base, self._norms_of(output), change))
 
     def _hold(self, taken: _Taken) -> None:
         parts = {name: part for name, part in vars(taken).items() if isinstance(part, Tensor)}
@@ -383,11 +375,14 @@ class _Recorder:
             return
         self._held.append(_Taken(taken.watched, **{name: self._memory.keep(part) for name, part in parts.items()}))
 
-    def _norms(self, watched: _Watched, values: Tensor) -> Tensor:
-        return self._norms_of(watched, self._counted(values))
+    def _norms(self, values: Tensor) -> Tensor:
+        return self._norms_of(self._counted(values))
 
-    def _norms_of(self, watched: _Watched, values: Tensor) -> Tensor:
-        return kernels.row_norms(values.double() if watched.layer.name in self._wide else values)
+    def _norms_of(self, values: Tensor) -> Tensor:
+        norms = kernels.row_norms(values)
+        if self._device.type == "cpu" and not kernels.safe(norms):
+            return kernels.row_norms(values.double())
+        return norms
 
     def _counted(self, values: Tensor) -> Tensor:
         values = values.reshape(-1, values.shape[-1])
@@ -404,7 +399,7 @@ class _Recorder:
         """Add up what was taken, the layers of one shape at once."""
 
         def shape(taken: _Taken) -> tuple[Any, ...]:
-            return taken.down.shape, taken.down.dtype, taken.input.dtype, taken.change is None
+            return taken.down.shape, *(part.dtype for part in vars(taken).values() if isinstance(part, Tensor))
 
         for _, alike in groupby(sorted(self._held, key=lambda taken: repr(shape(taken))), key=shape):
             self._sum(list(alike))
@@ -423,11 +418,9 @@ class _Recorder:
         wide = [torch.stack([getattr(t, part) for t in taken]) for part in ("input", "base", "output")]
         changes = [t.change for t in taken if t.change is not None]
         wide += [torch.stack(changes)] if changes else []
-        if self._device.type == "cpu":
-            if not bool(kernels.safe(narrow).all()):
-                down = down.double()
-                narrow = torch.stack((kernels.row_norms(down), *kernels.inner_norms(down, factors)))
-            self._mark(taken, wide, narrow[0])
+        if self._device.type == "cpu" and not bool(kernels.safe(narrow).all()):
+            down = down.double()
+            narrow = torch.stack((kernels.row_norms(down), *kernels.inner_norms(down, factors)))
         down_norms, projected, update = narrow.unbind()
         x, base, output, *change = wide
         parts = {"input": x, "down": down_norms, "base": base, "output": output, "projected": projected}
@@ -441,24 +434,16 @@ class _Recorder:
         for t, summed in zip(taken, torch.stack(by_window, dim=1), strict=True):
             self._of_batch.append((t.watched.layer.name, summed))
 
-    def _mark(self, taken: list[_Taken], wide: list[Tensor], down_norms: Tensor) -> None:
-        """Mark the layers that have to be taken in float64."""
-        unsafe = ~torch.stack([kernels.safe(norms) for norms in wide]).all(dim=0)
-        # Rounding errors are a random walk of `in` steps, so they grow beside what cancellation leaves.
-        steps = torch.tensor([t.watched.layer.in_features for t in taken]).sqrt()
-        error = 2.0**-22 * wide[0].norm(dim=-1).double() / steps
-        cancelled = error > CANCELLATION * down_norms.sum(dim=-1, dtype=torch.float64)
-        if taken[0].down.dtype != torch.float32:
-            cancelled = torch.zeros_like(cancelled)
-        # Of the whole pass this batch is but a share, so what it lost may stay if the others lose nothing.
-        batches = min(self._windows, FIRST_ROUND) / len(self._batch.counts)
-        too_much = cancelled & (error > CANCELLATION * batches * down_norms.sum(dim=-1, dtype=torch.float64))
-        marks = zip(taken, unsafe.tolist(), cancelled.tolist(), too_much.tolist(), strict=True)
-        for t, beyond, lost, unbearably in marks:
-            name = t.watched.layer.name
-            self._marked |= (beyond and name not in self._wide) or (unbearably and name not in self._cancelled)
-            self._wide |= {name} if beyond else set()
-            self._cancelled |= {name} if lost else set()
+
+def _loses_digits(down: Tensor, input_norms: Tensor, in_features: int) -> bool:
+    """Whether a float32 ``Bx`` is not exact, because its inputs are not or because it is mostly cancelled."""
+    if input_norms.dtype == torch.float64:
+        return True
+    if down.dtype != torch.float32:
+        return False
+    # Rounding errors are a random walk of `in` steps, so they grow beside what cancellation leaves.
+    error = 2.0**-22 * input_norms.norm().double() / math.sqrt(in_features)
+    return bool(error > CANCELLATION * kernels.row_norms(down).sum(dtype=torch.float64))
 
 
 def _parts(layer: AdaptedLayer, base: Tensor, up: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
