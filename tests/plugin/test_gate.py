@@ -539,7 +539,18 @@ def test_progress_shows_on_a_terminal_and_leaves_no_trace(checkpoint: Path, pyte
         output.extend(data)
         return data
 
-    command = [sys.executable, "-m", "pytest", "-p", "no:randomly", "--nullspace-model=runs/ft", *QUICK, *LOOSE]
+    one_by_one = "--nullspace-batch-size=1"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:randomly",
+        "--nullspace-model=runs/ft",
+        *QUICK,
+        *LOOSE,
+        one_by_one,
+    ]
     assert pty.spawn(command, read) == 0
     shown = output.decode()
     assert "nullspace: window 1 of 2" in shown
