@@ -75,12 +75,13 @@ def row_norms(values: Tensor) -> Tensor:
     return _vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
-def safe(norms: Tensor) -> Tensor:
-    """Whether the norms along the last dimension are exact; beyond `FLOAT32_SAFE` only float64 ones are."""
-    if norms.dtype == torch.float64 or not norms.shape[-1]:
-        return torch.ones(norms.shape[:-1], dtype=torch.bool, device=norms.device)
-    low, high = norms.aminmax(dim=-1)
-    return (low >= FLOAT32_SAFE[0]) & (high <= FLOAT32_SAFE[1])
+def safe(norms: Tensor) -> bool:
+    """Whether all the norms are exact; beyond `FLOAT32_SAFE` only float64 ones are."""
+    if norms.dtype == torch.float64 or not norms.numel():
+        return True
+    low, high = norms.aminmax()
+    # Compared as numbers: each operation on so small a tensor costs as much as the look at all of them.
+    return FLOAT32_SAFE[0] <= low.item() and high.item() <= FLOAT32_SAFE[1]
 
 
 def factors(down: Tensor, up: Tensor, scale: float) -> Tensor:

@@ -241,14 +241,18 @@ class _Watched:
 
 @dataclass(frozen=True)
 class _Taken:
-    """What was taken of one layer in one forward: norms of shape ``(n,)``, and ``Bx`` of shape ``(n, r)``."""
+    """What was taken of one layer in one forward.
+
+    Attributes:
+        watched: The layer.
+        norms: Of ``x``, ``W_res x``, the output and, where it is more than ``scale · A B x``, the update; shape
+            ``(3 or 4, n)``.
+        down: ``Bx``, shape ``(n, r)``.
+    """
 
     watched: _Watched
-    input: Tensor
+    norms: Tensor
     down: Tensor
-    base: Tensor
-    output: Tensor
-    change: Tensor | None = None
 
 
 class _Held:
@@ -353,27 +357,29 @@ class _Recorder:
                 self._forget_held()
 
     def _take(self, watched: _Watched, _: nn.Module, args: Any, output: Tensor) -> None:
-        x, layer, change = args[0], watched.layer, None
+        x, layer, change = args[0], watched.layer, []
         down, base, output = watched.seen["down"], watched.seen["base"], self._counted(output)
         if x is not self._input:
             self._input, self._input_norms = x, self._norms(x)
         if watched.in_parts:
             whole, output, parts = _parts(layer, base, watched.seen["up"], output)
             base = self._norms_of(whole)
-            change = self._norms_of(parts) if watched.updates_by_more else None
+            change = [self._norms_of(parts)] if watched.updates_by_more else []
         if self._device.type == "cpu" and _loses_digits(down, self._input_norms, layer.in_features):
             down = self._counted(x).double() @ layer.down_matrix().mT
         watched.seen.clear()
-        self._hold(_Taken(watched, self._input_norms, down, base, self._norms_of(output), change))
+        norms = [self._input_norms, base, self._norms_of(output), *change]
+        if len({part.dtype for part in norms}) > 1:
+            norms = [part.double() for part in norms]
+        self._hold(_Taken(watched, torch.stack(norms), down))
 
     def _hold(self, taken: _Taken) -> None:
-        parts = {name: part for name, part in vars(taken).items() if isinstance(part, Tensor)}
-        if not self._memory.has_room(*parts.values()):
+        if not self._memory.has_room(taken.norms, taken.down):
             self._sum_held()
-        if not self._memory.has_room(*parts.values()):
+        if not self._memory.has_room(taken.norms, taken.down):
             self._sum([taken])
             return
-        self._held.append(_Taken(taken.watched, **{name: self._memory.keep(part) for name, part in parts.items()}))
+        self._held.append(_Taken(taken.watched, self._memory.keep(taken.norms), self._memory.keep(taken.down)))
 
     def _norms(self, values: Tensor) -> Tensor:
         return self._norms_of(self._counted(values))
@@ -399,7 +405,7 @@ class _Recorder:
         """Add up what was taken, the layers of one shape at once."""
 
         def shape(taken: _Taken) -> tuple[Any, ...]:
-            return taken.down.shape, *(part.dtype for part in vars(taken).values() if isinstance(part, Tensor))
+            return taken.norms.shape, taken.norms.dtype, taken.down.shape, taken.down.dtype
 
         for _, alike in groupby(sorted(self._held, key=lambda taken: repr(shape(taken))), key=shape):
             self._sum(list(alike))
@@ -415,14 +421,11 @@ class _Recorder:
         factors = torch.stack([t.watched.factors for t in taken])
         projected, update = kernels.inner_norms(down, factors.to(exact))
         narrow = torch.stack((kernels.row_norms(down), projected, update))
-        wide = [torch.stack([getattr(t, part) for t in taken]) for part in ("input", "base", "output")]
-        changes = [t.change for t in taken if t.change is not None]
-        wide += [torch.stack(changes)] if changes else []
-        if self._device.type == "cpu" and not bool(kernels.safe(narrow).all()):
+        if self._device.type == "cpu" and not kernels.safe(narrow):
             down = down.double()
             narrow = torch.stack((kernels.row_norms(down), *kernels.inner_norms(down, factors)))
         down_norms, projected, update = narrow.unbind()
-        x, base, output, *change = wide
+        x, base, output, *change = torch.stack([t.norms for t in taken], dim=1).unbind()
         parts = {"input": x, "down": down_norms, "base": base, "output": output, "projected": projected}
         parts["update"] = change[0] if change else update
         counts = self._batch.counts
@@ -442,8 +445,8 @@ def _loses_digits(down: Tensor, input_norms: Tensor, in_features: int) -> bool:
     if down.dtype != torch.float32:
         return False
     # Rounding errors are a random walk of `in` steps, so they grow beside what cancellation leaves.
-    error = 2.0**-22 * input_norms.norm().double() / math.sqrt(in_features)
-    return bool(error > CANCELLATION * kernels.row_norms(down).sum(dtype=torch.float64))
+    error = 2.0**-22 * input_norms.norm().item() / math.sqrt(in_features)
+    return bool(error > CANCELLATION * kernels.row_norms(down).sum().item())
 
 
 def _parts(layer: AdaptedLayer, base: Tensor, up: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
