@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,16 @@ class CheckpointFile(pytest.File):
         node.run = run
         return node
 
-    def collect(self) -> Iterator["GateItem"]:
+    def collect(self) -> list["GateItem"]:
         """One item a gated layer, one for the averages where every layer is gated, one for the scope if asked."""
+        return self.items
+
+    @cached_property
+    def items(self) -> list["GateItem"]:
+        """All that are to be gated, whatever is left of them when collection is over."""
+        return list(self._items())
+
+    def _items(self) -> Iterator["GateItem"]:
         kind = WeightsItem if self.run.weights_only else LayerItem
         for name in self.run.gated:
             yield kind.from_parent(self, name=name)

@@ -52,6 +52,7 @@ class Gate:
                 )
         self._config = config
         self._deselected: set[pytest.Item] = set()
+        self._nodes: list[CheckpointFile] = []
         self._expected: list[str] = []
         self._judged: set[str] = set()
         self._problems: list[str] = []
@@ -103,6 +104,7 @@ class Gate:
         if isinstance(collector, pytest.Session) and report.passed and not any(map(collector.isinitpath, self._files)):
             nodes = [CheckpointFile.of(collector, run) for run in self.runs]
             report.result = [*(report.result or ()), *nodes]
+            self._nodes = nodes
         return report
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -114,6 +116,9 @@ class Gate:
         A test that is gone without having been deselected comes back, to fail: left out unsaid, it would look green.
         """
         collected = [item for item in items if isinstance(item, GateItem)]
+        if not config.getoption("lf", False):  # which leaves out what passed while it collects
+            here = set(collected)
+            collected += [item for node in self._nodes for item in node.items if item not in here]
         yield
         dropped = select(items, self.runs)
         if dropped:

@@ -391,9 +391,20 @@ SABOTAGE = {
         "import pytest\n@pytest.hookimpl(trylast=True)\n"
         "def pytest_collection_modifyitems(items): items[:] = [i for i in items if i.name != 'model']\n"
     ),
+    "items never collected": (
+        "import pytest\n@pytest.hookimpl(wrapper=True)\ndef pytest_make_collect_report(collector):\n"
+        "    report = yield\n    report.result = report.result[:5]\n    return report\n"
+    ),
     "loop taken over": "def pytest_runtestloop(session): return True\n",
 }
-ON_WORKERS = "skip marks", "protocol taken over", "exit 0", "items removed unsaid", "items removed last"
+ON_WORKERS = (
+    "skip marks",
+    "protocol taken over",
+    "exit 0",
+    "items removed unsaid",
+    "items removed last",
+    "items never collected",
+)
 
 
 @pytest.mark.parametrize(
