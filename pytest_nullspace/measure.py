@@ -22,6 +22,7 @@ from pytest_nullspace.distributed import ALONE, Ranks
 from pytest_nullspace.errors import MeasurementError
 from pytest_nullspace.forward import forwards
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
+from pytest_nullspace.model.stored import zeroed
 from pytest_nullspace.stats import LayerStats
 from pytest_nullspace.uncertainty import margins
 
@@ -395,11 +396,11 @@ class _Recorder:
         if self._batch.rows is None:
             return values
         if len(values) == self._batch.tokens.numel():
-            return values.index_select(0, self._batch.rows)
+            return values.index_select(0, self._batch.rows.to(values.device))
         # An expert sees only the rows that were routed to it: of them the same share is counted, spread alike.
         rows = self._batch.rows * len(values) // self._batch.tokens.numel()
         share: Tensor = rows.unique()  # type: ignore[no-untyped-call]
-        return values.index_select(0, share)
+        return values.index_select(0, share.to(values.device))
 
     def _sum_held(self) -> None:
         """Add up what was taken, the layers of one shape at once."""
@@ -417,7 +418,7 @@ class _Recorder:
 
     def _sum(self, taken: list[_Taken]) -> None:
         exact = torch.promote_types(taken[0].down.dtype, torch.float32)
-        down = torch.stack([t.down for t in taken]).to(exact)
+        down = torch.stack([t.down for t in taken]).to(self._device, exact)
         factors = torch.stack([t.watched.factors for t in taken])
         projected, update = kernels.inner_norms(down, factors.to(exact))
         narrow = torch.stack((kernels.row_norms(down), projected, update))
@@ -425,7 +426,7 @@ class _Recorder:
             down = down.double()
             narrow = torch.stack((kernels.row_norms(down), *kernels.inner_norms(down, factors)))
         down_norms, projected, update = narrow.unbind()
-        x, base, output, *change = torch.stack([t.norms for t in taken], dim=1).unbind()
+        x, base, output, *change = torch.stack([t.norms for t in taken], dim=1).to(self._device).unbind()
         parts = {"input": x, "down": down_norms, "base": base, "output": output, "projected": projected}
         parts["update"] = change[0] if change else update
         counts = self._batch.counts
@@ -476,14 +477,12 @@ def _keep(
 @contextmanager
 def _bias_apart(base: nn.Module) -> Iterator[None]:
     """Within this context ``base`` adds its bias in a last hook of its own, so that earlier hooks see ``W x`` alone."""
-    bias = getattr(base, "bias", None)
-    if not isinstance(bias, nn.Parameter):
+    if not isinstance(getattr(base, "bias", None), nn.Parameter):
         yield
         return
-    handle = base.register_forward_hook(lambda _, __, output: output + bias)
-    base.bias = nn.Parameter(torch.zeros_like(bias), requires_grad=False)
-    try:
-        yield
-    finally:
-        base.bias = bias
-        handle.remove()
+    with zeroed(base, "bias") as bias:
+        handle = base.register_forward_hook(lambda _, __, output: output + bias.to(output.device))
+        try:
+            yield
+        finally:
+            handle.remove()

@@ -7,7 +7,7 @@ pytest was started, paths in an ini file to that file.
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -44,6 +44,8 @@ class Settings:
         seed: Of the choice of windows and rows.
         batch_size: Windows a forward; None for as many as suit the device.
         device: ``auto`` or a torch device.
+        device_map: The bytes that the model may take of each device, over which it is spread; empty for what there is,
+            None where it is not spread.
         dtype: ``auto`` or a torch dtype.
         layers: A glob that the names of the gated layers match.
         stage: ``trained`` or ``init``.
@@ -88,6 +90,7 @@ class Settings:
     strict_scope: bool = False
     drift: bool = False
     spectrum: bool = False
+    device_map: Mapping[int | str, int] | None = None
     init: Path | None = None
     variant: str = "auto"
     compare: Path | None = None
@@ -217,6 +220,23 @@ def _device(given: _Given) -> str:
     return given.text
 
 
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def _device_map(given: _Given) -> dict[int | str, int]:
+    """The bytes allowed by each device; empty for ``auto``."""
+    if given.text == "auto":
+        return {}
+    allowed: dict[int | str, int] = {}
+    for part in given.text.split(","):
+        match = re.fullmatch(r"\s*(cpu|\d{1,3})\s*=\s*(\d{1,9})\s*([KMG]i?B)\s*", part)
+        if match is None:
+            raise OptionError(f"takes auto, or sizes such as 0=20GiB,cpu=60GiB, not {quoted(given.text)}")
+        device, size, unit = match.groups()
+        allowed[device if device == "cpu" else int(device)] = int(size) * _UNITS[unit]
+    return allowed
+
+
 def _truth(given: _Given) -> bool:
     if given.text.lower() not in ("true", "false"):
         raise OptionError(f"takes true or false, not {quoted(given.text)}")
@@ -327,6 +347,13 @@ _OPTIONS = (
         _batch_size,
     ),
     _Option("device", "DEVICE", "auto, cpu, cuda, cuda:N, xpu or xpu:N.", _device, default="auto"),
+    _Option(
+        "device-map",
+        "MAP",
+        "Spread a model that is larger than one device: auto over all cards, the CPU's memory and the disk, or what it "
+        "may take of each, such as 0=20GiB,cpu=60GiB.",
+        _device_map,
+    ),
     _Option(
         "dtype",
         "DTYPE",
@@ -477,6 +504,7 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         seed=values["seed"],
         batch_size=values["batch-size"],
         device=values["device"],
+        device_map=values["device-map"],
         dtype=values["dtype"],
         layers=values["layers"],
         stage=values["stage"],
@@ -526,6 +554,13 @@ def _check_together(settings: Settings) -> None:
             f"{PREFIX}init: {settings.init} compares weights, and a saved run holds none; give the model as well, or a "
             "saved run of the initial checkpoint"
         )
+    if settings.device_map is not None and settings.ranks.size > 1:
+        raise OptionError(
+            f"{PREFIX}device-map: {settings.ranks.size} processes would each spread the model over the same devices; "
+            "run it without torchrun"
+        )
+    if settings.device_map is not None and settings.device != "auto":
+        raise OptionError(f"{PREFIX}device-map: chooses the devices itself; leave {PREFIX}device out")
     _check_weights_only(settings)
     _check_compare(settings)
     saved = _files(settings, "save-stats", settings.save_stats)

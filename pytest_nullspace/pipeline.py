@@ -80,18 +80,20 @@ def measure_checkpoint(
     import torch  # only now, for what is wrong with the text need not wait for it
 
     from pytest_nullspace.measure import measure
-    from pytest_nullspace.model import import_libraries, load_model
+    from pytest_nullspace.model import import_libraries
+    from pytest_nullspace.model.spread import places
 
     import_libraries(checkpoint)
     spent.on("imports")
-    device = _device(settings.device, settings.ranks)
+    device = _device(settings)
     dtype = _dtype(settings.dtype, checkpoint, device)
     running = f"{str(dtype).removeprefix('torch.')} on {device}"
     with _memory_told(
         f"{checkpoint.directory}: too little memory to load the model in {running}; lower it by "
         f"{PREFIX}dtype=bfloat16, or take a machine with more"
     ):
-        adapted = load_model(checkpoint, device, dtype, base, bases)
+        adapted = _loaded(checkpoint, settings, device, dtype, base, bases)
+        device = adapted.device
     spent.on("model")
     seqlen = _seqlen(settings.seqlen, adapted.model)
     count = settings.calib_most if settings.calib_size is None else settings.calib_size
@@ -184,7 +186,7 @@ def measure_checkpoint(
                 "stage": settings.stage,
                 "allow_unreached": list(settings.allow_unreached),
             },
-            "device": str(device),
+            "device": places(adapted),
             "dtype": str(dtype).removeprefix("torch."),
             "libraries": {
                 "python": platform.python_version(),
@@ -258,16 +260,14 @@ def _base(
     Raises:
         OptionError: It cannot be had, or the model is none whose predictions can be compared.
     """
-    from pytest_nullspace.model import load_model, load_plain
-
     if adapted.is_encoder_decoder or not hasattr(adapted.model, "lm_head"):
         raise OptionError(f"{PREFIX}drift: {checkpoint.directory} is no causal language model; leave the option out")
     if initial is not None:
         of_start = None if initial.carries_base else base_of(initial, settings.base)
-        start = load_model(initial, device, dtype, of_start).model
+        start = _loaded(initial, settings, device, dtype, of_start).model
         return lambda: nullcontext(start), f"the start {initial.directory}"
     if checkpoint.carries_base and base is not None:
-        plain = load_plain(base, device, dtype)
+        plain = _loaded_plain(base, settings, device, dtype)
         return lambda: nullcontext(plain), f"the base {base}"
     if adapted.switched_off is not None:
         return adapted.switched_off, "the model with its adapter switched off"
@@ -394,9 +394,45 @@ def _tokenizer_directory(checkpoint: Checkpoint, base: Path | None) -> Path:
     return next(held, base or checkpoint.directory)
 
 
-def _device(name: str, ranks: Ranks) -> Any:
+def _loaded(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    device: Any,
+    dtype: Any,
+    base: Path | None,
+    bases: MutableMapping[Hashable, Any] | None = None,
+) -> "AdaptedModel":
+    """The checkpoint's model on ``device``, or spread over several."""
     import torch
 
+    from pytest_nullspace.model import load_model
+    from pytest_nullspace.model.spread import spread
+
+    if settings.device_map is None:
+        return load_model(checkpoint, device, dtype, base, bases)
+    return spread(load_model(checkpoint, torch.device("cpu"), dtype, base), settings.device_map)
+
+
+def _loaded_plain(base: Path, settings: Settings, device: Any, dtype: Any) -> Any:
+    import torch
+
+    from pytest_nullspace.model import load_plain
+    from pytest_nullspace.model.spread import spread_plain
+
+    if settings.device_map is None:
+        return load_plain(base, device, dtype)
+    return spread_plain(load_plain(base, torch.device("cpu"), dtype), settings.device_map)
+
+
+def _device(settings: Settings) -> Any:
+    import torch
+
+    name, ranks = settings.device, settings.ranks
+    for card in settings.device_map or ():
+        if card != "cpu" and card not in range(torch.accelerator.device_count()):
+            raise OptionError(f"{PREFIX}device-map: torch sees no card {card} on this machine; leave it out")
+    if settings.device_map and set(settings.device_map) == {"cpu"}:
+        name = "cpu"
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         name = accelerator.type if accelerator is not None and accelerator.type in ("cuda", "xpu") else "cpu"

@@ -119,7 +119,7 @@ def _groups(inputs: Sequence[_Input], held_bytes: int) -> Iterator[list[_Input]]
 
 def _adding(of: _Input) -> Callable[[nn.Module, Any], None]:
     def hook(_: nn.Module, args: Any) -> None:
-        rows = args[0].reshape(-1, of.width).double()
+        rows = args[0].reshape(-1, of.width).to(of.covariance.device, torch.float64)
         norms = rows.norm(dim=-1, keepdim=True)
         rows = rows[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
         of.covariance.addmm_(rows.mT, rows)

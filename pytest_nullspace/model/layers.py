@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_nullspace.kernels import row_norms
+from pytest_nullspace.model.stored import stored
 
 
 @dataclass(frozen=True)
@@ -44,32 +45,33 @@ class AdaptedLayer:
     @property
     def out_features(self) -> int:
         """Width of the layer's output."""
-        return self.up_matrix.shape[0]
+        return self._shape(self.up)[0]
 
     @property
     def rank(self) -> int:
         """Width between the two projections."""
-        return self.up_matrix.shape[1]
+        return self._shape(self.up)[1]
 
     @property
     def in_features(self) -> int:
         """Width of the layer's input."""
-        weight = self.down.weight
-        assert isinstance(weight, Tensor)
-        return weight.shape[1]
+        return self._shape(self.down)[1]
 
     @property
     def up_matrix(self) -> Tensor:
         """A as the model holds it, shape ``(out, r)``."""
-        weight = self.up.weight
-        assert isinstance(weight, Tensor)
-        return weight.detach()
+        return stored(self.up, "weight")
 
     def weight_norms(self) -> tuple[float, float, float | None]:
         """The Frobenius norms of B, A and, where it can be had, W_res as stored, summed in float64."""
-        down, base = self.down.weight, self.base_matrix()
-        assert isinstance(down, Tensor)
+        down, base = stored(self.down, "weight"), self.base_matrix()
         return _frobenius(down), _frobenius(self.up_matrix), None if base is None else _frobenius(base)
+
+    @staticmethod
+    def _shape(linear: nn.Module) -> torch.Size:
+        weight = linear.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape
 
 
 def _frobenius(matrix: Tensor) -> float:

@@ -18,6 +18,7 @@ from pytest_nullspace.checkpoint.lora_null import BIAS, PROTECT_DOWN
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
+from pytest_nullspace.model.stored import stored
 from pytest_nullspace.model.weights import fill
 
 _NOT_ARCHITECTURE = LEADS_TO_CODE | {
@@ -61,11 +62,11 @@ class AdaptedLinear(nn.Module):
 
     def down_matrix(self) -> Tensor:
         """The matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64 on the CPU."""
-        down = self.BLinear.weight.detach().to("cpu", torch.float64)
+        down = stored(self.BLinear, "weight").to("cpu", torch.float64)
         if self.PALinear is None or self.PBLinear is None:
             return down
-        protect_up = self.PALinear.weight.detach().to("cpu", torch.float64)
-        protect_down = self.PBLinear.weight.detach().to("cpu", torch.float64)
+        protect_up = stored(self.PALinear, "weight").to("cpu", torch.float64)
+        protect_down = stored(self.PBLinear, "weight").to("cpu", torch.float64)
         return down - (down @ protect_up) @ protect_down
 
 
@@ -207,6 +208,6 @@ def _view(adapted: AdaptedLinear, name: str) -> AdaptedLayer:
         base=adapted.residual,
         scale=1.0,
         down_matrix=adapted.down_matrix,
-        base_matrix=lambda: adapted.residual.weight,
+        base_matrix=lambda: stored(adapted.residual, "weight"),
         has_bias=adapted.bias is not None,
     )

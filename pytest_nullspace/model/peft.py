@@ -29,6 +29,7 @@ from pytest_nullspace.checkpoint.peft import FIELDS, PREFIX
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
+from pytest_nullspace.model.stored import stored
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -330,7 +331,7 @@ def _view(name: str, layer: Any) -> AdaptedLayer:
         up=layer.lora_B[adapter],
         base=base,
         scale=float(layer.scaling[adapter]),
-        down_matrix=lambda: down.weight.detach().to("cpu", torch.float64),
+        down_matrix=lambda: stored(down, "weight").to("cpu", torch.float64),
         base_matrix=lambda: _weight(base, {layer.in_features, layer.out_features}),
         has_bias=getattr(base, "bias", None) is not None,
         has_magnitude=bool(layer.use_dora.get(adapter)),
@@ -379,6 +380,8 @@ def _weight(base: nn.Module, widths: set[int]) -> Tensor | None:
 def _dequantised(base: Any) -> object:
     # PEFT has a function for it, but on a CPU that leaves an 8-bit layer unable to run again.
     weight: Any = getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_meta:
+        return stored(base, "weight")
     match type(weight).__name__:
         case "Params4bit":
             from bitsandbytes.functional import dequantize_4bit

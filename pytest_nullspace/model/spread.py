@@ -1,0 +1,106 @@
+"""A model larger than one device, spread by accelerate over several, over the CPU's memory and the disk.
+
+What is kept off the device where it runs is brought there for each forward of its module, and in between is on the meta
+device: whoever wants numbers outside a forward asks for them by `stored`.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.model.layers import AdaptedModel
+
+Memory = Mapping[int | str, int]
+"""The bytes that a model may take of each card, by its number, and of ``cpu``; what has no room lies on disk."""
+
+
+def spread(adapted: AdaptedModel, memory: Memory) -> AdaptedModel:
+    """Move a model that was loaded on the CPU to where it has room.
+
+    Args:
+        adapted: The model; its base is not kept for another adapter.
+        memory: What it may take; what is left by others if empty.
+
+    Raises:
+        CheckpointError: It has a layer that cannot run so, or the disk has no room.
+    """
+    for layer in adapted.layers.values():
+        if layer.has_magnitude:
+            raise CheckpointError(
+                f"{layer.name}: is a DoRA layer, which needs its whole weight beside it and cannot be spread; leave "
+                "--nullspace-device-map out"
+            )
+        if layer.base_matrix() is None or type(layer.base.weight) not in (nn.Parameter, Tensor):
+            raise CheckpointError(
+                f"{layer.name}: has a quantised weight, which cannot be spread; leave --nullspace-device-map out"
+            )
+    folder, device = _dispatch(adapted.model, memory)
+    # What was there before would bring the whole base back into memory.
+    return replace(adapted, device=device, take_off=folder.cleanup)
+
+
+def spread_plain(model: nn.Module, memory: Memory) -> nn.Module:
+    """The same of a model without adapter, whose files on disk go with it."""
+    model._offloaded, _ = _dispatch(model, memory)  # type: ignore[assignment]
+    return model
+
+
+def places(adapted: AdaptedModel) -> str:
+    """Where the model lies, in words, the device that takes its input first."""
+    over = getattr(adapted.model, "hf_device_map", None)
+    return " and ".join(dict.fromkeys((str(adapted.device), *map(_device, over.values() if over else ()))))
+
+
+def _device(place: Any) -> str:
+    if not isinstance(place, int):
+        return str(place)
+    accelerator = torch.accelerator.current_accelerator()
+    return f"{'cuda' if accelerator is None else accelerator.type}:{place}"
+
+
+def _dispatch(model: nn.Module, memory: Memory) -> tuple[TemporaryDirectory[str], torch.device]:
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_max_memory
+
+    whole = getattr(model, "_no_split_modules", None)
+    tie_weights = getattr(model, "tie_weights", None)
+    if tie_weights is not None:
+        tie_weights()
+    folder = TemporaryDirectory(prefix="nullspace-offload-")
+    with _unheard("accelerate.big_modeling", "accelerate.utils.modeling"):
+        try:
+            device_map = infer_auto_device_map(
+                model, max_memory=dict(memory) or get_max_memory(), no_split_module_classes=sorted(whole or ())
+            )
+            if "" in device_map and device_map[""] == "disk":  # accelerate finds no weights under an empty name
+                device_map = dict.fromkeys((name for name, _ in model.named_children()), "disk")
+            dispatch_model(model, device_map, offload_dir=folder.name)
+        except OSError as error:
+            folder.cleanup()
+            raise CheckpointError(
+                f"{folder.name}: what of the model has no room in memory cannot be kept there: {error}; let TMPDIR "
+                "name a folder on a larger disk, or allow more memory by --nullspace-device-map"
+            ) from None
+    runs = [place for place in device_map.values() if place not in ("cpu", "disk")]
+    return folder, torch.device(_device(runs[0]) if runs else "cpu")
+
+
+@contextmanager
+def _unheard(*names: str) -> Iterator[None]:
+    """Without the warnings of these loggers: that parts of the model are elsewhere is what was asked for."""
+    loggers = [logging.getLogger(name) for name in names]
+    were = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        for logger, was in zip(loggers, were, strict=True):
+            logger.disabled = was
