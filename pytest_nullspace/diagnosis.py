@@ -20,6 +20,8 @@ PRINCIPAL = 2.0
 """Leakage over chance that no random subspace reaches in the median of its layers."""
 OVERTRAINED = 0.3
 """Mean contribution on preserved text beyond which what it knew is talked over."""
+FORGETTING = 0.125
+"""Mean forgetting beyond which the same is so where a task text says what the update is for: the fail bound."""
 UNDERTRAINED = 1e-4
 """Effectiveness that a trained layer exceeds: the pass bound."""
 ORTHONORMAL = 1e-3
@@ -318,7 +320,15 @@ def _drowns_its_input(case: _Case) -> bool:
     ):
         return False
     unmoved = case.audit is not None or all(map(_is_orthonormal, case.sound))
-    return unmoved and fmean(layer.contribution for layer in case.sound) > OVERTRAINED
+    return unmoved and _talks_over(case, case.sound)
+
+
+def _talks_over(case: _Case, layers: Sequence[LayerStats]) -> bool:
+    """Whether the update takes over on text that is to be preserved; what is lost, a judged drift tells better."""
+    both = case.run.drift is None and all(layer.task is not None for layer in layers)
+    return fmean(layer.contribution for layer in layers) > OVERTRAINED or (
+        both and fmean(layer.forgetting for layer in layers) > FORGETTING
+    )
 
 
 def _is_orthonormal(layer: LayerStats) -> bool:
@@ -430,9 +440,7 @@ def _strength(case: _Case) -> Iterator[Diagnosis]:
             "some layers at zero among others that learned would be dead layers",
             _names(live),
         )
-    elif (
-        "leakage" not in case.left_out and fmean(shares) > OVERTRAINED and (not _loud(case) or _drowns_its_input(case))
-    ):
+    elif "leakage" not in case.left_out and _talks_over(case, live) and (not _loud(case) or _drowns_its_input(case)):
         yield Diagnosis(
             "overtrained",
             f"on text that is to be preserved the update makes {fmean(shares):.0%} of the output in the mean, although "

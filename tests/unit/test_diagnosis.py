@@ -9,9 +9,9 @@ import pytest
 
 from pytest_nullspace.audit import Audit, LayerAudit, Moved
 from pytest_nullspace.baseline import compare
-from pytest_nullspace.diagnosis import Diagnosis, diagnose
+from pytest_nullspace.diagnosis import FORGETTING, OVERTRAINED, Diagnosis, diagnose
 from pytest_nullspace.invariants import Stage
-from pytest_nullspace.stats import RunStats
+from pytest_nullspace.stats import Drift, RunStats, TextDrift
 from tests import saved
 
 NAMES = saved.NAMES
@@ -39,6 +39,19 @@ def audited(
 
 TRAINED_B: Mapping[str, Any] = {"down": 0.4, "angle": 31.2}
 LEAKING: Mapping[str, Any] = {"mean_leakage": 4 / 64}
+
+
+def test_what_a_task_text_shows_to_be_too_much_is_overtrained() -> None:
+    """Forgetting beyond its fail bound has that name beside a task text, but not without, nor where drift is judged."""
+    loud, task = run(update_norm=1.5), saved.run().layers[0]
+    layers = tuple(dataclasses.replace(layer, task=task) for layer in loud.layers)
+    both = dataclasses.replace(loud, layers=layers)
+    moved = Drift("its base", TextDrift(10, 1.0, 1.1, 0.1, 0.0, 0.0), None)
+    assert loud.layers[0].forgetting > FORGETTING
+    assert loud.layers[0].contribution < OVERTRAINED
+    assert [cause.cause for cause in diagnose(both, None)] == ["overtrained"]
+    assert diagnose(loud, None) == []
+    assert diagnose(dataclasses.replace(both, drift=moved), None) == []
 
 
 @pytest.mark.parametrize("against", [None, audited(variant="lora", **TRAINED_B)], ids=["alone", "held"])
