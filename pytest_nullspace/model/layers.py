@@ -93,7 +93,7 @@ class AdaptedModel:
     model: nn.Module
     layers: Mapping[str, AdaptedLayer]
     device: torch.device
-    take_off: Callable[[], None] = lambda: None
+    take_off: Callable[[], object] = lambda: None
     switched_off: Callable[[], AbstractContextManager[nn.Module]] | None = None
 
     @property

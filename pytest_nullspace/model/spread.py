@@ -5,10 +5,12 @@ device: whoever wants numbers outside a forward asks for them by `stored`.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+import shutil
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -41,14 +43,14 @@ def spread(adapted: AdaptedModel, memory: Memory) -> AdaptedModel:
             raise CheckpointError(
                 f"{layer.name}: has a quantised weight, which cannot be spread; leave --nullspace-device-map out"
             )
-    folder, device = _dispatch(adapted.model, memory)
-    # What was there before would bring the whole base back into memory.
-    return replace(adapted, device=device, take_off=folder.cleanup)
+    take_off, device = _dispatch(adapted.model, memory)
+    # What took it off before would bring the whole base back into memory.
+    return replace(adapted, device=device, take_off=take_off)
 
 
 def spread_plain(model: nn.Module, memory: Memory) -> nn.Module:
-    """The same of a model without adapter, whose files on disk go with it."""
-    model._offloaded, _ = _dispatch(model, memory)  # type: ignore[assignment]
+    """The same of a model without adapter."""
+    _dispatch(model, memory)
     return model
 
 
@@ -65,7 +67,8 @@ def _device(place: Any) -> str:
     return f"{'cuda' if accelerator is None else accelerator.type}:{place}"
 
 
-def _dispatch(model: nn.Module, memory: Memory) -> tuple[TemporaryDirectory[str], torch.device]:
+def _dispatch(model: nn.Module, memory: Memory) -> tuple[Callable[[], object], torch.device]:
+    """Spread ``model``; gives what removes its files, which go with it at the latest, and where it takes its input."""
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_max_memory
 
@@ -73,7 +76,8 @@ def _dispatch(model: nn.Module, memory: Memory) -> tuple[TemporaryDirectory[str]
     tie_weights = getattr(model, "tie_weights", None)
     if tie_weights is not None:
         tie_weights()
-    folder = TemporaryDirectory(prefix="nullspace-offload-")
+    folder = mkdtemp(prefix="nullspace-offload-")
+    remove = weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     with _unheard("accelerate.big_modeling", "accelerate.utils.modeling"):
         try:
             device_map = infer_auto_device_map(
@@ -81,15 +85,15 @@ def _dispatch(model: nn.Module, memory: Memory) -> tuple[TemporaryDirectory[str]
             )
             if "" in device_map and device_map[""] == "disk":  # accelerate finds no weights under an empty name
                 device_map = dict.fromkeys((name for name, _ in model.named_children()), "disk")
-            dispatch_model(model, device_map, offload_dir=folder.name)
+            dispatch_model(model, device_map, offload_dir=folder)
         except OSError as error:
-            folder.cleanup()
+            remove()
             raise CheckpointError(
-                f"{folder.name}: what of the model has no room in memory cannot be kept there: {error}; let TMPDIR "
+                f"{folder}: what of the model has no room in memory cannot be kept there: {error}; let TMPDIR "
                 "name a folder on a larger disk, or allow more memory by --nullspace-device-map"
             ) from None
     runs = [place for place in device_map.values() if place not in ("cpu", "disk")]
-    return folder, torch.device(_device(runs[0]) if runs else "cpu")
+    return remove, torch.device(_device(runs[0]) if runs else "cpu")
 
 
 @contextmanager

@@ -66,16 +66,19 @@ def numbers(value: Any, where: str = "") -> Iterator[tuple[str, float]]:
         yield where, value
 
 
+EVERYTHING = ("--nullspace-spectrum", "--nullspace-drift", "--nullspace-task-dataset=text.txt")
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "options"),
     [
-        (),
-        ("--nullspace-spectrum", "--nullspace-drift", "--nullspace-task-dataset=text.txt"),
-        ("--nullspace-max-activation-samples=20",),
+        ("shipped", EVERYTHING),
+        ("LoRA-Null", (*EVERYTHING, "--nullspace-max-activation-samples=20")),
+        ("biases", EVERYTHING),
+        ("Conv1D", (*EVERYTHING, "--nullspace-max-activation-samples=20")),
     ],
-    ids=["plain", "everything", "capped"],
+    ids=["shipped", "LoRA-Null", "biases", "Conv1D"],
 )
-@pytest.mark.parametrize("kind", ["shipped", "LoRA-Null", "biases", "Conv1D"])
 def test_a_model_on_disk_gives_the_same_figures(
     kind: str, options: tuple[str, ...], folder: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +121,19 @@ def test_what_is_not_finite_on_disk_fails(folder: Path, gate: Gate) -> None:
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert result.parseoutcomes()["failed"] >= 1
     result.stdout.fnmatch_lines(["*non-finite*"])
+
+
+def test_an_error_after_the_pass_leaves_nothing_on_disk(
+    folder: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the run ends in an error, and warnings are errors, the files of the spread model are removed as well."""
+    adapter(folder, tiny.qwen2(), r=4, target_modules=["q_proj"], bias="all")
+    (folder / "offload").mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder / "offload"))
+    result = gate(*LOOSE, NOTHING, "--nullspace-drift", "-W", "error", model="adapter")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(["*does not hold its base model*"])
+    assert not list((folder / "offload").glob("nullspace-offload-*"))
 
 
 def test_a_layer_that_cannot_be_spread_is_refused(folder: Path, gate: Gate) -> None:
