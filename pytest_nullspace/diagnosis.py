@@ -213,7 +213,8 @@ def _nothing_learned(case: _Case) -> Iterator[Diagnosis]:
         "A is what it was at the start in every layer, so the adapter changes nothing",
         "see that requires_grad is set for ALinear (lora_B in PEFT), and that the optimiser is given those parameters",
         "an inverted freeze looks the same: with A at zero the gradient of B is zero too; both frozen, or A alone, is "
-        "told by the list of trained parameters",
+        "told by the list of trained parameters"
+        + ("; and float16 may have rounded A to zero: the start tells, or float32" if _in_half(case) else ""),
         dead,
     )
 
@@ -404,13 +405,19 @@ def _data_shift(case: _Case) -> Iterator[Diagnosis]:
 
 
 def _underflown(case: _Case) -> list[LayerStats]:
-    """The layers whose update is zero in the precision of the run, although A is not."""
-    least = HALF if case.run.about.get("dtype") == "float16" else 0.0
+    """The layers whose update is zero in the precision of the run, although A is not in the file."""
+    least = HALF if _in_half(case) else 0.0
+    moved = _names(case.audited(lambda layer: layer.up > 0))
     return [
         layer
         for layer in case.sound
-        if layer.up_weight_norm > 0 and layer.update_norm <= least * math.sqrt(layer.out_features)
+        if (layer.up_weight_norm > 0 or layer.name in moved)
+        and layer.update_norm <= least * math.sqrt(layer.out_features)
     ]
+
+
+def _in_half(case: _Case) -> bool:
+    return case.run.about.get("dtype") == "float16"
 
 
 def _underflow(case: _Case) -> Iterator[Diagnosis]:

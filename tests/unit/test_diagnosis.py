@@ -161,6 +161,13 @@ def test_no_cause_follows_from_a_figure_that_is_not_judged(against: Audit | None
             9,
         ),
         (in_half(run(update_norm=1e-8)), None, "underflow", "A is not zero, but ABx is to float16 in 9 of 9 layers", 9),
+        (
+            in_half(run(update_norm=0.0, up_weight_norm=0.0)),
+            audited(),
+            "underflow",
+            "A is not zero, but ABx is to float16 in 9 of 9 layers",
+            9,
+        ),
         (run(NAMES[:2], **LEAKING), audited(variant="lora", **TRAINED_B), "plain-lora", "as it was said; leakage *", 2),
         (run(NAMES[:1], down_norm=math.nan), None, "non-finite", "NaN or infinity in 1 of 9 layers, 0 of them in*", 1),
         (run(NAMES[:2], up_weight_norm=math.inf), None, "non-finite", "NaN or infinity in 2 of 9 layers, 2 of*", 2),
@@ -196,6 +203,15 @@ def test_a_mistake_has_one_name(found: RunStats, against: Audit | None, cause: s
 def test_a_good_adapter_has_no_cause(found: RunStats, against: Audit | None) -> None:
     """v2, v1 and LoRA adapters that do what they may, and single weak or leaking layers, are not diagnosed."""
     assert diagnose(found, against) == []
+
+
+def test_an_a_that_half_precision_may_have_rounded_to_zero_is_not_blamed_alone() -> None:
+    """Without the start an A of zeros is nothing-trained, which in float16 tells how it might be an underflow."""
+    (told,) = diagnose(in_half(run(update_norm=0.0, up_weight_norm=0.0)))
+    assert told.cause == "nothing-trained"
+    assert told.apart.endswith("float16 may have rounded A to zero: the start tells, or float32")
+    (in_full,) = diagnose(run(update_norm=0.0, up_weight_norm=0.0))
+    assert "float16" not in in_full.apart
 
 
 def test_data_that_shifted_are_told_from_a_trained_b() -> None:
