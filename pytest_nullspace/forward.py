@@ -56,11 +56,11 @@ def _last_block(
     """The block after which no measured layer can run, found by watching a short forward; None where there is none.
 
     A block is an element of an outermost `torch.nn.ModuleList`. The forward may end after one only if each measured
-    layer lies in a block and each such block runs exactly once.
+    layer lies in a block and each such block runs exactly once. Where every block holds one, nothing is to be gained.
     """
     blocks = _blocks(entry)
     holding = {id(block): block for layer in layers if (block := blocks.get(id(layer.layer))) is not None}
-    if not all(id(layer.layer) in blocks for layer in layers):
+    if not all(id(layer.layer) in blocks for layer in layers) or holding.keys() == set(map(id, blocks.values())):
         return None
     ran: list[nn.Module] = []
     with ExitStack() as hooks:

@@ -135,6 +135,26 @@ def test_half_precision_rows_are_measured_within_their_precision(
     torch.testing.assert_close(kernels.row_norms(x).double(), x.double().norm(dim=-1), rtol=EXACT, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rows_that_are_converted_in_parts_lose_none(dtype: torch.dtype) -> None:
+    """Each of several parts, the last one shorter, gives the norms of its own rows, whatever the leading shape."""
+    width = 1 << 14
+    x = torch.randn(3, 2 * kernels.CONVERTED // width // 3 + 2, width, generator=seeded(0)).to(dtype)
+    assert x.shape[0] * x.shape[1] * width % kernels.CONVERTED
+    torch.testing.assert_close(kernels.row_norms(x).double(), x.double().norm(dim=-1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("width", [1024, 1536, 1031, 11008, 14336, 28672])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_rows_are_summed_without_drift(width: int, dtype: torch.dtype) -> None:
+    """Rounding does not add up over wide rows, not even where all their numbers are alike or one outweighs the rest."""
+    x = torch.randn(4, width, generator=seeded(0))
+    x[1], x[2] = 1.1, x[2].relu() ** 3
+    x[3, 7] = 1e3
+    x = x.to(dtype)
+    torch.testing.assert_close(kernels.row_norms(x).double(), x.double().norm(dim=-1), rtol=1e-6, atol=0)
+
+
 @given(layers(), st.data())
 def test_any_split_of_the_rows_in_any_order_gives_the_same_answer(
     layer: tuple[Tensor, Tensor, Tensor, Tensor], data: st.DataObject

@@ -364,7 +364,7 @@ def test_the_head_never_runs(llama: AdaptedModel, monkeypatch: pytest.MonkeyPatc
     measure(llama, UNEQUAL)
     calls.remove()
     assert calls.counts["lm_head"] == 0
-    assert calls.counts["model.layers.2"] == 1 + len(UNEQUAL)
+    assert calls.counts["model.layers.2"] == len(UNEQUAL), "where every block is measured no forward is spent on a look"
 
 
 def test_no_layer_chosen_gives_none(llama: AdaptedModel) -> None:
