@@ -86,7 +86,7 @@ def _wide_norms(values: Tensor) -> Tensor:
     piece = _piece(values.shape[-1])
     if piece is None:
         return _vector_norm(values, dim=-1, dtype=torch.float64).float()
-    return _vector_norm(_vector_norm(values.view(*values.shape[:-1], -1, piece), dim=-1), dim=-1)
+    return _vector_norm(_vector_norm(values.view(*values.shape[:-1], values.shape[-1] // piece, piece), dim=-1), dim=-1)
 
 
 @cache
@@ -155,6 +155,11 @@ def _root(up: Tensor) -> Tensor:
     if not bool(torch.isfinite(up).all()):
         return torch.full((up.shape[1], up.shape[1]), torch.nan, dtype=torch.float64)
     return _qr(up, mode="r")[1]
+
+
+def down_rank(factors: Tensor) -> int:
+    """How many directions the rows of B span, from the `factors (2, r, r)` of which it is one."""
+    return int(factors[0].any(dim=-1).sum())
 
 
 def inner_norms(down: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,7 +84,10 @@ def measure(
     sums = torch.zeros(len(chosen), 0, len(kernels.Sums._fields), dtype=torch.float64)
 
     def figures() -> tuple[LayerStats, ...]:
-        return tuple(_stats(layer, by_window) for layer, by_window in zip(chosen, sums, strict=True))
+        return tuple(
+            _stats(layer, recorder.down_ranks[layer.name], by_window)
+            for layer, by_window in zip(chosen, sums, strict=True)
+        )
 
     with forwards(adapted, chosen, windows[0]) as forward, recorder.watching(chosen):
         for part in _rounds(len(windows), settled is not None):
@@ -135,7 +138,7 @@ def _fits(recorder: "_Recorder", forward: Callable[[Tensor], None], batch: "_Bat
     return False
 
 
-def _stats(layer: AdaptedLayer, by_window: Tensor) -> LayerStats:
+def _stats(layer: AdaptedLayer, down_rank: int, by_window: Tensor) -> LayerStats:
     down, up, base = layer.weight_norms()
     whole = kernels.merge(by_window)
 
@@ -156,6 +159,7 @@ def _stats(layer: AdaptedLayer, by_window: Tensor) -> LayerStats:
             down_weight_norm=down,
             up_weight_norm=up,
             base_weight_norm=base,
+            down_rank=down_rank,
         )
 
     seen = [window for window in by_window if window[0] > 0]
@@ -290,11 +294,13 @@ class _Recorder:
 
     Attributes:
         sums: For each layer the sums of each window, shape ``(windows, len(kernels.Sums))``.
+        down_ranks: How many directions the rows of its B span.
     """
 
     def __init__(self, device: torch.device, windows: int) -> None:
         self._device, self._windows = device, windows
         self.sums: dict[str, Tensor] = {}
+        self.down_ranks: dict[str, int] = {}
         self._batch = _Batch(torch.empty(0), 0, None, [])
         self._watched: list[_Watched] = []
         self._input: Tensor | None = None
@@ -332,9 +338,11 @@ class _Recorder:
             for layer in layers:
                 shape = self._windows, len(kernels.Sums._fields)
                 self.sums[layer.name] = torch.zeros(shape, dtype=torch.float64, device=self._device)
+                factors = kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale)
+                self.down_ranks[layer.name] = kernels.down_rank(factors)
                 watched = _Watched(
                     layer,
-                    kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale).to(self._device),
+                    factors.to(self._device),
                     layer.has_magnitude or layer.has_bias or _has_bias(layer.up),
                 )
                 self._watched.append(watched)
@@ -393,7 +401,7 @@ class _Recorder:
 
     def _counted(self, values: Tensor) -> Tensor:
         values = values.reshape(-1, values.shape[-1])
-        if self._batch.rows is None:
+        if self._batch.rows is None or not len(values):
             return values
         if len(values) == self._batch.tokens.numel():
             return values.index_select(0, self._batch.rows.to(values.device))

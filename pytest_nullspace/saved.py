@@ -44,6 +44,7 @@ _KEYS = {
     "base_weight_norm": "Residual_weight_norm",
     "in_features": "in_features",
     "rank": "rank",
+    "down_rank": "B_rank",
     "out_features": "out_features",
     "mean_leakage": "leakage",
     "chance": "leakage_chance",
@@ -55,7 +56,7 @@ _DERIVED = {
     "preservation": "BX_norm / X_norm",
     "effectiveness": "ABX_norm / X_norm",
     "contribution": "ABX_norm / FullOutput_norm",
-    "chance": "rank / in_features",
+    "chance": "B_rank (or rank) / in_features",
     "leakage": "leakage / leakage_chance",
     "forgetting": "ABX_norm / ResidualX_norm",
     "selectivity": "task ABX_over_ResidualX / ABX_over_ResidualX",
@@ -82,6 +83,8 @@ def to_json(run: RunStats) -> str:
 
 def _entry(layer: LayerStats) -> dict[str, Any]:
     absent = {"mean_leakage", "leakage"} if layer.mean_leakage is None else set()
+    if layer.down_rank is None:
+        absent.add("down_rank")
     if layer.task is None:
         absent.add("selectivity")
     entry: dict[str, Any] = {key: _plain(getattr(layer, name)) for name, key in _KEYS.items() if name not in absent}
@@ -226,6 +229,8 @@ def _layer(entry: object, where: str) -> LayerStats:
         numbers = {name: _number(told.get(name), f"{where}: {_SPECTRUM}: {name}") for name in Spectrum.__slots__}
         values["spectrum"] = Spectrum(**numbers)
     for name in _MEASURED:
+        if name == "down_rank" and _KEYS[name] not in entry:
+            continue
         value = entry.get(_KEYS[name], _ABSENT_IN_REFERENCE.get(name))
         if name in _COUNTS:
             if not _is_count(value):
@@ -273,7 +278,7 @@ def _shown(value: float) -> str:
     return f"{value:.7g}" if math.isfinite(value) else "no number"
 
 
-_COUNTS = ("rows", "in_features", "rank", "out_features")
+_COUNTS = ("rows", "in_features", "rank", "down_rank", "out_features")
 
 
 def _is_count(value: object) -> bool:

@@ -54,7 +54,7 @@ def spectrum(
         ranks: The processes that share the windows.
 
     Returns:
-        For each layer that a row reached, its `Spectrum`.
+        For each layer that the first window reached, and whose input is finite, its `Spectrum`.
     """
     chosen = [adapted.layers[name] for name in layers]
     if not chosen:
@@ -121,7 +121,7 @@ def _adding(of: _Input) -> Callable[[nn.Module, Any], None]:
     def hook(_: nn.Module, args: Any) -> None:
         rows = args[0].reshape(-1, of.width).to(of.covariance.device, torch.float64)
         norms = rows.norm(dim=-1, keepdim=True)
-        rows = rows[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
+        rows = rows[norms[:, 0] != 0] / norms[norms[:, 0] != 0]  # what is no number stays, to be found
         of.covariance.addmm_(rows.mT, rows)
         of.rows += len(rows)
 
@@ -129,7 +129,7 @@ def _adding(of: _Input) -> Callable[[nn.Module, Any], None]:
 
 
 def _spectra(of: _Input) -> dict[str, Spectrum]:
-    if not of.rows:
+    if not of.rows or not bool(of.covariance.isfinite().all()):
         return {}
     eigenvalues, vectors = torch.linalg.eigh(of.covariance / of.rows)
     shares = eigenvalues.clamp_min(0)
@@ -137,11 +137,22 @@ def _spectra(of: _Input) -> dict[str, Spectrum]:
     effective = float(torch.special.entr(shares).sum().exp())
     found = {}
     for layer in of.layers:
-        rank = layer.rank
-        basis = torch.linalg.qr(layer.down_matrix().to(vectors.device).mT)[0]
+        basis = _row_space(layer.down_matrix().to(vectors.device))
+        rank = len(basis)
+        if not rank:
+            continue
         found[layer.name] = Spectrum(
             effective_rank=effective,
             least_leakage=float(eigenvalues[:rank].clamp_min(0).sum()),
-            shared=float((basis.mT @ vectors[:, :rank]).square().sum() / rank),
+            shared=float((basis @ vectors[:, :rank]).square().sum() / rank),
         )
     return found
+
+
+def _row_space(matrix: Tensor) -> Tensor:
+    """An orthonormal basis of the rows of ``matrix (r, in)``, shape ``(its rank, in)``; none where it is not finite."""
+    if not bool(matrix.isfinite().all()):
+        return matrix[:0]
+    _, values, basis = torch.linalg.svd(matrix, full_matrices=False)
+    kept: Tensor = basis[values > values[0] * max(matrix.shape) * torch.finfo(matrix.dtype).eps]
+    return kept

@@ -64,6 +64,7 @@ class LayerStats:
         down_weight_norm: Frobenius norm of B.
         up_weight_norm: Frobenius norm of A.
         base_weight_norm: Frobenius norm of W_res. None if it is quantised in a way that does not give it.
+        down_rank: How many directions the rows of B span. None if never counted, which is taken as ``rank``.
         margins: Half the width of each figure's confidence interval; empty if never estimated.
         task: The same layer on the task text, if that was measured too; what is here is then of the preserved text.
         spectrum: What the text would allow at best, if that was measured.
@@ -83,6 +84,7 @@ class LayerStats:
     down_weight_norm: float
     up_weight_norm: float
     base_weight_norm: float | None
+    down_rank: int | None = None
     margins: Mapping[str, float] = field(default_factory=dict)
     task: "LayerStats | None" = None
     spectrum: Spectrum | None = None
@@ -104,8 +106,8 @@ class LayerStats:
 
     @property
     def chance(self) -> float:
-        """``r / in``: the leakage of a random subspace of this rank, on any data."""
-        return _ratio(self.rank, self.in_features)
+        """``rank of B / in``: the leakage of a random subspace as large as B's row space, on any data."""
+        return _ratio(self.rank if self.down_rank is None else self.down_rank, self.in_features)
 
     @property
     def leakage(self) -> float:
@@ -173,6 +175,8 @@ class LayerStats:
             return "non-finite activations (NaN or infinity)"
         if not math.isfinite(self.output_norm):
             return "non-finite output (NaN or infinity)"
+        if self.down_rank == 0 or (self.down_rank is None and self.down_weight_norm == 0):
+            return "its down projection B is zero, so nothing can reach it"
         if self.input_norm == 0:
             return "its input is zero in every row"
         if self.output_norm == 0:

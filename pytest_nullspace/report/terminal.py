@@ -226,7 +226,8 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
     yield "=" * WIDTH
     yield f"samples: {layer.rows}"
     if layer.rank:
-        yield f"input width: {layer.in_features}, rank: {layer.rank}, output width: {layer.out_features}"
+        spans = "" if layer.down_rank in (None, layer.rank) else f" (B spans {layer.down_rank})"
+        yield f"input width: {layer.in_features}, rank: {layer.rank}{spans}, output width: {layer.out_features}"
     yield "-" * WIDTH
     yield "activation norms:"
     for label, value in (

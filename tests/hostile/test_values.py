@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError, MeasurementError
-from pytest_nullspace.invariants import Expectations, Finding, Threshold, Tier, judge
+from pytest_nullspace.invariants import Expectations, Finding, Stage, Threshold, Tier, judge
 from pytest_nullspace.measure import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, without
@@ -49,6 +49,15 @@ def test_a_rank_deficient_b_is_measured_by_its_true_row_space(tmp_path: Path) ->
     assert whole.mean_leakage == pytest.approx(again.mean_leakage, rel=1e-5)
 
 
+def test_rows_of_b_that_add_nothing_do_not_make_it_quieter_than_chance(tmp_path: Path) -> None:
+    """Chance is that of the space which B spans: repeated and empty rows are no excuse for what the others leak."""
+    whole = measured(tmp_path / "a", "BLinear.weight", lambda b: torch.cat([b[:2], b[:1], 0 * b[:1]]))
+    assert whole.mean_leakage is not None
+    assert (whole.rank, whole.down_rank) == (4, 2)
+    assert whole.leakage == pytest.approx(whole.mean_leakage * whole.in_features / 2)
+    assert judge(whole, Expectations()).tier is Tier.FAIL
+
+
 @pytest.mark.parametrize("part", ["BLinear.weight", "ALinear.weight"])
 def test_denormal_weights_have_figures_and_no_green(tmp_path: Path, part: str) -> None:
     """Weights that float32 hardly holds are measured as what they are, and such an update passes nothing."""
@@ -62,6 +71,7 @@ def test_a_b_of_zeros_is_not_green(tmp_path: Path) -> None:
     """A layer with B = 0 sees nothing and does nothing: its figures are finite and it fails."""
     layer = measured(tmp_path, "BLinear.weight", torch.zeros_like)
     assert judge(layer, Expectations()).tier is Tier.FAIL
+    assert judge(layer, Expectations(stage=Stage.INIT)).tier is Tier.FAIL
     assert layer.update_norm == 0
 
 

@@ -144,6 +144,14 @@ def test_half_precision_rows_that_are_converted_in_parts_lose_none(dtype: torch.
     torch.testing.assert_close(kernels.row_norms(x).double(), x.double().norm(dim=-1), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 1031, 4096])
+def test_no_rows_have_no_norms(width: int, dtype: torch.dtype) -> None:
+    """Where a cap leaves a window no row, there is nothing to take and no error."""
+    assert kernels.row_norms(torch.empty(0, width, dtype=dtype)).shape == (0,)
+    assert kernels.row_norms(torch.empty(3, 0, width, dtype=dtype)).shape == (3, 0)
+
+
 @pytest.mark.parametrize("width", [1024, 1536, 1031, 11008, 14336, 28672])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_wide_rows_are_summed_without_drift(width: int, dtype: torch.dtype) -> None:

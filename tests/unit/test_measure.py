@@ -447,13 +447,15 @@ def test_zero_inputs_are_a_defect(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_zeros_is_measured(tmp_path: Path) -> None:
-    """B = 0, and A = 0 as at initialisation, have figures of zero, not NaN."""
+    """A = 0, as at initialisation, has figures of zero, not NaN; B = 0 has no space to leak, which is told."""
 
     def change(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
         tensors[f"{FIRST}.BLinear.weight"].zero_()
 
     first, second, *_ = measure(load(tiny.lora_null(tmp_path, change=change, up_scale=0.0)), UNEQUAL)
-    assert (first.preservation, first.effectiveness, first.contribution, first.leakage) == (0, 0, 0, 0)
+    assert (first.preservation, first.effectiveness, first.contribution) == (0, 0, 0)
+    assert math.isnan(first.leakage)
+    assert first.defect == "its down projection B is zero, so nothing can reach it"
     assert (second.effectiveness, second.contribution) == (0, 0)
     assert second.preservation > 0
     assert second.leakage > 0

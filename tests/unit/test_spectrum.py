@@ -69,6 +69,35 @@ def test_the_best_subspace_stands_at_one_and_no_adapter_beyond(adapted: AdaptedM
     assert before.mean_leakage > found.least_leakage
 
 
+def test_a_rank_deficient_b_stands_by_the_space_that_it_spans(adapted: AdaptedModel) -> None:
+    """Rows of B that repeat others, or are zero, add nothing to its subspace nor to the best one it is held against."""
+    layer = adapted.layers[Q0]
+    weight = layer.down.weight
+    assert isinstance(weight, torch.Tensor)
+    weight.data[2], weight.data[3] = -weight.data[0], 0
+    rows = rows_of(adapted, Q0)
+    _, singular, vectors = torch.linalg.svd(rows, full_matrices=True)
+    values = torch.zeros(layer.in_features, dtype=torch.float64)
+    values[: len(singular)] = singular.square() / len(rows)
+    found = spectrum(adapted, WINDOWS, [Q0])[Q0]
+    assert found.least_leakage == pytest.approx(float(values[-2:].sum()), rel=1e-6, abs=1e-12)
+    basis = torch.linalg.qr(layer.down_matrix()[:2].mT)[0]
+    assert found.shared == pytest.approx(float((vectors[-2:] @ basis).square().sum() / 2), rel=1e-4)
+    weight.data.zero_()
+    assert spectrum(adapted, WINDOWS, [Q0]) == {}
+
+
+def test_a_layer_whose_input_is_no_number_has_none(adapted: AdaptedModel) -> None:
+    """Infinity in one layer's input leaves it and those behind it without a spectrum, and the others with theirs."""
+    base = adapted.layers["model.layers.1.mlp.gate_proj"].base.weight
+    assert isinstance(base, torch.Tensor)
+    base.data.fill_(torch.inf)
+    found = spectrum(adapted, WINDOWS, list(adapted.layers))
+    assert "model.layers.1.mlp.gate_proj" in found
+    assert "model.layers.1.mlp.down_proj" not in found
+    assert "model.layers.2.self_attn.q_proj" not in found
+
+
 def test_it_leaves_the_model_as_it_was(adapted: AdaptedModel) -> None:
     """No hook remains."""
     spectrum(adapted, WINDOWS, [Q0])
