@@ -163,7 +163,7 @@ def _model(given: _Given) -> Path | str:
 
 def _directory_or_id(given: _Given) -> str:
     local = _path(given)
-    return str(local) if local.is_dir() else _text(given)
+    return str(local) if local.exists() else _text(given)
 
 
 def _whole(least: int, most: float = math.inf) -> Callable[[_Given], int]:

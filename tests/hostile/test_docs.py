@@ -24,3 +24,14 @@ def test_every_case_stands_in_the_table() -> None:
 
     table = (ROOT / "docs/bad-days.md").read_text("utf-8")
     assert [case for case in (*REFUSED, *STATS) if f"| {case} |" not in table] == []
+
+
+@pytest.mark.parametrize(
+    "document", [str(file.relative_to(ROOT)) for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))]
+)
+def test_every_link_leads_somewhere(document: str) -> None:
+    """Each relative link is on one line and names a file of the repository."""
+    text = (ROOT / document).read_text("utf-8")
+    for link in re.findall(r"\]\(([^)]*)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        file = link.partition("#")[0]
+        assert link.startswith("https://") or (ROOT / document).parent.joinpath(file).exists(), f"{document}: {link!r}"

@@ -129,3 +129,18 @@ def test_adapters_of_one_base_load_it_once(folder: Path, gate: Gate, pytester: p
     assert gate(*LOOSE, "--nullspace-save-stats=alone.json", model="three").ret == 0
     alone, among = (json.loads((folder / f"{name}.json").read_text())["stats"] for name in ("alone", "all-three"))
     assert alone == among
+
+
+def test_a_gguf_base_named_in_an_ini_file_lies_beside_it(
+    folder: Path, gate: Gate, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like every path in an ini file, that of a GGUF base is relative to the file, whatever folder pytest runs in."""
+    adapter(folder, tiny.llama(), r=4, target_modules=["q_proj"])
+    (folder / "base.gguf").write_bytes(b"no such format")
+    pytester.makeini("[pytest]\nnullspace_base = base.gguf")
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    result = gate(model=str(folder / "adapter"), quick=())
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: *{folder / 'base.gguf'}*"])
+    assert "no such file" not in result.stderr.str()

@@ -1,9 +1,11 @@
 """The import rules: which part of the plugin may know of which, and what importing it costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 import pytest_nullspace
 
 PACKAGE = Path(pytest_nullspace.__file__).parent
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 LIGHT = (
     "pytest_nullspace",
@@ -147,53 +150,18 @@ def test_reports_are_made_from_statistics_alone(name: str) -> None:
     )
 
 
-def test_imports_run_one_way() -> None:
-    """Errors know nothing of the package, kernels at most the errors, and each other part only what lies below it."""
-    below: dict[str, set[str]] = {
-        "errors": set(),
-        "kernels": {"errors"},
-        "checkpoint": {"errors", "checkpoint"},
-        "stats": set(),
-        "saved": {"errors", "stats"},
-        "invariants": {"errors", "stats"},
-        "audit": {"errors", "checkpoint", "stats"},
-        "baseline": {"invariants", "stats"},
-        "weights": {"audit", "checkpoint", "errors"},
-        "diagnosis": {"audit", "baseline", "stats", "weights"},
-        "start": {"baseline", "stats"},
-        "model": {"errors", "checkpoint", "kernels", "model"},
-        "distributed": {"errors"},
-        "measure": {"distributed", "errors", "forward", "kernels", "model", "stats", "uncertainty"},
-        "calibration": {"errors", "checkpoint"},
-        "options": {"distributed", "errors", "invariants", "baseline", "stats"},
-        "uncertainty": {"stats"},
-        "drift": {"distributed", "stats", "uncertainty"},
-        "forward": {"model"},
-        "spectrum": {"distributed", "forward", "model", "stats"},
-        "memory": set(),
-        "pipeline": {
-            "audit",
-            "calibration",
-            "checkpoint",
-            "distributed",
-            "drift",
-            "errors",
-            "hub",
-            "invariants",
-            "measure",
-            "memory",
-            "model",
-            "options",
-            "spectrum",
-            "stats",
-            "weights",
-        },
-        "plugin": {"errors", "options", "fixtures", "gate"},
-    }
+def test_every_room_imports_what_architecture_says() -> None:
+    """The map's table names every room once, and for each all that it imports and nothing else; it has no circle."""
+    rows = re.findall(r"^\| `(\w+)/?` \| .* \| (.*) \|$", (ROOT / "ARCHITECTURE.md").read_text("utf-8"), re.MULTILINE)
+    told = {room: set(re.findall(r"`(\w+)`", may)) for room, may in rows}
+    found: dict[str, set[str]] = {}
     for name, file in sources().items():
         room = name.split(".")[0]
-        if room in below:
-            assert rooms(imports(file)) <= below[room], name
+        if room:
+            found.setdefault(room, set()).update(rooms(imports(file)) - {room})
+    assert len(rows) == len(told)
+    assert told == found
+    assert list(TopologicalSorter(told).static_order())
 
 
 def test_only_the_pipeline_reaches_torch() -> None:

@@ -82,6 +82,13 @@ def test_the_block_is_the_references() -> None:
     assert "\n".join(terminal.block(EXAMPLE, judge(EXAMPLE, TRAINED))) == BLOCK
 
 
+def test_the_block_tells_of_rows_of_b_that_add_nothing() -> None:
+    """Where B spans less than its rank, the block says how much."""
+    deficient = dataclasses.replace(EXAMPLE, down_rank=96)
+    lines = list(terminal.block(deficient, judge(deficient, TRAINED)))
+    assert "input width: 4096, rank: 128 (B spans 96), output width: 4096" in lines
+
+
 def test_the_block_marks_each_figure_by_its_own_tier() -> None:
     """One figure's failure does not mark another, and a defect is said below the numbers."""
     lines = list(terminal.block(LOST, judge(LOST, TRAINED)))
