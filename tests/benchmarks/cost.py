@@ -331,8 +331,9 @@ def page(found: Mapping[str, Any]) -> str:
 PAGE = """# What a gate costs
 
 The physical limit is the bare forward of the decoder over the windows, and one read of the weights. This page holds
-the pass against it. It is written by `python -m tests.benchmarks.cost`, which needs matplotlib ({machine}). Ratios are medians of alternated
-runs in one process, in CPU seconds of one thread; of absolute seconds only the shape means anything.
+the pass against it. It is written by `python -m tests.benchmarks.cost`, which needs matplotlib ({machine}).
+Ratios are medians of alternated runs in one process, in CPU seconds of one thread; of absolute seconds only the shape
+means anything.
 
 ![pass and bare forward by rows, layers, width and rank; peak memory; start-up](cost.png)
 
