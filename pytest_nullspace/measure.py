@@ -485,7 +485,7 @@ def _keep(
 @contextmanager
 def _bias_apart(base: nn.Module) -> Iterator[None]:
     """Within this context ``base`` adds its bias in a last hook of its own, so that earlier hooks see ``W x`` alone."""
-    if not isinstance(getattr(base, "bias", None), nn.Parameter):
+    if not _has_bias(base):
         yield
         return
     with zeroed(base, "bias") as bias:

@@ -1,4 +1,4 @@
-"""The numbers of a parameter, wherever accelerate keeps them between two forwards of its module."""
+"""The numbers of a parameter or buffer, wherever accelerate keeps them between two forwards of its module."""
 
 from collections import ChainMap
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def stored(module: nn.Module, name: str) -> Tensor:
-    """The values of the parameter ``name`` of ``module``, detached."""
+    """The values of the parameter or buffer ``name`` of ``module``, detached."""
     value = getattr(module, name)
     assert isinstance(value, Tensor)
     for hook in _keeping(module) if value.is_meta else ():
@@ -21,9 +21,11 @@ def stored(module: nn.Module, name: str) -> Tensor:
 
 @contextmanager
 def zeroed(module: nn.Module, name: str) -> Iterator[Tensor]:
-    """Within this context the parameter ``name`` of ``module`` is zero; gives what it was."""
+    """Within this context the parameter or buffer ``name`` of ``module`` is zero; gives what it was."""
     was, values = getattr(module, name), stored(module, name)
-    zeros = nn.Parameter(torch.zeros_like(values), requires_grad=False)
+    zeros = torch.zeros_like(values)
+    if isinstance(was, nn.Parameter):  # assigned over a buffer it would displace it for good
+        zeros = nn.Parameter(zeros, requires_grad=False)
     maps = [(hook, hook.weights_map) for hook in (_keeping(module) if was.is_meta else ())]
     for hook, kept in maps:
         hook.weights_map = ChainMap({name: zeros.data}, kept)

@@ -192,6 +192,21 @@ def test_every_architecture_is_measured(name: str, tmp_path: Path) -> None:
     check_figures(adapted)
 
 
+def test_a_bias_that_is_a_buffer_is_left_out_as_a_parameter_is(tmp_path: Path) -> None:
+    """A base that holds its bias as a buffer, as GPTQ's and AWQ's layers do, has the figures of one that does not."""
+    directory = adapter(tmp_path, tiny.qwen2(), r=4, target_modules=["q_proj"])
+    (_, plain), (_, adapted) = opened(directory), opened(directory)
+    biases = {}
+    for name, view in adapted.layers.items():
+        biases[name] = view.base.get_parameter("bias").detach()
+        del view.base.bias
+        nn.Module.register_buffer(view.base, "bias", biases[name])
+    assert measure(adapted, WINDOWS) == measure(plain, WINDOWS)
+    check_figures(adapted)
+    for name, view in adapted.layers.items():
+        assert view.base.get_buffer("bias") is biases[name], "it is there again, and still a buffer"
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     return adapter(tmp_path, tiny.llama(), r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
