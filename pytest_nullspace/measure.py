@@ -377,7 +377,8 @@ class _Recorder:
         if self._device.type == "cpu" and _loses_digits(down, self._input_norms, layer.in_features):
             down = self._counted(x).double() @ layer.down_matrix().mT
         watched.seen.clear()
-        norms = [self._input_norms, base, self._norms_of(output), *change]
+        # An input may be seen before accelerate brings it to where its layer runs.
+        norms = [part.to(self._device) for part in (self._input_norms, base, self._norms_of(output), *change)]
         if len({part.dtype for part in norms}) > 1:
             norms = [part.double() for part in norms]
         self._hold(_Taken(watched, torch.stack(norms), down))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.measure import draw_rows, measure
+from pytest_nullspace.measure import _Batch, _Recorder, _Watched, draw_rows, measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.stats import LayerStats
 from tests import tiny
@@ -161,6 +161,22 @@ def test_how_much_is_held_before_it_is_summed_changes_nothing(
     want = measure(llama, UNEQUAL)
     monkeypatch.setattr("pytest_nullspace.measure.HELD_BYTES", held)
     agree(measure(llama, UNEQUAL), want, 1e-12)
+
+
+def test_norms_from_several_devices_are_put_together(llama: AdaptedModel) -> None:
+    """An input that lies elsewhere than what its layer makes of it, as under a device map, is summed with it."""
+    recorder = _Recorder(torch.device("meta"), 1)
+    recorder.start(_Batch(torch.zeros(1, 3), 0, None, [3]))
+    seen = {"down": torch.ones(3, 4, device="meta"), "base": torch.ones(3, device="meta")}
+    layer = llama.layers[FIRST]
+    recorder._take(
+        _Watched(layer, torch.empty(0), in_parts=False, seen=seen),
+        layer.layer,
+        (torch.ones(1, 3, 32),),
+        torch.ones(1, 3, 32, device="meta"),
+    )
+    (taken,) = recorder._held
+    assert (taken.norms.device.type, taken.norms.shape) == ("meta", (3, 3))
 
 
 def no_memory_for_more_than(most: int) -> Callable[[Any, Any, Any], None]:
