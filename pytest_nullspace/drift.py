@@ -28,6 +28,7 @@ def drift(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
+    base_device: torch.device | None = None,
 ) -> TextDrift:
     """Compare the adapted model's predictions with the base model's on one text.
 
@@ -35,9 +36,10 @@ def drift(
         model: A causal language model with its adapter on.
         base: Gives the base model.
         windows: Token ids of the text.
-        device: Where the inputs go.
+        device: Where the inputs of the adapted model go.
         progress: Told how many windows of how many are done.
         ranks: The processes that share the windows.
+        base_device: Where the inputs of the base model go, if not to ``device``.
 
     Returns:
         Loss before and after, and the divergence, as means over tokens.
@@ -50,7 +52,7 @@ def drift(
             tokens = torch.tensor([list(windows[number])], device=device)
             adapted = model(input_ids=tokens, use_cache=False).logits[0]
             with base() as plain:
-                before = plain(input_ids=tokens, use_cache=False).logits[0]
+                before = plain(input_ids=tokens.to(base_device or device), use_cache=False).logits[0]
             by_window[number] = _compared(adapted, before, tokens[0]).cpu()
             read.append(number)
             if progress is not None:
@@ -65,7 +67,7 @@ def _compared(adapted: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
     targets = torch.cat((tokens[1:], tokens.new_full((1,), -100)))  # nothing follows the last token
     for first in range(0, len(tokens), CHUNK):
         rows = slice(first, first + CHUNK)
-        q, p = (log_softmax(logits[rows].float(), dim=-1) for logits in (adapted, before))
+        q, p = (log_softmax(logits[rows].to(tokens.device).float(), dim=-1) for logits in (adapted, before))
         divergence = kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
         losses = [cross_entropy(of, targets[rows], reduction="none") for of in (p, q)]
         sums += torch.stack([part.sum(dtype=torch.float64) for part in (*losses, divergence)])

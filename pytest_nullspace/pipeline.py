@@ -13,7 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace import calibration
 from pytest_nullspace.audit import Audit, audit
@@ -94,6 +94,7 @@ def measure_checkpoint(
     ):
         adapted = _loaded(checkpoint, settings, device, dtype, base, bases)
         device = adapted.device
+    true_base = _base(adapted, checkpoint, initial, base, settings, device, dtype) if settings.drift else None
     spent.on("model")
     seqlen = _seqlen(settings.seqlen, adapted.model)
     count = settings.calib_most if settings.calib_size is None else settings.calib_size
@@ -154,9 +155,8 @@ def measure_checkpoint(
             )
             figures = tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
         moved = None
-        if settings.drift:
+        if true_base is not None:
             over = {what: drawn[what][:count] for what, count in used.items()}
-            true_base = _base(adapted, checkpoint, initial, base, settings, device, dtype)
             moved = _drift(adapted, true_base, over, progress, settings.ranks)
     adapted.take_off()
     spent.on("pass")
@@ -230,20 +230,33 @@ def _settled(figures: Figures, settings: Settings) -> bool:
     return not any(finding.uncertain for layer in figures for finding in judge(layer, expectations).findings)
 
 
+class _TrueBase(NamedTuple):
+    """The base model whose predictions the adapter's are held against.
+
+    Attributes:
+        name: What it is, in words.
+        load: Gives it, and where it takes its input.
+    """
+
+    name: str
+    load: Callable[[], tuple["Base", Any]]
+
+
 def _drift(
     adapted: "AdaptedModel",
-    base: tuple["Base", str],
+    true_base: _TrueBase,
     windows: Mapping[str, Sequence[calibration.Window]],
     progress: Callable[[int, int], None] | None,
     ranks: Ranks,
 ) -> Drift:
     from pytest_nullspace.drift import drift
 
+    base, place = true_base.load()
     found = {
-        what: drift(adapted.model, base[0], [window.tokens for window in of], adapted.device, progress, ranks)
+        what: drift(adapted.model, base, [window.tokens for window in of], adapted.device, progress, ranks, place)
         for what, of in windows.items()
     }
-    return Drift(base[1], found["text"], found.get("task_text"))
+    return Drift(true_base.name, found["text"], found.get("task_text"))
 
 
 def _base(
@@ -254,8 +267,8 @@ def _base(
     settings: Settings,
     device: Any,
     dtype: Any,
-) -> tuple["Base", str]:
-    """The true base model, and what it is in words.
+) -> _TrueBase:
+    """The true base model, found before anything is measured and loaded only after.
 
     Raises:
         OptionError: It cannot be had, or the model is none whose predictions can be compared.
@@ -264,13 +277,22 @@ def _base(
         raise OptionError(f"{PREFIX}drift: {checkpoint.directory} is no causal language model; leave the option out")
     if initial is not None:
         of_start = None if initial.carries_base else base_of(initial, settings.base)
-        start = _loaded(initial, settings, device, dtype, of_start).model
-        return lambda: nullcontext(start), f"the start {initial.directory}"
+
+        def start() -> tuple["Base", Any]:
+            loaded = _loaded(initial, settings, device, dtype, of_start)
+            return lambda: nullcontext(loaded.model), loaded.device
+
+        return _TrueBase(f"the start {initial.directory}", start)
     if checkpoint.carries_base and base is not None:
-        plain = _loaded_plain(base, settings, device, dtype)
-        return lambda: nullcontext(plain), f"the base {base}"
-    if adapted.switched_off is not None:
-        return adapted.switched_off, "the model with its adapter switched off"
+
+        def plain() -> tuple["Base", Any]:
+            model, place = _loaded_plain(base, settings, device, dtype)
+            return lambda: nullcontext(model), place
+
+        return _TrueBase(f"the base {base}", plain)
+    switched_off = adapted.switched_off
+    if switched_off is not None:
+        return _TrueBase("the model with its adapter switched off", lambda: (switched_off, adapted.device))
     raise OptionError(
         f"{PREFIX}drift: {checkpoint.directory} does not hold its base model, for with the adapter switched off its "
         f"weights are others; give the checkpoint from which training started by {PREFIX}init=DIR"
@@ -413,15 +435,17 @@ def _loaded(
     return spread(load_model(checkpoint, torch.device("cpu"), dtype, base), settings.device_map)
 
 
-def _loaded_plain(base: Path, settings: Settings, device: Any, dtype: Any) -> Any:
+def _loaded_plain(base: Path, settings: Settings, device: Any, dtype: Any) -> tuple[Any, Any]:
+    """A base model without any adapter, and where it takes its input."""
     import torch
 
     from pytest_nullspace.model import load_plain
     from pytest_nullspace.model.spread import spread_plain
 
     if settings.device_map is None:
-        return load_plain(base, device, dtype)
-    return spread_plain(load_plain(base, torch.device("cpu"), dtype), settings.device_map)
+        return load_plain(base, device, dtype), device
+    model = load_plain(base, torch.device("cpu"), dtype)
+    return model, spread_plain(model, settings.device_map)
 
 
 def _device(settings: Settings) -> Any:

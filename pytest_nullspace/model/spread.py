@@ -48,10 +48,9 @@ def spread(adapted: AdaptedModel, memory: Memory) -> AdaptedModel:
     return replace(adapted, device=device, take_off=take_off)
 
 
-def spread_plain(model: nn.Module, memory: Memory) -> nn.Module:
-    """The same of a model without adapter."""
-    _dispatch(model, memory)
-    return model
+def spread_plain(model: nn.Module, memory: Memory) -> torch.device:
+    """The same of a model without adapter; gives where it takes its input."""
+    return _dispatch(model, memory)[1]
 
 
 def places(adapted: AdaptedModel) -> str:

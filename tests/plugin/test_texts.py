@@ -14,6 +14,7 @@ from pytest_nullspace.calibration import draw_windows, load_tokenizer
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.model import load_model
 from tests import tiny
+from tests.adapters import adapter, switch
 from tests.plugin.conftest import LOOSE, Gate
 
 FACTS, TASK = (
@@ -130,6 +131,34 @@ def test_a_base_that_cannot_be_had_is_refused(gate: Gate, pytester: pytest.Pytes
         result = gate("--nullspace-drift", base, *loose, model="v1")
         assert result.ret == 0, result.outlines
         result.stdout.fnmatch_lines([f"  base: the {base[12:16].replace('init', 'start')}*"])
+
+
+NOTHING_MEASURED = """
+import pytest_nullspace.measure
+
+
+def measure(*args, **more):
+    raise AssertionError("the pass began")
+
+
+pytest_nullspace.measure.measure = measure
+"""
+
+
+@pytest.mark.parametrize("kind", ["no base", "no causal language model"])
+def test_what_drift_lacks_is_told_before_the_pass(kind: str, gate: Gate, pytester: pytest.Pytester) -> None:
+    """No text is run through a model whose predictions cannot be compared, and no figure of such a pass is lost."""
+    (pytester.path / "text.txt").write_text(tiny.TEXT)
+    if kind == "no base":
+        adapter(pytester.path, tiny.qwen2(), r=4, target_modules=["q_proj"], bias="all")
+        told = "does not hold its base model*--nullspace-init=DIR"
+    else:
+        adapter(pytester.path, switch(), "SEQ_2_SEQ_LM", r=4, target_modules=["q"])
+        told = "is no causal language model; leave the option out"
+    pytester.makeconftest(NOTHING_MEASURED)
+    result = gate("--nullspace-drift", model="adapter")
+    result.stdout.fnmatch_lines([f"*--nullspace-drift: *adapter {told}"])
+    result.stdout.no_fnmatch_line("*the pass began*")
 
 
 def test_plain_lora_is_not_judged_by_leakage(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
