@@ -88,9 +88,11 @@ def measure_checkpoint(
     device = _device(settings)
     dtype = _dtype(settings.dtype, checkpoint, device)
     running = f"{str(dtype).removeprefix('torch.')} on {device}"
+    short = f"{checkpoint.directory}: too little memory"
     with _memory_told(
-        f"{checkpoint.directory}: too little memory to load the model in {running}; lower it by "
-        f"{PREFIX}dtype=bfloat16, or take a machine with more"
+        lambda: (
+            f"{short} to load the model in {running}; lower it by {PREFIX}dtype=bfloat16, or take a machine with more"
+        )
     ):
         adapted = _loaded(checkpoint, settings, device, dtype, base, bases)
         device = adapted.device
@@ -133,19 +135,30 @@ def measure_checkpoint(
             settled=None if settings.calib_size is not None else lambda figures: _settled(judged(figures), settings),
         )
 
-    with _memory_told(
-        f"{checkpoint.directory}: too little memory in the pass of windows of {seqlen} tokens, {batches[-1]} a "
-        f"forward, in {running}; lower {PREFIX}seqlen or {PREFIX}batch-size, or take {PREFIX}dtype=bfloat16"
-    ):
+    def short_in_pass() -> str:
+        together = min(batches[-1], max(map(len, drawn.values())))
+        lower = f"{PREFIX}seqlen or {PREFIX}batch-size" if together > 1 else f"{PREFIX}seqlen"
+        return (
+            f"{short} in the pass of windows of {seqlen} tokens, {together} a forward, in {running}; lower {lower}, or "
+            f"take {PREFIX}dtype=bfloat16"
+        )
+
+    with _memory_told(short_in_pass):
         figures = measured("text", tuple)
         if "task_text" in texts:
             preserved = figures
             of_task = measured("task_text", lambda task: with_task(preserved, task))
             figures = with_task(preserved, of_task)
-        if settings.spectrum:
-            from pytest_nullspace.spectrum import spectrum
+    if settings.spectrum:
+        from pytest_nullspace.spectrum import spectrum
 
-            names = [layer.name for layer in figures]
+        names = [layer.name for layer in figures]
+        with _memory_told(
+            lambda: (
+                f"{short} for the spectrum, whose sums are in float64 and as wide as the layers, in {running}; "
+                f"leave {PREFIX}spectrum out, or lower {PREFIX}seqlen"
+            )
+        ):
             best = spectrum(
                 adapted,
                 [w.tokens for w in drawn["text"][: used["text"]]],
@@ -153,11 +166,24 @@ def measure_checkpoint(
                 progress=progress,
                 ranks=settings.ranks,
             )
-            figures = tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
-        moved = None
-        if true_base is not None:
-            over = {what: drawn[what][:count] for what, count in used.items()}
-            moved = _drift(adapted, true_base, over, progress, settings.ranks)
+        figures = tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
+    moved = None
+    if true_base is not None:
+        over = {what: drawn[what][:count] for what, count in used.items()}
+        with _memory_told(
+            lambda: (
+                f"{short} to load {true_base.name} beside the model for {PREFIX}drift, in {running}; take "
+                f"{PREFIX}dtype=bfloat16 or a machine with more, or leave {PREFIX}drift out"
+            )
+        ):
+            loaded = true_base.load()
+        with _memory_told(
+            lambda: (
+                f"{short} for both models' predictions of windows of {seqlen} tokens, in {running}; lower "
+                f"{PREFIX}seqlen, take {PREFIX}dtype=bfloat16, or leave {PREFIX}drift out"
+            )
+        ):
+            moved = _drift(adapted, true_base.name, loaded, over, progress, settings.ranks)
     adapted.take_off()
     spent.on("pass")
     hashes = _hashes(checkpoint)
@@ -244,19 +270,20 @@ class _TrueBase(NamedTuple):
 
 def _drift(
     adapted: "AdaptedModel",
-    true_base: _TrueBase,
+    name: str,
+    loaded: tuple["Base", Any],
     windows: Mapping[str, Sequence[calibration.Window]],
     progress: Callable[[int, int], None] | None,
     ranks: Ranks,
 ) -> Drift:
     from pytest_nullspace.drift import drift
 
-    base, place = true_base.load()
+    base, place = loaded
     found = {
         what: drift(adapted.model, base, [window.tokens for window in of], adapted.device, progress, ranks, place)
         for what, of in windows.items()
     }
-    return Drift(true_base.name, found["text"], found.get("task_text"))
+    return Drift(name, found["text"], found.get("task_text"))
 
 
 def _base(
@@ -518,13 +545,13 @@ def _require_known_tokens(windows: Sequence[calibration.Window], model: Any, che
 
 
 @contextmanager
-def _memory_told(message: str) -> Iterator[None]:
-    """Say ``message`` where memory was refused, whatever a library made of that."""
+def _memory_told(message: Callable[[], str]) -> Iterator[None]:
+    """Say what ``message`` then gives where memory was refused, whatever a library made of that."""
     try:
         yield
     except Exception as error:
         if _is_out_of_memory(error):
-            raise MeasurementError(message) from None
+            raise MeasurementError(message()) from None
         raise
 
 

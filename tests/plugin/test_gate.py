@@ -576,22 +576,82 @@ import torch
 
 
 def full(module, args, output):
-    if type(module).__name__ == "LlamaDecoderLayer" and len(output) > 2:
+    if type(module).__name__ == "LlamaDecoderLayer" and len(output) > {most}:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 torch.nn.modules.module.register_module_forward_hook(full)
 """
-"""A conftest under which a forward of more than two windows fails as on a GPU whose memory is full."""
+"""A conftest under which a forward of more than ``most`` windows fails as on a GPU whose memory is full."""
 
 
 def test_a_batch_that_did_not_fit_is_told(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
     """The gate goes on with half the windows a forward, says so once, and gates every layer."""
-    pytester.makeconftest(NO_MEMORY)
+    pytester.makeconftest(NO_MEMORY.format(most=2))
     result = gate(*LOOSE, "--nullspace-calib-size=6", "--nullspace-batch-size=6", "--nullspace-save-stats=s.json")
     result.assert_outcomes(passed=22)
     result.stdout.fnmatch_lines(["*no memory for 6 windows a forward, so 1"])
     assert json.loads((pytester.path / "s.json").read_text())["measured"]["batch_sizes"] == [6, 3, 1]
+
+
+def test_a_window_that_does_not_fit_is_told_as_one(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """Where batches were halved down to one window and it was refused as well, no smaller batch is advised."""
+    pytester.makeconftest(NO_MEMORY.format(most=0))
+    result = gate("--nullspace-calib-size=6", "--nullspace-batch-size=6")
+    result.stdout.fnmatch_lines(
+        [
+            "*ft: too little memory in the pass of windows of 32 tokens, 1 a forward, in float32 on cpu; lower "
+            "--nullspace-seqlen, or take --nullspace-dtype=bfloat16"
+        ]
+    )
+
+
+REFUSED = """
+import torch
+import {module}
+
+
+def full(*args, **more):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+{module}.{function} = full
+"""
+"""A conftest under which a function meets a GPU whose memory is full."""
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "told"),
+    [
+        (
+            "pytest_nullspace.spectrum",
+            "spectrum",
+            "for the spectrum, * in float32 on cpu; leave --nullspace-spectrum out, or lower --nullspace-seqlen",
+        ),
+        (
+            "pytest_nullspace.model",
+            "load_plain",
+            "to load the base *base beside the model for --nullspace-drift, in float32 on cpu; take "
+            "--nullspace-dtype=bfloat16 or a machine with more, or leave --nullspace-drift out",
+        ),
+        (
+            "pytest_nullspace.drift",
+            "drift",
+            "for both models' predictions of windows of 32 tokens, in float32 on cpu; lower --nullspace-seqlen, take "
+            "--nullspace-dtype=bfloat16, or leave --nullspace-drift out",
+        ),
+    ],
+    ids=["spectrum", "load", "drift"],
+)
+def test_memory_that_lacks_after_the_pass_is_told_with_its_own_cure(
+    module: str, function: str, told: str, checkpoint: Path, gate: Gate, pytester: pytest.Pytester
+) -> None:
+    """Spectrum and drift, and the base that drift loads, each say what was too much and what helps there."""
+    tiny.llama().save_pretrained(pytester.path / "base")
+    pytester.makeconftest(REFUSED.format(module=module, function=function))
+    result = gate("--nullspace-drift", "--nullspace-spectrum", "--nullspace-base=base")
+    result.assert_outcomes(errors=23)
+    result.stdout.fnmatch_lines([f"*ft: too little memory {told}"])
 
 
 def test_where_the_time_went_is_told_on_request(checkpoint: Path, gate: Gate) -> None:
