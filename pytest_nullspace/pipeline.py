@@ -479,14 +479,15 @@ def _device(settings: Settings) -> Any:
     import torch
 
     name, ranks = settings.device, settings.ranks
-    for card in settings.device_map or ():
-        if card != "cpu" and card not in range(torch.accelerator.device_count()):
-            raise OptionError(f"{PREFIX}device-map: torch sees no card {card} on this machine; leave it out")
-    if settings.device_map and set(settings.device_map) == {"cpu"}:
-        name = "cpu"
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         name = accelerator.type if accelerator is not None and accelerator.type in ("cuda", "xpu") else "cpu"
+    cards = 0 if name == "cpu" else torch.accelerator.device_count()  # an Apple GPU takes no sums in float64
+    for card in settings.device_map or ():
+        if card != "cpu" and card not in range(cards):
+            raise OptionError(f"{PREFIX}device-map: torch sees no card {card} on this machine; leave it out")
+    if settings.device_map and set(settings.device_map) == {"cpu"}:
+        name = "cpu"
     if ranks.size > 1 and name in ("cuda", "xpu"):
         name = f"{name}:{ranks.local}"
     device = torch.device(name)

@@ -69,7 +69,6 @@ def _device(place: Any) -> str:
 def _dispatch(model: nn.Module, memory: Memory) -> tuple[Callable[[], object], torch.device]:
     """Spread ``model``; gives what removes its files, which go with it at the latest, and where it takes its input."""
     from accelerate import dispatch_model, infer_auto_device_map
-    from accelerate.utils import get_max_memory
 
     whole = getattr(model, "_no_split_modules", None)
     tie_weights = getattr(model, "tie_weights", None)
@@ -80,7 +79,7 @@ def _dispatch(model: nn.Module, memory: Memory) -> tuple[Callable[[], object], t
     with _unheard("accelerate.big_modeling", "accelerate.utils.modeling"):
         try:
             device_map = infer_auto_device_map(
-                model, max_memory=dict(memory) or get_max_memory(), no_split_module_classes=sorted(whole or ())
+                model, max_memory=dict(memory) or _free(), no_split_module_classes=sorted(whole or ())
             )
             if "" in device_map and device_map[""] == "disk":  # accelerate finds no weights under an empty name
                 device_map = dict.fromkeys((name for name, _ in model.named_children()), "disk")
@@ -93,6 +92,17 @@ def _dispatch(model: nn.Module, memory: Memory) -> tuple[Callable[[], object], t
             ) from None
     runs = [place for place in device_map.values() if place not in ("cpu", "disk")]
     return remove, torch.device(_device(runs[0]) if runs else "cpu")
+
+
+def _free() -> dict[int | str, int]:
+    """The bytes that are free of each device that can take sums in float64."""
+    from accelerate.utils import get_max_memory
+
+    free: dict[int | str, int] = get_max_memory()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type in ("cuda", "xpu"):
+        return free
+    return {"cpu": free.get("cpu", free.get("mps", 0))}  # an Apple machine has one memory, and it is told as its GPU's
 
 
 @contextmanager

@@ -1,0 +1,56 @@
+"""Which devices a model is spread over, on machines that this one is not."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from pytest_nullspace import pipeline
+from pytest_nullspace.errors import OptionError
+from pytest_nullspace.model import spread
+
+GIB = 1 << 30
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, kind: str | None, free: dict[int | str, int]) -> None:
+    """Have torch and accelerate see one accelerator of this kind, and this memory."""
+    device = None if kind is None else SimpleNamespace(type=kind)
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda *_, **__: device)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: int(kind is not None))
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: free)
+
+
+@pytest.mark.parametrize(
+    ("kind", "free", "used"),
+    [
+        ("mps", {"mps": 8 * GIB}, {"cpu": 8 * GIB}),
+        ("npu", {0: GIB, "cpu": 4 * GIB}, {"cpu": 4 * GIB}),
+        (None, {"cpu": 4 * GIB}, {"cpu": 4 * GIB}),
+        ("cuda", {0: GIB, "cpu": 4 * GIB}, {0: GIB, "cpu": 4 * GIB}),
+        ("cuda", {0: GIB}, {0: GIB}),
+    ],
+    ids=["Apple", "another accelerator", "CPU", "CUDA", "CUDA in the CPU's memory"],
+)
+def test_auto_spreads_over_what_can_take_the_sums(
+    kind: str | None, free: dict[int | str, int], used: dict[int | str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only CUDA and XPU cards are used beside the CPU; an Apple machine's one memory counts as the CPU's."""
+    machine(monkeypatch, kind, free)
+    given: list[Any] = []
+
+    def infer(_: Any, max_memory: Any, **__: Any) -> dict[str, str]:
+        given.append(max_memory)
+        return {"": "cpu"}
+
+    monkeypatch.setattr("accelerate.infer_auto_device_map", infer)
+    spread.spread_plain(torch.nn.Linear(2, 2), {})
+    assert given == [used]
+
+
+def test_an_apple_gpu_is_no_card_of_a_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map that allows memory of card 0 is refused where the one accelerator takes no sums in float64."""
+    machine(monkeypatch, "mps", {"mps": GIB})
+    settings: Any = SimpleNamespace(device="auto", ranks=SimpleNamespace(size=1), device_map={0: GIB})
+    with pytest.raises(OptionError, match="torch sees no card 0 on this machine"):
+        pipeline._device(settings)
