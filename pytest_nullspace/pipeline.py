@@ -3,9 +3,11 @@
 Only this module reaches torch, and only inside a function.
 """
 
+import gc
 import hashlib
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -63,6 +65,7 @@ def measure_checkpoint(
     Raises:
         NullspaceError: Any of it is not possible.
     """
+    _free_garbage()
     spent = _Spent()
     keep_freed_memory()
     is_base_read = not checkpoint.carries_base or (settings.drift and initial is None and settings.base is not None)
@@ -227,6 +230,20 @@ def measure_checkpoint(
             },
         },
     )
+
+
+def _free_garbage() -> None:
+    """Free the model of an earlier measurement, which else may lie in memory beside the next.
+
+    Nothing refers to it any more, but accelerate's hooks, and frames that the import of a library leaves, hold it in
+    cycles; and what was freed of an accelerator's memory is not what accelerate sees as free.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:  # then none was measured
+        return
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 class _Spent:

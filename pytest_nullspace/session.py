@@ -219,7 +219,7 @@ class GatedRun(ABC):
             )
             self._wrong = self._outcome if isinstance(self._outcome, NullspaceError) else self._refusal(self._outcome)
         if self._wrong is not None:
-            raise self._wrong
+            raise self._wrong.with_traceback(None)
         assert isinstance(self._outcome, RunStats)
         return self._outcome
 
@@ -279,7 +279,9 @@ class CheckpointRun(GatedRun):
                 ranks.agree({name: outcome.about.get(name) for name in READ_ALIKE})
             return outcome
         except NullspaceError as error:
-            return error
+            # Kept to the end of the run, it must not keep the frames that hold the model.
+            error.__cause__ = error.__context__ = None
+            return error.with_traceback(None)
         except Exception as error:
             return MeasurementError(
                 f"{self.checkpoint.directory}: the measurement failed unexpectedly: {type(error).__name__}: {error}\n"
