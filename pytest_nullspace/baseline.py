@@ -130,6 +130,8 @@ def regressions(layer: LayerStats, earlier: RunStats, limits: Sequence[Limit], s
     if before is None:
         yield "new: the earlier run has no such layer"
         return
+    if not layer.rows:  # its figures are no numbers, which judging it tells
+        return
     for change in layer_changes(layer, before, stage):
         for limit in limits:
             if limit.figure == change.figure and change.exceeds(limit):

@@ -12,7 +12,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 
 from pytest_nullspace.errors import OptionError
-from pytest_nullspace.stats import Drift, LayerStats, RunStats
+from pytest_nullspace.stats import UNREACHED, Drift, LayerStats, RunStats
 
 
 class Tier(StrEnum):
@@ -171,8 +171,8 @@ class Expectations:
         return tuple(self._overridden(t, layer) for t in defaults if t.figure not in self.left_out)
 
     def excuses(self, layer: LayerStats) -> bool:
-        """Whether no row reached ``layer``, and none had to."""
-        return not layer.rows and any(fnmatchcase(layer.name, glob) for glob in self.unreached)
+        """Whether nothing but that no row reached ``layer`` is wrong with it, and none had to."""
+        return layer.defect == UNREACHED and any(fnmatchcase(layer.name, glob) for glob in self.unreached)
 
     def _overridden(self, threshold: Threshold, layer: str) -> Threshold:
         for override in self.overrides:
@@ -251,7 +251,7 @@ class Verdict:
         findings: One for each figure that is judged.
         defect: Why nothing could be judged, or None.
         faults: What fails it beside its findings, in phrases.
-        excuse: Why nothing had to be judged, or None.
+        excuse: Why no figure had to be judged, or None.
     """
 
     subject: str
@@ -263,9 +263,11 @@ class Verdict:
     @property
     def tier(self) -> Tier:
         """The worst tier of its findings; a defect or fault fails, and so does nothing to judge unless excused."""
+        if self.defect is not None or self.faults:
+            return Tier.FAIL
         if self.excuse is not None:
             return Tier.WARN
-        if self.defect is not None or self.faults or not self.findings:
+        if not self.findings:
             return Tier.FAIL
         return Tier.worst(finding.tier for finding in self.findings)
 
@@ -283,16 +285,18 @@ class Verdict:
     @property
     def summary(self) -> str:
         """The findings of its tier in one line, worst first to be read."""
-        if self.unjudged is not None:
-            return self.unjudged
-        return ", ".join([*(str(finding) for finding in self.findings if finding.tier is self.tier), *self.faults])
+        if self.defect is not None:
+            return self.defect
+        told = [*(str(finding) for finding in self.findings if finding.tier is self.tier), *self.faults]
+        return ", ".join(told) or self.excuse or ""
 
 
 def judge(layer: LayerStats, expectations: Expectations) -> Verdict:
     """Hold every figure of ``layer`` that was measured against its threshold, and the layer against all checks."""
-    if expectations.excuses(layer):
-        return Verdict(layer.name, (), excuse="no activation row reached it, which is allowed")
-    verdict = _judge(layer.name, layer, expectations, layer.defect)
+    if expectations.excuses(layer):  # from its figures alone: what its weights show is told without a row
+        verdict = Verdict(layer.name, (), excuse=f"{UNREACHED}, which is allowed")
+    else:
+        verdict = _judge(layer.name, layer, expectations, layer.defect)
     if layer.task is not None:
         # With a task text at hand a single layer may contribute little, as long as the averages do not.
         verdict = replace(verdict, findings=tuple(_softened(f, "contribution") for f in verdict.findings))

@@ -77,17 +77,18 @@ class Start:
                     yield f"{frozen} was measured on one side only, so nothing tells that it did not change"
             elif not abs(moves[frozen].share) <= UNCHANGED:
                 yield f"{moves[frozen]} since the start, where it must not change"
-        if self.variant == "v2" and not layer.preservation <= max(CLOSE * before.preservation, QUIET):
+        reached = layer.rows > 0  # else its figures are no numbers, and its norms are all there is to hold
+        if reached and self.variant == "v2" and not layer.preservation <= max(CLOSE * before.preservation, QUIET):
             yield f"{moves['preservation']} since the start: more than {CLOSE:g} times as loud"
         if self.variant != "v1" and not before.up_weight_norm <= ZERO:
             yield f"‖A‖ was {before.up_weight_norm:.4g} at the start, where it must be zero"
-        if self.variant != "v1" and not before.effectiveness < NO_UPDATE:
+        if (reached or before.rows) and self.variant != "v1" and not before.effectiveness < NO_UPDATE:
             yield f"effectiveness was {before.effectiveness:.4g} at the start, where there must be no update yet"
         if not trained:
             return
         if layer.up_weight_norm == before.up_weight_norm:
             yield f"‖A‖ {layer.up_weight_norm:.4g} is what it was at the start: A did not move"
-        if not layer.figure("effectiveness") > UPDATE:
+        if reached and not layer.figure("effectiveness") > UPDATE:
             yield f"{moves['effectiveness']} since the start: no clear update, which is above {UPDATE:g}"
 
     def moves(self, run: RunStats) -> dict[str, tuple[Change, ...]]:

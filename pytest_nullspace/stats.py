@@ -26,6 +26,9 @@ TASK_FIGURES = ("forgetting", "selectivity")
 OWN_FIGURES = tuple(figure for figure in FIGURES if figure != "selectivity")
 """Those that one text gives."""
 
+UNREACHED = "no activation row reached it"
+"""The defect of a layer whose weights are sound and whose activations the text does not tell."""
+
 _MOST_SELECTIVE = 1e12
 """Selectivity where the preserved text is not changed at all; more than any measurement could tell from it."""
 
@@ -164,13 +167,13 @@ class LayerStats:
     @property
     def defect(self) -> str | None:
         """Why the layer cannot be judged at all, or None."""
-        if not self.rows:
-            return "no activation row reached it"
-        if self.task is not None and self.task.defect is not None:
-            return f"on the task text: {self.task.defect}"
         norms = (self.down_weight_norm, self.up_weight_norm, self.base_weight_norm)
         if not all(math.isfinite(norm) for norm in norms if norm is not None):
             return "non-finite weights (NaN or infinity)"
+        if not self.rows:
+            return UNREACHED
+        if self.task is not None and self.task.defect is not None:
+            return f"on the task text: {self.task.defect}"
         if not all(map(math.isfinite, (self.input_norm, self.down_norm, self.update_norm, self.base_norm))):
             return "non-finite activations (NaN or infinity)"
         if not math.isfinite(self.output_norm):

@@ -53,6 +53,15 @@ def test_a_figure_may_become_worse_by_no_more_than_its_limit(
         assert phrase.endswith(end)
 
 
+def test_a_layer_that_no_row_reached_has_no_figure_to_compare() -> None:
+    """What was not measured became no worse; that the layer is new is a fault all the same."""
+    limit = Limit("preservation", 0.05, True)
+    unreached = saved.run(rows=0, input_norm=math.nan, down_norm=math.nan)
+    assert compare(unreached, EARLIER, [limit], TRAINED).regressions[Q0] == ()
+    (new,) = compare(unreached, saved.run(*saved.NAMES[1:]), [limit], TRAINED).regressions[Q0]
+    assert new.startswith("new: ")
+
+
 def test_at_the_initial_stage_an_update_is_the_worse_direction() -> None:
     """Before training effectiveness should be zero, so there more of it is worse."""
     limit = Limit("effectiveness", 0.1, True)

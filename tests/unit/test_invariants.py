@@ -299,6 +299,25 @@ def test_a_verdict_says_what_is_wrong_in_a_line(change: dict[str, Any], tier: Ti
     assert (verdict.tier, verdict.summary) == (tier, summary)
 
 
+UNREACHED = dict.fromkeys(("input_norm", "down_norm", "update_norm", "base_norm", "output_norm"), math.nan)
+
+
+def test_only_the_activations_of_an_unreached_layer_are_excused() -> None:
+    """A layer that no row need reach warns, and fails by non-finite weights or by whatever fault a check finds."""
+    unreached = layer(rows=0, mean_leakage=math.nan, **UNREACHED)
+    allowed = Expectations(unreached=["*"])
+    assert (judge(unreached, TRAINED).tier, judge(unreached, allowed).tier) == (FAIL, WARN)
+    for weight in ("down_weight_norm", "up_weight_norm", "base_weight_norm"):
+        broken = dataclasses.replace(unreached, **{weight: math.nan})
+        verdict = judge(broken, allowed)
+        assert (verdict.tier, verdict.summary) == (FAIL, "non-finite weights (NaN or infinity)")
+        averages = judge_averages(RunStats("m", "t", (GOOD, broken), 2), allowed)
+        assert averages.defect == f"1 of 2 layers could not be judged, {broken.name} among them"
+    moved = judge(unreached, dataclasses.replace(allowed, checks=[lambda _: ["B left its space"]]))
+    assert (moved.tier, moved.summary) == (FAIL, "B left its space")
+    assert judge_averages(RunStats("m", "t", (GOOD, unreached), 2), allowed).tier is PASS
+
+
 def test_nothing_to_judge_is_no_pass() -> None:
     """A verdict without findings fails: an empty gate must not look like a passed one."""
     assert Verdict("x", ()).tier is FAIL

@@ -66,6 +66,21 @@ def test_an_initial_checkpoint_need_not_have_learned() -> None:
     assert len(list(start.check(initial().layers[0], trained=True))) == 2
 
 
+def test_of_a_layer_without_rows_the_norms_are_held() -> None:
+    """Where no row reached a layer its weights still must be those of its start, and its NaN figures are no fault."""
+    unreached = dict.fromkeys(("input_norm", "down_norm", "update_norm", "base_norm", "output_norm"), math.nan)
+    start = Start.of(initial(), "v2")
+    for before in (start, Start.of(initial(rows=0, **unreached), "v2")):
+        assert list(before.check(now(rows=0, **unreached), trained=True)) == []
+        (moved,) = before.check(now(rows=0, base_weight_norm=41.0, **unreached), trained=True)
+        assert moved.startswith("‖W_res‖ 40 → 41")
+        (still,) = before.check(now(rows=0, up_weight_norm=0.0, **unreached), trained=True)
+        assert still.endswith("A did not move")
+    updated = Start.of(initial(update_norm=0.1), "v2")
+    (early,) = updated.check(now(rows=0, **unreached), trained=True)
+    assert early.startswith("effectiveness was 0.0125 at the start")
+
+
 @pytest.mark.parametrize(
     ("start", "variant"),
     [
