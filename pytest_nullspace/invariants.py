@@ -96,12 +96,15 @@ _INIT = (
     Threshold("leakage", 0.5, 0.75, lower_is_better=True),
 )
 _DEFAULTS = {Stage.TRAINED: _TRAINED, Stage.INIT: _INIT}
-_DRIFT = (
+_INIT_DRIFT = (
     Threshold("divergence", 0.05, 0.15, lower_is_better=True),
     Threshold("loss-rise", 0.05, 0.15, lower_is_better=True),
-    Threshold("task-gain", 0.01, 0.0, lower_is_better=False),
 )
-"""What is judged of a trained model's predictions, in nats a token."""
+_DRIFT = {
+    Stage.TRAINED: (*_INIT_DRIFT, Threshold("task-gain", 0.01, 0.0, lower_is_better=False)),
+    Stage.INIT: _INIT_DRIFT,
+}
+"""What is judged of a model's predictions, in nats a token; before training nothing can have been gained."""
 DRIFT = "drift"
 """The name of the item that judges them."""
 
@@ -148,7 +151,7 @@ class Expectations:
 
     def __post_init__(self) -> None:
         """Refuse overrides of figures that this stage does not judge, and bounds that cannot be."""
-        defaults = {threshold.figure: threshold for threshold in (*_DEFAULTS[self.stage], *_DRIFT)}
+        defaults = {threshold.figure: threshold for threshold in (*_DEFAULTS[self.stage], *_DRIFT[self.stage])}
         for override in self.overrides:
             if override.figure in self.left_out:
                 raise OptionError(
@@ -167,7 +170,7 @@ class Expectations:
 
     def thresholds(self, layer: str) -> tuple[Threshold, ...]:
         """The thresholds that hold for the layer of that name (``model`` for the averages, ``drift`` for the drift)."""
-        defaults = _DRIFT if layer == DRIFT else _DEFAULTS[self.stage]
+        defaults = (_DRIFT if layer == DRIFT else _DEFAULTS)[self.stage]
         return tuple(self._overridden(t, layer) for t in defaults if t.figure not in self.left_out)
 
     def excuses(self, layer: LayerStats) -> bool:

@@ -19,8 +19,9 @@ from pytest_nullspace.invariants import (
     Verdict,
     judge,
     judge_averages,
+    judge_drift,
 )
-from pytest_nullspace.stats import FIGURES, LayerStats, RunStats
+from pytest_nullspace.stats import FIGURES, Drift, LayerStats, RunStats, TextDrift
 
 PASS, WARN, FAIL = Tier
 TRAINED, INIT = Expectations(), Expectations(Stage.INIT)
@@ -222,6 +223,16 @@ def test_a_stage_refuses_bounds_of_a_figure_that_it_does_not_judge() -> None:
         Expectations(Stage.INIT, (Override("*", "contribution", 0.1, 0.01),))
 
 
+def test_an_initial_checkpoint_is_not_held_to_a_gain() -> None:
+    """Before training the predictions must not have moved; that the task gained nothing is no fault, nor a bound."""
+    text = TextDrift(tokens=10, base_loss=2.0, adapted_loss=2.0, divergence=0.0, loss_margin=0.0, divergence_margin=0.0)
+    drift = Drift("the base", text, dataclasses.replace(text, adapted_loss=2.0 + 1e-9))
+    assert [f.threshold.figure for f in judge_drift(drift, INIT).findings] == ["divergence", "loss-rise"]
+    assert (judge_drift(drift, INIT).tier, judge_drift(drift, TRAINED).tier) == (PASS, FAIL)
+    with pytest.raises(OptionError, match=r"no figure 'task-gain' is judged at stage init; there are .*, loss-rise$"):
+        Expectations(Stage.INIT, (Override("*", "task-gain", 0.1, 0.0),))
+
+
 def test_equal_bounds_leave_one_value_to_warn() -> None:
     """With one bound for both tiers only that very value warns."""
     sharp = threshold("preservation").replaced(0.2, 0.2)
@@ -299,7 +310,9 @@ def test_a_verdict_says_what_is_wrong_in_a_line(change: dict[str, Any], tier: Ti
     assert (verdict.tier, verdict.summary) == (tier, summary)
 
 
-UNREACHED = dict.fromkeys(("input_norm", "down_norm", "update_norm", "base_norm", "output_norm"), math.nan)
+UNREACHED: dict[str, Any] = dict.fromkeys(
+    ("input_norm", "down_norm", "update_norm", "base_norm", "output_norm"), math.nan
+)
 
 
 def test_only_the_activations_of_an_unreached_layer_are_excused() -> None:

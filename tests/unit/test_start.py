@@ -68,7 +68,9 @@ def test_an_initial_checkpoint_need_not_have_learned() -> None:
 
 def test_of_a_layer_without_rows_the_norms_are_held() -> None:
     """Where no row reached a layer its weights still must be those of its start, and its NaN figures are no fault."""
-    unreached = dict.fromkeys(("input_norm", "down_norm", "update_norm", "base_norm", "output_norm"), math.nan)
+    unreached: dict[str, Any] = dict.fromkeys(
+        ("input_norm", "down_norm", "update_norm", "base_norm", "output_norm"), math.nan
+    )
     start = Start.of(initial(), "v2")
     for before in (start, Start.of(initial(rows=0, **unreached), "v2")):
         assert list(before.check(now(rows=0, **unreached), trained=True)) == []
