@@ -24,10 +24,10 @@ from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tenso
 from pytest_nullspace.distributed import Ranks
 from pytest_nullspace.errors import CheckpointError, MeasurementError, OptionError, TextError
 from pytest_nullspace.hub import base_path
-from pytest_nullspace.invariants import Expectations, Stage, judge
+from pytest_nullspace.invariants import Expectations, Stage, judge, judge_averages
 from pytest_nullspace.memory import keep_freed_memory
 from pytest_nullspace.options import PREFIX, Settings
-from pytest_nullspace.stats import Drift, LayerStats, RunStats
+from pytest_nullspace.stats import FIGURES, Drift, LayerStats, RunStats
 from pytest_nullspace.weights import STATEMENT, weigh
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def measure_checkpoint(
     used: dict[str, int] = {}
     batches = [settings.batch_size or _batch_size(seqlen, device)]
 
-    def measured(what: str, judged: Callable[[Figures], Figures]) -> Figures:
+    def measured(what: str, settled: Callable[[Figures], bool]) -> Figures:
         before = sum(used.values())
 
         used[what] = len(drawn[what])
@@ -135,7 +135,7 @@ def measure_checkpoint(
             seed=settings.seed,
             progress=tell,
             ranks=settings.ranks,
-            settled=None if settings.calib_size is not None else lambda figures: _settled(judged(figures), settings),
+            settled=None if settings.calib_size is not None else settled,
         )
 
     def short_in_pass() -> str:
@@ -147,10 +147,12 @@ def measure_checkpoint(
         )
 
     with _memory_told(short_in_pass):
-        figures = measured("text", tuple)
-        if "task_text" in texts:
-            preserved = figures
-            of_task = measured("task_text", lambda task: with_task(preserved, task))
+        of = len(checkpoint.layers)
+        if "task_text" not in texts:
+            figures = measured("text", lambda own: _settled(own, of, settings, tuple(FIGURES)))
+        else:  # each text is asked for what will be judged on it, and no more
+            preserved = measured("text", lambda own: _settled(with_task(own, own), of, settings, _ON_PRESERVED))
+            of_task = measured("task_text", lambda task: _settled(with_task(preserved, task), of, settings, _ON_TASK))
             figures = with_task(preserved, of_task)
     if settings.spectrum:
         from pytest_nullspace.spectrum import spectrum
@@ -267,10 +269,29 @@ def with_task(preserved: Figures, task: Figures) -> Figures:
     return tuple(replace(layer, task=other) for layer, other in zip(preserved, task, strict=True))
 
 
-def _settled(figures: Figures, settings: Settings) -> bool:
-    """Whether more text would change no verdict."""
-    expectations = Expectations(Stage(settings.stage), settings.overrides, variant=settings.variant)
-    return not any(finding.uncertain for layer in figures for finding in judge(layer, expectations).findings)
+_ON_PRESERVED = ("preservation", "leakage", "forgetting")
+_ON_TASK = ("effectiveness", "contribution", "selectivity")
+
+
+def _settled(figures: Figures, of: int, settings: Settings, judged: Collection[str]) -> bool:
+    """Whether more text would change no verdict.
+
+    Args:
+        figures: Of the selected layers, so far.
+        of: How many layers the checkpoint has.
+        settings: What they are held against.
+        judged: The figures that are judged on the text.
+    """
+    expectations = Expectations(
+        Stage(settings.stage), settings.overrides, unreached=settings.allow_unreached, variant=settings.variant
+    )
+    if any(not (layer.task or layer).rows and not expectations.excuses(layer) for layer in figures):
+        return False  # one row would give what has no figures yet, and so nothing uncertain, a verdict
+    run, verdicts = RunStats("", "", figures, of), [judge(layer, expectations) for layer in figures]
+    if run.complete:
+        verdicts.append(judge_averages(run, expectations))
+    findings = [finding for verdict in verdicts for finding in verdict.findings]
+    return not any(finding.uncertain for finding in findings if finding.threshold.figure in judged)
 
 
 class _TrueBase(NamedTuple):

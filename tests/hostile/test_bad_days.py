@@ -168,7 +168,7 @@ calls = 0
 def once(*_):
     global calls
     calls += 1
-    if calls == 200:
+    if calls == 100:
         {act}
 register_module_forward_hook(once)
 """

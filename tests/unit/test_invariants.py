@@ -321,7 +321,7 @@ def test_only_the_activations_of_an_unreached_layer_are_excused() -> None:
     allowed = Expectations(unreached=["*"])
     assert (judge(unreached, TRAINED).tier, judge(unreached, allowed).tier) == (FAIL, WARN)
     for weight in ("down_weight_norm", "up_weight_norm", "base_weight_norm"):
-        broken = dataclasses.replace(unreached, **{weight: math.nan})
+        broken = layer(rows=0, mean_leakage=math.nan, **UNREACHED, **{weight: math.nan})
         verdict = judge(broken, allowed)
         assert (verdict.tier, verdict.summary) == (FAIL, "non-finite weights (NaN or infinity)")
         averages = judge_averages(RunStats("m", "t", (GOOD, broken), 2), allowed)
