@@ -529,7 +529,6 @@ def read_settings(config: "pytest.Config") -> Settings | None:
 
 def _check_together(settings: Settings) -> None:
     from pytest_nullspace.invariants import Expectations, Stage
-    from pytest_nullspace.stats import TASK_FIGURES
 
     for name, paths in (("model", settings.models), ("stats", settings.stats)):
         twice = next((path for i, path in enumerate(paths) if path in paths[:i]), None)
@@ -539,11 +538,6 @@ def _check_together(settings: Settings) -> None:
         Expectations(Stage(settings.stage), settings.overrides, variant=settings.variant)
     except OptionError as error:
         raise OptionError(f"{PREFIX}threshold: {error}") from None
-    unheld = next((o.figure for o in settings.overrides if o.figure in TASK_FIGURES), None)
-    if unheld is not None and settings.task_dataset is None and not settings.stats:
-        raise OptionError(
-            f"{PREFIX}threshold: {unheld} is judged only beside a task text; give one by {PREFIX}task-dataset"
-        )
     if settings.ranks.size > 1 and not settings.models:
         raise OptionError(
             f"{PREFIX}stats: a saved run leaves nothing for {settings.ranks.size} processes to measure; gate it "

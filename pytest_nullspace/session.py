@@ -3,10 +3,12 @@
 A saved run stands in for a checkpoint: it is gated alike, and nothing is measured.
 """
 
+import re
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,14 +21,14 @@ from pytest_nullspace.checkpoint.layers import is_layer_name
 from pytest_nullspace.diagnosis import Diagnosis, diagnose
 from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError, StatsError
 from pytest_nullspace.hub import downloaded
-from pytest_nullspace.invariants import Check, Expectations, Stage
+from pytest_nullspace.invariants import DRIFT, MODEL, Check, Expectations, Stage
 from pytest_nullspace.options import PREFIX, Settings, model_name, stats_file
 from pytest_nullspace.pipeline import Bases
 from pytest_nullspace.report import terminal
 from pytest_nullspace.report import weights as weights_report
 from pytest_nullspace.saved import from_json, read, write, write_atomically
 from pytest_nullspace.start import Start, unpaired
-from pytest_nullspace.stats import RunStats
+from pytest_nullspace.stats import DRIFT_FIGURES, FIGURES, TASK_FIGURES, RunStats
 from pytest_nullspace.weights import LayerWeights, Weights
 
 READ_ALIKE = ("weights_sha256", "text", "task_text", "settings", "dtype")
@@ -49,7 +51,8 @@ class GatedRun(ABC):
         path: What was given: a checkpoint's directory or a saved run.
         file: The file that stands for it among pytest's nodes.
         name: What ``{model}`` stands for in the names of files.
-        gated: The names of the layers that have a test, in model order.
+        layers: The names of the layers that it tells of, in model order.
+        gated: The names of those that have a test.
         selected: The names of the layers to measure, once collection has ended.
         drift_selected: Whether the drift is to be measured.
         earlier_file: The earlier run that it is compared with, if it is.
@@ -59,7 +62,7 @@ class GatedRun(ABC):
     """
 
     def __init__(self, path: Path, file: Path, name: str, layers: Sequence[str], settings: Settings) -> None:
-        self.path, self.file, self.name = path, file, name
+        self.path, self.file, self.name, self.layers = path, file, name, tuple(layers)
         self.gated = tuple(layer for layer in layers if fnmatchcase(layer, settings.layers))
         if not self.gated:
             raise OptionError(
@@ -102,6 +105,16 @@ class GatedRun(ABC):
 
     @property
     @abstractmethod
+    def tells_all(self) -> bool:
+        """Whether ``layers`` are all that the checkpoint adapts."""
+
+    @property
+    @abstractmethod
+    def figures(self) -> Collection[str]:
+        """What is, or was, measured of its layers and predictions."""
+
+    @property
+    @abstractmethod
     def has_audit(self) -> bool:
         """Whether its tensors are, or were, held against their start."""
 
@@ -132,6 +145,17 @@ class GatedRun(ABC):
     def gates_scope(self) -> bool:
         """Whether a test holds that nothing was trained outside the layers."""
         return self._settings.strict_scope
+
+    def subjects(self, figure: str) -> Sequence[str]:
+        """The tests that judge ``figure``."""
+        return (DRIFT,) if figure in DRIFT_FIGURES else (*self.layers, MODEL)
+
+    def unmeasured(self, figure: str) -> Path | None:
+        """Where ``figure`` lacks to be compared with the earlier run: here or there; None if it lacks in neither."""
+        if figure not in self.figures:
+            return self.path
+        earlier = () if self._earlier is None else self._earlier.layers
+        return None if any(figure in layer.measured for layer in earlier) else self.earlier_file
 
     def told(self, outcome: RunStats) -> Told:
         """What the outcome tells beside its figures, read once, for each of its layers asks."""
@@ -247,6 +271,18 @@ class CheckpointRun(GatedRun):
             self._check_comparable(*pipeline.planned(checkpoint, settings))
 
     @property
+    def tells_all(self) -> bool:
+        """That its files tell of every layer."""
+        return True
+
+    @property
+    def figures(self) -> Collection[str]:
+        """What the settings ask for."""
+        beside_task = () if self._settings.task_dataset is not None else (*TASK_FIGURES, "task-gain")
+        asked = (*FIGURES, *DRIFT_FIGURES) if self._settings.drift else FIGURES
+        return [figure for figure in asked if figure not in beside_task]
+
+    @property
     def has_audit(self) -> bool:
         """Whether its tensors are held against their start."""
         return self._initial is not None
@@ -330,6 +366,17 @@ class SavedRun(GatedRun):
     def gates_all(self) -> bool:
         """Whether every adapted layer was measured and has a test."""
         return self._saved.complete and len(self.gated) == len(self._saved.layers)
+
+    @property
+    def tells_all(self) -> bool:
+        """Whether every layer was measured."""
+        return self._saved.complete
+
+    @property
+    def figures(self) -> Collection[str]:
+        """What the saved run tells of some layer or of the predictions."""
+        drift = () if self._saved.drift is None else self._saved.drift.figures
+        return {*drift, *(figure for layer in self._saved.layers for figure in layer.measured)}
 
     @property
     def has_drift(self) -> bool:
@@ -419,12 +466,50 @@ def open_runs(settings: Settings) -> tuple[GatedRun, ...]:
     Raises:
         CheckpointError: A directory is no checkpoint.
         StatsError: A file is no saved run.
-        OptionError: The option ``layers`` matches no layer of one.
+        OptionError: The option ``layers`` matches no layer of one, or a bound would hold nothing.
     """
     bases: Bases = {}
-    return (
+    runs = (
         *(CheckpointRun(_opened(model), model_name(model), settings, bases) for model in settings.models),
         *(SavedRun(file, settings) for file in settings.stats),
+    )
+    _require_held(runs, settings)
+    return runs
+
+
+_MEASURED_BY = {
+    **dict.fromkeys(TASK_FIGURES, f"{PREFIX}task-dataset"),
+    **dict.fromkeys(DRIFT_FIGURES, f"{PREFIX}drift"),
+    "task-gain": f"{PREFIX}drift {PREFIX}task-dataset",
+}
+
+
+def _require_held(runs: Sequence[GatedRun], settings: Settings) -> None:
+    """Refuse the user's bounds against which nothing would be held in any of the runs."""
+    for limit in settings.limits:
+        lacking = [run.unmeasured(limit.figure) for run in runs]
+        if None not in lacking:
+            raise _not_measured("compare-fail", limit.figure, lacking[0])
+    for override in settings.overrides:
+        telling = [run for run in runs if override.figure in run.figures]
+        if not telling:
+            raise _not_measured("threshold", override.figure, runs[0].path)
+        names = [name for run in telling for name in run.subjects(override.figure)]
+        # The layers that a run in part does not tell of may be what a line is for.
+        if all(run.tells_all for run in telling) and not any(fnmatchcase(name, override.layers) for name in names):
+            alike = {re.sub(r"\d+", "", name): name for name in reversed(names)}  # one of each block is enough
+            line = f"{override.layers} {override.figure} {override.passes:g} {override.fails:g}"
+            raise OptionError(
+                f"nullspace_threshold: {quoted(line)} would never apply: it matches no test of "
+                f"{', '.join(str(run.path) for run in telling)} that judges {override.figure}; the nearest are "
+                f"{', '.join(get_close_matches(override.layers, alike.values(), cutoff=0))}; mend it or leave it out"
+            )
+
+
+def _not_measured(option: str, figure: str, where: Path | None) -> OptionError:
+    by = _MEASURED_BY.get(figure, "this plugin")
+    return OptionError(
+        f"{PREFIX}{option}: {figure} is not measured of {where}; measure with {by}, or leave the bound out"
     )
 
 

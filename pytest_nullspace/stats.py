@@ -23,6 +23,9 @@ FIGURES = {
 TASK_FIGURES = ("forgetting", "selectivity")
 """Those that are judged only where a task text was measured beside the preserved one."""
 
+DRIFT_FIGURES = ("divergence", "loss-rise", "task-gain")
+"""Those of the predictions, the last beside a task text only."""
+
 OWN_FIGURES = tuple(figure for figure in FIGURES if figure != "selectivity")
 """Those that one text gives."""
 

@@ -110,6 +110,26 @@ def test_a_reference_file_is_a_baseline_if_one_allows_what_it_does_not_tell(
     replay(*AGAINST, *allowed).assert_outcomes(passed=LAYERS + 1)
 
 
+def test_a_limit_on_what_neither_run_tells_is_refused(replay: Replay, before: Path, pytester: pytest.Pytester) -> None:
+    """A figure needs both runs to compare it, a saved one and an earlier one alike; else its limit limits nothing."""
+    limit = ("--nullspace-compare=before.json", "--nullspace-compare-fail=forgetting:5%")
+    refused = replay(*limit)
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(
+        [
+            "ERROR: --nullspace-compare-fail: forgetting is not measured of *stats.json; measure with "
+            "--nullspace-task-dataset, or leave the bound out"
+        ]
+    )
+    saved.save(pytester.path / "full.json", saved.full())
+    allowed = [f"--nullspace-compare-allow={what}" for what in ("figures", "unrecorded")]
+    one_sided = replay(*limit, *allowed, stats="full.json")
+    assert one_sided.ret == pytest.ExitCode.USAGE_ERROR
+    one_sided.stderr.fnmatch_lines(["ERROR: *: forgetting is not measured of *before.json; *"])
+    saved.save(before, saved.full())
+    assert replay(*limit, stats="full.json").ret == pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -156,6 +156,53 @@ def test_what_no_run_can_hold_is_a_usage_error(
     result.stderr.fnmatch_lines([f"ERROR: *edited.json: {said}"])
 
 
+@pytest.mark.parametrize("figure", ["forgetting", "divergence", "task-gain", "leakage"])
+def test_a_bound_on_what_no_saved_run_tells_is_refused(replay: Replay, pytester: pytest.Pytester, figure: str) -> None:
+    """Of what a saved run does not hold no bound can be set; it is enough that one of several runs holds it."""
+    saved.reference(pytester.path / "ref.json")
+    bound = f"--nullspace-threshold={figure}:{'2:1' if figure == 'task-gain' else '1:2'}"
+    refused = replay(bound, stats="ref.json")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines([f"ERROR: --nullspace-threshold: {figure} is not measured of *ref.json; measure *"])
+    saved.save(pytester.path / "full.json", saved.full())
+    assert replay(bound, "--nullspace-stats=full.json", stats="ref.json").ret != pytest.ExitCode.USAGE_ERROR
+
+
+@pytest.mark.parametrize(
+    ("line", "nearest"),
+    [
+        ("*.dwn_proj preservation 0.2 0.6", "model.layers.0.mlp.down_proj"),
+        ("modle preservation 0.2 0.6", "model"),
+        ("*.down_proj divergence 0.2 0.6", "drift"),
+        ("drift preservation 0.2 0.6", "model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_a_line_that_would_never_apply_is_refused(
+    replay: Replay, pytester: pytest.Pytester, line: str, nearest: str
+) -> None:
+    """A glob that names no layer, nor the averages or the drift, is told with the line and the nearest names."""
+    whole = dataclasses.replace(saved.run(), drift=saved.full().drift)
+    saved.save(pytester.path / "whole.json", whole)
+    refused = replay("-o", f"nullspace_threshold={line}", stats="whole.json")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    (said,) = [text for text in refused.errlines if text.startswith("ERROR: ")]
+    assert said.startswith(f"ERROR: nullspace_threshold: '{line}' would never apply: it matches no test of ")
+    assert nearest in said.partition("the nearest")[2]
+    assert "Traceback" not in refused.stderr.str()
+
+
+def test_a_line_may_name_what_is_not_selected(replay: Replay, pytester: pytest.Pytester) -> None:
+    """Lines are held against all layers, those left out by --nullspace-layers too, of any of the runs."""
+    saved.save(pytester.path / "other.json", saved.run("other.a", "other.b"))
+    saved.save(pytester.path / "part.json", saved.run(*saved.NAMES[:4], of=9))
+    lines = "*.down_proj preservation 1 2\nmodel leakage 1 2"
+    replay("-o", f"nullspace_threshold={lines}", "--nullspace-layers=*.q_proj").assert_outcomes(passed=3)
+    both = f"nullspace_threshold={lines}\nother.* leakage 1 2"
+    replay("-o", both, "--nullspace-stats=other.json").assert_outcomes(passed=LAYERS + 1 + 3)
+    assert replay("-o", both).ret == pytest.ExitCode.USAGE_ERROR
+    replay("-o", both, stats="part.json").assert_outcomes(passed=4)  # for it does not tell what the other layers are
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

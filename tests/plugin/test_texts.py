@@ -196,13 +196,23 @@ def test_too_few_rows_and_repeats_are_told(checkpoint: Path, gate: Gate, pyteste
     result.stdout.no_fnmatch_line("repeated text*")
 
 
-def test_a_threshold_of_two_texts_needs_both(checkpoint: Path, gate: Gate) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("threshold=selectivity:2:1",), "selectivity is not measured of *ft; measure with --nullspace-task-dataset"),
+        (("threshold=divergence:1:2",), "divergence is not measured of *ft; measure with --nullspace-drift"),
+        (("threshold=loss-rise:1:2", "task-dataset=text.txt"), "loss-rise is not measured of *ft; measure with *drift"),
+        (("threshold=task-gain:2:1",), "task-gain is not measured of *; * --nullspace-drift --nullspace-task-dataset"),
+        (("threshold=task-gain:2:1", "drift"), "task-gain is not measured of *ft; measure with *"),
+    ],
+)
+def test_a_bound_on_what_is_not_measured_is_refused(
+    checkpoint: Path, gate: Gate, options: tuple[str, ...], said: str
+) -> None:
     """A bound on a figure that would not be judged is a usage error, not a silent nothing."""
-    result = gate("--nullspace-threshold=selectivity:2:1")
-    assert result.ret == 4
-    result.stderr.fnmatch_lines(
-        ["*selectivity is judged only beside a task text; give one by --nullspace-task-dataset*"]
-    )
+    result = gate(*(f"--nullspace-{option}" for option in options))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: --nullspace-threshold: {said}, or leave the bound out"])
 
 
 def test_a_missing_task_text_is_told_by_its_option(checkpoint: Path, gate: Gate) -> None:
