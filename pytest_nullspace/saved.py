@@ -243,6 +243,11 @@ def _layer(entry: object, where: str) -> LayerStats:
             value = _number(math.nan if value is None and _KEYS[name] in entry else value, f"{where}: {_KEYS[name]}")
         values[name] = value
     layer = LayerStats(**values)
+    if layer.down_rank is not None and layer.down_rank > layer.rank:
+        raise StatsError(
+            f"{where}: B_rank is {layer.down_rank}, but no matrix of rank {layer.rank} spans more; the file was edited "
+            "or damaged, so measure again"
+        )
     _check_derived(entry, layer, where)
     return layer
 

@@ -173,6 +173,8 @@ class LayerStats:
         norms = (self.down_weight_norm, self.up_weight_norm, self.base_weight_norm)
         if not all(math.isfinite(norm) for norm in norms if norm is not None):
             return "non-finite weights (NaN or infinity)"
+        if self.down_rank == 0 or (self.down_rank is None and self.down_weight_norm == 0):
+            return "its down projection B is zero, so nothing can reach it"
         if not self.rows:
             return UNREACHED
         if self.task is not None and self.task.defect is not None:
@@ -181,8 +183,6 @@ class LayerStats:
             return "non-finite activations (NaN or infinity)"
         if not math.isfinite(self.output_norm):
             return "non-finite output (NaN or infinity)"
-        if self.down_rank == 0 or (self.down_rank is None and self.down_weight_norm == 0):
-            return "its down projection B is zero, so nothing can reach it"
         if self.input_norm == 0:
             return "its input is zero in every row"
         if self.output_norm == 0:

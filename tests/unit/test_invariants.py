@@ -316,7 +316,7 @@ UNREACHED: dict[str, Any] = dict.fromkeys(
 
 
 def test_only_the_activations_of_an_unreached_layer_are_excused() -> None:
-    """A layer that no row need reach warns, and fails by non-finite weights or by whatever fault a check finds."""
+    """A layer that no row need reach warns, and fails by non-finite weights, a B of zeros or what a check finds."""
     unreached = layer(rows=0, mean_leakage=math.nan, **UNREACHED)
     allowed = Expectations(unreached=["*"])
     assert (judge(unreached, TRAINED).tier, judge(unreached, allowed).tier) == (FAIL, WARN)
@@ -326,6 +326,8 @@ def test_only_the_activations_of_an_unreached_layer_are_excused() -> None:
         assert (verdict.tier, verdict.summary) == (FAIL, "non-finite weights (NaN or infinity)")
         averages = judge_averages(RunStats("m", "t", (GOOD, broken), 2), allowed)
         assert averages.defect == f"1 of 2 layers could not be judged, {broken.name} among them"
+    zero = judge(dataclasses.replace(unreached, down_rank=0), allowed)
+    assert (zero.tier, zero.summary) == (FAIL, "its down projection B is zero, so nothing can reach it")
     moved = judge(unreached, dataclasses.replace(allowed, checks=[lambda _: ["B left its space"]]))
     assert (moved.tier, moved.summary) == (FAIL, "B left its space")
     assert judge_averages(RunStats("m", "t", (GOOD, unreached), 2), allowed).tier is PASS

@@ -386,6 +386,7 @@ def test_a_field_of_the_wrong_kind_is_refused(key: str, value: object, said: str
         ({"adapter_contribution": None}, "adapter_contribution is no number, but ABX_norm / FullOutput_norm is 0.05"),
         ({"X_norm": None}, "BX_ratio is 0.03125, but BX_norm / X_norm is no number"),
         ({"rank": 8}, "leakage_chance is 0.0625, but B_rank (or rank) / in_features is 0.125"),
+        ({"B_rank": 5}, "B_rank is 5, but no matrix of rank 4 spans more"),
         ({"leakage": 0.0}, "leakage_over_chance is 0.016, but leakage / leakage_chance is 0"),
         ({"BX_norm": -0.25}, "BX_norm must not be negative, but is -0.25"),
         ({"leakage": -1}, "leakage must not be negative, but is -1"),
