@@ -19,7 +19,7 @@ _qr: Callable[..., tuple[Tensor, Tensor]] = torch.linalg.qr
 FLOAT32_SAFE = (1e-15, 1e15)
 """Float32 norms between these have squares, and sums of squares over any real width, within float32's normal range."""
 
-CONVERTED = 1 << 19
+CONVERTED = 1 << 21
 """Numbers of half precision that are converted at once."""
 
 WIDEST = 1024
@@ -70,23 +70,25 @@ def row_norms(values: Tensor) -> Tensor:
     Returns:
         Shape ``(…,)``, float64 where ``values`` are, else float32: whether those are `safe` is the caller's to ask.
     """
-    if values.device.type == "cpu" and values.dtype in (torch.float16, torch.bfloat16):
-        return _converted_norms(values.reshape(-1, values.shape[-1])).reshape(values.shape[:-1])
-    if values.device.type == "cpu" and values.dtype == torch.float32 and values.shape[-1] > WIDEST:
-        return _wide_norms(values)
+    if values.device.type == "cpu" and values.dtype != torch.float64:
+        if values.dtype != torch.float32 and values.numel() > CONVERTED:
+            return _converted_norms(values.reshape(-1, values.shape[-1])).reshape(values.shape[:-1])
+        if values.shape[-1] > WIDEST:
+            return _wide_norms(values)
     return _vector_norm(values, dim=-1, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def _wide_norms(values: Tensor) -> Tensor:
-    """The norms of wide float32 rows, from those of pieces of them.
+    """The norms of wide rows, from those of pieces of them.
 
-    On a CPU torch adds up a row in a few running sums, whose rounding goes one way where numbers are alike or few: over
-    14,336 columns from bfloat16 that was 2e-6, more than all else together.
+    On a CPU torch adds up a row in a few running float32 sums, whose rounding goes one way where numbers are alike or
+    few: over 14,336 columns from bfloat16 that was 2e-6, more than all else together.
     """
     piece = _piece(values.shape[-1])
     if piece is None:
         return _vector_norm(values, dim=-1, dtype=torch.float64).float()
-    return _vector_norm(_vector_norm(values.view(*values.shape[:-1], values.shape[-1] // piece, piece), dim=-1), dim=-1)
+    pieces = values.reshape(*values.shape[:-1], values.shape[-1] // piece, piece)
+    return _vector_norm(_vector_norm(pieces, dim=-1, dtype=torch.float32), dim=-1)
 
 
 @cache
@@ -96,15 +98,14 @@ def _piece(width: int) -> int | None:
 
 
 def _converted_norms(rows: Tensor) -> Tensor:
-    """The norms of half-precision rows ``(n, d)``, a few converted at a time.
+    """The norms of many half-precision rows ``(n, d)``, a few converted at a time.
 
-    On a CPU torch sums wide half-precision rows one by one, an order of magnitude slower than it copies them; and what
-    is converted whole leaves the cache before it is summed.
+    What is converted whole, as torch does, leaves the cache before it is summed, and takes twice the memory again. The
+    parts are of one size, so that each thread meets in the buffer what lies in its own core's cache.
     """
-    count = max(1, CONVERTED // max(1, rows.shape[-1]))
-    converted = torch.empty_like(rows[:count], dtype=torch.float32)
-    norms = [row_norms(converted[: len(part)].copy_(part)) for part in torch.split(rows, count)]
-    return norms[0] if len(norms) == 1 else torch.cat(norms)
+    parts = torch.chunk(rows, -(-rows.numel() // CONVERTED))
+    converted = torch.empty_like(parts[0], dtype=torch.float32)
+    return torch.cat([row_norms(converted[: len(part)].copy_(part)) for part in parts])
 
 
 def safe(norms: Tensor) -> bool:
