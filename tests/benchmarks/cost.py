@@ -24,6 +24,7 @@ import torch
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.drift import drift
 from pytest_nullspace.measure import measure
+from pytest_nullspace.memory import keep_freed_memory
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.spectrum import spectrum
 from tests import tiny
@@ -428,6 +429,7 @@ def main() -> None:
     global _rounds
     _rounds = options.rounds
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in a gate, for all that is compared
     file = DOCS / "cost.json"
     found: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.exists() else {}
     for part, of in PARTS.items():

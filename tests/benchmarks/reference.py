@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measure import measure
+from pytest_nullspace.memory import keep_freed_memory
 from pytest_nullspace.model import AdaptedModel, load_model
 
 SEQLEN = 512
@@ -85,7 +86,8 @@ def peak_memory() -> float:
 
 
 def main(way: str, folder: str, rows: str) -> None:
-    """Run one way and print its peak memory."""
+    """Run one way, with memory kept as in a gate, and print its peak."""
+    keep_freed_memory()
     adapted = load_model(open_checkpoint(Path(folder)), torch.device("cpu"), torch.float32)
     WAYS[way](adapted, windows_of(int(rows)))
     print(peak_memory())
