@@ -27,7 +27,7 @@ from pytest_nullspace.hub import base_path
 from pytest_nullspace.invariants import Expectations, Stage, judge, judge_averages
 from pytest_nullspace.memory import keep_freed_memory
 from pytest_nullspace.options import PREFIX, Settings
-from pytest_nullspace.stats import FIGURES, Drift, LayerStats, RunStats
+from pytest_nullspace.stats import FIGURES, ON_TASK, Drift, LayerStats, RunStats
 from pytest_nullspace.weights import STATEMENT, weigh
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def measure_checkpoint(
             figures = measured("text", lambda own: _settled(own, of, settings, tuple(FIGURES)))
         else:  # each text is asked for what will be judged on it, and no more
             preserved = measured("text", lambda own: _settled(with_task(own, own), of, settings, _ON_PRESERVED))
-            of_task = measured("task_text", lambda task: _settled(with_task(preserved, task), of, settings, _ON_TASK))
+            of_task = measured("task_text", lambda task: _settled(with_task(preserved, task), of, settings, ON_TASK))
             figures = with_task(preserved, of_task)
     if settings.spectrum:
         from pytest_nullspace.spectrum import spectrum
@@ -269,8 +269,7 @@ def with_task(preserved: Figures, task: Figures) -> Figures:
     return tuple(replace(layer, task=other) for layer, other in zip(preserved, task, strict=True))
 
 
-_ON_PRESERVED = ("preservation", "leakage", "forgetting")
-_ON_TASK = ("effectiveness", "contribution", "selectivity")
+_ON_PRESERVED = tuple(figure for figure in FIGURES if figure not in ON_TASK)
 
 
 def _settled(figures: Figures, of: int, settings: Settings, judged: Collection[str]) -> bool:

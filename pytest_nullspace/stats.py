@@ -23,6 +23,12 @@ FIGURES = {
 TASK_FIGURES = ("forgetting", "selectivity")
 """Those that are judged only where a task text was measured beside the preserved one."""
 
+UPDATE_FIGURES = ("effectiveness", "contribution")
+"""What an update is for: taken on the task text where there is one."""
+
+ON_TASK = (*UPDATE_FIGURES, "selectivity")
+"""Those for which the task text is drawn where there is one; the others are for the preserved text."""
+
 DRIFT_FIGURES = ("divergence", "loss-rise", "task-gain")
 """Those of the predictions, the last beside a task text only."""
 
@@ -165,7 +171,7 @@ class LayerStats:
         return self.selectivity * math.hypot(*(margin / value for margin, value in parts if margin is not None))
 
     def _judged_on(self, figure: str) -> "LayerStats":
-        return self.task if self.task is not None and figure in ("effectiveness", "contribution") else self
+        return self.task if self.task is not None and figure in UPDATE_FIGURES else self
 
     @property
     def defect(self) -> str | None:

@@ -15,7 +15,7 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.diagnosis import Diagnosis
 from pytest_nullspace.invariants import Expectations, Tier, Verdict, judge, judge_averages, judge_drift
 from pytest_nullspace.start import QUANTITIES, Start
-from pytest_nullspace.stats import FIGURES, TASK_FIGURES, Drift, LayerStats, RunStats
+from pytest_nullspace.stats import FIGURES, ON_TASK, TASK_FIGURES, Drift, LayerStats, RunStats
 from pytest_nullspace.uncertainty import MOST_WINDOWS, windows_needed
 
 if TYPE_CHECKING:
@@ -120,20 +120,32 @@ def uncertain(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
         return None
     layers = {subject for subject, _ in findings}
     told = f"uncertain: more text might change the verdict on {len(layers)} of {len(verdicts)} layers"
-    recorded = run.about.get("text")
-    windows = recorded.get("windows") if isinstance(recorded, dict) else None
-    if not isinstance(windows, int) or windows > MOST_WINDOWS:  # a file of another making may hold anything
+    drawn = {finding.threshold.figure: _windows(run, finding.threshold.figure) for _, finding in findings}
+    fewest = min(drawn.values())
+    if not fewest:
         return told
-    if windows < 2:
+    if fewest == 1:
         return f"{told}; one window tells nothing of how the figures vary, so draw more by --nullspace-calib-size"
-    needed = [windows_needed(windows, f.margin, f.distance) for _, f in findings if f.margin is not None]
-    some = [n for n in needed if n is not None]
-    half = median(some) if some else windows
+    needed = [
+        windows_needed(drawn[f.threshold.figure], f.margin, f.distance) for _, f in findings if f.margin is not None
+    ]
+    half = median([n for n in needed if n is not None] or drawn.values())
     name, finding = max(findings, key=lambda pair: pair[1].badness)
+    settings = run.about.get("settings")
+    is_auto = isinstance(settings, dict) and settings.get("calib_size", 0) is None
     return (
         f"{told}, such as {printable(name)} ({finding.threshold.figure} {finding.value:.3g} ± {finding.margin:.2g}); "
-        f"about {half:.0f} windows would settle half of them, or try --nullspace-calib-size=auto"
+        f"about {half:.0f} windows would settle half of them"
+        + (", so raise N in --nullspace-calib-size=auto:N" if is_auto else ", or try --nullspace-calib-size=auto")
     )
+
+
+def _windows(run: RunStats, figure: str) -> int:
+    """How many windows were drawn of the text on which ``figure`` is judged; 0 where no credible number was told."""
+    recorded = run.about.get("task_text" if run.has_task and figure in ON_TASK else "text")
+    windows = recorded.get("windows") if isinstance(recorded, dict) else None
+    # A file of another making may hold anything.
+    return windows if isinstance(windows, int) and 0 < windows <= MOST_WINDOWS else 0
 
 
 def repeated(run: RunStats) -> str | None:

@@ -232,8 +232,9 @@ def test_windows_are_drawn_until_every_verdict_is_settled(gate: Gate, pytester: 
     gate(model=NULL, quick=quick)
     means = json.loads((pytester.path / "s.json").read_text())["stats"]
     middle = sorted(layer["BX_ratio"] for layer in means)[10]
-    gate(f"--nullspace-threshold=preservation:{middle}:0.5", model=NULL, quick=quick)
+    unsettled = gate(f"--nullspace-threshold=preservation:{middle}:0.5", model=NULL, quick=quick)
     assert windows() == 40
+    unsettled.stdout.fnmatch_lines(["uncertain: * would settle half of them, so raise N in *-calib-size=auto:N"])
     loose = ("contribution:0:0", "preservation:0.5:0.6", "effectiveness:0:0")
     settled = gate(*(f"--nullspace-threshold={bound}" for bound in loose), model=NULL, quick=quick)
     assert windows() == 16
@@ -245,7 +246,7 @@ def test_a_verdict_that_more_text_might_change_is_told(gate: Gate) -> None:
     quick = (FACTS, "--nullspace-seqlen=64", "--nullspace-calib-size=4")
     result = gate("--nullspace-threshold=preservation:0.0500:0.5", model=NULL, quick=quick)
     result.stdout.fnmatch_lines(
-        ["uncertain: more text might change the verdict on * of 21 layers, *windows would settle*"]
+        ["uncertain: * verdict on * of 21 layers, *windows would settle half of them, or try *-calib-size=auto"]
     )
     one = gate(model=NULL, quick=(*quick[:2], "--nullspace-calib-size=1"))
     one.stdout.fnmatch_lines(["uncertain: *one window tells nothing of how the figures vary*"])
