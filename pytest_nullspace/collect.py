@@ -109,7 +109,11 @@ class MeasuredItem(GateItem):
         if verdict.tier is Tier.FAIL:
             pytest.fail(explanation, pytrace=False)
         if verdict.tier is Tier.WARN:
-            self.warn_of(f"{self.name}: {verdict.summary}", explanation)
+            self.warn_of(self.warning(verdict), explanation)
+
+    def warning(self, verdict: Verdict) -> str:
+        """The warning's message: subject and figures."""
+        return f"{self.name}: {verdict.summary}"
 
     def warn_of(self, message: str, explanation: str) -> None:
         """Pass with a warning; fail with the explanation where warnings are errors."""
@@ -136,6 +140,10 @@ class LayerItem(MeasuredItem):
         figures = {figure: layer.figure(figure) for figure in layer.measured}
         self.record(tier=str(verdict.tier), rows=layer.rows, **figures)
         return verdict, terminal.layer_failure(layer, verdict)
+
+    def warning(self, verdict: Verdict) -> str:
+        """A message that layers share, so that pytest tells it once with all that gave it: a model has hundreds."""
+        return verdict.warning
 
 
 class WeightsItem(LayerItem):

@@ -232,8 +232,17 @@ class Finding:
         value, limit = _apart(self.value, bound)
         if self.tier is Tier.FAIL:
             return f"{threshold.figure} {value} {'>' if threshold.lower_is_better else '<'} {limit}"
-        sign = ("<", ">=") if threshold.lower_is_better else (">", "<=")
-        return f"{threshold.figure} {value} {sign[self.tier is Tier.WARN]} {limit}"
+        return f"{threshold.figure} {value} {self._sign} {limit}"
+
+    @property
+    def condition(self) -> str:
+        """What holds of the value, the value left out, such as ``preservation >= 0.1``."""
+        return f"{self.threshold.figure} {self._sign} {self.threshold.passes:g}"
+
+    @property
+    def _sign(self) -> str:
+        """Where the value lies of the bound of the pass tier, the tier being pass or warn."""
+        return (("<", ">=") if self.threshold.lower_is_better else (">", "<="))[self.tier is Tier.WARN]
 
 
 def _apart(value: float, bound: float) -> tuple[str, str]:
@@ -292,6 +301,12 @@ class Verdict:
             return self.defect
         told = [*(str(finding) for finding in self.findings if finding.tier is self.tier), *self.faults]
         return ", ".join(told) or self.excuse or ""
+
+    @property
+    def warning(self) -> str:
+        """Why it is in the warn tier, in words that are the same for all subjects alike."""
+        told = [finding.condition for finding in self.findings if finding.tier is Tier.WARN]
+        return self.excuse or f"in the warn tier: {', '.join(told)}"
 
 
 def judge(layer: LayerStats, expectations: Expectations) -> Verdict:

@@ -41,7 +41,7 @@ DEFAULT_SEQLEN = 2048
 """Tokens a window, as in the reference, where the model allows as many."""
 CPU_TOKENS, GPU_TOKENS = 256, 16384
 """Tokens of the windows that share a forward. Below so many a CPU spends its time between the matrix products, beyond
-them nothing is gained (docs/cost.md); a GPU wants more, as far as they fit."""
+them little is gained (docs/cost.md); a GPU wants more, as far as they fit."""
 
 
 def measure_checkpoint(

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -198,10 +199,15 @@ def test_a_warn_tier_passes_and_warns_and_can_be_made_strict(checkpoint: Path, g
     result = gate(*bounds)
     assert result.ret == 0
     result.assert_outcomes(passed=LAYERS + 1, warnings=LAYERS + 1)
-    result.stdout.fnmatch_lines([f"*NullspaceWarning: {Q0}: preservation 0.* >= 0.01"])
+    told = [line.partition("NullspaceWarning: ")[2] for line in result.outlines if "NullspaceWarning: " in line]
+    assert told[0] == "in the warn tier: preservation >= 0.01", "told once of all layers"
+    assert re.fullmatch(r"model: preservation 0\.\d+ >= 0\.01", told[1])
+    assert len(told) == 2
+    result.stdout.fnmatch_lines([f"*config.json: {LAYERS} warnings"])
     strict = gate(*bounds, "-W", "error::pytest_nullspace.NullspaceWarning")
     assert strict.ret == 1
     strict.assert_outcomes(failed=LAYERS + 1)
+    strict.stdout.fnmatch_lines(["preservation 0.* >= 0.01", "(warnings are errors here)"])
 
 
 def test_verbose_prints_the_references_block_for_every_layer(checkpoint: Path, gate: Gate) -> None:
