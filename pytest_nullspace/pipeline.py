@@ -1,6 +1,6 @@
 """A checkpoint and settings in, a run out: the text read, the model loaded, the layers measured and audited.
 
-Only this module reaches torch, and only inside a function.
+The parts that hold tensors are reached from here and from `loading` alone, and only inside functions.
 """
 
 import gc
@@ -9,33 +9,37 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace import calibration
 from pytest_nullspace.audit import Audit, audit
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors, require_unchanged, stamps
-from pytest_nullspace.distributed import Ranks
-from pytest_nullspace.errors import CheckpointError, MeasurementError, OptionError, TextError
-from pytest_nullspace.hub import base_path
+from pytest_nullspace.errors import CheckpointError, TextError
 from pytest_nullspace.invariants import Expectations, Stage, judge, judge_averages
+from pytest_nullspace.loading import (
+    Bases,
+    TrueBase,
+    base_of,
+    device_name,
+    device_of,
+    dtype_of,
+    load,
+    shortage_told,
+    true_base,
+)
 from pytest_nullspace.memory import keep_freed_memory
 from pytest_nullspace.options import PREFIX, Settings
 from pytest_nullspace.stats import FIGURES, ON_TASK, Drift, LayerStats, RunStats
 from pytest_nullspace.weights import STATEMENT, weigh
 
 if TYPE_CHECKING:
-    from pytest_nullspace.drift import Base
     from pytest_nullspace.model import AdaptedModel
-
-Bases = MutableMapping[Hashable, Any]
-"""The base model that adapters share, kept from one to the next; shared by the runs that are still to be measured."""
 
 DEFAULT_SEQLEN = 2048
 """Tokens a window, as in the reference, where the model allows as many."""
@@ -80,26 +84,25 @@ def measure_checkpoint(
     tokenize = calibration.load_tokenizer(_tokenizer_directory(checkpoint, base))
     spent.on("text")
 
-    import torch  # only now, for what is wrong with the text need not wait for it
-
-    from pytest_nullspace.measure import measure
+    # Only now torch, for what is wrong with the text need not wait for it.
     from pytest_nullspace.model import import_libraries
     from pytest_nullspace.model.spread import places
 
     import_libraries(checkpoint)
     spent.on("imports")
-    device = _device(settings)
-    dtype = _dtype(settings.dtype, checkpoint, device)
+    device = device_of(settings)
+    dtype = dtype_of(settings.dtype, checkpoint, device)
     running = f"{str(dtype).removeprefix('torch.')} on {device}"
-    short = f"{checkpoint.directory}: too little memory"
-    with _memory_told(
+    with shortage_told(
         lambda: (
-            f"{short} to load the model in {running}; lower it by {PREFIX}dtype=bfloat16, or take a machine with more"
+            f"{checkpoint.directory}: too little memory to load the model in {running}; lower it by "
+            f"{PREFIX}dtype=bfloat16, or take a machine with more"
         )
     ):
-        adapted = _loaded(checkpoint, settings, device, dtype, base, bases)
-        device = adapted.device
-    true_base = _base(adapted, checkpoint, initial, base, settings, device, dtype) if settings.drift else None
+        adapted = load(checkpoint, settings, device, dtype, base, bases)
+    held_against = (
+        true_base(adapted, checkpoint, initial, base, settings, adapted.device, dtype) if settings.drift else None
+    )
     spent.on("model")
     seqlen = _seqlen(settings.seqlen, adapted.model)
     count = settings.calib_most if settings.calib_size is None else settings.calib_size
@@ -110,85 +113,13 @@ def measure_checkpoint(
     for windows in drawn.values():
         _require_known_tokens(windows, adapted.model, checkpoint)
     spent.on("windows")
-    load = sum(spent.seconds.values())
+    load_seconds = sum(spent.seconds.values())
 
-    used: dict[str, int] = {}
-    batches = [settings.batch_size or _batch_size(seqlen, device)]
-
-    def measured(what: str, settled: Callable[[Figures], bool]) -> Figures:
-        before = sum(used.values())
-
-        used[what] = len(drawn[what])
-
-        def tell(done: int, _: int) -> None:
-            used[what] = done
-            if progress is not None:
-                progress(before + done, before + sum(len(drawn[w]) for w in drawn if w == what or w not in used))
-
-        return measure(
-            adapted,
-            [window.tokens for window in drawn[what]],
-            layers=layers,
-            batch_size=batches[-1],
-            shrunk=batches.append,
-            max_rows=settings.max_activation_samples,
-            seed=settings.seed,
-            progress=tell,
-            ranks=settings.ranks,
-            settled=None if settings.calib_size is not None else settled,
-        )
-
-    def short_in_pass() -> str:
-        together = min(batches[-1], max(map(len, drawn.values())))
-        lower = f"{PREFIX}seqlen or {PREFIX}batch-size" if together > 1 else f"{PREFIX}seqlen"
-        return (
-            f"{short} in the pass of windows of {seqlen} tokens, {together} a forward, in {running}; lower {lower}, or "
-            f"take {PREFIX}dtype=bfloat16"
-        )
-
-    with _memory_told(short_in_pass):
-        of = len(checkpoint.layers)
-        if "task_text" not in texts:
-            figures = measured("text", lambda own: _settled(own, of, settings, tuple(FIGURES)))
-        else:  # each text is asked for what will be judged on it, and no more
-            preserved = measured("text", lambda own: _settled(with_task(own, own), of, settings, _ON_PRESERVED))
-            of_task = measured("task_text", lambda task: _settled(with_task(preserved, task), of, settings, ON_TASK))
-            figures = with_task(preserved, of_task)
+    run = _Pass(checkpoint, settings, adapted, drawn, seqlen, running, progress)
+    figures, batches = run.figures(layers)
     if settings.spectrum:
-        from pytest_nullspace.spectrum import spectrum
-
-        names = [layer.name for layer in figures]
-        with _memory_told(
-            lambda: (
-                f"{short} for the spectrum, whose sums are in float64 and as wide as the layers, in {running}; "
-                f"leave {PREFIX}spectrum out, or lower {PREFIX}seqlen"
-            )
-        ):
-            best = spectrum(
-                adapted,
-                [w.tokens for w in drawn["text"][: used["text"]]],
-                names,
-                progress=progress,
-                ranks=settings.ranks,
-            )
-        figures = tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
-    moved = None
-    if true_base is not None:
-        over = {what: drawn[what][:count] for what, count in used.items()}
-        with _memory_told(
-            lambda: (
-                f"{short} to load {true_base.name} beside the model for {PREFIX}drift, in {running}; take "
-                f"{PREFIX}dtype=bfloat16 or a machine with more, or leave {PREFIX}drift out"
-            )
-        ):
-            loaded = true_base.load()
-        with _memory_told(
-            lambda: (
-                f"{short} for both models' predictions of windows of {seqlen} tokens, in {running}; lower "
-                f"{PREFIX}seqlen, take {PREFIX}dtype=bfloat16, or leave {PREFIX}drift out"
-            )
-        ):
-            moved = _drift(adapted, true_base.name, loaded, over, progress, settings.ranks)
+        figures = run.with_spectrum(figures)
+    moved = None if held_against is None else run.drift(held_against)
     adapted.take_off()
     spent.on("pass")
     hashes = _hashes(checkpoint)
@@ -206,7 +137,7 @@ def measure_checkpoint(
             "outside": list(checkpoint.outside),
             "weights_sha256": hashes,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
-            **{what: _about_text(texts[what], drawn[what][:count], seqlen) for what, count in used.items()},
+            **{what: _about_text(texts[what], windows, seqlen) for what, windows in run.read.items()},
             "settings": {
                 "calib_size": settings.calib_size,
                 "max_activation_samples": settings.max_activation_samples,
@@ -227,8 +158,11 @@ def measure_checkpoint(
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "host": platform.node(),
                 "batch_sizes": batches,
-                "device_name": _device_name(torch, device),
-                "seconds": {"load": round(load, 3), **{what: round(took, 3) for what, took in spent.seconds.items()}},
+                "device_name": device_name(adapted.device),
+                "seconds": {
+                    "load": round(load_seconds, 3),
+                    **{what: round(took, 3) for what, took in spent.seconds.items()},
+                },
             },
         },
     )
@@ -272,6 +206,144 @@ def with_task(preserved: Figures, task: Figures) -> Figures:
 _ON_PRESERVED = tuple(figure for figure in FIGURES if figure not in ON_TASK)
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """The loaded model and the windows that go through it.
+
+    Attributes:
+        checkpoint: Of which the model is.
+        settings: How it is measured.
+        adapted: The model.
+        drawn: The windows of each text, of which ``auto`` may use fewer.
+        seqlen: Tokens a window.
+        running: Precision and device, in words.
+        progress: Told how many windows of how many are done.
+        used: How many windows of each text were used, once it was read.
+    """
+
+    checkpoint: Checkpoint
+    settings: Settings
+    adapted: "AdaptedModel"
+    drawn: Mapping[str, Sequence[calibration.Window]]
+    seqlen: int
+    running: str
+    progress: Callable[[int, int], None] | None
+    used: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def read(self) -> dict[str, Sequence[calibration.Window]]:
+        """The windows of each text that were used."""
+        return {what: self.drawn[what][:count] for what, count in self.used.items()}
+
+    @property
+    def _short(self) -> str:
+        return f"{self.checkpoint.directory}: too little memory"
+
+    def figures(self, layers: Collection[str]) -> tuple[Figures, list[int]]:
+        """Measure ``layers`` on each text; with the batch sizes, of which each but the first did not fit before it."""
+        device, settings, of = self.adapted.device, self.settings, len(self.checkpoint.layers)
+        batches = [settings.batch_size or _batch_size(self.seqlen, device)]
+
+        def short() -> str:
+            together = min(batches[-1], max(map(len, self.drawn.values())))
+            lower = f"{PREFIX}seqlen or {PREFIX}batch-size" if together > 1 else f"{PREFIX}seqlen"
+            return (
+                f"{self._short} in the pass of windows of {self.seqlen} tokens, {together} a forward, in "
+                f"{self.running}; lower {lower}, or take {PREFIX}dtype=bfloat16"
+            )
+
+        with shortage_told(short):
+            if "task_text" not in self.drawn:
+                whole = tuple(FIGURES)
+                return self._of("text", layers, batches, lambda own: _settled(own, of, settings, whole)), batches
+            # Each text is asked for what will be judged on it, and no more.
+            own = self._of(
+                "text", layers, batches, lambda own: _settled(with_task(own, own), of, settings, _ON_PRESERVED)
+            )
+            task = self._of(
+                "task_text", layers, batches, lambda task: _settled(with_task(own, task), of, settings, ON_TASK)
+            )
+            return with_task(own, task), batches
+
+    def _of(
+        self, what: str, layers: Collection[str], batches: list[int], settled: Callable[[Figures], bool]
+    ) -> Figures:
+        from pytest_nullspace.measure import measure
+
+        before, total = sum(self.used.values()), sum(map(len, self.drawn.values()))
+        # Of a text that ended early what was left out is not waited for.
+        total -= sum(len(self.drawn[earlier]) - count for earlier, count in self.used.items())
+        self.used[what] = len(self.drawn[what])
+
+        def tell(done: int, _: int) -> None:
+            self.used[what] = done
+            if self.progress is not None:
+                self.progress(before + done, total)
+
+        return measure(
+            self.adapted,
+            [window.tokens for window in self.drawn[what]],
+            layers=layers,
+            batch_size=batches[-1],
+            shrunk=batches.append,
+            max_rows=self.settings.max_activation_samples,
+            seed=self.settings.seed,
+            progress=tell,
+            ranks=self.settings.ranks,
+            settled=None if self.settings.calib_size is not None else settled,
+        )
+
+    def with_spectrum(self, figures: Figures) -> Figures:
+        """The figures, with the best that any subspace could do on the preserved text."""
+        from pytest_nullspace.spectrum import spectrum
+
+        with shortage_told(
+            lambda: (
+                f"{self._short} for the spectrum, whose sums are in float64 and as wide as the layers, in "
+                f"{self.running}; leave {PREFIX}spectrum out, or lower {PREFIX}seqlen"
+            )
+        ):
+            best = spectrum(
+                self.adapted,
+                [window.tokens for window in self.read["text"]],
+                [layer.name for layer in figures],
+                progress=self.progress,
+                ranks=self.settings.ranks,
+            )
+        return tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
+
+    def drift(self, held_against: TrueBase) -> Drift:
+        """How far the predictions lie from the true base's, on each text."""
+        from pytest_nullspace.drift import drift
+
+        with shortage_told(
+            lambda: (
+                f"{self._short} to load {held_against.name} beside the model for {PREFIX}drift, in {self.running}; "
+                f"take {PREFIX}dtype=bfloat16 or a machine with more, or leave {PREFIX}drift out"
+            )
+        ):
+            base, place = held_against.load()
+        with shortage_told(
+            lambda: (
+                f"{self._short} for both models' predictions of windows of {self.seqlen} tokens, in {self.running}; "
+                f"lower {PREFIX}seqlen, take {PREFIX}dtype=bfloat16, or leave {PREFIX}drift out"
+            )
+        ):
+            found = {
+                what: drift(
+                    self.adapted.model,
+                    base,
+                    [window.tokens for window in windows],
+                    self.adapted.device,
+                    self.progress,
+                    self.settings.ranks,
+                    place,
+                )
+                for what, windows in self.read.items()
+            }
+        return Drift(held_against.name, found["text"], found.get("task_text"))
+
+
 def _settled(figures: Figures, of: int, settings: Settings, judged: Collection[str]) -> bool:
     """Whether more text would change no verdict.
 
@@ -291,77 +363,6 @@ def _settled(figures: Figures, of: int, settings: Settings, judged: Collection[s
         verdicts.append(judge_averages(run, expectations))
     findings = [finding for verdict in verdicts for finding in verdict.findings]
     return not any(finding.uncertain for finding in findings if finding.threshold.figure in judged)
-
-
-class _TrueBase(NamedTuple):
-    """The base model whose predictions the adapter's are held against.
-
-    Attributes:
-        name: What it is, in words.
-        load: Gives it, and where it takes its input.
-    """
-
-    name: str
-    load: Callable[[], tuple["Base", Any]]
-
-
-def _drift(
-    adapted: "AdaptedModel",
-    name: str,
-    loaded: tuple["Base", Any],
-    windows: Mapping[str, Sequence[calibration.Window]],
-    progress: Callable[[int, int], None] | None,
-    ranks: Ranks,
-) -> Drift:
-    from pytest_nullspace.drift import drift
-
-    base, place = loaded
-    found = {
-        what: drift(adapted.model, base, [window.tokens for window in of], adapted.device, progress, ranks, place)
-        for what, of in windows.items()
-    }
-    return Drift(name, found["text"], found.get("task_text"))
-
-
-def _base(
-    adapted: "AdaptedModel",
-    checkpoint: Checkpoint,
-    initial: Checkpoint | None,
-    base: Path | None,
-    settings: Settings,
-    device: Any,
-    dtype: Any,
-) -> _TrueBase:
-    """The true base model, found before anything is measured and loaded only after.
-
-    Raises:
-        OptionError: It cannot be had, or the model is none whose predictions can be compared.
-    """
-    if adapted.is_encoder_decoder or not hasattr(adapted.model, "lm_head"):
-        raise OptionError(f"{PREFIX}drift: {checkpoint.directory} is no causal language model; leave the option out")
-    if initial is not None:
-        of_start = None if initial.carries_base else base_of(initial, settings.base)
-
-        def start() -> tuple["Base", Any]:
-            loaded = _loaded(initial, settings, device, dtype, of_start)
-            return lambda: nullcontext(loaded.model), loaded.device
-
-        return _TrueBase(f"the start {initial.directory}", start)
-    if checkpoint.carries_base and base is not None:
-
-        def plain() -> tuple["Base", Any]:
-            model, place = _loaded_plain(base, settings, device, dtype)
-            return lambda: nullcontext(model), place
-
-        return _TrueBase(f"the base {base}", plain)
-    switched_off = adapted.switched_off
-    if switched_off is not None:
-        return _TrueBase("the model with its adapter switched off", lambda: (switched_off, adapted.device))
-    raise OptionError(
-        f"{PREFIX}drift: {checkpoint.directory} does not hold its base model, for with the adapter switched off its "
-        f"weights are others; give the checkpoint from which training started by {PREFIX}init=DIR"
-        + (f", or the base model by {PREFIX}base=DIR" if checkpoint.carries_base else "")
-    )
 
 
 def _text(spec: str, folder: Path, option: str) -> str:
@@ -453,24 +454,6 @@ def audit_checkpoint(checkpoint: Checkpoint, initial: Checkpoint, settings: Sett
     )
 
 
-def base_of(checkpoint: Checkpoint, asked: str | None) -> Path:
-    """The base model of ``checkpoint``, a directory or a GGUF file: as the option says, else as its config does.
-
-    Raises:
-        CheckpointError: Neither says, it cannot be had, or the config's base is not the one that was trained on.
-    """
-    if asked is not None:
-        return base_path(asked, None, f"{PREFIX}base")
-    if checkpoint.changed_base is not None:
-        raise CheckpointError(f"{checkpoint.config_file}: {checkpoint.changed_base} by {PREFIX}base=DIR")
-    if not checkpoint.base:
-        raise CheckpointError(
-            f"{checkpoint.config_file}: names no base_model_name_or_path; give it by {PREFIX}base=DIR"
-        )
-    how = f"{checkpoint.config_file}: base_model_name_or_path"
-    return base_path(checkpoint.base, checkpoint.base_revision, how)
-
-
 def _tokenizer_directory(checkpoint: Checkpoint, base: Path | None) -> Path:
     """The adapter's own tokenizer if one was saved with it, else its base's; a GGUF file holds one itself."""
     places = [checkpoint.directory]
@@ -480,79 +463,9 @@ def _tokenizer_directory(checkpoint: Checkpoint, base: Path | None) -> Path:
     return next(held, base or checkpoint.directory)
 
 
-def _loaded(
-    checkpoint: Checkpoint,
-    settings: Settings,
-    device: Any,
-    dtype: Any,
-    base: Path | None,
-    bases: MutableMapping[Hashable, Any] | None = None,
-) -> "AdaptedModel":
-    """The checkpoint's model on ``device``, or spread over several."""
-    import torch
-
-    from pytest_nullspace.model import load_model
-    from pytest_nullspace.model.spread import spread
-
-    if settings.device_map is None:
-        return load_model(checkpoint, device, dtype, base, bases)
-    return spread(load_model(checkpoint, torch.device("cpu"), dtype, base), settings.device_map)
-
-
-def _loaded_plain(base: Path, settings: Settings, device: Any, dtype: Any) -> tuple[Any, Any]:
-    """A base model without any adapter, and where it takes its input."""
-    import torch
-
-    from pytest_nullspace.model import load_plain
-    from pytest_nullspace.model.spread import spread_plain
-
-    if settings.device_map is None:
-        return load_plain(base, device, dtype), device
-    model = load_plain(base, torch.device("cpu"), dtype)
-    return model, spread_plain(model, settings.device_map)
-
-
-def _device(settings: Settings) -> Any:
-    import torch
-
-    name, ranks = settings.device, settings.ranks
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        name = accelerator.type if accelerator is not None and accelerator.type in ("cuda", "xpu") else "cpu"
-    cards = 0 if name == "cpu" else torch.accelerator.device_count()  # an Apple GPU takes no sums in float64
-    for card in settings.device_map or ():
-        if card != "cpu" and card not in range(cards):
-            raise OptionError(f"{PREFIX}device-map: torch sees no card {card} on this machine; leave it out")
-    if settings.device_map and set(settings.device_map) == {"cpu"}:
-        name = "cpu"
-    if ranks.size > 1 and name in ("cuda", "xpu"):
-        name = f"{name}:{ranks.local}"
-    device = torch.device(name)
-    if device.type != "cpu":
-        module = getattr(torch, device.type)
-        if not module.is_available() or (device.index or 0) >= module.device_count():
-            raise OptionError(f"{PREFIX}device: torch sees no {name} on this machine; choose cpu or leave it at auto")
-    return device
-
-
 def _batch_size(seqlen: int, device: Any) -> int:
     """Windows a forward that suit ``device``; how many fit is found out by trying."""
     return max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // seqlen)
-
-
-def _dtype(name: str, checkpoint: Checkpoint, device: Any) -> Any:
-    import torch
-
-    if name != "auto":
-        return getattr(torch, name)
-    stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
-    if device.type == "cpu" or "F32" in stored or "F64" in stored:
-        return torch.float32
-    return torch.bfloat16 if "BF16" in stored else torch.float16
-
-
-def _device_name(torch: Any, device: Any) -> str:
-    return str(getattr(torch, device.type).get_device_name(device)) if device.type != "cpu" else platform.machine()
 
 
 def _seqlen(asked: int | None, model: Any) -> int:
@@ -580,27 +493,6 @@ def _require_known_tokens(windows: Sequence[calibration.Window], model: Any, che
             f"{checkpoint.directory}: its tokenizer gives the token {largest}, but the model knows only {known}; save "
             "the base model's tokenizer into the directory"
         )
-
-
-@contextmanager
-def _memory_told(message: Callable[[], str]) -> Iterator[None]:
-    """Say what ``message`` then gives where memory was refused, whatever a library made of that."""
-    try:
-        yield
-    except Exception as error:
-        if _is_out_of_memory(error):
-            raise MeasurementError(message()) from None
-        raise
-
-
-_NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "not enough memory")
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    if error is None:
-        return False
-    refused = isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _NO_MEMORY)
-    return refused or isinstance(error, MemoryError) or _is_out_of_memory(error.__cause__ or error.__context__)
 
 
 def _hashes(checkpoint: Checkpoint) -> dict[str, str]:

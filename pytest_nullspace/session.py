@@ -22,8 +22,8 @@ from pytest_nullspace.diagnosis import Diagnosis, diagnose
 from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError, StatsError
 from pytest_nullspace.hub import downloaded
 from pytest_nullspace.invariants import DRIFT, MODEL, Check, Expectations, Stage
+from pytest_nullspace.loading import Bases
 from pytest_nullspace.options import PREFIX, Settings, model_name, stats_file
-from pytest_nullspace.pipeline import Bases
 from pytest_nullspace.report import terminal
 from pytest_nullspace.report import weights as weights_report
 from pytest_nullspace.saved import from_json, read, write, write_atomically

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_nullspace import pipeline
+from pytest_nullspace import loading
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.drift import drift
 from pytest_nullspace.model import AdaptedModel, load_model
@@ -58,5 +58,5 @@ def test_a_base_that_is_spread_tells_where_it_begins(
     monkeypatch.setattr("accelerate.dispatch_model", lambda *_, **__: None)
     settings: Any = SimpleNamespace(device_map={"cpu": 1}, base=None)
     initial, base = (checkpoint, None) if which == "start" else (None, tmp_path / "base")
-    _, place = pipeline._base(adapted, checkpoint, initial, base, settings, CPU, torch.float32).load()
+    _, place = loading.true_base(adapted, checkpoint, initial, base, settings, CPU, torch.float32).load()
     assert place == torch.device("cuda:1")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.loading import base_of
 from pytest_nullspace.measure import measure
 from pytest_nullspace.model import AdaptedModel, load_model
-from pytest_nullspace.pipeline import base_of
 from pytest_nullspace.report import terminal
 from pytest_nullspace.stats import LayerStats
 from tests import tiny

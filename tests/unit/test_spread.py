@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_nullspace import pipeline
+from pytest_nullspace import loading
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.model import spread
 
@@ -53,4 +53,4 @@ def test_an_apple_gpu_is_no_card_of_a_map(monkeypatch: pytest.MonkeyPatch) -> No
     machine(monkeypatch, "mps", {"mps": GIB})
     settings: Any = SimpleNamespace(device="auto", ranks=SimpleNamespace(size=1), device_map={0: GIB})
     with pytest.raises(OptionError, match="torch sees no card 0 on this machine"):
-        pipeline._device(settings)
+        loading.device_of(settings)

@@ -1,0 +1,193 @@
+"""Where a checkpoint's model runs and in what precision; that model and its true base, loaded there.
+
+Torch is imported only inside functions.
+"""
+
+import platform
+from collections.abc import Callable, Hashable, Iterator, MutableMapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.errors import CheckpointError, MeasurementError, OptionError
+from pytest_nullspace.hub import base_path
+from pytest_nullspace.options import PREFIX, Settings
+
+if TYPE_CHECKING:
+    from pytest_nullspace.drift import Base
+    from pytest_nullspace.model import AdaptedModel
+
+Bases = MutableMapping[Hashable, Any]
+"""The base model that adapters share, kept from one to the next; shared by the runs that are still to be measured."""
+
+
+def device_of(settings: Settings) -> Any:
+    """The device on which a model's inputs go.
+
+    Raises:
+        OptionError: This machine does not have it.
+    """
+    import torch
+
+    name, ranks = settings.device, settings.ranks
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = accelerator.type if accelerator is not None and accelerator.type in ("cuda", "xpu") else "cpu"
+    cards = 0 if name == "cpu" else torch.accelerator.device_count()  # an Apple GPU takes no sums in float64
+    for card in settings.device_map or ():
+        if card != "cpu" and card not in range(cards):
+            raise OptionError(f"{PREFIX}device-map: torch sees no card {card} on this machine; leave it out")
+    if settings.device_map and set(settings.device_map) == {"cpu"}:
+        name = "cpu"
+    if ranks.size > 1 and name in ("cuda", "xpu"):
+        name = f"{name}:{ranks.local}"
+    device = torch.device(name)
+    if device.type != "cpu":
+        module = getattr(torch, device.type)
+        if not module.is_available() or (device.index or 0) >= module.device_count():
+            raise OptionError(f"{PREFIX}device: torch sees no {name} on this machine; choose cpu or leave it at auto")
+    return device
+
+
+def dtype_of(name: str, checkpoint: Checkpoint, device: Any) -> Any:
+    """The precision of that ``name``; for ``auto`` float32 on a CPU, elsewhere that of the weights."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    if device.type == "cpu" or "F32" in stored or "F64" in stored:
+        return torch.float32
+    return torch.bfloat16 if "BF16" in stored else torch.float16
+
+
+def device_name(device: Any) -> str:
+    """What the device calls itself."""
+    import torch
+
+    return str(getattr(torch, device.type).get_device_name(device)) if device.type != "cpu" else platform.machine()
+
+
+def base_of(checkpoint: Checkpoint, asked: str | None) -> Path:
+    """The base model of ``checkpoint``, a directory or a GGUF file: as the option says, else as its config does.
+
+    Raises:
+        CheckpointError: Neither says, it cannot be had, or the config's base is not the one that was trained on.
+    """
+    if asked is not None:
+        return base_path(asked, None, f"{PREFIX}base")
+    if checkpoint.changed_base is not None:
+        raise CheckpointError(f"{checkpoint.config_file}: {checkpoint.changed_base} by {PREFIX}base=DIR")
+    if not checkpoint.base:
+        raise CheckpointError(
+            f"{checkpoint.config_file}: names no base_model_name_or_path; give it by {PREFIX}base=DIR"
+        )
+    how = f"{checkpoint.config_file}: base_model_name_or_path"
+    return base_path(checkpoint.base, checkpoint.base_revision, how)
+
+
+def load(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    device: Any,
+    dtype: Any,
+    base: Path | None,
+    bases: Bases | None = None,
+) -> "AdaptedModel":
+    """The checkpoint's model on ``device``, or spread over several."""
+    import torch
+
+    from pytest_nullspace.model import load_model
+    from pytest_nullspace.model.spread import spread
+
+    if settings.device_map is None:
+        return load_model(checkpoint, device, dtype, base, bases)
+    return spread(load_model(checkpoint, torch.device("cpu"), dtype, base), settings.device_map)
+
+
+def load_base(base: Path, settings: Settings, device: Any, dtype: Any) -> tuple[Any, Any]:
+    """A base model without any adapter, and where it takes its input."""
+    import torch
+
+    from pytest_nullspace.model import load_plain
+    from pytest_nullspace.model.spread import spread_plain
+
+    if settings.device_map is None:
+        return load_plain(base, device, dtype), device
+    model = load_plain(base, torch.device("cpu"), dtype)
+    return model, spread_plain(model, settings.device_map)
+
+
+class TrueBase(NamedTuple):
+    """The base model whose predictions the adapter's are held against.
+
+    Attributes:
+        name: What it is, in words.
+        load: Gives it, and where it takes its input.
+    """
+
+    name: str
+    load: Callable[[], tuple["Base", Any]]
+
+
+def true_base(
+    adapted: "AdaptedModel",
+    checkpoint: Checkpoint,
+    initial: Checkpoint | None,
+    base: Path | None,
+    settings: Settings,
+    device: Any,
+    dtype: Any,
+) -> TrueBase:
+    """The true base model, found before anything is measured and loaded only after.
+
+    Raises:
+        OptionError: It cannot be had, or the model is none whose predictions can be compared.
+    """
+    if adapted.is_encoder_decoder or not hasattr(adapted.model, "lm_head"):
+        raise OptionError(f"{PREFIX}drift: {checkpoint.directory} is no causal language model; leave the option out")
+    if initial is not None:
+        of_start = None if initial.carries_base else base_of(initial, settings.base)
+
+        def start() -> tuple["Base", Any]:
+            loaded = load(initial, settings, device, dtype, of_start)
+            return lambda: nullcontext(loaded.model), loaded.device
+
+        return TrueBase(f"the start {initial.directory}", start)
+    if checkpoint.carries_base and base is not None:
+
+        def plain() -> tuple["Base", Any]:
+            model, place = load_base(base, settings, device, dtype)
+            return lambda: nullcontext(model), place
+
+        return TrueBase(f"the base {base}", plain)
+    switched_off = adapted.switched_off
+    if switched_off is not None:
+        return TrueBase("the model with its adapter switched off", lambda: (switched_off, adapted.device))
+    raise OptionError(
+        f"{PREFIX}drift: {checkpoint.directory} does not hold its base model, for with the adapter switched off its "
+        f"weights are others; give the checkpoint from which training started by {PREFIX}init=DIR"
+        + (f", or the base model by {PREFIX}base=DIR" if checkpoint.carries_base else "")
+    )
+
+
+@contextmanager
+def shortage_told(message: Callable[[], str]) -> Iterator[None]:
+    """Say what ``message`` then gives where memory was refused, whatever a library made of that."""
+    try:
+        yield
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise MeasurementError(message()) from None
+        raise
+
+
+_NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "not enough memory")
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    if error is None:
+        return False
+    refused = isinstance(error, RuntimeError | OSError) and any(words in str(error) for words in _NO_MEMORY)
+    return refused or isinstance(error, MemoryError) or _is_out_of_memory(error.__cause__ or error.__context__)
