@@ -20,10 +20,13 @@ from pytest_nullspace.stats import Spectrum
 HELD_BYTES = 1 << 31
 """What the covariances that are taken in one pass may need together; one alone may need more."""
 
+BLOCKS = 8
+"""Blocks of columns of a covariance, of which nothing above the diagonal's is computed: it is symmetric."""
+
 
 @dataclass
 class _Input:
-    """An input that some layers share, and its covariance while it is being taken, float64."""
+    """An input that some layers share, and its covariance while it is taken: float64, the lower triangle alone."""
 
     layers: list[AdaptedLayer] = field(default_factory=list)
     covariance: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -122,7 +125,9 @@ def _adding(of: _Input) -> Callable[[nn.Module, Any], None]:
         rows = args[0].reshape(-1, of.width).to(of.covariance.device, torch.float64)
         norms = rows.norm(dim=-1, keepdim=True)
         rows = rows[norms[:, 0] != 0] / norms[norms[:, 0] != 0]  # what is no number stays, to be found
-        of.covariance.addmm_(rows.mT, rows)
+        for first in range(0, of.width, block := -(-of.width // BLOCKS)):
+            part = of.covariance[first:, first : first + block]
+            part.addmm_(rows[:, first:].mT, rows[:, first : first + block])
         of.rows += len(rows)
 
     return hook
@@ -131,7 +136,7 @@ def _adding(of: _Input) -> Callable[[nn.Module, Any], None]:
 def _spectra(of: _Input) -> dict[str, Spectrum]:
     if not of.rows or not bool(of.covariance.isfinite().all()):
         return {}
-    eigenvalues, vectors = torch.linalg.eigh(of.covariance / of.rows)
+    eigenvalues, vectors = torch.linalg.eigh(of.covariance / of.rows, UPLO="L")
     shares = eigenvalues.clamp_min(0)
     shares = shares / shares.sum()
     effective = float(torch.special.entr(shares).sum().exp())
