@@ -172,6 +172,17 @@ def true_base(
     )
 
 
+def half_precision(running: str, cure: str) -> tuple[str, ...]:
+    """``cure``, which asks for half precision, as a remedy where what is ``running`` is not in it already."""
+    return (f"{cure} {PREFIX}dtype=bfloat16",) if running.startswith("float32") else ()
+
+
+def one_of(*cures: str) -> str:
+    """The remedies in words, each of them enough."""
+    *others, last = cures
+    return f"{', '.join(others)}, or {last}" if others else last
+
+
 @contextmanager
 def shortage_told(message: Callable[[], str]) -> Iterator[None]:
     """Say what ``message`` then gives where memory was refused, whatever a library made of that."""

@@ -29,7 +29,9 @@ from pytest_nullspace.loading import (
     device_name,
     device_of,
     dtype_of,
+    half_precision,
     load,
+    one_of,
     shortage_told,
     true_base,
 )
@@ -95,8 +97,8 @@ def measure_checkpoint(
     running = f"{str(dtype).removeprefix('torch.')} on {device}"
     with shortage_told(
         lambda: (
-            f"{checkpoint.directory}: too little memory to load the model in {running}; lower it by "
-            f"{PREFIX}dtype=bfloat16, or take a machine with more"
+            f"{checkpoint.directory}: too little memory to load the model in {running}; "
+            + one_of(*half_precision(running, "lower it by"), "take a machine with more")
         )
     ):
         adapted = load(checkpoint, settings, device, dtype, base, bases)
@@ -249,7 +251,7 @@ class _Pass:
             lower = f"{PREFIX}seqlen or {PREFIX}batch-size" if together > 1 else f"{PREFIX}seqlen"
             return (
                 f"{self._short} in the pass of windows of {self.seqlen} tokens, {together} a forward, in "
-                f"{self.running}; lower {lower}, or take {PREFIX}dtype=bfloat16"
+                f"{self.running}; {one_of(f'lower {lower}', *half_precision(self.running, 'take'))}"
             )
 
         with shortage_told(short):
@@ -316,17 +318,18 @@ class _Pass:
         """How far the predictions lie from the true base's, on each text."""
         from pytest_nullspace.drift import drift
 
+        half = half_precision(self.running, "take")
         with shortage_told(
             lambda: (
                 f"{self._short} to load {held_against.name} beside the model for {PREFIX}drift, in {self.running}; "
-                f"take {PREFIX}dtype=bfloat16 or a machine with more, or leave {PREFIX}drift out"
+                + one_of(*half, "take a machine with more", f"leave {PREFIX}drift out")
             )
         ):
             base, place = held_against.load()
         with shortage_told(
             lambda: (
                 f"{self._short} for both models' predictions of windows of {self.seqlen} tokens, in {self.running}; "
-                f"lower {PREFIX}seqlen, take {PREFIX}dtype=bfloat16, or leave {PREFIX}drift out"
+                + one_of(f"lower {PREFIX}seqlen", *half, f"leave {PREFIX}drift out")
             )
         ):
             found = {

@@ -610,6 +610,8 @@ def test_a_window_that_does_not_fit_is_told_as_one(checkpoint: Path, gate: Gate,
             "--nullspace-seqlen, or take --nullspace-dtype=bfloat16"
         ]
     )
+    halved = gate("--nullspace-calib-size=6", "--nullspace-dtype=bfloat16")
+    halved.stdout.fnmatch_lines(["*ft: too little memory in the pass * in bfloat16 on cpu; lower --nullspace-seqlen"])
 
 
 REFUSED = """
@@ -638,7 +640,7 @@ def full(*args, **more):
             "pytest_nullspace.model",
             "load_plain",
             "to load the base *base beside the model for --nullspace-drift, in float32 on cpu; take "
-            "--nullspace-dtype=bfloat16 or a machine with more, or leave --nullspace-drift out",
+            "--nullspace-dtype=bfloat16, take a machine with more, or leave --nullspace-drift out",
         ),
         (
             "pytest_nullspace.drift",
