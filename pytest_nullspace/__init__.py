@@ -15,10 +15,10 @@ from pytest_nullspace.errors import (
 
 if TYPE_CHECKING:
     from pytest_nullspace.checkpoint import Checkpoint, LayerSpec, open_checkpoint
-    from pytest_nullspace.invariants import Expectations, Override, Stage, Threshold, Tier, Verdict, judge
-    from pytest_nullspace.measure import measure
+    from pytest_nullspace.judging.invariants import Expectations, Override, Stage, Threshold, Tier, Verdict, judge
+    from pytest_nullspace.measuring.streaming import measure
     from pytest_nullspace.model import load_model
-    from pytest_nullspace.stats import LayerStats, RunStats
+    from pytest_nullspace.run.stats import LayerStats, RunStats
 
 __version__ = "0.1.0"
 
@@ -26,17 +26,17 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "LayerSpec": "checkpoint",
     "open_checkpoint": "checkpoint",
-    "Expectations": "invariants",
-    "Override": "invariants",
-    "Stage": "invariants",
-    "Threshold": "invariants",
-    "Tier": "invariants",
-    "Verdict": "invariants",
-    "judge": "invariants",
-    "measure": "measure",
+    "Expectations": "judging.invariants",
+    "Override": "judging.invariants",
+    "Stage": "judging.invariants",
+    "Threshold": "judging.invariants",
+    "Tier": "judging.invariants",
+    "Verdict": "judging.invariants",
+    "judge": "judging.invariants",
+    "measure": "measuring.streaming",
     "load_model": "model",
-    "LayerStats": "stats",
-    "RunStats": "stats",
+    "LayerStats": "run.stats",
+    "RunStats": "run.stats",
 }
 
 __all__ = [

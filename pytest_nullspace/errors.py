@@ -30,6 +30,12 @@ def quoted(text: object, limit: int = 120) -> str:
     return f"'{printable(text, limit)}'"
 
 
+def first_line(error: Exception) -> str:
+    """What an exception of another library says, short enough to stand within a message."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(lines[0].rstrip(".: "), limit=300)
+
+
 class NullspaceError(Exception):
     """Something the user can mend; the message stands alone, without a traceback."""
 

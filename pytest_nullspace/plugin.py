@@ -3,8 +3,8 @@
 import pytest
 
 from pytest_nullspace.errors import NullspaceError, escaped
-from pytest_nullspace.fixtures import RUNS, nullspace_layer, nullspace_run, parametrize
-from pytest_nullspace.options import add_options, early_models, read_settings
+from pytest_nullspace.shell.fixtures import RUNS, nullspace_layer, nullspace_run, parametrize
+from pytest_nullspace.shell.options import add_options, early_models, read_settings
 
 __all__ = ["nullspace_layer", "nullspace_run"]
 
@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
         settings = read_settings(config)
         if settings is None:
             return
-        from pytest_nullspace.gate import Gate
+        from pytest_nullspace.shell.gate import Gate
 
         gate = Gate(config, settings)
     except NullspaceError as error:

@@ -14,18 +14,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pytest_nullspace.audit import Audit
-from pytest_nullspace.baseline import compare, incomparable
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.checkpoint.header import read_header, read_tensors
-from pytest_nullspace.diagnosis import diagnose
 from pytest_nullspace.errors import CheckpointError, StatsError
-from pytest_nullspace.invariants import Expectations, Stage, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.audit import Audit
+from pytest_nullspace.judging.baseline import compare, incomparable
+from pytest_nullspace.judging.diagnosis import diagnose
+from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.start import Start
+from pytest_nullspace.judging.weights import Weights
 from pytest_nullspace.report import markdown, terminal
-from pytest_nullspace.saved import from_json, to_json
-from pytest_nullspace.start import Start
-from pytest_nullspace.stats import RunStats
-from pytest_nullspace.weights import Weights
+from pytest_nullspace.run.saved import from_json, to_json
+from pytest_nullspace.run.stats import RunStats
 from tests import saved
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pytest_nullspace.audit import Audit, LayerAudit, Moved
-from pytest_nullspace.saved import write
-from pytest_nullspace.stats import Drift, LayerStats, RunStats, Spectrum, TextDrift
+from pytest_nullspace.judging.audit import Audit, LayerAudit, Moved
+from pytest_nullspace.run.saved import write
+from pytest_nullspace.run.stats import Drift, LayerStats, RunStats, Spectrum, TextDrift
 
 LAYER = LayerStats(
     name="model.layers.0.self_attn.q_proj",

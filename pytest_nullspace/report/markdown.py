@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.invariants import Expectations, Tier, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import Expectations, Tier, judge, judge_averages, judge_drift
 from pytest_nullspace.report.terminal import (
     MARKS,
     best_possible,
@@ -19,7 +19,7 @@ from pytest_nullspace.report.terminal import (
     texts,
     uncertain,
 )
-from pytest_nullspace.stats import FIGURES, RunStats
+from pytest_nullspace.run.stats import FIGURES, RunStats
 
 
 def escape(text: str) -> str:

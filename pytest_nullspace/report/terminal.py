@@ -8,20 +8,20 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from pytest_nullspace.audit import Audit
-from pytest_nullspace.baseline import Change, Comparison
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.diagnosis import Diagnosis
-from pytest_nullspace.invariants import Expectations, Tier, Verdict, judge, judge_averages, judge_drift
-from pytest_nullspace.start import QUANTITIES, Start
-from pytest_nullspace.stats import FIGURES, ON_TASK, TASK_FIGURES, Drift, LayerStats, RunStats
-from pytest_nullspace.uncertainty import MOST_WINDOWS, windows_needed
+from pytest_nullspace.judging.audit import Audit
+from pytest_nullspace.judging.baseline import Change, Comparison
+from pytest_nullspace.judging.diagnosis import Diagnosis
+from pytest_nullspace.judging.invariants import Expectations, Tier, Verdict, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.start import QUANTITIES, Start
+from pytest_nullspace.run.stats import FIGURES, ON_TASK, TASK_FIGURES, Drift, LayerStats, RunStats
+from pytest_nullspace.run.uncertainty import MOST_WINDOWS, windows_needed
 
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_nullspace.options import Settings
+    from pytest_nullspace.settings import Settings
 
 WORST_SHOWN = 5
 OUTSIDE_SHOWN = 2

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.invariants import Tier
+from pytest_nullspace.judging.invariants import Tier
+from pytest_nullspace.judging.weights import STATEMENT, LayerWeights, Weights
 from pytest_nullspace.report.markdown import escape
 from pytest_nullspace.report.terminal import MARKS, outside
-from pytest_nullspace.weights import STATEMENT, LayerWeights, Weights
 
 WORST_SHOWN = 5
 _COLUMNS = ("‖B‖", "‖A‖", "‖W_res‖", "scale", "‖scale·AB‖", "rank used")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pytest_nullspace.memory import keep_freed_memory
+from pytest_nullspace.measuring.memory import keep_freed_memory
 
 
 @pytest.fixture(scope="session", autouse=True)

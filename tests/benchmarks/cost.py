@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.drift import drift
-from pytest_nullspace.measure import measure
-from pytest_nullspace.memory import keep_freed_memory
+from pytest_nullspace.measuring.drift import drift
+from pytest_nullspace.measuring.memory import keep_freed_memory
+from pytest_nullspace.measuring.spectrum import spectrum
+from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
-from pytest_nullspace.spectrum import spectrum
 from tests import tiny
 from tests.benchmarks.headers import sharded
 from tests.benchmarks.reference import bare, cached, windows_of

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.measure import measure
-from pytest_nullspace.memory import keep_freed_memory
+from pytest_nullspace.measuring.memory import keep_freed_memory
+from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 
 SEQLEN = 512

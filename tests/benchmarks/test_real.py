@@ -16,11 +16,14 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from pytest_nullspace.calibration import FileText, draw_windows, load_tokenizer, read_text
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.measure import measure
+from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
-from pytest_nullspace.stats import LayerStats
+from pytest_nullspace.run.stats import LayerStats
+from pytest_nullspace.text.readers import read_text
+from pytest_nullspace.text.sources import FileText
+from pytest_nullspace.text.tokenizer import load_tokenizer
+from pytest_nullspace.text.windows import draw_windows
 from tests.benchmarks.reference import bare
 
 REAL = os.environ.get("NULLSPACE_REAL")

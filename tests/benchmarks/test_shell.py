@@ -10,7 +10,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.measure import measure
+from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import load_model
 from tests import tiny
 from tests.benchmarks.headers import sharded

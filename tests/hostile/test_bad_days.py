@@ -20,7 +20,7 @@ from tests.plugin.conftest import LOOSE, Gate
 WRITER = """
 import sys
 from pathlib import Path
-from pytest_nullspace.saved import write
+from pytest_nullspace.run.saved import write
 from tests import saved
 runs = [saved.run(*(f"l.{i}" for i in range(300)), rows=rows) for rows in (1, 2)]
 file, count = Path(sys.argv[1]), int(sys.argv[2])
@@ -241,7 +241,8 @@ def test_a_base_that_changes_while_it_is_read_is_an_error(gate: Gate, pytester: 
 
 SHORT = """
 import resource, torch, transformers
-from pytest_nullspace import measure, model, pipeline
+from pytest_nullspace import model
+from pytest_nullspace.measuring import pipeline, streaming as measure
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 def limit(): resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
 """

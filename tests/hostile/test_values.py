@@ -15,11 +15,11 @@ from torch import Tensor
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError, MeasurementError
-from pytest_nullspace.invariants import Expectations, Finding, Stage, Threshold, Tier, judge
-from pytest_nullspace.measure import measure
+from pytest_nullspace.judging.invariants import Expectations, Finding, Stage, Threshold, Tier, judge
+from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, without
-from pytest_nullspace.stats import LayerStats, RunStats
+from pytest_nullspace.run.stats import LayerStats, RunStats
 from tests import saved, tiny
 
 Q = "model.layers.1.self_attn.q_proj"

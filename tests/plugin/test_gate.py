@@ -178,7 +178,7 @@ def test_without_a_model_the_plugin_is_inert(pytester: pytest.Pytester) -> None:
         "def test_own():\n"
         "    ours = {m for m in sys.modules if m.startswith('pytest_nullspace')}\n"
         "    assert ours == {'pytest_nullspace'} | {'pytest_nullspace.' + m for m in "
-        "('errors', 'fixtures', 'options', 'plugin')}\n"
+        "('errors', 'plugin', 'settings', 'shell', 'shell.fixtures', 'shell.options')}\n"
         "    assert not {'torch', 'transformers', 'datasets', 'safetensors', 'filelock'} & set(sys.modules)\n"
     )
     result = pytester.runpytest_subprocess("-p", "no:randomly", "-p", "no:cacheprovider")
@@ -280,7 +280,7 @@ def test_the_same_verdicts_and_figures_under_xdist_and_without(
 ) -> None:
     """With any number of workers, or without xdist, the model is measured once and the figures are the same."""
     pytester.makeconftest(
-        "import pytest_nullspace.pipeline as s\n"
+        "import pytest_nullspace.measuring.pipeline as s\n"
         "real = s.measure_checkpoint\n"
         "def counted(*a, **k):\n"
         "    open('measured.log', 'a').write('x')\n"
@@ -478,7 +478,7 @@ def test_a_worker_that_dies_while_measuring_fails_the_run(
 ) -> None:
     """A worker killed inside the pass neither hangs the others nor has them try it again."""
     pytester.makeconftest(
-        "import os, pytest_nullspace.pipeline as s\n"
+        "import os, pytest_nullspace.measuring.pipeline as s\n"
         "def killed(*a, **k):\n"
         "    open('measured.log', 'a').write('x')\n"
         "    os.kill(os.getpid(), 9)\n"
@@ -632,7 +632,7 @@ def full(*args, **more):
     ("module", "function", "told"),
     [
         (
-            "pytest_nullspace.spectrum",
+            "pytest_nullspace.measuring.spectrum",
             "spectrum",
             "for the spectrum, * in float32 on cpu; leave --nullspace-spectrum out, or lower --nullspace-seqlen",
         ),
@@ -643,7 +643,7 @@ def full(*args, **more):
             "--nullspace-dtype=bfloat16, take a machine with more, or leave --nullspace-drift out",
         ),
         (
-            "pytest_nullspace.drift",
+            "pytest_nullspace.measuring.drift",
             "drift",
             "for both models' predictions of windows of 32 tokens, in float32 on cpu; lower --nullspace-seqlen, take "
             "--nullspace-dtype=bfloat16, or leave --nullspace-drift out",

@@ -11,7 +11,7 @@ WATCHED = """
 import gc
 import weakref
 import torch
-import pytest_nullspace.measure as measure
+import pytest_nullspace.measuring.streaming as measure
 import pytest_nullspace.model as model
 
 real, load, earlier, gone = measure.measure, model.load_model, [], []

@@ -9,7 +9,7 @@ from filelock import FileLock
 
 from fixtures import mistakes
 from fixtures.mistakes import MISTAKES, RIGHT, Mistake
-from pytest_nullspace import diagnosis
+from pytest_nullspace.judging import diagnosis
 
 DOCS = Path(mistakes.__file__).parents[1] / "docs"
 CAUSES = set(re.findall(r'Diagnosis\(\s*"([a-z0-9-]+)"', Path(diagnosis.__file__).read_text("utf-8")))

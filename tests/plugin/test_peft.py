@@ -112,7 +112,7 @@ def test_adapters_of_one_base_load_it_once(folder: Path, gate: Gate, pytester: p
     for rank, name in enumerate(names, 2):
         adapter(folder, tiny.llama(), r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj"], name=name)
     pytester.makeconftest(
-        "import pytest_nullspace.pipeline as s\n"
+        "import pytest_nullspace.measuring.pipeline as s\n"
         "real = s.measure_checkpoint\n"
         "def counted(*a):\n"
         "    import transformers\n"

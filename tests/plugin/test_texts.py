@@ -10,9 +10,10 @@ from transformers import LlamaForCausalLM
 
 from fixtures import world
 from fixtures.build import WORLD
-from pytest_nullspace.calibration import draw_windows, load_tokenizer
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.model import load_model
+from pytest_nullspace.text.tokenizer import load_tokenizer
+from pytest_nullspace.text.windows import draw_windows
 from tests import tiny
 from tests.adapters import adapter, switch
 from tests.plugin.conftest import LOOSE, Gate
@@ -134,14 +135,14 @@ def test_a_base_that_cannot_be_had_is_refused(gate: Gate, pytester: pytest.Pytes
 
 
 NOTHING_MEASURED = """
-import pytest_nullspace.measure
+import pytest_nullspace.measuring.streaming
 
 
 def measure(*args, **more):
     raise AssertionError("the pass began")
 
 
-pytest_nullspace.measure.measure = measure
+pytest_nullspace.measuring.streaming.measure = measure
 """
 
 

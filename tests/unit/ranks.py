@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from pytest_nullspace import distributed
-from pytest_nullspace.distributed import Ranks
 from pytest_nullspace.errors import NullspaceError, TextError
+from pytest_nullspace.measuring import distributed
+from pytest_nullspace.measuring.distributed import Ranks
 
 ME = Ranks.of(os.environ)
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_nullspace.baseline import COMPARED, Change, Limit, compare, incomparable
-from pytest_nullspace.invariants import Stage
-from pytest_nullspace.stats import FIGURES, RunStats
+from pytest_nullspace.judging.baseline import COMPARED, Change, Limit, compare, incomparable
+from pytest_nullspace.judging.invariants import Stage
+from pytest_nullspace.run.stats import FIGURES, RunStats
 from tests import saved
 
 TRAINED, INIT = Stage

@@ -14,21 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_nullspace.calibration import (
-    CONTEXT,
-    NAMED_SETS,
-    FileText,
-    FolderText,
-    HubText,
-    Window,
-    distinct_rows,
-    draw_windows,
-    load_tokenizer,
-    parse_source,
-    read_text,
-    text_hash,
-)
 from pytest_nullspace.errors import CheckpointError, TextError
+from pytest_nullspace.text.readers import read_text
+from pytest_nullspace.text.sources import NAMED_SETS, FileText, FolderText, HubText, parse_source
+from pytest_nullspace.text.tokenizer import load_tokenizer
+from pytest_nullspace.text.windows import CONTEXT, Window, distinct_rows, draw_windows, text_hash
 
 TAKES = (
     "It takes wikitext2, c4, ptb, triviaqa, nqopen, a file (.txt .jsonl .json .csv .parquet; FILE:column), "
@@ -366,7 +356,9 @@ class TestCaches:
         work = tmp_path / "work"
         work.mkdir()
         script = (
-            "import datasets, sys; from pathlib import Path; from pytest_nullspace.calibration import *\n"
+            "import datasets, sys; from pathlib import Path; from pytest_nullspace.text.sources import *\n"
+            "from pytest_nullspace.text.readers import *; from pytest_nullspace.text.windows import *\n"
+            "from pytest_nullspace.text.tokenizer import *\n"
             "root = Path(sys.argv[1]); rows = datasets.Dataset.from_dict({'text': ['x']})\n"
             "rows.save_to_disk(str(root / 'saved')); rows.to_parquet(str(root / 'a.parquet'))\n"
             "for name in ('a.txt', 'a.csv'): (root / name).write_text('text\\nx\\n')\n"
@@ -641,7 +633,7 @@ class TestTokenizer:
     def test_only_the_standard_library_is_needed_to_name_a_text(self) -> None:
         """Importing the module and naming a text load none of the large libraries."""
         script = (
-            "import sys; from pytest_nullspace.calibration import parse_source; parse_source('wikitext2')\n"
+            "import sys; from pytest_nullspace.text.sources import parse_source; parse_source('wikitext2')\n"
             "assert not {'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", script], check=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from pytest_nullspace.audit import Audit, LayerAudit, Moved
-from pytest_nullspace.baseline import compare
-from pytest_nullspace.diagnosis import FORGETTING, OVERTRAINED, Diagnosis, diagnose
-from pytest_nullspace.invariants import Stage
-from pytest_nullspace.stats import Drift, RunStats, TextDrift
+from pytest_nullspace.judging.audit import Audit, LayerAudit, Moved
+from pytest_nullspace.judging.baseline import compare
+from pytest_nullspace.judging.diagnosis import FORGETTING, OVERTRAINED, Diagnosis, diagnose
+from pytest_nullspace.judging.invariants import Stage
+from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
 from tests import saved
 
 NAMES = saved.NAMES

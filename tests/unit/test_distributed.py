@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pytest_nullspace.distributed import ALONE, Ranks
 from pytest_nullspace.errors import MeasurementError, OptionError
+from pytest_nullspace.measuring.distributed import ALONE, Ranks
 
 ROOT = Path(__file__).parents[2]
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
@@ -97,7 +97,7 @@ def test_alone_a_window_that_was_not_read_is_an_error_too() -> None:
 def test_nobody_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that never come are an error that names where they were awaited."""
     code = (
-        "import os; from datetime import timedelta; from pytest_nullspace import distributed as d\n"
+        "import os; from datetime import timedelta; from pytest_nullspace.measuring import distributed as d\n"
         "d.TIMEOUT = timedelta(seconds=1)\n"
         "try:\n    d._join()\nexcept d.MeasurementError as e: print(e)"
     )

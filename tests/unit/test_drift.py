@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from pytest_nullspace import loading
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.drift import drift
+from pytest_nullspace.measuring import loading
+from pytest_nullspace.measuring.drift import drift
 from pytest_nullspace.model import AdaptedModel, load_model
 from tests import tiny
 

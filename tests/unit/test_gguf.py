@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pytest_nullspace.checkpoint.gguf import MAX_VALUES, read_header
+from pytest_nullspace.checkpoint.hub import base_path
 from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.hub import base_path
-from pytest_nullspace.measure import measure
+from pytest_nullspace.measuring.streaming import measure
 from tests import tiny
 from tests.adapters import adapter, change
 from tests.unit.test_peft import WINDOWS, check_figures, figures, opened

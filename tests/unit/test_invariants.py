@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_nullspace.errors import OptionError
-from pytest_nullspace.invariants import (
+from pytest_nullspace.judging.invariants import (
     Expectations,
     Finding,
     Override,
@@ -21,7 +21,7 @@ from pytest_nullspace.invariants import (
     judge_averages,
     judge_drift,
 )
-from pytest_nullspace.stats import FIGURES, Drift, LayerStats, RunStats, TextDrift
+from pytest_nullspace.run.stats import FIGURES, Drift, LayerStats, RunStats, TextDrift
 
 PASS, WARN, FAIL = Tier
 TRAINED, INIT = Expectations(), Expectations(Stage.INIT)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.measure import _Batch, _Recorder, _Watched, draw_rows, measure
+from pytest_nullspace.measuring.streaming import _Batch, _Recorder, _Watched, draw_rows, measure
 from pytest_nullspace.model import AdaptedModel, load_model
-from pytest_nullspace.stats import LayerStats
+from pytest_nullspace.run.stats import LayerStats
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -159,7 +159,7 @@ def test_how_much_is_held_before_it_is_summed_changes_nothing(
 ) -> None:
     """Layers that are summed one by one, or few at a time, add up to the same as many at once."""
     want = measure(llama, UNEQUAL)
-    monkeypatch.setattr("pytest_nullspace.measure.HELD_BYTES", held)
+    monkeypatch.setattr("pytest_nullspace.measuring.streaming.HELD_BYTES", held)
     agree(measure(llama, UNEQUAL), want, 1e-12)
 
 
@@ -233,7 +233,7 @@ def test_a_pass_ends_early_after_the_same_windows_whatever_the_batch(llama: Adap
 
 def test_windows_of_unequal_length_are_not_padded(llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only windows of one length share a batch, so each token counts once and none is made up."""
-    monkeypatch.setattr("pytest_nullspace.measure.CANCELLATION", math.inf)
+    monkeypatch.setattr("pytest_nullspace.measuring.streaming.CANCELLATION", math.inf)
     shapes: list[tuple[int, ...]] = []
     embeddings = llama.model.get_submodule("model.embed_tokens")
     handle = embeddings.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
@@ -344,7 +344,7 @@ def test_only_chosen_layers_are_measured_and_the_pass_ends_after_them(
     llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers that are not chosen are not told, and beyond the probe no block after the last chosen one runs."""
-    monkeypatch.setattr("pytest_nullspace.measure.CANCELLATION", math.inf)
+    monkeypatch.setattr("pytest_nullspace.measuring.streaming.CANCELLATION", math.inf)
     chosen = ["model.layers.1.mlp.up_proj", FIRST]
     calls = Calls(llama.model)
     measured = measure(llama, UNEQUAL, layers=chosen)
@@ -375,7 +375,7 @@ def test_what_float32_cannot_hold_is_run_again_in_float64(llama: AdaptedModel, m
 
 def test_the_head_never_runs(llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head is the widest layer and no adapter's input depends on it."""
-    monkeypatch.setattr("pytest_nullspace.measure.CANCELLATION", math.inf)
+    monkeypatch.setattr("pytest_nullspace.measuring.streaming.CANCELLATION", math.inf)
     calls = Calls(llama.model)
     measure(llama, UNEQUAL)
     calls.remove()

@@ -8,7 +8,7 @@ import pytest
 
 FREED = """
 import ctypes
-from pytest_nullspace.memory import keep_freed_memory
+from pytest_nullspace.measuring.memory import keep_freed_memory
 {keep}
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]

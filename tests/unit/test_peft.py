@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.loading import base_of
-from pytest_nullspace.measure import measure
+from pytest_nullspace.measuring.loading import base_of
+from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.report import terminal
-from pytest_nullspace.stats import LayerStats
+from pytest_nullspace.run.stats import LayerStats
 from tests import tiny
 from tests.adapters import adapter, change, switch
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.distributed import Ranks
-from pytest_nullspace.options import Settings
-from pytest_nullspace.pipeline import Figures, measure_checkpoint
+from pytest_nullspace.measuring.distributed import Ranks
+from pytest_nullspace.measuring.pipeline import Figures, measure_checkpoint
+from pytest_nullspace.settings import Settings
 from tests import saved, tiny
 
 SURE: Mapping[str, float] = dict.fromkeys(("preservation", "effectiveness", "contribution", "leakage", "forgetting"), 0)
@@ -46,7 +46,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
             found.append(settled)
             return layers()
 
-        monkeypatch.setattr(import_module("pytest_nullspace.measure"), "measure", measure)
+        monkeypatch.setattr(import_module("pytest_nullspace.measuring.streaming"), "measure", measure)
         given: dict[str, Any] = {
             "models": (), "stats": (), "base": None, "calib_dataset": "text.txt", "text_folder": tmp_path,
             "calib_size": None, "calib_most": 2, "seqlen": 32, "max_activation_samples": None, "seed": 42,

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.measure import measure
+from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model.peft import _weight
 from tests import tiny
 from tests.adapters import adapter

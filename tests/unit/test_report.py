@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_nullspace.checkpoint import Checkpoint, LayerSpec
-from pytest_nullspace.invariants import Expectations, Stage, Tier, judge, judge_averages
+from pytest_nullspace.judging.invariants import Expectations, Stage, Tier, judge, judge_averages
 from pytest_nullspace.report import markdown, terminal
-from pytest_nullspace.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats
+from pytest_nullspace.run.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats
 
 TRAINED, INIT = Expectations(), Expectations(Stage.INIT)
 # The figures of the reference's own example.

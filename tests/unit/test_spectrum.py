@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.measure import measure
+from pytest_nullspace.measuring.spectrum import spectrum
+from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
-from pytest_nullspace.spectrum import spectrum
 from tests import tiny
 
 WINDOWS = [list(range(40)), list(range(60, 100)), list(range(20, 60))]

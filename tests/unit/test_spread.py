@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_nullspace import loading
 from pytest_nullspace.errors import OptionError
+from pytest_nullspace.measuring import loading
 from pytest_nullspace.model import spread
 
 GIB = 1 << 30

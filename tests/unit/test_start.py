@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pytest_nullspace.start import Start, unpaired
-from pytest_nullspace.stats import LayerStats, RunStats
+from pytest_nullspace.judging.start import Start, unpaired
+from pytest_nullspace.run.stats import LayerStats, RunStats
 from tests import saved
 
 Q0 = saved.NAMES[0]

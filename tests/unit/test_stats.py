@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_nullspace.errors import StatsError
-from pytest_nullspace.saved import from_json, to_json, write, write_atomically
-from pytest_nullspace.stats import FIGURES, LayerStats, RunStats
+from pytest_nullspace.run.saved import from_json, to_json, write, write_atomically
+from pytest_nullspace.run.stats import FIGURES, LayerStats, RunStats
 
 LAYER = LayerStats(
     name="model.layers.0.self_attn.q_proj",

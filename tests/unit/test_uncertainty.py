@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_nullspace.uncertainty import jackknife, students_t, windows_needed
+from pytest_nullspace.run.uncertainty import jackknife, students_t, windows_needed
 
 
 @pytest.mark.parametrize(

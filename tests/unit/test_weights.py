@@ -10,12 +10,12 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pytest_nullspace.audit import norm
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.diagnosis import diagnose
 from pytest_nullspace.errors import StatsError
-from pytest_nullspace.stats import RunStats
-from pytest_nullspace.weights import Weights, effective_rank, singular_values, weigh
+from pytest_nullspace.judging.audit import norm
+from pytest_nullspace.judging.diagnosis import diagnose
+from pytest_nullspace.judging.weights import Weights, effective_rank, singular_values, weigh
+from pytest_nullspace.run.stats import RunStats
 from tests import adapters, tiny
 
 Q0 = "model.layers.0.self_attn.q_proj"

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
 
-from pytest_nullspace.audit import SAME_SPACE, Audit, LayerAudit
-from pytest_nullspace.baseline import Comparison
-from pytest_nullspace.stats import LayerStats, RunStats
-from pytest_nullspace.weights import LayerWeights, Weights
+from pytest_nullspace.judging.audit import SAME_SPACE, Audit, LayerAudit
+from pytest_nullspace.judging.baseline import Comparison
+from pytest_nullspace.judging.weights import LayerWeights, Weights
+from pytest_nullspace.run.stats import LayerStats, RunStats
 
 LOUD = 0.75
 """Leakage over chance from which a subspace is none that was chosen to be quiet: the fail bound."""

@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_nullspace.invariants import Stage, lower_is_better
-from pytest_nullspace.stats import LayerStats, RunStats
+from pytest_nullspace.judging.invariants import Stage, lower_is_better
+from pytest_nullspace.run.stats import LayerStats, RunStats
 
 BASE_TOLERANCE = 1e-3
 """How far ``‖W_res‖`` may differ between runs of one base, in whatever precision they were measured."""

@@ -1,4 +1,4 @@
-"""Every option with its ini twin, in one table; `Settings` is what they come to.
+"""Every option with its ini twin, in one table, and how `Settings` come of them.
 
 The command line wins over ini, ini over the default. Paths on the command line are relative to the folder in which
 pytest was started, paths in an ini file to that file.
@@ -7,109 +7,20 @@ pytest was started, paths in an ini file to that file.
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pytest_nullspace.errors import OptionError, quoted
+from pytest_nullspace.settings import AUTO_MOST, PREFIX, Settings, model_name, stats_file
 
 if TYPE_CHECKING:
     import pytest
 
-    from pytest_nullspace.baseline import Limit
-    from pytest_nullspace.distributed import Ranks
-    from pytest_nullspace.invariants import Override
+    from pytest_nullspace.judging.baseline import Limit
+    from pytest_nullspace.judging.invariants import Override
 
-PREFIX = "--nullspace-"
-AUTO_MOST = 128
-"""Windows that ``calib-size=auto`` draws at most, unless told otherwise."""
 _HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for.
-
-    Attributes:
-        models: The checkpoints' directories; text where it is an id on the hub, with ``@revision`` if one was given.
-        stats: Saved runs to gate without their models.
-        base: The base model of adapters that do not carry theirs, a directory, GGUF file or hub id; None for what they
-            name.
-        calib_dataset: The preserved text, as given.
-        text_folder: The folder to which its path is relative.
-        calib_size: Windows to draw from each text; None to draw until every verdict is settled.
-        seqlen: Tokens a window; None for 2048 or what the model allows, whichever is less.
-        max_activation_samples: Activation rows a layer at most; None for all.
-        seed: Of the choice of windows and rows.
-        batch_size: Windows a forward; None for as many as suit the device.
-        device: ``auto`` or a torch device.
-        device_map: The bytes that the model may take of each device, over which it is spread; empty for what there is,
-            None where it is not spread.
-        dtype: ``auto`` or a torch dtype.
-        layers: A glob that the names of the gated layers match.
-        stage: ``trained`` or ``init``.
-        overrides: Thresholds of the user's own.
-        save_stats: Where to save the statistics.
-        reports: Where to write reports.
-        ranks: The processes that a launcher started to measure together.
-        init: The checkpoint from which training started, or a saved run of it.
-        variant: What training might move: ``auto`` or one of `pytest_nullspace.audit.VARIANTS`.
-        compare: An earlier run to hold each run against; ``{model}`` stands for the run's name.
-        limits: How much worse than there a figure may be.
-        allowed: The differences between the two runs that are allowed.
-        task_dataset: The text of what was learned, as given.
-        task_folder: The folder to which its path is relative.
-        calib_most: Windows to draw from each text at most, where their number is not given.
-        weights_only: Whether the weights alone are gated, and no text is run.
-        allow_unreached: Globs of the layers that no activation row need reach.
-        drift: Whether the predictions are held against the base model's.
-        spectrum: Whether the best that any subspace could do is reported.
-        strict_scope: Whether a trained tensor that no layer test covers is a failure.
-    """
-
-    models: tuple[Path | str, ...]
-    stats: tuple[Path, ...]
-    base: str | None
-    calib_dataset: str
-    text_folder: Path
-    calib_size: int | None
-    seqlen: int | None
-    max_activation_samples: int | None
-    seed: int
-    batch_size: int | None
-    device: str
-    dtype: str
-    layers: str
-    stage: str
-    overrides: "tuple[Override, ...]"
-    save_stats: Path | None
-    reports: tuple[Path, ...]
-    ranks: "Ranks"
-    allow_unreached: tuple[str, ...] = ()
-    strict_scope: bool = False
-    drift: bool = False
-    spectrum: bool = False
-    device_map: Mapping[int | str, int] | None = None
-    init: Path | None = None
-    variant: str = "auto"
-    compare: Path | None = None
-    limits: "tuple[Limit, ...]" = ()
-    allowed: tuple[str, ...] = ()
-    task_dataset: str | None = None
-    task_folder: Path = Path()
-    calib_most: int = AUTO_MOST
-    weights_only: bool = False
-
-    @property
-    def saved_init(self) -> Path | None:
-        """The saved run of the initial checkpoint, where ``init`` is one."""
-        return self.init if self.init is not None and (self.init.suffix == ".json" or self.init.is_file()) else None
-
-    @property
-    def init_directory(self) -> Path | None:
-        """The initial checkpoint, where ``init`` is one."""
-        return self.init if self.saved_init is None else None
 
 
 class _Given(NamedTuple):
@@ -251,7 +162,7 @@ def _report(given: _Given) -> Path:
 
 
 def _override(given: _Given) -> "Override":
-    from pytest_nullspace.invariants import Override
+    from pytest_nullspace.judging.invariants import Override
 
     form = "GLOB FIGURE PASS FAIL" if given.in_ini else "FIGURE:PASS:FAIL"
     parts = given.text.split() if given.in_ini else ["*", *given.text.split(":")]
@@ -266,7 +177,7 @@ def _override(given: _Given) -> "Override":
 
 
 def _limit(given: _Given) -> "Limit":
-    from pytest_nullspace.baseline import Limit
+    from pytest_nullspace.judging.baseline import Limit
 
     figure, _, amount = given.text.partition(":")
     try:
@@ -280,7 +191,7 @@ def _limit(given: _Given) -> "Limit":
 
 
 def _allowed(given: _Given) -> str:
-    from pytest_nullspace.baseline import COMPARED, UNRECORDED
+    from pytest_nullspace.judging.baseline import COMPARED, UNRECORDED
 
     return _one_of(*COMPARED, UNRECORDED)(given)
 
@@ -483,7 +394,7 @@ def read_settings(config: "pytest.Config") -> Settings | None:
     """
     if not any(_given(config, option) for option in _OPTIONS if option.name in ("model", "stats")):
         return None
-    from pytest_nullspace.distributed import Ranks
+    from pytest_nullspace.measuring.distributed import Ranks
 
     values = {option.name: _read(config, option) for option in _OPTIONS}
     calib_dataset = values["calib-dataset"]
@@ -528,7 +439,7 @@ def read_settings(config: "pytest.Config") -> Settings | None:
 
 
 def _check_together(settings: Settings) -> None:
-    from pytest_nullspace.invariants import Expectations, Stage
+    from pytest_nullspace.judging.invariants import Expectations, Stage
 
     for name, paths in (("model", settings.models), ("stats", settings.stats)):
         twice = next((path for i, path in enumerate(paths) if path in paths[:i]), None)
@@ -589,7 +500,7 @@ def _check_weights_only(settings: Settings) -> None:
 
 
 def _check_compare(settings: Settings) -> None:
-    from pytest_nullspace.invariants import Expectations, Stage
+    from pytest_nullspace.judging.invariants import Expectations, Stage
 
     allowed = settings.allowed if settings.saved_init is None else ()  # it allows of the saved start as well
     for name, values in (("compare-fail", settings.limits), ("compare-allow", allowed)):
@@ -616,16 +527,6 @@ def _files(settings: Settings, option: str, template: Path | None) -> set[Path]:
             "name, and give models whose directories have different names"
         )
     return files
-
-
-def model_name(model: Path | str) -> str:
-    """What ``{model}`` stands for: the name of the directory, or of the model on the hub."""
-    return model.name if isinstance(model, Path) else model.partition("@")[0].rpartition("/")[2]
-
-
-def stats_file(template: Path, name: str) -> Path:
-    """The statistics file of one run: ``{model}`` in the file's name stands for ``name``."""
-    return template.with_name(template.name.replace("{model}", name))
 
 
 def early_models(config: "pytest.Config") -> list[Path]:

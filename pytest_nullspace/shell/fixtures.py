@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_nullspace.session import GatedRun
-    from pytest_nullspace.stats import LayerStats, RunStats
+    from pytest_nullspace.run.stats import LayerStats, RunStats
+    from pytest_nullspace.shell.runs import GatedRun
 
 RUNS = pytest.StashKey[tuple["GatedRun", ...]]()
 """Where the plugin keeps the checkpoints of this run of pytest."""
@@ -33,7 +33,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
 
 def _measured(run: "GatedRun", config: pytest.Config) -> "RunStats":
     from pytest_nullspace.errors import NullspaceError
-    from pytest_nullspace.progress import fail_measuring, showing_progress
+    from pytest_nullspace.shell.progress import fail_measuring, showing_progress
 
     try:
         with showing_progress(config) as progress:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_nullspace.distributed import ALONE, Ranks
-from pytest_nullspace.forward import forwards
+from pytest_nullspace.measuring.distributed import ALONE, Ranks
+from pytest_nullspace.measuring.forward import forwards
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
-from pytest_nullspace.stats import Spectrum
+from pytest_nullspace.run.stats import Spectrum
 
 HELD_BYTES = 1 << 31
 """What the covariances that are taken in one pass may need together; one alone may need more."""

@@ -12,7 +12,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 
 from pytest_nullspace.errors import OptionError
-from pytest_nullspace.stats import UNREACHED, Drift, LayerStats, RunStats
+from pytest_nullspace.run.stats import UNREACHED, Drift, LayerStats, RunStats
 
 
 class Tier(StrEnum):

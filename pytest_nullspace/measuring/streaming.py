@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from pytest_nullspace import kernels
-from pytest_nullspace.distributed import ALONE, Ranks
 from pytest_nullspace.errors import MeasurementError
-from pytest_nullspace.forward import forwards
+from pytest_nullspace.measuring.distributed import ALONE, Ranks
+from pytest_nullspace.measuring.forward import forwards
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.stored import zeroed
-from pytest_nullspace.stats import LayerStats
-from pytest_nullspace.uncertainty import margins
+from pytest_nullspace.run.stats import LayerStats
+from pytest_nullspace.run.uncertainty import margins
 
 CANCELLATION = 5e-8
 """The relative error to which cancellation in a float32 ``Bx`` may add up over a batch."""

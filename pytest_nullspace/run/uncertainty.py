@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean
 
-from pytest_nullspace.stats import OWN_FIGURES, LayerStats
+from pytest_nullspace.run.stats import OWN_FIGURES, LayerStats
 
 LEVEL = 0.95
 """How often the true figure lies within its margin."""

@@ -16,13 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_nullspace import calibration
-from pytest_nullspace.audit import Audit, audit
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors, require_unchanged, stamps
 from pytest_nullspace.errors import CheckpointError, TextError
-from pytest_nullspace.invariants import Expectations, Stage, judge, judge_averages
-from pytest_nullspace.loading import (
+from pytest_nullspace.judging.audit import Audit, audit
+from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages
+from pytest_nullspace.judging.weights import STATEMENT, weigh
+from pytest_nullspace.measuring.loading import (
     Bases,
     TrueBase,
     base_of,
@@ -35,10 +35,13 @@ from pytest_nullspace.loading import (
     shortage_told,
     true_base,
 )
-from pytest_nullspace.memory import keep_freed_memory
-from pytest_nullspace.options import PREFIX, Settings
-from pytest_nullspace.stats import FIGURES, ON_TASK, Drift, LayerStats, RunStats
-from pytest_nullspace.weights import STATEMENT, weigh
+from pytest_nullspace.measuring.memory import keep_freed_memory
+from pytest_nullspace.run.stats import FIGURES, ON_TASK, Drift, LayerStats, RunStats
+from pytest_nullspace.settings import PREFIX, Settings
+from pytest_nullspace.text.readers import read_text
+from pytest_nullspace.text.sources import OPTION, TASK_OPTION, parse_source
+from pytest_nullspace.text.tokenizer import TOKENIZER_FILES, load_tokenizer
+from pytest_nullspace.text.windows import Window, distinct_rows, draw_windows, text_hash
 
 if TYPE_CHECKING:
     from pytest_nullspace.model import AdaptedModel
@@ -80,10 +83,10 @@ def measure_checkpoint(
     read = checkpoint.stamps | (stamps(base) if base is not None else frozenset())
     if settings.drift and initial is not None:
         read |= initial.stamps
-    texts = {"text": _text(settings.calib_dataset, settings.text_folder, calibration.OPTION)}
+    texts = {"text": _text(settings.calib_dataset, settings.text_folder, OPTION)}
     if settings.task_dataset is not None:
-        texts["task_text"] = _text(settings.task_dataset, settings.task_folder, calibration.TASK_OPTION)
-    tokenize = calibration.load_tokenizer(_tokenizer_directory(checkpoint, base))
+        texts["task_text"] = _text(settings.task_dataset, settings.task_folder, TASK_OPTION)
+    tokenize = load_tokenizer(_tokenizer_directory(checkpoint, base))
     spent.on("text")
 
     # Only now torch, for what is wrong with the text need not wait for it.
@@ -109,7 +112,7 @@ def measure_checkpoint(
     seqlen = _seqlen(settings.seqlen, adapted.model)
     count = settings.calib_most if settings.calib_size is None else settings.calib_size
     drawn = {
-        what: calibration.draw_windows(text, tokenize, count=count, seqlen=seqlen, seed=settings.seed)
+        what: draw_windows(text, tokenize, count=count, seqlen=seqlen, seed=settings.seed)
         for what, text in texts.items()
     }
     for windows in drawn.values():
@@ -226,14 +229,14 @@ class _Pass:
     checkpoint: Checkpoint
     settings: Settings
     adapted: "AdaptedModel"
-    drawn: Mapping[str, Sequence[calibration.Window]]
+    drawn: Mapping[str, Sequence[Window]]
     seqlen: int
     running: str
     progress: Callable[[int, int], None] | None
     used: dict[str, int] = field(default_factory=dict)
 
     @property
-    def read(self) -> dict[str, Sequence[calibration.Window]]:
+    def read(self) -> dict[str, Sequence[Window]]:
         """The windows of each text that were used."""
         return {what: self.drawn[what][:count] for what, count in self.used.items()}
 
@@ -270,7 +273,7 @@ class _Pass:
     def _of(
         self, what: str, layers: Collection[str], batches: list[int], settled: Callable[[Figures], bool]
     ) -> Figures:
-        from pytest_nullspace.measure import measure
+        from pytest_nullspace.measuring.streaming import measure
 
         before, total = sum(self.used.values()), sum(map(len, self.drawn.values()))
         # Of a text that ended early what was left out is not waited for.
@@ -297,7 +300,7 @@ class _Pass:
 
     def with_spectrum(self, figures: Figures) -> Figures:
         """The figures, with the best that any subspace could do on the preserved text."""
-        from pytest_nullspace.spectrum import spectrum
+        from pytest_nullspace.measuring.spectrum import spectrum
 
         with shortage_told(
             lambda: (
@@ -316,7 +319,7 @@ class _Pass:
 
     def drift(self, held_against: TrueBase) -> Drift:
         """How far the predictions lie from the true base's, on each text."""
-        from pytest_nullspace.drift import drift
+        from pytest_nullspace.measuring.drift import drift
 
         half = half_precision(self.running, "take")
         with shortage_told(
@@ -369,16 +372,16 @@ def _settled(figures: Figures, of: int, settings: Settings, judged: Collection[s
 
 
 def _text(spec: str, folder: Path, option: str) -> str:
-    return calibration.read_text(calibration.parse_source(spec, folder, option))
+    return read_text(parse_source(spec, folder, option))
 
 
-def _about_text(text: str, windows: Sequence[calibration.Window], seqlen: int) -> dict[str, Any]:
+def _about_text(text: str, windows: Sequence[Window], seqlen: int) -> dict[str, Any]:
     return {
-        "sha256": calibration.text_hash(text),
+        "sha256": text_hash(text),
         "windows": len(windows),
         "seqlen": seqlen,
         "tokens": sum(len(window.tokens) for window in windows),
-        "distinct": calibration.distinct_rows(windows),
+        "distinct": distinct_rows(windows),
         "starts": [window.start for window in windows],
     }
 
@@ -462,7 +465,7 @@ def _tokenizer_directory(checkpoint: Checkpoint, base: Path | None) -> Path:
     places = [checkpoint.directory]
     if base is not None:
         places.append(base.parent if base.is_file() else base)
-    held = (place for place in places if any((place / name).is_file() for name in calibration.TOKENIZER_FILES))
+    held = (place for place in places if any((place / name).is_file() for name in TOKENIZER_FILES))
     return next(held, base or checkpoint.directory)
 
 
@@ -488,7 +491,7 @@ def _default_seqlen(limit: Any) -> int:
     return min(DEFAULT_SEQLEN, limit) if isinstance(limit, int) and limit else DEFAULT_SEQLEN
 
 
-def _require_known_tokens(windows: Sequence[calibration.Window], model: Any, checkpoint: Checkpoint) -> None:
+def _require_known_tokens(windows: Sequence[Window], model: Any, checkpoint: Checkpoint) -> None:
     largest = max(max(window.tokens) for window in windows)
     known = getattr(model.config, "vocab_size", None)
     if isinstance(known, int) and largest >= known:

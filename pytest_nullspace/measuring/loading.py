@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.hub import base_path
 from pytest_nullspace.errors import CheckpointError, MeasurementError, OptionError
-from pytest_nullspace.hub import base_path
-from pytest_nullspace.options import PREFIX, Settings
+from pytest_nullspace.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
-    from pytest_nullspace.drift import Base
+    from pytest_nullspace.measuring.drift import Base
     from pytest_nullspace.model import AdaptedModel
 
 Bases = MutableMapping[Hashable, Any]

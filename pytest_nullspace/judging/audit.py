@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_nullspace.checkpoint import Checkpoint, lora_null, peft
 from pytest_nullspace.checkpoint.header import FLOATING, TensorInfo, printable
 from pytest_nullspace.errors import CheckpointError, StatsError
-from pytest_nullspace.stats import LayerStats
+from pytest_nullspace.run.stats import LayerStats
 
 if TYPE_CHECKING:
     import numpy as np

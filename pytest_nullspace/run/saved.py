@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nullspace.errors import StatsError, printable, quoted
-from pytest_nullspace.stats import FIGURES, OWN_FIGURES, Drift, LayerStats, RunStats, Spectrum, TextDrift
+from pytest_nullspace.run.stats import FIGURES, OWN_FIGURES, Drift, LayerStats, RunStats, Spectrum, TextDrift
 
 SCHEMA = "pytest-nullspace/run"
 SCHEMA_VERSION = 1

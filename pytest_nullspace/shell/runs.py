@@ -12,24 +12,25 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pytest_nullspace import pipeline
-from pytest_nullspace.audit import Audit
-from pytest_nullspace.baseline import COMPARED, Comparison, Difference, compare, incomparable, regressions
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.checkpoint.header import quoted
+from pytest_nullspace.checkpoint.hub import downloaded
 from pytest_nullspace.checkpoint.layers import is_layer_name
-from pytest_nullspace.diagnosis import Diagnosis, diagnose
 from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError, StatsError
-from pytest_nullspace.hub import downloaded
-from pytest_nullspace.invariants import DRIFT, MODEL, Check, Expectations, Stage
-from pytest_nullspace.loading import Bases
-from pytest_nullspace.options import PREFIX, Settings, model_name, stats_file
+from pytest_nullspace.judging.audit import Audit
+from pytest_nullspace.judging.baseline import COMPARED, Comparison, Difference, compare, incomparable, regressions
+from pytest_nullspace.judging.diagnosis import Diagnosis, diagnose
+from pytest_nullspace.judging.invariants import DRIFT, MODEL, Check, Expectations, Stage
+from pytest_nullspace.judging.start import Start, unpaired
+from pytest_nullspace.judging.weights import LayerWeights, Weights
+from pytest_nullspace.measuring import pipeline
+from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.report import terminal
 from pytest_nullspace.report import weights as weights_report
-from pytest_nullspace.saved import from_json, read, write, write_atomically
-from pytest_nullspace.start import Start, unpaired
-from pytest_nullspace.stats import DRIFT_FIGURES, FIGURES, TASK_FIGURES, RunStats
-from pytest_nullspace.weights import LayerWeights, Weights
+from pytest_nullspace.run.saved import read
+from pytest_nullspace.run.stats import DRIFT_FIGURES, FIGURES, TASK_FIGURES, RunStats
+from pytest_nullspace.settings import PREFIX, Settings, model_name, stats_file
+from pytest_nullspace.shell.shared import SharedOutcome
 
 READ_ALIKE = ("weights_sha256", "text", "task_text", "settings", "dtype")
 """What the processes that measure together must have found alike, of what a run tells."""
@@ -83,7 +84,7 @@ class GatedRun(ABC):
         self.start_file = settings.saved_init
         self.start = self._saved_start(layers)
         self._outcome: RunStats | NullspaceError | None = None
-        self._shared: _SharedOutcome | None = None
+        self._shared: SharedOutcome | None = None
         self._wrong: NullspaceError | None = None
         self._told: Told | None = None
 
@@ -226,7 +227,7 @@ class GatedRun(ABC):
 
     def share(self, folder: Path, number: int) -> None:
         """Keep the outcome in ``folder`` as well, for the other processes of this run of pytest."""
-        self._shared = _SharedOutcome(folder, number)
+        self._shared = SharedOutcome(folder, number)
 
     def measured(self, progress: Callable[[int, int], None] | None = None) -> RunStats:
         """What was measured, measuring first if no process of this run has.
@@ -419,45 +420,6 @@ def read_run(file: Path) -> RunStats:
     if unfit is not None:
         raise StatsError(f"{file}: {quoted(unfit)} is not the name of a layer; measure again")
     return run
-
-
-class _SharedOutcome:
-    """One outcome in a folder that several processes share: the first that asks makes it, the others read it."""
-
-    def __init__(self, folder: Path, number: int) -> None:
-        self._lock = folder / f"{number}.lock"
-        self._started = folder / f"{number}.started"
-        self._measured = folder / f"{number}.json"
-        self._failed = folder / f"{number}.failed"
-
-    def get_or(self, measure: Callable[[], RunStats | NullspaceError]) -> RunStats | NullspaceError:
-        from filelock import FileLock
-
-        with FileLock(self._lock):
-            outcome = self.peek()
-            if outcome is not None:
-                return outcome
-            if self._started.exists():
-                return MeasurementError(
-                    "the worker that measured this checkpoint died before it had finished, perhaps out of memory, or "
-                    f"found no room in {self._started.parent}; lower {PREFIX}seqlen or {PREFIX}batch-size, or run "
-                    "without -n to see it happen"
-                )
-            self._started.touch()
-            outcome = measure()
-            if isinstance(outcome, NullspaceError):
-                write_atomically(self._failed, str(outcome))
-            else:
-                try:
-                    write(outcome, self._measured)
-                except StatsError as error:
-                    return error
-            return outcome
-
-    def peek(self) -> RunStats | NullspaceError | None:
-        if self._measured.exists():
-            return from_json(self._measured.read_text("utf-8"), str(self._measured))
-        return MeasurementError(self._failed.read_text("utf-8")) if self._failed.exists() else None
 
 
 def open_runs(settings: Settings) -> tuple[GatedRun, ...]:

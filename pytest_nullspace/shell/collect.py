@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_nullspace.errors import NullspaceError, NullspaceWarning
-from pytest_nullspace.invariants import DRIFT, MODEL, Tier, Verdict, judge, judge_averages, judge_drift
-from pytest_nullspace.progress import fail_measuring, showing_progress
+from pytest_nullspace.judging.invariants import DRIFT, MODEL, Tier, Verdict, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report import terminal
-from pytest_nullspace.session import GatedRun
-from pytest_nullspace.stats import RunStats
-from pytest_nullspace.weights import STATEMENT
+from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.shell.progress import fail_measuring, showing_progress
+from pytest_nullspace.shell.runs import GatedRun
 
 if TYPE_CHECKING:
     from typing import Self

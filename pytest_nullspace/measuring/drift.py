@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from pytest_nullspace.distributed import ALONE, Ranks
-from pytest_nullspace.stats import TextDrift
-from pytest_nullspace.uncertainty import jackknife
+from pytest_nullspace.measuring.distributed import ALONE, Ranks
+from pytest_nullspace.run.stats import TextDrift
+from pytest_nullspace.run.uncertainty import jackknife
 
 CHUNK = 128
 """Rows whose predictions are compared at once, so that no second copy of a window's is made."""

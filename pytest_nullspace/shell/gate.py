@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from pytest_nullspace import saved
-from pytest_nullspace.collect import CheckpointFile, GateItem, node_id, select
+from pytest_nullspace.checkpoint.hub import local_directory
 from pytest_nullspace.errors import NullspaceError
-from pytest_nullspace.hub import local_directory
-from pytest_nullspace.invariants import DRIFT, Stage, Tier
-from pytest_nullspace.options import Settings, stats_file
+from pytest_nullspace.judging.invariants import DRIFT, Stage, Tier
+from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report import markdown, terminal, weights
-from pytest_nullspace.session import CheckpointRun, GatedRun, open_runs
-from pytest_nullspace.stats import RunStats
-from pytest_nullspace.weights import STATEMENT
+from pytest_nullspace.run import saved
+from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.settings import Settings, stats_file
+from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
+from pytest_nullspace.shell.runs import CheckpointRun, GatedRun, open_runs
 
 _SHARED = "nullspace_shared_folder"
 

@@ -7,8 +7,8 @@ checkpoints are there, and finds what a norm cannot.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from pytest_nullspace.baseline import Change
-from pytest_nullspace.stats import FIGURES, LayerStats, RunStats
+from pytest_nullspace.judging.baseline import Change
+from pytest_nullspace.run.stats import FIGURES, LayerStats, RunStats
 
 UNCHANGED = 1e-4
 """How far the norm of a frozen matrix may lie from its start, relative: rounding to half precision stays below."""

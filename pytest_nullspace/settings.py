@@ -1,0 +1,110 @@
+"""What the user asked for, as pure data; `pytest_nullspace.shell.options` reads it from pytest."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_nullspace.judging.baseline import Limit
+    from pytest_nullspace.judging.invariants import Override
+    from pytest_nullspace.measuring.distributed import Ranks
+
+PREFIX = "--nullspace-"
+AUTO_MOST = 128
+"""Windows that ``calib-size=auto`` draws at most, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for.
+
+    Attributes:
+        models: The checkpoints' directories; text where it is an id on the hub, with ``@revision`` if one was given.
+        stats: Saved runs to gate without their models.
+        base: The base model of adapters that do not carry theirs, a directory, GGUF file or hub id; None for what they
+            name.
+        calib_dataset: The preserved text, as given.
+        text_folder: The folder to which its path is relative.
+        calib_size: Windows to draw from each text; None to draw until every verdict is settled.
+        seqlen: Tokens a window; None for 2048 or what the model allows, whichever is less.
+        max_activation_samples: Activation rows a layer at most; None for all.
+        seed: Of the choice of windows and rows.
+        batch_size: Windows a forward; None for as many as suit the device.
+        device: ``auto`` or a torch device.
+        device_map: The bytes that the model may take of each device, over which it is spread; empty for what there is,
+            None where it is not spread.
+        dtype: ``auto`` or a torch dtype.
+        layers: A glob that the names of the gated layers match.
+        stage: ``trained`` or ``init``.
+        overrides: Thresholds of the user's own.
+        save_stats: Where to save the statistics.
+        reports: Where to write reports.
+        ranks: The processes that a launcher started to measure together.
+        init: The checkpoint from which training started, or a saved run of it.
+        variant: What training might move: ``auto`` or one of `pytest_nullspace.audit.VARIANTS`.
+        compare: An earlier run to hold each run against; ``{model}`` stands for the run's name.
+        limits: How much worse than there a figure may be.
+        allowed: The differences between the two runs that are allowed.
+        task_dataset: The text of what was learned, as given.
+        task_folder: The folder to which its path is relative.
+        calib_most: Windows to draw from each text at most, where their number is not given.
+        weights_only: Whether the weights alone are gated, and no text is run.
+        allow_unreached: Globs of the layers that no activation row need reach.
+        drift: Whether the predictions are held against the base model's.
+        spectrum: Whether the best that any subspace could do is reported.
+        strict_scope: Whether a trained tensor that no layer test covers is a failure.
+    """
+
+    models: tuple[Path | str, ...]
+    stats: tuple[Path, ...]
+    base: str | None
+    calib_dataset: str
+    text_folder: Path
+    calib_size: int | None
+    seqlen: int | None
+    max_activation_samples: int | None
+    seed: int
+    batch_size: int | None
+    device: str
+    dtype: str
+    layers: str
+    stage: str
+    overrides: "tuple[Override, ...]"
+    save_stats: Path | None
+    reports: tuple[Path, ...]
+    ranks: "Ranks"
+    allow_unreached: tuple[str, ...] = ()
+    strict_scope: bool = False
+    drift: bool = False
+    spectrum: bool = False
+    device_map: Mapping[int | str, int] | None = None
+    init: Path | None = None
+    variant: str = "auto"
+    compare: Path | None = None
+    limits: "tuple[Limit, ...]" = ()
+    allowed: tuple[str, ...] = ()
+    task_dataset: str | None = None
+    task_folder: Path = Path()
+    calib_most: int = AUTO_MOST
+    weights_only: bool = False
+
+    @property
+    def saved_init(self) -> Path | None:
+        """The saved run of the initial checkpoint, where ``init`` is one."""
+        return self.init if self.init is not None and (self.init.suffix == ".json" or self.init.is_file()) else None
+
+    @property
+    def init_directory(self) -> Path | None:
+        """The initial checkpoint, where ``init`` is one."""
+        return self.init if self.saved_init is None else None
+
+
+def model_name(model: Path | str) -> str:
+    """What ``{model}`` stands for: the name of the directory, or of the model on the hub."""
+    return model.name if isinstance(model, Path) else model.partition("@")[0].rpartition("/")[2]
+
+
+def stats_file(template: Path, name: str) -> Path:
+    """The statistics file of one run: ``{model}`` in the file's name stands for ``name``."""
+    return template.with_name(template.name.replace("{model}", name))

@@ -1,0 +1,98 @@
+"""The tokenizer that lies beside a model, read as data: code beside it is never run, and the hub is never asked."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pytest_nullspace.checkpoint import gguf
+from pytest_nullspace.checkpoint.header import opened, printable, read_json_object
+from pytest_nullspace.errors import CheckpointError, first_line
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""A directory with none of these holds no tokenizer."""
+
+MAX_TOKENIZER_BYTES = 200_000_000
+"""Ten times the largest vocabulary that models have."""
+
+
+def load_tokenizer(directory: Path) -> Callable[[str], list[int]]:
+    """The tokenizer that lies in ``directory``, as a function from a text to its ids with the default special tokens.
+
+    ``directory`` may also be a GGUF file, which holds its own.
+
+    A ``tokenizer.json`` is read as it stands and alone: AutoTokenizer might rebuild it as the model's usual one, and
+    would open the configuration and the chat templates beside it. Without it the older vocabulary files are read by the
+    class that `transformers` has for them. Code beside them is never run, and the hub is never asked.
+
+    Raises:
+        CheckpointError: There is no tokenizer, it needs code of its own, or it cannot be loaded.
+    """
+    if directory.suffix == gguf.SUFFIX:
+        gguf.read_header(directory)
+    else:
+        _require_tokenizer(directory)
+    try:
+        return _fast(directory) if (directory / "tokenizer.json").is_file() else _slow(directory)
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(
+            f"{directory}: its tokenizer cannot be loaded: {first_line(error)}; save the base model's tokenizer into "
+            "the directory"
+        ) from error
+
+
+def _fast(directory: Path) -> Callable[[str], list[int]]:
+    from tokenizers import Tokenizer
+
+    with opened(directory / "tokenizer.json", "the tokenizer") as (stream, status):
+        if (size := status.st_size) > MAX_TOKENIZER_BYTES:
+            raise CheckpointError(
+                f"{directory / 'tokenizer.json'}: has {size:,} bytes; at most {MAX_TOKENIZER_BYTES:,} are read; "
+                "save the base model's tokenizer into the directory"
+            )
+        data = stream.read()
+    tokenizer = Tokenizer.from_buffer(data)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text).ids
+        return ids
+
+    return tokenize
+
+
+def _slow(directory: Path) -> Callable[[str], list[int]]:
+    from transformers import AutoTokenizer
+
+    place: dict[str, Any] = {"pretrained_model_name_or_path": str(directory)}
+    if directory.suffix == gguf.SUFFIX:
+        place = {"pretrained_model_name_or_path": str(directory.parent), "gguf_file": str(directory.absolute())}
+    tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
+
+    def tokenize(text: str) -> list[int]:
+        # Quiet, because a text longer than the model's context is cut to a window afterwards.
+        ids: list[int] = tokenizer(text, verbose=False).input_ids
+        return ids
+
+    return tokenize
+
+
+def _require_tokenizer(directory: Path) -> None:
+    """Refuse a directory without a tokenizer, or with one that only its own code can build."""
+    present = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    config = directory / "tokenizer_config.json"
+    if "tokenizer.json" in present:
+        return
+    if config.is_file() and (code := read_json_object(config, "the tokenizer's configuration").get("auto_map")):
+        raise CheckpointError(
+            f"{config}: auto_map names Python code ({printable(json.dumps(code))}), which is never run, and no "
+            "tokenizer.json lies beside it; save a fast tokenizer into the directory"
+        )
+    if not present:
+        raise CheckpointError(
+            f"{directory}: no tokenizer lies in it (looked for {', '.join(TOKENIZER_FILES)}); "
+            "save the base model's tokenizer into the directory"
+        )

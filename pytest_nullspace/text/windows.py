@@ -1,0 +1,75 @@
+"""A text cut into token windows, drawn as the reference draws them."""
+
+import hashlib
+import random
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pytest_nullspace.errors import TextError
+
+Tokenize = Callable[[str], Sequence[int]]
+"""A text's token ids, special tokens included."""
+
+CONTEXT = 64
+"""Tokens that no text repeats by chance, or so seldom that it does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """One calibration sequence.
+
+    Attributes:
+        start: The character of the text at which it begins.
+        tokens: Its token ids.
+    """
+
+    start: int
+    tokens: tuple[int, ...]
+
+
+def draw_windows(text: str, tokenize: Tokenize, *, count: int, seqlen: int, seed: int) -> tuple[Window, ...]:
+    """``count`` windows of at most ``seqlen`` tokens, drawn as the reference draws them.
+
+    Each begins at a uniformly random character and holds the first tokens of the ``10 * seqlen`` characters from there;
+    nothing is padded.
+
+    Raises:
+        TextError: The text is too short for one window, or one comes out without tokens.
+    """
+    last = len(text) - seqlen - 1
+    if last < 0:
+        raise TextError(
+            f"the text has {len(text)} characters, and windows of {seqlen} tokens need at least "
+            f"{seqlen + 1}; give a longer text or a smaller --nullspace-seqlen"
+        )
+    chosen = random.Random(seed)
+    return tuple(_window(text, tokenize, chosen.randint(0, last), seqlen) for _ in range(count))
+
+
+def _window(text: str, tokenize: Tokenize, start: int, seqlen: int) -> Window:
+    tokens = tuple(tokenize(text[start : start + 10 * seqlen])[:seqlen])
+    if not tokens:
+        raise TextError(
+            f"the window at character {start} of the text has no tokens; "
+            "give a text without long blanks, or check the tokenizer"
+        )
+    return Window(start, tokens)
+
+
+def distinct_rows(windows: Sequence[Window]) -> int:
+    """How many tokens come for the first time with the `CONTEXT` tokens up to them, or all that their window has.
+
+    Windows that overlap, and a text that repeats itself, give rows that are almost the same again.
+    """
+    seen: set[int] = set()
+    for window in windows:
+        data = array("q", window.tokens).tobytes()
+        ends = range(8, len(data) + 1, 8)
+        seen.update(hash(data[max(0, end - 8 * CONTEXT) : end]) for end in ends)
+    return len(seen)
+
+
+def text_hash(text: str) -> str:
+    """The SHA-256 of ``text`` as UTF-8, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
