@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.measuring.streaming import _Batch, _Recorder, _Watched, draw_rows, measure
+from pytest_nullspace.measuring.recorder import Batch, Recorder, Watched
+from pytest_nullspace.measuring.streaming import draw_rows, measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.run.stats import LayerStats
 from tests import tiny
@@ -159,18 +160,18 @@ def test_how_much_is_held_before_it_is_summed_changes_nothing(
 ) -> None:
     """Layers that are summed one by one, or few at a time, add up to the same as many at once."""
     want = measure(llama, UNEQUAL)
-    monkeypatch.setattr("pytest_nullspace.measuring.streaming.HELD_BYTES", held)
+    monkeypatch.setattr("pytest_nullspace.measuring.recorder.HELD_BYTES", held)
     agree(measure(llama, UNEQUAL), want, 1e-12)
 
 
 def test_norms_from_several_devices_are_put_together(llama: AdaptedModel) -> None:
     """An input that lies elsewhere than what its layer makes of it, as under a device map, is summed with it."""
-    recorder = _Recorder(torch.device("meta"), 1)
-    recorder.start(_Batch(torch.zeros(1, 3), 0, None, [3]))
+    recorder = Recorder(torch.device("meta"), 1)
+    recorder.start(Batch(torch.zeros(1, 3), 0, None, [3]))
     seen = {"down": torch.ones(3, 4, device="meta"), "base": torch.ones(3, device="meta")}
     layer = llama.layers[FIRST]
     recorder._take(
-        _Watched(layer, torch.empty(0), in_parts=False, seen=seen),
+        Watched(layer, torch.empty(0), in_parts=False, seen=seen),
         layer.layer,
         (torch.ones(1, 3, 32),),
         torch.ones(1, 3, 32, device="meta"),
@@ -233,7 +234,7 @@ def test_a_pass_ends_early_after_the_same_windows_whatever_the_batch(llama: Adap
 
 def test_windows_of_unequal_length_are_not_padded(llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only windows of one length share a batch, so each token counts once and none is made up."""
-    monkeypatch.setattr("pytest_nullspace.measuring.streaming.CANCELLATION", math.inf)
+    monkeypatch.setattr("pytest_nullspace.measuring.recorder.CANCELLATION", math.inf)
     shapes: list[tuple[int, ...]] = []
     embeddings = llama.model.get_submodule("model.embed_tokens")
     handle = embeddings.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
@@ -344,7 +345,7 @@ def test_only_chosen_layers_are_measured_and_the_pass_ends_after_them(
     llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers that are not chosen are not told, and beyond the probe no block after the last chosen one runs."""
-    monkeypatch.setattr("pytest_nullspace.measuring.streaming.CANCELLATION", math.inf)
+    monkeypatch.setattr("pytest_nullspace.measuring.recorder.CANCELLATION", math.inf)
     chosen = ["model.layers.1.mlp.up_proj", FIRST]
     calls = Calls(llama.model)
     measured = measure(llama, UNEQUAL, layers=chosen)
@@ -375,7 +376,7 @@ def test_what_float32_cannot_hold_is_run_again_in_float64(llama: AdaptedModel, m
 
 def test_the_head_never_runs(llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head is the widest layer and no adapter's input depends on it."""
-    monkeypatch.setattr("pytest_nullspace.measuring.streaming.CANCELLATION", math.inf)
+    monkeypatch.setattr("pytest_nullspace.measuring.recorder.CANCELLATION", math.inf)
     calls = Calls(llama.model)
     measure(llama, UNEQUAL)
     calls.remove()

@@ -1,0 +1,319 @@
+"""What is taken of the layers while the model runs: hooks on their parts that add norms to sums, no activation kept.
+
+A layer's hooks take the norms of its wide activations while these are still in the cache, and keep them, with the
+narrow ``Bx``, until enough layers have come together to be summed at once. On a CPU they see at once whether a norm
+left float32's range, or ``Bx`` lost its digits to cancellation, and take it in float64 where it did.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_nullspace import kernels
+from pytest_nullspace.model import AdaptedLayer
+from pytest_nullspace.model.stored import zeroed
+
+CANCELLATION = 5e-8
+"""The relative error to which cancellation in a float32 ``Bx`` may add up over a batch."""
+
+HELD_BYTES = 1 << 22
+"""What may be kept of norms and narrow activations before they are summed."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of equal length that share a forward.
+
+    Attributes:
+        tokens: Shape ``(b, length)``.
+        first: The number of the first window.
+        rows: The numbers of the counted rows among the ``b · length``, or None for all.
+        counts: How many of them each window has.
+    """
+
+    tokens: Tensor
+    first: int
+    rows: Tensor | None
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A layer under measurement.
+
+    Attributes:
+        layer: Where its parts are.
+        factors: `kernels.factors` of its weights.
+        in_parts: Whether its parts must be put together anew, for a bias or a magnitude.
+        seen: What its parts gave in the forward that is under way.
+    """
+
+    layer: AdaptedLayer
+    factors: Tensor
+    in_parts: bool
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def updates_by_more(self) -> bool:
+        """Whether its update is more than ``scale · A B x``."""
+        return self.layer.has_magnitude or _has_bias(self.layer.up)
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What was taken of one layer in one forward.
+
+    Attributes:
+        watched: The layer.
+        norms: Of ``x``, ``W_res x``, the output and, where it is more than ``scale · A B x``, the update; shape
+            ``(3 or 4, n)``.
+        down: ``Bx``, shape ``(n, r)``.
+    """
+
+    watched: Watched
+    norms: Tensor
+    down: Tensor
+
+
+class _Held:
+    """Memory set aside for what is kept from layer to layer.
+
+    Kept where it was allocated, amid wide activations that are freed, each small piece would stop their memory from
+    being used again, and the heap would grow with every layer.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._memory, self._used = torch.empty(size, dtype=torch.uint8, device=device), 0
+
+    def has_room(self, *parts: Tensor) -> bool:
+        """Whether copies of ``parts`` fit beside what is kept."""
+        return self._used + sum(map(_padded, parts)) <= len(self._memory)
+
+    def keep(self, part: Tensor) -> Tensor:
+        """A copy of ``part``, for which there `has_room`."""
+        kept = self._memory[self._used : self._used + part.nbytes].view(part.dtype).view(part.shape)
+        self._used += _padded(part)
+        return kept.copy_(part)
+
+    def clear(self) -> None:
+        """Forget all that is kept."""
+        self._used = 0
+
+
+def _padded(part: Tensor) -> int:
+    return -(-part.nbytes // 64) * 64
+
+
+class Recorder:
+    """Takes the norms of each watched layer while it runs, and adds them to its sums.
+
+    Attributes:
+        sums: For each layer the sums of each window, shape ``(windows, len(kernels.Sums))``.
+        down_ranks: How many directions the rows of its B span.
+    """
+
+    def __init__(self, device: torch.device, windows: int) -> None:
+        self._device, self._windows = device, windows
+        self.sums: dict[str, Tensor] = {}
+        self.down_ranks: dict[str, int] = {}
+        self._batch = Batch(torch.empty(0), 0, None, [])
+        self._watched: list[Watched] = []
+        self._input: Tensor | None = None
+        self._input_norms = torch.empty(0)
+        self._held: list[_Taken] = []
+        self._memory = _Held(HELD_BYTES, device)
+        self._of_batch: list[tuple[str, Tensor]] = []
+
+    def start(self, batch: Batch) -> None:
+        """From here on count the rows of ``batch``."""
+        self._batch, self._input = batch, None
+        self._forget_held()
+        self._of_batch.clear()
+
+    def forget(self) -> None:
+        """Let go of all that was seen of a batch that did not come to its end."""
+        self._input = None
+        self._forget_held()
+        self._of_batch.clear()
+        for watched in self._watched:
+            watched.seen.clear()
+
+    def end(self) -> None:
+        """Count the batch."""
+        self._sum_held()
+        first = self._batch.first
+        for name, summed in self._of_batch:
+            # An expert may run more than once a forward.
+            self.sums[name][first : first + len(summed)] += summed
+
+    @contextmanager
+    def watching(self, layers: Sequence[AdaptedLayer]) -> Iterator[None]:
+        """Hooks on every layer of ``layers``, removed at the end whatever happens."""
+        with ExitStack() as hooks:
+            for layer in layers:
+                shape = self._windows, len(kernels.Sums._fields)
+                self.sums[layer.name] = torch.zeros(shape, dtype=torch.float64, device=self._device)
+                factors = kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale)
+                self.down_ranks[layer.name] = kernels.down_rank(factors)
+                watched = Watched(
+                    layer,
+                    factors.to(self._device),
+                    layer.has_magnitude or layer.has_bias or _has_bias(layer.up),
+                )
+                self._watched.append(watched)
+                takes: dict[str, Callable[[Tensor], Tensor]] = {
+                    "down": self._counted,
+                    "base": self._norms,
+                }
+                if watched.in_parts:
+                    takes |= {"base": self._counted, "up": self._counted}
+                for part, take in takes.items():
+                    handle = getattr(layer, part).register_forward_hook(partial(_keep, watched.seen, part, take))
+                    hooks.callback(handle.remove)
+                if not layer.has_magnitude:
+                    hooks.enter_context(_bias_apart(layer.base))
+                handle = layer.layer.register_forward_hook(partial(self._take, watched))
+                hooks.callback(handle.remove)
+            try:
+                yield
+            finally:
+                self._input = None
+                self._forget_held()
+
+    def _take(self, watched: Watched, _: nn.Module, args: Any, output: Tensor) -> None:
+        x, layer, change = args[0], watched.layer, []
+        down, base, output = watched.seen["down"], watched.seen["base"], self._counted(output)
+        if x is not self._input:
+            self._input, self._input_norms = x, self._norms(x)
+        if watched.in_parts:
+            whole, output, parts = _parts(layer, base, watched.seen["up"], output)
+            base = self._norms_of(whole)
+            change = [self._norms_of(parts)] if watched.updates_by_more else []
+        if self._device.type == "cpu" and _loses_digits(down, self._input_norms, layer.in_features):
+            down = self._counted(x).double() @ layer.down_matrix().mT
+        watched.seen.clear()
+        # An input may be seen before accelerate brings it to where its layer runs.
+        norms = [part.to(self._device) for part in (self._input_norms, base, self._norms_of(output), *change)]
+        if len({part.dtype for part in norms}) > 1:
+            norms = [part.double() for part in norms]
+        self._hold(_Taken(watched, torch.stack(norms), down))
+
+    def _hold(self, taken: _Taken) -> None:
+        if not self._memory.has_room(taken.norms, taken.down):
+            self._sum_held()
+        if not self._memory.has_room(taken.norms, taken.down):
+            self._sum([taken])
+            return
+        self._held.append(_Taken(taken.watched, self._memory.keep(taken.norms), self._memory.keep(taken.down)))
+
+    def _norms(self, values: Tensor) -> Tensor:
+        return self._norms_of(self._counted(values))
+
+    def _norms_of(self, values: Tensor) -> Tensor:
+        norms = kernels.row_norms(values)
+        if self._device.type == "cpu" and not kernels.safe(norms):
+            return kernels.row_norms(values.double())
+        return norms
+
+    def _counted(self, values: Tensor) -> Tensor:
+        values = values.reshape(-1, values.shape[-1])
+        if self._batch.rows is None or not len(values):
+            return values
+        if len(values) == self._batch.tokens.numel():
+            return values.index_select(0, self._batch.rows.to(values.device))
+        # An expert sees only the rows that were routed to it: of them the same share is counted, spread alike.
+        rows = self._batch.rows * len(values) // self._batch.tokens.numel()
+        share: Tensor = rows.unique()  # type: ignore[no-untyped-call]
+        return values.index_select(0, share.to(values.device))
+
+    def _sum_held(self) -> None:
+        """Add up what was taken, the layers of one shape at once."""
+
+        def shape(taken: _Taken) -> tuple[Any, ...]:
+            return taken.norms.shape, taken.norms.dtype, taken.down.shape, taken.down.dtype
+
+        for _, alike in groupby(sorted(self._held, key=lambda taken: repr(shape(taken))), key=shape):
+            self._sum(list(alike))
+        self._forget_held()
+
+    def _forget_held(self) -> None:
+        self._held.clear()
+        self._memory.clear()
+
+    def _sum(self, taken: list[_Taken]) -> None:
+        exact = torch.promote_types(taken[0].down.dtype, torch.float32)
+        down = torch.stack([t.down for t in taken]).to(self._device, exact)
+        factors = torch.stack([t.watched.factors for t in taken])
+        projected, update = kernels.inner_norms(down, factors.to(exact))
+        narrow = torch.stack((kernels.row_norms(down), projected, update))
+        if self._device.type == "cpu" and not kernels.safe(narrow):
+            down = down.double()
+            narrow = torch.stack((kernels.row_norms(down), *kernels.inner_norms(down, factors)))
+        down_norms, projected, update = narrow.unbind()
+        x, base, output, *change = torch.stack([t.norms for t in taken], dim=1).to(self._device).unbind()
+        parts = {"input": x, "down": down_norms, "base": base, "output": output, "projected": projected}
+        parts["update"] = change[0] if change else update
+        counts = self._batch.counts
+        if sum(counts) != x.shape[-1]:
+            # Which of an expert's rows came from which window is not known: the batch counts as one.
+            counts = [x.shape[-1]]
+        split = {name: torch.split(part, counts, dim=-1) for name, part in parts.items()}
+        by_window = [kernels.sums(**{name: part[i] for name, part in split.items()}) for i in range(len(counts))]
+        for t, summed in zip(taken, torch.stack(by_window, dim=1), strict=True):
+            self._of_batch.append((t.watched.layer.name, summed))
+
+
+def _loses_digits(down: Tensor, input_norms: Tensor, in_features: int) -> bool:
+    """Whether a float32 ``Bx`` is not exact, because its inputs are not or because it is mostly cancelled."""
+    if input_norms.dtype == torch.float64:
+        return True
+    if down.dtype != torch.float32:
+        return False
+    # Rounding errors are a random walk of `in` steps, so they grow beside what cancellation leaves.
+    error = 2.0**-22 * input_norms.norm().item() / math.sqrt(in_features)
+    return bool(error > CANCELLATION * kernels.row_norms(down).sum().item())
+
+
+def _parts(layer: AdaptedLayer, base: Tensor, up: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``W_res x``, the layer's whole output and its update, where they are not simply what the modules give.
+
+    A bias can outweigh the output: adding the parts again is exact where subtracting it is not. What a magnitude made
+    of the parts is only in the output.
+    """
+    if not layer.has_magnitude:
+        change = layer.scale * up
+        return base, base + change, change
+    bias = getattr(layer.base, "bias", None)
+    change = output - base
+    return (base - bias, output - bias, change) if isinstance(bias, Tensor) else (base, output, change)
+
+
+def _has_bias(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "bias", None), Tensor)
+
+
+def _keep(
+    seen: dict[str, Tensor], part: str, what: Callable[[Tensor], Tensor], _: nn.Module, __: Any, output: Tensor
+) -> None:
+    seen[part] = what(output)
+
+
+@contextmanager
+def _bias_apart(base: nn.Module) -> Iterator[None]:
+    """Within this context ``base`` adds its bias in a last hook of its own, so that earlier hooks see ``W x`` alone."""
+    if not _has_bias(base):
+        yield
+        return
+    with zeroed(base, "bias") as bias:
+        handle = base.register_forward_hook(lambda _, __, output: output + bias.to(output.device))
+        try:
+            yield
+        finally:
+            handle.remove()
