@@ -23,7 +23,7 @@ from pytest_nullspace.judging.diagnosis import diagnose
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.start import Start
 from pytest_nullspace.judging.weights import Weights
-from pytest_nullspace.report import markdown, terminal
+from pytest_nullspace.report import changes, markdown, notes, terminal, words
 from pytest_nullspace.run.saved import from_json, to_json
 from pytest_nullspace.run.stats import RunStats
 from tests import saved
@@ -111,28 +111,28 @@ def stats(_: Path) -> Callable[[bytes], None]:
             if audited is not None:
                 checks.append(partial(audited.check, trained=True))
             expectations = Expectations(Stage.TRAINED, (), checks)
-            lines = [*terminal.start_lines(start, file, now, True, True), *terminal.comparison(compared, file, ())]
-            lines += terminal.diagnosis(diagnose(now, audited, compared))
+            lines = [*changes.start_lines(start, file, now, True, True), *changes.comparison(compared, file, ())]
+            lines += changes.diagnosis(diagnose(now, audited, compared))
             str(incomparable(now, before))
             shown(now, expectations, [line for line, _ in lines])
         if audited is not None:
-            list(terminal.audit_lines(audited))
+            list(changes.audit_lines(audited))
 
     return read
 
 
-def shown(run: RunStats, expectations: Expectations, notes: Sequence[str]) -> None:
+def shown(run: RunStats, expectations: Expectations, told: Sequence[str]) -> None:
     """Every report of a run."""
     verdicts = [judge(layer, expectations) for layer in run.layers]
-    list(terminal.saved_header(Path("f.json"), run, len(run.layers)))
+    list(notes.saved_header(Path("f.json"), run, len(run.layers)))
     list(terminal.summary(run, verdicts, expectations))
     for layer, verdict in zip(run.layers, verdicts, strict=True):
         list(terminal.block(layer, verdict))
-        terminal.layer_failure(layer, verdict)
-    terminal.model_failure(run, judge_averages(run, expectations))
+        words.layer_failure(layer, verdict)
+    words.model_failure(run, judge_averages(run, expectations))
     if run.drift is not None:
         judge_drift(run.drift, expectations)
-    markdown.report(run, expectations, notes)
+    markdown.report(run, expectations, told)
 
 
 TARGETS: Mapping[str, tuple[Callable[[Path], Callable[[bytes], None]], Any]] = {

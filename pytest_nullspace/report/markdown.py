@@ -4,21 +4,19 @@ from collections.abc import Iterable
 
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, Tier, judge, judge_averages, judge_drift
-from pytest_nullspace.report.terminal import (
-    MARKS,
+from pytest_nullspace.report.notes import (
     best_possible,
     drift,
     few_rows,
-    figures,
     left_out,
     not_measured,
     outside,
     outside_of,
-    reading,
     repeated,
     texts,
     uncertain,
 )
+from pytest_nullspace.report.words import MARKS, figures, reading
 from pytest_nullspace.run.stats import FIGURES, RunStats
 
 

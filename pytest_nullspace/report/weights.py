@@ -7,7 +7,8 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Tier
 from pytest_nullspace.judging.weights import STATEMENT, LayerWeights, Weights
 from pytest_nullspace.report.markdown import escape
-from pytest_nullspace.report.terminal import MARKS, outside
+from pytest_nullspace.report.notes import outside
+from pytest_nullspace.report.words import MARKS
 
 WORST_SHOWN = 5
 _COLUMNS = ("‖B‖", "‖A‖", "‖W_res‖", "scale", "‖scale·AB‖", "rank used")

@@ -11,7 +11,7 @@ import pytest
 from pytest_nullspace.errors import NullspaceError, NullspaceWarning
 from pytest_nullspace.judging.invariants import DRIFT, MODEL, Tier, Verdict, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.weights import STATEMENT
-from pytest_nullspace.report import terminal
+from pytest_nullspace.report import changes, notes, words
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.shell.progress import fail_measuring, showing_progress
 from pytest_nullspace.shell.runs import GatedRun
@@ -139,7 +139,7 @@ class LayerItem(MeasuredItem):
         verdict = judge(layer, self.parent.run.expectations(run))
         figures = {figure: layer.figure(figure) for figure in layer.measured}
         self.record(tier=str(verdict.tier), rows=layer.rows, **figures)
-        return verdict, terminal.layer_failure(layer, verdict)
+        return verdict, words.layer_failure(layer, verdict)
 
     def warning(self, verdict: Verdict) -> str:
         """A message that layers share, so that pytest tells it once with all that gave it: a model has hundreds."""
@@ -171,7 +171,7 @@ class ModelItem(MeasuredItem):
         verdict = judge_averages(run, self.parent.run.expectations(run))
         figures = {figure: run.mean(figure) for figure in run.measured}
         self.record(tier=str(verdict.tier), layers=len(run.layers), **figures)
-        return verdict, terminal.model_failure(run, verdict)
+        return verdict, words.model_failure(run, verdict)
 
 
 class DriftItem(MeasuredItem):
@@ -183,7 +183,7 @@ class DriftItem(MeasuredItem):
             pytest.fail("the drift was not measured", pytrace=False)
         verdict = judge_drift(run.drift, self.parent.run.expectations(run))
         self.record(tier=str(verdict.tier), **{name: value for name, (value, _) in run.drift.figures.items()})
-        return verdict, "\n".join([verdict.summary, "", *terminal.drift(run.drift)])
+        return verdict, "\n".join([verdict.summary, "", *notes.drift(run.drift)])
 
 
 FROZEN = "frozen"
@@ -201,7 +201,7 @@ class FrozenItem(MeasuredItem):
             pytest.fail("the checkpoint was not held against its start", pytrace=False)
         self.record(compared=audited.compared, moved=len(audited.others))
         if audited.others:
-            pytest.fail(terminal.moved(audited), pytrace=False)
+            pytest.fail(changes.moved(audited), pytrace=False)
 
 
 class MissingItem(GateItem):
@@ -224,7 +224,7 @@ class ScopeItem(GateItem):
         outside = self.parent.run.outside
         self.record(outside=len(outside))
         if outside:
-            pytest.fail(terminal.outside(outside), pytrace=False)
+            pytest.fail(notes.outside(outside), pytrace=False)
 
 
 def select(items: list[pytest.Item], runs: tuple[GatedRun, ...]) -> list[pytest.Item]:

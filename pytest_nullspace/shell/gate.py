@@ -15,7 +15,7 @@ from pytest_nullspace.checkpoint.hub import local_directory
 from pytest_nullspace.errors import NullspaceError
 from pytest_nullspace.judging.invariants import DRIFT, Stage, Tier
 from pytest_nullspace.judging.weights import STATEMENT
-from pytest_nullspace.report import markdown, terminal, weights
+from pytest_nullspace.report import changes, markdown, terminal, weights
 from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.settings import Settings, stats_file
@@ -259,13 +259,13 @@ def notes(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[s
     lines: list[tuple[str, Tier | None]] = []
     audited, compared = run.told(outcome).audit, run.compared(outcome)
     if audited is not None:
-        lines += terminal.audit_lines(audited)
+        lines += changes.audit_lines(audited)
     if run.start is not None and run.start_file is not None:
         trained = run.expectations(outcome).stage is Stage.TRAINED
-        lines += terminal.start_lines(run.start, run.start_file, outcome, trained, every)
+        lines += changes.start_lines(run.start, run.start_file, outcome, trained, every)
     if compared is not None and run.earlier_file is not None:
-        lines += terminal.comparison(compared, run.earlier_file, run.missing)
-    return [*lines, *terminal.diagnosis(run.diagnoses(outcome))]
+        lines += changes.comparison(compared, run.earlier_file, run.missing)
+    return [*lines, *changes.diagnosis(run.diagnoses(outcome))]
 
 
 def _append_step_summary(document: str) -> None:

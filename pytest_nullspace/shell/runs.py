@@ -25,7 +25,7 @@ from pytest_nullspace.judging.start import Start, unpaired
 from pytest_nullspace.judging.weights import LayerWeights, Weights
 from pytest_nullspace.measuring import pipeline
 from pytest_nullspace.measuring.loading import Bases
-from pytest_nullspace.report import terminal
+from pytest_nullspace.report import notes
 from pytest_nullspace.report import weights as weights_report
 from pytest_nullspace.run.saved import read
 from pytest_nullspace.run.stats import DRIFT_FIGURES, FIGURES, TASK_FIGURES, RunStats
@@ -307,7 +307,7 @@ class CheckpointRun(GatedRun):
         """What will be measured, and how."""
         if self.weights_only:
             return weights_report.header(self.checkpoint, len(self.gated))
-        return terminal.header(self.checkpoint, len(self.gated), self._settings)
+        return notes.header(self.checkpoint, len(self.gated), self._settings)
 
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         try:
@@ -392,11 +392,11 @@ class SavedRun(GatedRun):
     @property
     def outside(self) -> Sequence[str]:
         """The trained tensors that the saved run names."""
-        return terminal.outside_of(self._saved)
+        return notes.outside_of(self._saved)
 
     def header(self) -> Iterable[str]:
         """Which run is gated."""
-        return terminal.saved_header(self.path, self._saved, len(self.gated))
+        return notes.saved_header(self.path, self._saved, len(self.gated))
 
     def _measure(self, _: Callable[[int, int], None] | None) -> RunStats:
         return replace(self._saved, layers=tuple(layer for layer in self._saved.layers if layer.name in self.selected))

@@ -17,7 +17,7 @@ from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring.loading import base_of
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
-from pytest_nullspace.report import terminal
+from pytest_nullspace.report import notes
 from pytest_nullspace.run.stats import LayerStats
 from tests import tiny
 from tests.adapters import adapter, change, switch
@@ -462,7 +462,7 @@ def test_what_no_layer_test_covers_is_applied_and_listed(kind: str, tmp_path: Pa
     checkpoint, adapted = opened(directory)
     short = {name.removeprefix("base_model.model.").removeprefix("model.") for name in checkpoint.outside}
     assert short == names
-    assert told in terminal.outside(checkpoint.outside)
+    assert told in notes.outside(checkpoint.outside)
     assert [layer.name.rpartition(".")[2] for layer in checkpoint.layers] == ["q_proj"] * 3
     check_figures(adapted)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
@@ -481,7 +481,7 @@ def test_convolutions_are_listed(tmp_path: Path) -> None:
     directory = adapter(tmp_path, transformers.Wav2Vec2Model(config), None, r=4, target_modules=["q_proj", "conv"])
     checkpoint, adapted = opened(directory)
     assert list(adapted.layers) == ["encoder.layers.0.attention.q_proj"]
-    assert terminal.outside(checkpoint.outside).startswith(
+    assert notes.outside(checkpoint.outside).startswith(
         "outside the guarantee: trained tensors that no layer test covers, 6 in all: 6 LoRA matrices of convolutions"
     )
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pytest_nullspace.checkpoint import Checkpoint, LayerSpec
 from pytest_nullspace.judging.invariants import Expectations, Stage, Tier, judge, judge_averages
-from pytest_nullspace.report import markdown, terminal
+from pytest_nullspace.report import markdown, notes, terminal, words
 from pytest_nullspace.run.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats
 
 TRAINED, INIT = Expectations(), Expectations(Stage.INIT)
@@ -71,8 +71,8 @@ def summary(run: RunStats, expectations: Expectations = TRAINED) -> list[tuple[s
     return list(terminal.summary(run, [judge(layer, expectations) for layer in run.layers], expectations))
 
 
-def words(layer: LayerStats, expectations: Expectations = TRAINED) -> str:
-    return "\n".join(line for line, _ in terminal.reading(judge(layer, expectations)))
+def read(layer: LayerStats, expectations: Expectations = TRAINED) -> str:
+    return "\n".join(line for line, _ in words.reading(judge(layer, expectations)))
 
 
 # The block
@@ -244,15 +244,15 @@ def test_blocks_are_printed_when_asked_for(
 def test_each_tier_of_each_figure_is_read_in_words(change: dict[str, float], said: str) -> None:
     """Every tier of every figure has its own words, with the value and both bounds before them."""
     layer = dataclasses.replace(EXAMPLE, **change)  # type: ignore[arg-type]
-    assert said in words(layer)
+    assert said in read(layer)
 
 
 def test_before_training_an_update_is_read_as_the_fault() -> None:
     """At the initial stage the words for the update are the reverse, in the summary as in a failure's message."""
     untouched = dataclasses.replace(EXAMPLE, update_norm=0.0)
-    assert "no update yet, as it must be before training" in words(untouched, INIT)
-    assert "this is no initial checkpoint; drop --nullspace-stage=init" in words(EXAMPLE, INIT)
-    message = terminal.layer_failure(EXAMPLE, judge(EXAMPLE, INIT))
+    assert "no update yet, as it must be before training" in read(untouched, INIT)
+    assert "this is no initial checkpoint; drop --nullspace-stage=init" in read(EXAMPLE, INIT)
+    message = words.layer_failure(EXAMPLE, judge(EXAMPLE, INIT))
     assert "this is no initial checkpoint" in message
     assert "the adapter learned" not in message
     assert "this is no initial checkpoint" in markdown.report(run_of(EXAMPLE), INIT)
@@ -260,7 +260,7 @@ def test_before_training_an_update_is_read_as_the_fault() -> None:
 
 def test_a_defect_is_all_that_is_read() -> None:
     """Where nothing could be judged, no figure is read as if it meant anything."""
-    assert list(terminal.reading(judge(BROKEN, TRAINED))) == [("✗ non-finite output (NaN or infinity)", Tier.FAIL)]
+    assert list(words.reading(judge(BROKEN, TRAINED))) == [("✗ non-finite output (NaN or infinity)", Tier.FAIL)]
 
 
 # Failures
@@ -268,7 +268,7 @@ def test_a_defect_is_all_that_is_read() -> None:
 
 def test_a_failed_layers_message_is_the_verdict_then_everything() -> None:
     """The first line is the verdict; below stand the norms it comes from, and every figure with its bounds."""
-    lines = terminal.layer_failure(LOST, judge(LOST, TRAINED)).splitlines()
+    lines = words.layer_failure(LOST, judge(LOST, TRAINED)).splitlines()
     assert lines[0] == "preservation 0.729 > 0.5, leakage 16 > 0.75"
     assert lines[1] == ""
     assert lines[2] == (
@@ -280,11 +280,11 @@ def test_a_failed_layers_message_is_the_verdict_then_everything() -> None:
 
 def test_a_defect_and_failed_averages_have_their_message() -> None:
     """A defect is told with the norms alone; averages are told with the number of layers behind them."""
-    message = terminal.layer_failure(BROKEN, judge(BROKEN, TRAINED))
+    message = words.layer_failure(BROKEN, judge(BROKEN, TRAINED))
     assert message.splitlines()[0] == "non-finite output (NaN or infinity)"
     assert message.endswith("||output|| nan")
     run = run_of(LOST, LOST)
-    assert "averages over 2 layers" in terminal.model_failure(run, judge_averages(run, TRAINED))
+    assert "averages over 2 layers" in words.model_failure(run, judge_averages(run, TRAINED))
 
 
 # Markdown
@@ -345,7 +345,7 @@ def test_what_would_settle_a_verdict_is_told_of_the_text_that_it_is_given_on(abo
     task = dataclasses.replace(EXAMPLE, output_norm=10.0, update_norm=0.102, margins={"contribution": 0.00039})
     windows = {"text": {"windows": 16}, "task_text": {"windows": 32}}
     run = dataclasses.replace(run_of(dataclasses.replace(EXAMPLE, task=task)), about={**windows, **about})
-    line = terminal.uncertain([judge(layer, TRAINED) for layer in run.layers], run)
+    line = notes.uncertain([judge(layer, TRAINED) for layer in run.layers], run)
     assert line is not None
     assert line.endswith(told), line
 
@@ -355,7 +355,7 @@ def told_of_text(layer: LayerStats, tokens: int, distinct: int, **settings: int)
     about = {"text": {"windows": 4, "tokens": tokens, "distinct": distinct}, "settings": settings}
     run = dataclasses.replace(run_of(layer, EXAMPLE), about=about)
     lines, document = [line for line, _ in summary(run)], markdown.report(run, TRAINED)
-    found = terminal.repeated(run), terminal.few_rows(run)
+    found = notes.repeated(run), notes.few_rows(run)
     for line in found:
         assert (line in lines) == (line is not None)
         assert line is None or f"\n{markdown.escape(line)}.\n" in document
@@ -375,7 +375,7 @@ def test_rows_fewer_than_the_width_are_told() -> None:
     assert capped is not None
     assert capped.endswith("--nullspace-max-activation-samples=4096 would be enough, or leave it out")
     plenty = dataclasses.replace(EXAMPLE, rows=4096)
-    assert terminal.few_rows(run_of(plenty)) is None
+    assert notes.few_rows(run_of(plenty)) is None
 
 
 def test_text_that_repeats_is_told_and_does_not_count_as_rows() -> None:
@@ -429,8 +429,8 @@ def test_any_figures_can_be_reported(
     verdict = judge(layer, expectations)
     assert list(terminal.block(layer, verdict))
     assert summary(run, expectations)
-    assert terminal.layer_failure(layer, verdict)
-    assert terminal.model_failure(run, judge_averages(run, expectations))
+    assert words.layer_failure(layer, verdict)
+    assert words.model_failure(run, judge_averages(run, expectations))
     assert markdown.report(run, expectations)
 
 
@@ -453,11 +453,11 @@ def test_the_header_says_what_will_be_gated(tmp_path: Path) -> None:
     layers = (LayerSpec("a", 4, 8, 8), LayerSpec("b", 8, 8, 8))
     checkpoint = Checkpoint(tmp_path, "LoRA-Null", tmp_path / "config.json", {}, layers, {})
     asked = Asked()
-    assert list(terminal.header(checkpoint, 2, asked)) == [  # type: ignore[arg-type]
+    assert list(notes.header(checkpoint, 2, asked)) == [  # type: ignore[arg-type]
         f"nullspace: {tmp_path} (LoRA-Null, 2 layers, ranks 4-8); text wikitext2, 16 windows; device auto"
     ]
-    assert "1 of 2 layers" in next(terminal.header(checkpoint, 1, asked))  # type: ignore[arg-type]
+    assert "1 of 2 layers" in next(notes.header(checkpoint, 1, asked))  # type: ignore[arg-type]
     auto = Asked(calib_size=None, task_dataset="sums.txt")
-    first, second = terminal.header(checkpoint, 2, auto)  # type: ignore[arg-type]
+    first, second = notes.header(checkpoint, 2, auto)  # type: ignore[arg-type]
     assert "up to 128 windows" in first
     assert second == "nullspace: task text sums.txt"

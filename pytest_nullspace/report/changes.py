@@ -1,0 +1,101 @@
+"""What changed: the run against its start and against an earlier one, and the causes of what is wrong."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.judging.audit import Audit
+from pytest_nullspace.judging.baseline import Change, Comparison
+from pytest_nullspace.judging.diagnosis import Diagnosis
+from pytest_nullspace.judging.invariants import Tier
+from pytest_nullspace.judging.start import QUANTITIES, Start
+from pytest_nullspace.run.stats import FIGURES, RunStats
+
+MOVED_SHOWN = 5
+
+
+def comparison(compared: Comparison, against: Path, missing: Sequence[str]) -> Iterator[tuple[str, Tier | None]]:
+    """How the run compares with an earlier one: what fails, then each figure where it became worse by most."""
+    worse = [name for name, told in compared.regressions.items() if told]
+    yield (
+        f"against {printable(against, 1000)}: {len(worse)} of {len(compared.regressions)} layers are worse than allowed"
+        + (f", {len(missing)} of its layers are missing" if missing else ""),
+        Tier.FAIL if worse or missing else None,
+    )
+    for figure in FIGURES:
+        worst = compared.worst(figure)
+        if worst is not None:
+            yield f"  largest change for the worse: {worst[1]} in {printable(worst[0])}", None
+
+
+def start_lines(
+    start: Start, file: Path, run: RunStats, trained: bool, every: bool
+) -> Iterator[tuple[str, Tier | None]]:
+    """What changed since the saved start: each quantity in the mean and in the layer where it changed by most.
+
+    With ``every`` also each quantity in each layer.
+    """
+    wrong = [layer for layer in run.layers if any(start.check(layer, trained))]
+    yield (
+        f"against its start {printable(file, 1000)}, a saved run: variant {start.variant}, {start.decided}; "
+        f"{len(wrong)} of {len(run.layers)} layers are not what training may make of it",
+        Tier.FAIL if wrong else None,
+    )
+    moves = start.moves(run)
+    for quantity in QUANTITIES:
+        changes = [(name, move) for name, told in moves.items() for move in told if move.figure == quantity]
+        if changes:
+            before, now = (fmean(getattr(move, side) for _, move in changes) for side in ("before", "now"))
+            name, most = max(changes, key=lambda pair: _size(pair[1]))
+            yield f"  {Change(quantity, before, now, True)} in the mean; by most: {most} in {printable(name)}", None
+    for name, told in moves.items() if every else ():
+        yield f"  {printable(name)}: {'; '.join(map(str, told))}", None
+
+
+def _size(change: Change) -> tuple[float, float]:
+    """How large a change is, in whatever direction, to sort by; what is no number is the largest."""
+    sizes = abs(change.share), abs(change.worsened)
+    return (math.inf, math.inf) if math.isnan(sizes[1]) else sizes
+
+
+def audit_lines(audited: Audit) -> Iterator[tuple[str, Tier | None]]:
+    """What moved since training started, in all layers and outside them."""
+    layers, of = audited.layers, len(audited.layers)
+    yield (
+        f"against its start {printable(audited.initial, 1000)}: variant {printable(audited.variant)}, "
+        f"{printable(audited.decided)}",
+        None,
+    )
+    down = [layer for layer in layers if not layer.down <= layer.tolerance]
+    angle = max((layer.angle for layer in layers), default=0.0)
+    base = sum(layer.base is not None and not layer.base <= layer.tolerance for layer in layers)
+    yield (
+        f"  B moved in {len(down)} of {of} layers, largest principal angle {angle:.3g}°; W_res changed in {base}; "
+        f"A moved in {sum(layer.up != 0 for layer in layers)}",
+        Tier.FAIL if base or (down and audited.variant == "v2") else None,
+    )
+    scales = Counter((layer.initial_scale, layer.scale) for layer in layers if layer.scale is not None)
+    for (before, now), count in scales.items():
+        told = f"was {before}" if before is not None else "the start has no such factor"
+        changed = before is not None and before != now
+        yield f"  scale {now}; {told} (in {count} of {of} layers)", Tier.FAIL if changed else None
+    yield f"  {moved(audited)}", Tier.FAIL if audited.others else None
+
+
+def moved(audited: Audit) -> str:
+    """Which tensors outside the layers are not what they were, the farthest first."""
+    others = sorted(audited.others, key=lambda other: (not math.isnan(other.change), -other.change))
+    told = "; ".join(map(str, others[:MOVED_SHOWN])) + ("; …" if len(others) > MOVED_SHOWN else "")
+    return f"{len(others)} of {audited.compared} tensors outside the layers moved" + (f": {told}" if told else "")
+
+
+def diagnosis(causes: Sequence[Diagnosis]) -> Iterator[tuple[str, Tier | None]]:
+    """Each cause with its evidence, its cure, what would tell it from the next likely one, and its page."""
+    for cause in causes:
+        yield f"diagnosis: {cause.cause}: {cause.evidence}", Tier.FAIL
+        yield f"  cure: {cause.cure}", None
+        yield f"  to tell it apart: {cause.apart}", None
+        yield f"  more: {cause.page}", None

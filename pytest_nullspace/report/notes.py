@@ -1,0 +1,256 @@
+"""What is to be said of a run beside its figures, once, for every format."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.judging.invariants import Expectations, Verdict
+from pytest_nullspace.run.stats import FIGURES, ON_TASK, Drift, LayerStats, RunStats
+from pytest_nullspace.run.uncertainty import MOST_WINDOWS, windows_needed
+
+if TYPE_CHECKING:
+    from pytest_nullspace.settings import Settings
+
+OUTSIDE_SHOWN = 2
+
+
+def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator[str]:
+    """What will be gated, on which text, and what lies outside, before anything is loaded."""
+    total = len(checkpoint.layers)
+    layers = f"{total} layers" if gated == total else f"{gated} of {total} layers"
+    yield (
+        f"nullspace: {printable(checkpoint.directory, 1000)} ({checkpoint.format}, {layers}, {checkpoint.ranks}); "
+        f"text {printable(settings.calib_dataset, 1000)}, {windows_asked(settings)} windows; device {settings.device}"
+    )
+    if settings.task_dataset is not None:
+        yield f"nullspace: task text {printable(settings.task_dataset, 1000)}"
+    if not checkpoint.carries_base:
+        base, how = (
+            (settings.base, "--nullspace-base") if settings.base else (checkpoint.base, checkpoint.config_file.name)
+        )
+        yield f"nullspace: base model {printable(base or 'none', 1000)}, named by {how}"
+    if checkpoint.outside:
+        yield f"nullspace: {outside(checkpoint.outside)}"
+
+
+def windows_asked(settings: "Settings") -> str:
+    """How many windows are drawn of each text."""
+    size = settings.calib_size
+    return f"up to {settings.calib_most}" if size is None else str(size)
+
+
+_KINDS = (
+    (r"\.lora_magnitude_vector(\.weight)?", "DoRA magnitudes"),
+    (r"\.lora_B\.bias", "LoRA biases"),
+    (r"\.lora_embedding_[AB]", "LoRA matrices of embeddings"),
+    (r"\.lora_[AB]\.weight", "LoRA matrices of convolutions or bare parameters"),
+    (r"\.trainable_tokens_delta", "trained tokens"),
+    (r"\.bias", "biases"),
+    (r"", "whole weights"),
+)
+"""What trained tensors outside the layers are, by how their names end; the first that fits."""
+
+
+def outside(names: Sequence[str]) -> str:
+    """How many trained tensors no layer test covers, and which, by kind, the first of each by name."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kind = next(kind for ending, kind in _KINDS if re.search(rf"{ending}$", name))
+        kinds.setdefault(kind, []).append(printable(name.removeprefix("base_model.model.")))
+    told = (
+        f"{len(held)} {kind} ({', '.join(held[:OUTSIDE_SHOWN])}{', …' if len(held) > OUTSIDE_SHOWN else ''})"
+        for kind, held in kinds.items()
+    )
+    return f"outside the guarantee: trained tensors that no layer test covers, {len(names)} in all: {'; '.join(told)}"
+
+
+def outside_of(run: RunStats) -> list[str]:
+    """The trained tensors that no layer test covers, as the run's file names them."""
+    names = run.about.get("outside")  # a file of another making may hold anything
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def saved_header(file: Path, run: RunStats, gated: int) -> Iterator[str]:
+    """Which saved run is gated, and what lay outside its layers."""
+    yield (
+        f"nullspace: {printable(file, 1000)} (saved run of {printable(run.model_path, 1000)}, {gated} of "
+        f"{run.checkpoint_layers} layers); text {printable(run.calib_dataset, 1000)}; nothing is measured now"
+    )
+    if names := outside_of(run):
+        yield f"nullspace: {outside(names)}"
+
+
+def not_measured(run: RunStats) -> str | None:
+    """Which figures nobody measured, and that they were not judged; None if all were."""
+    absent = [figure for figure in run.expected if figure in run.absent]
+    return f"not measured: {', '.join(absent)}; left out of judging" if absent else None
+
+
+def left_out(expectations: Expectations) -> str | None:
+    """Which figures are shown and were not judged, and why; None if all were."""
+    if not expectations.left_out:
+        return None
+    named = ", ".join(FIGURES[figure] for figure in expectations.left_out)
+    return (
+        f"not judged: {named}, as plain LoRA (--nullspace-variant={expectations.variant}) promises no null space; "
+        "a small ||BX||/||X|| alone is none"
+    )
+
+
+def texts(run: RunStats) -> str:
+    """On which text, or texts, the run was measured."""
+    task = run.about.get("task_dataset")
+    return run.calib_dataset if not run.has_task else f"{run.calib_dataset}, task text {task}"
+
+
+def uncertain(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
+    """How many verdicts more text might change, and how much text would settle them; None if there are none."""
+    findings = [(v.subject, f) for v in verdicts if v.unjudged is None for f in v.findings if f.uncertain]
+    if not findings:
+        return None
+    layers = {subject for subject, _ in findings}
+    told = f"uncertain: more text might change the verdict on {len(layers)} of {len(verdicts)} layers"
+    drawn = {finding.threshold.figure: _windows(run, finding.threshold.figure) for _, finding in findings}
+    fewest = min(drawn.values())
+    if not fewest:
+        return told
+    if fewest == 1:
+        return f"{told}; one window tells nothing of how the figures vary, so draw more by --nullspace-calib-size"
+    needed = [
+        windows_needed(drawn[f.threshold.figure], f.margin, f.distance) for _, f in findings if f.margin is not None
+    ]
+    half = median([n for n in needed if n is not None] or drawn.values())
+    name, finding = max(findings, key=lambda pair: pair[1].badness)
+    settings = run.about.get("settings")
+    is_auto = isinstance(settings, dict) and settings.get("calib_size", 0) is None
+    return (
+        f"{told}, such as {printable(name)} ({finding.threshold.figure} {finding.value:.3g} ± {finding.margin:.2g}); "
+        f"about {half:.0f} windows would settle half of them"
+        + (", so raise N in --nullspace-calib-size=auto:N" if is_auto else ", or try --nullspace-calib-size=auto")
+    )
+
+
+def _windows(run: RunStats, figure: str) -> int:
+    """How many windows were drawn of the text on which ``figure`` is judged; 0 where no credible number was told."""
+    recorded = run.about.get("task_text" if run.has_task and figure in ON_TASK else "text")
+    windows = recorded.get("windows") if isinstance(recorded, dict) else None
+    # A file of another making may hold anything.
+    return windows if isinstance(windows, int) and 0 < windows <= MOST_WINDOWS else 0
+
+
+def repeated(run: RunStats) -> str | None:
+    """How much of the preserved text repeats, where that is a tenth or more; None if it is less, or nobody told."""
+    tokens, distinct = _tokens(run)
+    if 10 * (tokens - distinct) < tokens or not tokens:
+        return None
+    return (
+        f"repeated text: only {distinct:,} of {tokens:,} tokens are new, the others repeat a stretch of the windows "
+        "before them, so the margins are larger than told; give a longer text, or one that does not repeat itself"
+    )
+
+
+def few_rows(run: RunStats) -> str | None:
+    """How many layers are wider than their rows are many, and what would be enough; None if there are none."""
+    tokens, distinct = _tokens(run)
+    new = distinct / tokens if tokens else 1.0
+    short = [layer for layer in run.layers if 0 < layer.rows * new < layer.in_features]
+    if not short:
+        return None
+    layer = min(short, key=lambda layer: layer.rows / layer.in_features)
+    return (
+        f"too few rows: {len(short)} of {len(run.layers)} layers are wider than their distinct rows are many, such as "
+        f"{printable(layer.name)} (width {layer.in_features:,}, {layer.rows * new:,.0f} rows); so few rows leave some "
+        f"subspace perfectly quiet on any text, so leakage says little there; {_enough(run, layer, new)}"
+    )
+
+
+def _enough(run: RunStats, layer: LayerStats, new: float) -> str:
+    """What would give ``layer`` as many distinct rows as it is wide, of which the share ``new`` is."""
+    settings, text = run.about.get("settings"), run.about.get("text")
+    if isinstance(settings, dict) and settings.get("max_activation_samples") == layer.rows:
+        most = math.ceil(layer.in_features / new)
+        return f"--nullspace-max-activation-samples={most} would be enough, or leave it out"
+    windows = text.get("windows") if isinstance(text, dict) else None
+    if not isinstance(windows, int):
+        return "measure on more text"
+    needed = math.ceil(windows * layer.in_features / (layer.rows * new))
+    return f"about {needed:,} windows as long and as new would be enough"
+
+
+def _tokens(run: RunStats) -> tuple[int, int]:
+    """How many tokens the preserved text had, and how many of them were new; zeros where nobody told."""
+    text = run.about.get("text")  # a file of another making may hold anything
+    counts = [text.get(what) for what in ("tokens", "distinct")] if isinstance(text, dict) else []
+    known = [count for count in counts if isinstance(count, int) and count > 0]
+    return (known[0], known[1]) if len(known) == 2 else (0, 0)
+
+
+def best_possible(run: RunStats) -> Iterator[str]:
+    """Where the adapter stands between chance and the best that any subspace could do; nothing if never measured."""
+    known = [(layer, layer.spectrum, layer.standing) for layer in run.layers]
+    layers = [(layer, spectrum, standing) for layer, spectrum, standing in known if spectrum and standing is not None]
+    if not layers:
+        return
+    least = median(spectrum.least_leakage / layer.chance for layer, spectrum, _ in layers)
+    ranks = [spectrum.effective_rank for _, spectrum, _ in layers]
+    shared = median(spectrum.shared for _, spectrum, _ in layers)
+    worst, _, lowest = min(layers, key=lambda entry: entry[2])
+    yield (
+        f"best possible on this text: leakage / chance {least:.3g} (median over layers); from chance (0) to that (1) "
+        f"the adapter stands at {median(s for *_, s in layers):.3f}, lowest {lowest:.3f} in {printable(worst.name)}; "
+        f"it shares {shared:.0%} of the best subspace; effective rank of inputs {min(ranks):.1f} to {max(ranks):.1f}"
+    )
+
+
+def drift(told: Drift) -> Iterator[str]:
+    """What the adapter makes of the base model's predictions, a line for each text."""
+    for name, text in (("preserved", told.preserved), ("task", told.task)):
+        if text is not None:
+            yield (
+                f"drift on the {name} text: loss {text.base_loss:.4g} → {text.adapted_loss:.4g} "
+                f"({text.loss_change:+.3g} ± {text.loss_margin:.2g} nats a token), divergence "
+                f"{text.divergence:.3g} ± {text.divergence_margin:.2g}, over {text.tokens:,} tokens"
+            )
+    yield f"  base: {printable(told.base, 1000)}"
+
+
+def conditions(run: RunStats) -> str | None:
+    """On what text, where and how fast the run was measured; None where it does not tell."""
+    try:
+        seconds = run.about["measured"]["seconds"]
+        of_task = f"task {_extent(run, 'task_dataset', 'task_text')}; " if run.has_task else ""
+        return (
+            f"{_extent(run, None, 'text')}; {of_task}{printable(run.about['device'])} {printable(run.about['dtype'])}; "
+            f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s{_backed_off(run)}"
+        )
+    except (KeyError, TypeError, ValueError, OverflowError):  # a file of another making may hold anything
+        return None
+
+
+def _backed_off(run: RunStats) -> str:
+    asked, *halved = run.about["measured"].get("batch_sizes") or [1]
+    return f"; no memory for {asked:d} windows a forward, so {halved[-1]:d}" if halved else ""
+
+
+def _extent(run: RunStats, name: str | None, what: str) -> str:
+    text = run.about[what]
+    named = run.calib_dataset if name is None else run.about[name]
+    return f"text {printable(named, 1000)}: {text['windows']:,} windows, {text['tokens']:,} tokens"
+
+
+_START_UP = ("text", "imports", "model", "windows")
+
+
+def time_spent(run: RunStats) -> str | None:
+    """Where the time of a measurement went; None where the run does not tell."""
+    try:
+        seconds = run.about["measured"]["seconds"]
+        start = ", ".join(f"{what} {seconds[what]:.1f} s" for what in _START_UP)
+        return f"start-up: {start}; measuring {seconds['pass']:.1f} s; hashing the weights {seconds['hashes']:.1f} s"
+    except (KeyError, TypeError, ValueError):
+        return None

@@ -1,0 +1,119 @@
+"""The readings: what figures mean, in words and marks that are the same in every format."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from pytest_nullspace.judging.invariants import Tier, Verdict
+from pytest_nullspace.run.stats import FIGURES, LayerStats, RunStats
+
+MARKS = {Tier.PASS: "✓", Tier.WARN: "⚠", Tier.FAIL: "✗"}
+
+
+def figures(of: LayerStats | RunStats, columns: Iterable[str]) -> list[str]:
+    """Figures of a layer, or their averages over a run, as tables show them; a dash where one was not measured."""
+    return [shown(of, figure) for figure in columns]
+
+
+def shown(of: LayerStats | RunStats, figure: str) -> str:
+    """One of them."""
+    value = of.mean if isinstance(of, RunStats) else of.figure
+    return "–" if figure in of.absent else f"{value(figure):.3e}"
+
+
+def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
+    """What the verdict's figures mean, a line each."""
+    if verdict.defect is not None:
+        yield f"{MARKS[Tier.FAIL]} {verdict.defect}", Tier.FAIL
+        return
+    for finding in verdict.findings:
+        figure = finding.threshold.figure
+        unwanted = figure in _UNWANTED_WORDS and finding.threshold.lower_is_better
+        words = (_UNWANTED_WORDS if unwanted else _WORDS)[figure][finding.tier]
+        value = f"{finding.value:.2%}" if figure == "contribution" else f"{finding.value:.2e}"
+        if figure == "leakage":
+            words = words.format(against_chance=_against_chance(finding.value))
+        yield f"{MARKS[finding.tier]} {FIGURES[figure]} {value} ({finding.threshold.bound}): {words}", finding.tier
+
+
+def _against_chance(leakage: float) -> str:
+    if not math.isfinite(leakage):
+        return "not measurable against chance"
+    if leakage > 1:
+        return f"{leakage:.1f} times louder than a random subspace"
+    return f"{1 / leakage:.3g} times quieter than a random subspace" if leakage else "perfectly quiet"
+
+
+_WORDS = {
+    "preservation": {
+        Tier.PASS: "the null space is well kept; B is still approximately in it",
+        Tier.WARN: "the null space is degraded, but acceptable",
+        Tier.FAIL: "the null space is lost: B reads what this text uses; was B trained, or is this other data?",
+    },
+    "effectiveness": {
+        Tier.PASS: "the adapter learned: A moved from zero to a meaningful value",
+        Tier.WARN: "a small update; possibly under-fitted",
+        Tier.FAIL: "nothing learned: A frozen by mistake, or the learning rate or the steps far too small",
+    },
+    "contribution": {
+        Tier.PASS: "a clear effect on the output",
+        Tier.WARN: "a small influence on the output",
+        Tier.FAIL: "almost no influence on the output: rank, training time or learning rate too small",
+    },
+    "leakage": {
+        Tier.PASS: "the adapter's input space is {against_chance}",
+        Tier.WARN: "the adapter's input space is only {against_chance}",
+        Tier.FAIL: "not a null space of this text: {against_chance}",
+    },
+    "forgetting": {
+        Tier.PASS: "the preserved text is hardly changed",
+        Tier.WARN: "the preserved text is changed noticeably; measure what the model still knows",
+        Tier.FAIL: "the preserved text is changed much: expect the model to have forgotten",
+    },
+    "selectivity": {
+        Tier.PASS: "the update acts on the task, and much less on what is to be preserved",
+        Tier.WARN: "the update acts on the preserved text nearly as much as on the task",
+        Tier.FAIL: "the update acts more on the preserved text than on the task",
+    },
+}
+_UNWANTED_WORDS = {
+    "effectiveness": {
+        Tier.PASS: "no update yet, as it must be before training",
+        Tier.WARN: "a small update already, although this is said to be the initial checkpoint",
+        Tier.FAIL: "an update already: this is no initial checkpoint; drop --nullspace-stage=init",
+    }
+}
+
+
+def faults(verdict: Verdict) -> Sequence[str]:
+    """What there is to say of a verdict beside its figures."""
+    return verdict.faults if verdict.unjudged is None else [verdict.unjudged, *verdict.faults]
+
+
+def layer_failure(layer: LayerStats, verdict: Verdict) -> str:
+    """The message of a failed layer: the verdict first, then every figure with its bounds, then a reading."""
+    norms = (
+        f"mean norms over {layer.rows} rows: ||X|| {layer.input_norm:.6g}, ||BX|| {layer.down_norm:.6g}, "
+        f"||ABX|| {layer.update_norm:.6g}, ||W_residual X|| {layer.base_norm:.6g}, ||output|| {layer.output_norm:.6g}"
+    )
+    return _failure(verdict, norms, _zero_update(verdict, "its A is" if layer.up_weight_norm == 0 else "A B x is"))
+
+
+def model_failure(run: RunStats, verdict: Verdict) -> str:
+    """The message of failed averages, likewise."""
+    zero = "every A is" if all(layer.up_weight_norm == 0 for layer in run.layers) else "every A B x is"
+    return _failure(verdict, f"averages over {len(run.layers)} layers", _zero_update(verdict, zero))
+
+
+def _zero_update(verdict: Verdict, what: str) -> str | None:
+    for finding in verdict.findings:
+        if finding.threshold.figure == "effectiveness" and finding.tier is Tier.FAIL and finding.value == 0:
+            return f"the update is exactly zero ({what} zero): with the adapter the output is the same as without"
+    return None
+
+
+def _failure(verdict: Verdict, measured: str, plainly: str | None) -> str:
+    lines = [verdict.summary, *([] if plainly is None else [plainly]), "", measured]
+    lines += [f"{MARKS[Tier.FAIL]} {fault}" for fault in verdict.faults]
+    if verdict.defect is None:
+        lines += [line for line, _ in reading(verdict)]
+    return "\n".join(lines)
