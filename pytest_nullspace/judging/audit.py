@@ -10,14 +10,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint, lora_null, peft
-from pytest_nullspace.checkpoint.header import FLOATING, TensorInfo, printable
+from pytest_nullspace.checkpoint.arrays import change, largest_angle, read_tensor, relative
+from pytest_nullspace.checkpoint.header import TensorInfo, printable
 from pytest_nullspace.errors import CheckpointError, StatsError
 from pytest_nullspace.run.stats import LayerStats
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    Array = np.ndarray[Any, Any]
+    from pytest_nullspace.checkpoint.arrays import Array
 
 VARIANTS = ("v1", "v2", "lora")
 """What training may move: v2 A alone, v1 and plain LoRA A and B."""
@@ -68,9 +67,9 @@ class LayerAudit:
         if variant == "v2" and not self.down <= self.tolerance:
             what = "B turned or rescaled within its space" if self.angle < SAME_SPACE else "B left its space"
             yield f"{what}: relative change {self.down:.3g}, largest principal angle {self.angle:.3g}°"
-        for label, change in (("W_res", self.base), ("bias", self.bias)):
-            if change is not None and not change <= self.tolerance:
-                yield f"{label} changed: relative change {change:.3g}"
+        for label, far in (("W_res", self.base), ("bias", self.bias)):
+            if far is not None and not far <= self.tolerance:
+                yield f"{label} changed: relative change {far:.3g}"
         if self.is_rescaled:
             yield f"the scale is {self.scale}, but was {self.initial_scale}"
         if trained and self.up == 0:
@@ -342,94 +341,3 @@ def _others(now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo])
         elif not (far := change(a, b)) <= (SAME_DTYPE if a.dtype == b.dtype else OTHER_DTYPE):
             moved.append(Moved(name, far))
     return moved, compared
-
-
-_DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}
-_CHUNK = 1 << 22
-
-
-def _raw(info: TensorInfo) -> "Array":
-    """The tensor's bytes, mapped from its file."""
-    import numpy as np
-
-    try:
-        with info.file.open("rb") as stream:
-            begin = 8 + int.from_bytes(stream.read(8), "little") + info.begin
-        if not info.nbytes:
-            return np.empty(0, np.uint8)
-        return np.memmap(info.file, np.uint8, "r", begin, (info.nbytes,))
-    except OSError as error:
-        raise CheckpointError(f"{info.file}: the weights cannot be read: {error.strerror}") from None
-
-
-def _floats(raw: "Array", dtype: str) -> "Array":
-    """Bytes as float64."""
-    import numpy as np
-
-    values = raw.view(_DTYPES[dtype])
-    if dtype == "BF16":
-        values = (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float64)
-
-
-def read_tensor(info: TensorInfo) -> "Array":
-    """A tensor in float64, in its shape."""
-    return _floats(_raw(info), info.dtype).reshape(info.shape)
-
-
-def norm(info: TensorInfo) -> float:
-    """The Frobenius norm of a tensor, without all of it in float64 at once."""
-    raw, count = _raw(info), math.prod(info.shape)
-    width = len(raw) // count if count else 0
-    parts = (_floats(raw[i * width : (i + _CHUNK) * width], info.dtype) for i in range(0, count, _CHUNK))
-    return math.sqrt(sum(float((part**2).sum()) for part in parts))
-
-
-def change(now: TensorInfo, before: TensorInfo, *, absolute: bool = False) -> float:
-    """``‖now − before‖ / ‖before‖`` in the Frobenius norm, or without the division; equal bytes are not converted."""
-    import numpy as np
-
-    a, b = _raw(now), _raw(before)
-    if now.dtype == before.dtype and now.shape == before.shape and np.array_equal(a, b) and now.dtype in FLOATING:
-        return 0.0
-    if now.dtype not in FLOATING or before.dtype not in FLOATING or now.shape != before.shape:
-        same = now.dtype == before.dtype and now.shape == before.shape and np.array_equal(a, b)
-        return 0.0 if same else math.inf
-    if not math.prod(now.shape):
-        return 0.0
-    wide, narrow = len(a) // math.prod(now.shape), len(b) // math.prod(before.shape)
-    far = size = 0.0
-    for start in range(0, math.prod(now.shape), _CHUNK):
-        x = _floats(a[start * wide : (start + _CHUNK) * wide], now.dtype)
-        y = _floats(b[start * narrow : (start + _CHUNK) * narrow], before.dtype)
-        far += float(((x - y) ** 2).sum())
-        size += float((y**2).sum())
-    return math.sqrt(far) if absolute else _quotient(math.sqrt(far), math.sqrt(size))
-
-
-def _quotient(part: float, whole: float) -> float:
-    if whole:
-        return part / whole
-    return math.inf if part else 0.0
-
-
-def relative(now: "Array", before: "Array") -> float:
-    """``‖now − before‖ / ‖before‖`` in the Frobenius norm."""
-    import numpy as np
-
-    return _quotient(float(np.linalg.norm(now - before)), float(np.linalg.norm(before)))
-
-
-def largest_angle(down: "Array", start: "Array") -> float:
-    """The largest principal angle between two row spaces of equal rank, in degrees; exact also where it is small."""
-    import numpy as np
-
-    if np.array_equal(down, start):
-        return 0.0
-    if not (np.isfinite(down).all() and np.isfinite(start).all()):
-        return math.nan
-    a, b = np.linalg.qr(start.T)[0], np.linalg.qr(down.T)[0]
-    common = a.T @ b
-    cosine = float(np.linalg.svd(common, compute_uv=False).min())
-    sine = float(np.linalg.norm(b - a @ common, 2))
-    return math.degrees(math.atan2(sine, cosine))

@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from pytest_nullspace.checkpoint import Checkpoint, lora_null
+from pytest_nullspace.checkpoint.arrays import norm, read_tensor
 from pytest_nullspace.errors import StatsError
-from pytest_nullspace.judging.audit import norm, places, read_tensor
+from pytest_nullspace.judging.audit import places
 
 STATEMENT = "gated on weights, activations not measured"
 """What every report of such a run says."""

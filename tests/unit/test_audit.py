@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.checkpoint.arrays import change, largest_angle, read_tensor
 from pytest_nullspace.checkpoint.header import read_tensors
 from pytest_nullspace.errors import CheckpointError, StatsError
-from pytest_nullspace.judging.audit import Audit, LayerAudit, audit, change, largest_angle, read_tensor
+from pytest_nullspace.judging.audit import Audit, LayerAudit, audit
 from tests import tiny
 
 Q0 = "model.layers.0.self_attn.q_proj"

@@ -1,48 +1,38 @@
-"""The import rules: which part of the plugin may know of which, and what importing it costs."""
+"""The import rules: which wing of the plugin may know of which, and what importing it costs."""
 
 import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from graphlib import TopologicalSorter
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 
 import pytest_nullspace
+from tests import structure
+from tests.structure import imports, own, sources, wing, wings
 
-PACKAGE = Path(pytest_nullspace.__file__).parent
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
-LIGHT = (
-    "pytest_nullspace",
-    "pytest_nullspace.errors",
-    "pytest_nullspace.plugin",
-    "pytest_nullspace.shell.options",
-    "pytest_nullspace.shell.fixtures",
-    "pytest_nullspace.checkpoint",
-    "pytest_nullspace.run.stats",
-    "pytest_nullspace.run.saved",
-    "pytest_nullspace.judging.invariants",
-    "pytest_nullspace.judging.audit",
-    "pytest_nullspace.judging.baseline",
-    "pytest_nullspace.judging.diagnosis",
-    "pytest_nullspace.judging.start",
-    "pytest_nullspace.judging.weights",
-    "pytest_nullspace.measuring.distributed",
-    "pytest_nullspace.measuring.loading",
-    "pytest_nullspace.measuring.pipeline",
-    "pytest_nullspace.report.weights",
-    "pytest_nullspace.report.terminal",
-    "pytest_nullspace.report.markdown",
-    "pytest_nullspace.shell.collect",
-    "pytest_nullspace.shell.gate",
-    "pytest_nullspace.shell.runs",
-)
-SHELL = {"options", "session", "collect", "gate", "plugin", "fixtures", "progress"}
-CORE = {"checkpoint", "stats", "saved", "invariants", "audit", "baseline", "diagnosis", "start", "weights"}
-MAY_KNOW_PYTEST = {"plugin", "gate", "collect", "fixtures", "progress"}
+TENSORS = {
+    "kernels", "model", "measuring.drift", "measuring.forward", "measuring.spectrum", "measuring.streaming",
+}  # fmt: skip
+"""The wings and modules that hold tensors, and so import torch as they are imported."""
+DOORS = {"measuring.pipeline", "measuring.loading", "measuring.distributed"}
+"""Those that reach them, inside functions only."""
+PYTEST = {"plugin", "shell.gate", "shell.collect", "shell.fixtures", "shell.progress"}
+"""Those that import pytest."""
+PYTEST_TYPES = PYTEST | {"shell.options", "shell.values", "report.terminal"}
+"""Those that may name it for their types."""
+
+
+def holds_tensors(module: str) -> bool:
+    """Whether a module is one of `TENSORS`."""
+    return module in TENSORS or wing(module) in TENSORS
+
+
+LIGHT = [module for module in sources() if not holds_tensors(module)]
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -52,58 +42,16 @@ def loaded_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def sources() -> dict[str, Path]:
-    """Every module of the package by its name within it, such as ``report.terminal``."""
-    names = {}
-    for file in sorted(PACKAGE.rglob("*.py")):
-        parts = file.relative_to(PACKAGE).with_suffix("").parts
-        names[".".join(part for part in parts if part != "__init__")] = file
-    return names
-
-
-def is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
-def imports(file: Path, *, deferred: bool = True, for_types: bool = False) -> set[str]:
-    """The full names of the modules that ``file`` imports.
-
-    Args:
-        file: The source.
-        deferred: Also those imported inside functions.
-        for_types: Also those under ``if TYPE_CHECKING``.
-    """
-    found: set[str] = set()
-
-    def visit(nodes: Iterator[ast.AST] | list[ast.stmt]) -> None:
-        for node in nodes:
-            if isinstance(node, ast.Import):
-                found.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{file}: relative import"
-                module = node.module or ""
-                found.add(module)
-                if module == "pytest_nullspace" or (PACKAGE.parent / module.replace(".", "/")).is_dir():
-                    found.update(f"{module}.{alias.name}" for alias in node.names)
-            elif is_type_checking(node) and not for_types:
-                assert isinstance(node, ast.If)
-                visit(node.orelse)
-            elif deferred or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                visit(ast.iter_child_nodes(node))
-
-    visit(ast.parse(file.read_text("utf-8")).body)
-    return found
-
-
-def rooms(names: set[str]) -> set[str]:
-    """Of imported modules, the parts of this package that they belong to."""
-    return {name.split(".")[1] for name in names if name.startswith("pytest_nullspace.")}
-
-
-@pytest.mark.parametrize("module", LIGHT)
-def test_importing_it_loads_nothing_heavy(module: str) -> None:
+def test_importing_what_holds_no_tensors_loads_nothing_heavy() -> None:
     """A run of pytest that gates nothing, and collection alone, never pay for torch or what comes with it."""
-    assert loaded_by(f"import {module}").isdisjoint(HEAVY)
+    code = (
+        "import importlib, sys\n"
+        f"for name in {LIGHT!r}:\n"
+        "    importlib.import_module('pytest_nullspace' + ('.' + name if name else ''))\n"
+        f"    assert not set({HEAVY!r}) & sys.modules.keys(), name\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_asking_for_a_light_public_name_loads_nothing_heavy() -> None:
@@ -121,68 +69,86 @@ def test_every_public_name_is_there() -> None:
         _ = pytest_nullspace.nothing
 
 
+def test_a_public_name_is_what_it_says_whatever_was_imported_before() -> None:
+    """In every order of two, each public name gives its object and never a module of that name."""
+    code = (
+        "import importlib, sys, types\n"
+        "import torch\n"  # once: what is held is whose name wins, not what it costs
+        f"for pair in {list(permutations(pytest_nullspace.__all__, 2))!r}:\n"
+        "    for name in [n for n in sys.modules if n.partition('.')[0] == 'pytest_nullspace']:\n"
+        "        del sys.modules[name]\n"
+        "    package = importlib.import_module('pytest_nullspace')\n"
+        "    for name in pair:\n"
+        "        assert not isinstance(getattr(package, name), types.ModuleType), pair\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_plugin_brings_nothing_but_its_options() -> None:
-    """What pytest loads in every run, gated or not, is four small modules of ours, and none that pytest had not."""
+    """What pytest loads in every run, gated or not, is a few small modules of ours, and none that pytest had not."""
     code = (
         "import sys, pytest\nbefore = set(sys.modules)\nimport pytest_nullspace.plugin\n"
         "print(*sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [
-        "pytest_nullspace",
-        *(f"pytest_nullspace.{room}" for room in ("errors", "fixtures", "options", "plugin")),
-    ]
+    ours = ("errors", "plugin", "settings", "shell", "shell.fixtures", "shell.options")
+    assert done.stdout.split() == ["pytest_nullspace", *(f"pytest_nullspace.{module}" for module in ours)]
 
 
-@pytest.mark.parametrize("name", [n for n in sources() if n.split(".")[0] in CORE])
-def test_the_core_knows_neither_the_shell_nor_the_model(name: str) -> None:
-    """What lies on disk, statistics and invariants know nothing of options, pytest, or tensors."""
-    assert rooms(imports(sources()[name], for_types=True)).isdisjoint(
-        SHELL | {"drift", "measure", "model", "kernels", "report"}
-    )
-
-
-@pytest.mark.parametrize("name", [n for n in sources() if n.split(".")[0] == "report"])
-def test_reports_are_made_from_statistics_alone(name: str) -> None:
-    """A report imports neither the shell nor anything that measures; for its types it may name options."""
-    assert rooms(imports(sources()[name])).isdisjoint(SHELL | {"drift", "measure", "model", "kernels"})
-    assert rooms(imports(sources()[name], for_types=True)).isdisjoint(
-        (SHELL | {"drift", "measure", "model", "kernels"}) - {"options"}
-    )
-
-
-def test_every_room_imports_what_architecture_says() -> None:
-    """The map's table names every room once, and for each all that it imports and nothing else; it has no circle."""
-    rows = re.findall(r"^\| `(\w+)/?` \| .* \| (.*) \|$", (ROOT / "ARCHITECTURE.md").read_text("utf-8"), re.MULTILINE)
+def test_every_wing_imports_what_architecture_says() -> None:
+    """The map's table names every wing once, and for each all that it imports and nothing else; it has no circle."""
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)/?` \| .* \| (.*) \|$", text, re.MULTILINE)
     told = {room: set(re.findall(r"`(\w+)`", may)) for room, may in rows}
-    found: dict[str, set[str]] = {}
-    for name, file in sources().items():
-        room = name.split(".")[0]
-        if room:
-            found.setdefault(room, set()).update(rooms(imports(file)) - {room})
     assert len(rows) == len(told)
-    assert told == found
-    assert list(TopologicalSorter(told).static_order())
+    assert told == structure.arrows()
+    assert structure.floors(told)
 
 
-def test_only_loading_and_pipeline_reach_what_holds_tensors() -> None:
-    """Beside the parts that hold tensors only these three import torch, and only inside functions."""
-    tensors = {"drift", "forward", "kernels", "measure", "model", "spectrum"}
+ORDERS = {
+    "checkpoint": "header layers arrays gguf lora_null peft hub",
+    "run": "stats uncertainty saved",
+    "judging": "invariants baseline start audit weights diagnosis",
+    "text": "sources readers tokenizer windows",
+    "measuring": "memory distributed forward streaming spectrum drift loading pipeline",
+    "shell": "shared runs progress collect gate",
+}
+"""Inside a wing, the modules whose order matters: none imports one that stands after it."""
+
+
+@pytest.mark.parametrize("within", ORDERS)
+def test_inside_a_wing_imports_go_one_way(within: str) -> None:
+    """In each wing with an order no module imports a later one."""
+    order = [f"{within}.{module}" for module in ORDERS[within].split()]
+    assert set(order) <= set(sources())
+    for place, module in enumerate(order):
+        assert own(imports(sources()[module])).isdisjoint(order[place + 1 :]), module
+
+
+def test_what_holds_tensors_is_reached_through_its_doors() -> None:
+    """Beside what holds tensors only the doors import torch, and only inside functions."""
     for name, file in sources().items():
-        if name.split(".")[0] in tensors:
+        if holds_tensors(name):
             continue
         reached = imports(file)
-        heavy = {n for n in reached if n.split(".")[0] == "torch"} | (rooms(reached) & tensors)
-        assert not heavy or name in ("loading", "pipeline", "distributed"), name
+        heavy = {n for n in reached if n.split(".")[0] == "torch"} | {m for m in own(reached) if holds_tensors(m)}
+        assert not heavy or name in DOORS, name
         assert not {n for n in imports(file, deferred=False) if n.split(".")[0] in HEAVY}, name
 
 
-@pytest.mark.parametrize("name", [n for n in sources() if n not in MAY_KNOW_PYTEST])
+@pytest.mark.parametrize("name", [n for n in sources() if wing(n) == "report"])
+def test_reports_are_made_from_a_run_alone(name: str) -> None:
+    """A report imports nothing of the shell nor anything that measures, not even for its types."""
+    assert wings(imports(sources()[name], for_types=True)).isdisjoint({"shell", "measuring", "model", "kernels"})
+
+
+@pytest.mark.parametrize("name", [n for n in sources() if n not in PYTEST])
 def test_only_the_shell_knows_pytest(name: str) -> None:
     """Only the modules that are pytest's import it; options and the terminal report name it for their types alone."""
     file = sources()[name]
     assert not {n for n in imports(file) if n.split(".")[0] in ("pytest", "_pytest")}
-    if name not in ("options", "report.terminal"):
+    if name not in PYTEST_TYPES:
         assert not {n for n in imports(file, for_types=True) if n.split(".")[0] in ("pytest", "_pytest")}
 
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.checkpoint.arrays import norm
 from pytest_nullspace.errors import StatsError
-from pytest_nullspace.judging.audit import norm
 from pytest_nullspace.judging.diagnosis import diagnose
 from pytest_nullspace.judging.weights import Weights, effective_rank, singular_values, weigh
 from pytest_nullspace.run.stats import RunStats
