@@ -16,7 +16,8 @@ from tests.structure import imports, own, sources, wing, wings
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
-    "kernels", "model", "measuring.drift", "measuring.forward", "measuring.spectrum", "measuring.streaming",
+    "kernels", "model", "measuring.drift", "measuring.forward", "measuring.recorder", "measuring.spectrum",
+    "measuring.streaming",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {"measuring.pipeline", "measuring.loading", "measuring.distributed"}
@@ -111,7 +112,7 @@ ORDERS = {
     "run": "stats uncertainty saved",
     "judging": "invariants baseline start audit weights diagnosis",
     "text": "sources readers tokenizer windows",
-    "measuring": "memory distributed forward streaming spectrum drift loading pipeline",
+    "measuring": "memory distributed forward recorder streaming spectrum drift loading pipeline",
     "shell": "shared runs progress collect gate",
 }
 """Inside a wing, the modules whose order matters: none imports one that stands after it."""
