@@ -23,6 +23,21 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
             raise pytest.UsageError(escaped(f"{found}: pytest would run it as a part of your tests; remove it"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    """Where a cause is to be explained, print its page in place of a run."""
+    asked = config.getoption("nullspace_explain")
+    if asked is None:
+        return None
+    from pytest_nullspace.shell.explain import explain
+
+    try:
+        print(explain(asked))
+    except NullspaceError as error:
+        raise pytest.UsageError(str(error)) from None
+    return pytest.ExitCode.OK
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Open the checkpoints and register the gate; whatever is wrong with them ends pytest with a usage error."""
     try:

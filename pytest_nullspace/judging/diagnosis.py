@@ -54,8 +54,8 @@ class Diagnosis:
 
     @property
     def page(self) -> str:
-        """Its page in the documentation, a path in the project's repository."""
-        return f"docs/causes/{self.cause}.md"
+        """The command that prints its page, which the project's repository has as ``docs/causes/<cause>.md``."""
+        return f"pytest --nullspace-explain={self.cause}"
 
     def to_dict(self) -> dict[str, Any]:
         """The diagnosis as JSON holds it."""

@@ -384,6 +384,13 @@ def add_options(parser: "pytest.Parser") -> None:
             )
         kind: Literal["linelist", "string"] = "linelist" if option.repeatable else "string"
         parser.addini(option.dest, text, type=kind, default=None)
+    group.addoption(
+        f"{PREFIX}explain",
+        nargs="?",
+        const="",
+        metavar="CAUSE",
+        help="Print what a cause that a report names means and what to do, or the list of all causes, and end.",
+    )
 
 
 def read_settings(config: "pytest.Config") -> Settings | None:

@@ -1,0 +1,58 @@
+"""``--nullspace-explain``: the pages of causes, where the plugin is installed and no repository is at hand."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pytest_nullspace.judging import diagnosis
+from pytest_nullspace.shell.explain import explain
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs" / "causes").glob("*.md"))
+
+
+def test_every_cause_is_explained_and_every_page_is_of_a_cause() -> None:
+    """Each name that a diagnosis can have prints its page, and no page is of another."""
+    named = set(re.findall(r'Diagnosis\(\s*"([\w-]+)"', Path(diagnosis.__file__).read_text("utf-8")))
+    assert named == {page.stem for page in PAGES}
+    for page in PAGES:
+        assert explain(page.stem) == page.read_text("utf-8")
+
+
+def test_a_page_is_printed_in_place_of_a_run(pytester: pytest.Pytester) -> None:
+    """With a name the page is printed, no test is collected, and the exit code is 0."""
+    pytester.makepyfile("def test_own():\n    assert False\n")
+    result = pytester.runpytest("--nullspace-explain=b-trained")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["[#] b-trained", "[#][#] How to fix it"])
+    result.stdout.no_fnmatch_line("*collected*")
+
+
+def test_without_a_name_every_cause_is_listed(pytester: pytest.Pytester) -> None:
+    """Without a name each cause stands on a line of its own with a whole sentence."""
+    result = pytester.runpytest("--nullspace-explain")
+    assert result.ret == 0
+    for page in PAGES:
+        result.stdout.re_match_lines([rf"{page.stem} +\S.*\.$"])
+
+
+def test_a_name_that_is_none_is_a_usage_error(pytester: pytest.Pytester) -> None:
+    """An unknown name ends with exit code 4 and the nearest that there are."""
+    result = pytester.runpytest("--nullspace-explain=b-traind")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--nullspace-explain: no cause is called 'b-traind'; there is b-trained*"])
+
+
+def test_the_wheel_brings_the_pages(tmp_path: Path) -> None:
+    """A wheel that is built from the repository holds each page where the installed plugin looks for it."""
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True,
+    )  # fmt: skip
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        held = set(wheel.namelist())
+    assert {f"pytest_nullspace/causes/{page.name}" for page in PAGES} <= held
