@@ -18,10 +18,14 @@ from torch import Tensor, nn
 
 from pytest_nullspace import kernels
 from pytest_nullspace.model import AdaptedLayer
-from pytest_nullspace.model.stored import zeroed
+from pytest_nullspace.model.stored import stored, without_bias
 
 CANCELLATION = 5e-8
 """The relative error to which cancellation in a float32 ``Bx`` may add up over a batch."""
+
+OUTWEIGHS = 2.0
+"""How many times a bias may be as long as ``W x`` that is what is left of an output when it is subtracted; beyond that
+the digits of ``W x`` are lost in the sum, and it is computed again."""
 
 HELD_BYTES = 1 << 22
 """What may be kept of norms and narrow activations before they are summed."""
@@ -63,7 +67,7 @@ class Watched:
     @property
     def updates_by_more(self) -> bool:
         """Whether its update is more than ``scale · A B x``."""
-        return self.layer.has_magnitude or _has_bias(self.layer.up)
+        return self.layer.magnitude is not None or _has_bias(self.layer.up)
 
 
 @dataclass(frozen=True)
@@ -165,20 +169,16 @@ class Recorder:
                 watched = Watched(
                     layer,
                     factors.to(self._device),
-                    layer.has_magnitude or layer.has_bias or _has_bias(layer.up),
+                    layer.magnitude is not None or layer.has_bias or _has_bias(layer.up),
                 )
                 self._watched.append(watched)
-                takes: dict[str, Callable[[Tensor], Tensor]] = {
-                    "down": self._counted,
-                    "base": self._norms,
-                }
+                takes: dict[str, _Take] = {"down": self._rows, "base": self._row_norms}
                 if watched.in_parts:
-                    takes |= {"base": self._counted, "up": self._counted}
+                    takes["base"] = self._product
+                    takes["up" if layer.magnitude is None else "magnitude"] = self._rows
                 for part, take in takes.items():
                     handle = getattr(layer, part).register_forward_hook(partial(_keep, watched.seen, part, take))
                     hooks.callback(handle.remove)
-                if not layer.has_magnitude:
-                    hooks.enter_context(_bias_apart(layer.base))
                 handle = layer.layer.register_forward_hook(partial(self._take, watched))
                 hooks.callback(handle.remove)
             try:
@@ -189,18 +189,21 @@ class Recorder:
 
     def _take(self, watched: Watched, _: nn.Module, args: Any, output: Tensor) -> None:
         x, layer, change = args[0], watched.layer, []
-        down, base, output = watched.seen["down"], watched.seen["base"], self._counted(output)
+        down, base = watched.seen["down"], watched.seen["base"]
         if x is not self._input:
             self._input, self._input_norms = x, self._norms(x)
         if watched.in_parts:
-            whole, output, parts = _parts(layer, base, watched.seen["up"], output)
-            base = self._norms_of(whole)
-            change = [self._norms_of(parts)] if watched.updates_by_more else []
+            # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.
+            update = watched.seen["magnitude"] if layer.magnitude is not None else layer.scale * watched.seen["up"]
+            base, output = self._norms_of(base), self._norms_of(base + update)
+            change = [self._norms_of(update)] if watched.updates_by_more else []
+        else:
+            output = self._norms(output)
         if self._device.type == "cpu" and _loses_digits(down, self._input_norms, layer.in_features):
             down = self._counted(x).double() @ layer.down_matrix().mT
         watched.seen.clear()
         # An input may be seen before accelerate brings it to where its layer runs.
-        norms = [part.to(self._device) for part in (self._input_norms, base, self._norms_of(output), *change)]
+        norms = [part.to(self._device) for part in (self._input_norms, base, output, *change)]
         if len({part.dtype for part in norms}) > 1:
             norms = [part.double() for part in norms]
         self._hold(_Taken(watched, torch.stack(norms), down))
@@ -212,6 +215,24 @@ class Recorder:
             self._sum([taken])
             return
         self._held.append(_Taken(taken.watched, self._memory.keep(taken.norms), self._memory.keep(taken.down)))
+
+    def _rows(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return self._counted(output)
+
+    def _row_norms(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return self._norms(output)
+
+    def _product(self, base: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """``W x`` of the counted rows, from what ``base`` gave with a bias of its own."""
+        values = self._counted(output)
+        if not _has_bias(base):
+            return values
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        bias = stored(base, "bias").to(values)
+        values = values - bias
+        if kernels.row_norms(bias) > OUTWEIGHS * kernels.row_norms(values).mean():
+            return without_bias(base, self._counted(args[0]).to(values.device))
+        return values
 
     def _norms(self, values: Tensor) -> Tensor:
         return self._norms_of(self._counted(values))
@@ -281,39 +302,13 @@ def _loses_digits(down: Tensor, input_norms: Tensor, in_features: int) -> bool:
     return bool(error > CANCELLATION * kernels.row_norms(down).sum().item())
 
 
-def _parts(layer: AdaptedLayer, base: Tensor, up: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``W_res x``, the layer's whole output and its update, where they are not simply what the modules give.
-
-    A bias can outweigh the output: adding the parts again is exact where subtracting it is not. What a magnitude made
-    of the parts is only in the output.
-    """
-    if not layer.has_magnitude:
-        change = layer.scale * up
-        return base, base + change, change
-    bias = getattr(layer.base, "bias", None)
-    change = output - base
-    return (base - bias, output - bias, change) if isinstance(bias, Tensor) else (base, output, change)
-
-
 def _has_bias(module: nn.Module) -> bool:
     return isinstance(getattr(module, "bias", None), Tensor)
 
 
-def _keep(
-    seen: dict[str, Tensor], part: str, what: Callable[[Tensor], Tensor], _: nn.Module, __: Any, output: Tensor
-) -> None:
-    seen[part] = what(output)
+_Take = Callable[[nn.Module, Any, Tensor], Tensor]
+"""What is taken of a module's output, in a forward hook on it."""
 
 
-@contextmanager
-def _bias_apart(base: nn.Module) -> Iterator[None]:
-    """Within this context ``base`` adds its bias in a last hook of its own, so that earlier hooks see ``W x`` alone."""
-    if not _has_bias(base):
-        yield
-        return
-    with zeroed(base, "bias") as bias:
-        handle = base.register_forward_hook(lambda _, __, output: output + bias.to(output.device))
-        try:
-            yield
-        finally:
-            handle.remove()
+def _keep(seen: dict[str, Tensor], part: str, take: _Take, module: nn.Module, args: Any, output: Tensor) -> None:
+    seen[part] = take(module, args, output)

@@ -28,7 +28,8 @@ class AdaptedLayer:
         down_matrix: Gives the matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64 on the CPU.
         base_matrix: Gives ``W_res`` or its transpose; None where it is quantised and cannot be had as numbers.
         has_bias: Whether the layer's output holds a bias on top of the two parts.
-        has_magnitude: Whether it is a DoRA layer. Its update is then all that it changes, ``layer(x) - base(x)``.
+        magnitude: Of a DoRA layer the module whose output is all that it changes, ``layer(x) - base(x)``; it is then
+            its update.
     """
 
     name: str
@@ -40,7 +41,7 @@ class AdaptedLayer:
     down_matrix: Callable[[], Tensor]
     base_matrix: Callable[[], Tensor | None]
     has_bias: bool
-    has_magnitude: bool = False
+    magnitude: nn.Module | None = None
 
     @property
     def out_features(self) -> int:

@@ -334,7 +334,7 @@ def _view(name: str, layer: Any) -> AdaptedLayer:
         down_matrix=lambda: stored(down, "weight").to("cpu", torch.float64),
         base_matrix=lambda: _weight(base, {layer.in_features, layer.out_features}),
         has_bias=getattr(base, "bias", None) is not None,
-        has_magnitude=bool(layer.use_dora.get(adapter)),
+        magnitude=layer.lora_magnitude_vector[adapter] if layer.use_dora.get(adapter) else None,
     )
 
 

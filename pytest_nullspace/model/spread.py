@@ -34,7 +34,7 @@ def spread(adapted: AdaptedModel, memory: Memory) -> AdaptedModel:
         CheckpointError: It has a layer that cannot run so, or the disk has no room.
     """
     for layer in adapted.layers.values():
-        if layer.has_magnitude:
+        if layer.magnitude is not None:
             raise CheckpointError(
                 f"{layer.name}: is a DoRA layer, which needs its whole weight beside it and cannot be spread; leave "
                 "--nullspace-device-map out"

@@ -1,8 +1,6 @@
 """The numbers of a parameter or buffer, wherever accelerate keeps them between two forwards of its module."""
 
-from collections import ChainMap
-from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -19,25 +17,25 @@ def stored(module: nn.Module, name: str) -> Tensor:
     return value.detach()
 
 
-@contextmanager
-def zeroed(module: nn.Module, name: str) -> Iterator[Tensor]:
-    """Within this context the parameter or buffer ``name`` of ``module`` is zero; gives what it was."""
-    was, values = getattr(module, name), stored(module, name)
-    zeros = torch.zeros_like(values)
-    if isinstance(was, nn.Parameter):  # assigned over a buffer it would displace it for good
-        zeros = nn.Parameter(zeros, requires_grad=False)
-    maps = [(hook, hook.weights_map) for hook in (_keeping(module) if was.is_meta else ())]
-    for hook, kept in maps:
-        hook.weights_map = ChainMap({name: zeros.data}, kept)
-    if not maps:
-        setattr(module, name, zeros)
-    try:
-        yield values
-    finally:
-        for hook, kept in maps:
-            hook.weights_map = kept
-        if not maps:
-            setattr(module, name, was)
+def without_bias(module: nn.Module, x: Tensor) -> Tensor:
+    """What ``module`` makes of ``x`` when its parameter or buffer ``bias`` is zero.
+
+    It is the module's own arithmetic, whatever holds its weight, on a copy of it that shares all else: in a model's
+    forward somebody else may read the bias at any time.
+    """
+    twin = copy(module)
+    for kind in ("_parameters", "_buffers"):
+        own = vars(module)[kind]
+        vars(twin)[kind] = own | {
+            name: stored(module, name).to(x.device)
+            for name, value in own.items()
+            if value is not None and value.is_meta
+        }
+        if own.get("bias") is not None:
+            vars(twin)[kind]["bias"] = torch.zeros_like(vars(twin)[kind]["bias"])
+    # On an instance that accelerate or somebody else wrapped, ``forward`` would run the module itself.
+    result: Tensor = type(module).forward(twin, x)
+    return result
 
 
 def _keeping(module: nn.Module) -> list[Any]:
