@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 _vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
-_eigh: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.linalg.eigh
 _qr: Callable[..., tuple[Tensor, Tensor]] = torch.linalg.qr
+_svd: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.linalg.svd
 
 FLOAT32_SAFE = (1e-15, 1e15)
 """Float32 norms between these have squares, and sums of squares over any real width, within float32's normal range."""
@@ -24,6 +24,9 @@ CONVERTED = 1 << 21
 
 WIDEST = 1024
 """Columns over which a running float32 sum of squares is exact to 1e-6 whatever they hold."""
+
+ROUNDED = 2.0**-20
+"""The share of a matrix that the rounding of its entries to float32 may have made."""
 
 
 class Sums(NamedTuple):
@@ -117,50 +120,67 @@ def safe(norms: Tensor) -> bool:
     return FLOAT32_SAFE[0] <= low.item() and high.item() <= FLOAT32_SAFE[1]
 
 
-def factors(down: Tensor, up: Tensor, scale: float) -> Tensor:
+class Factors(NamedTuple):
     """What a layer's weights make of ``Bx``, so that no wide matrix has to be read for it.
 
-    With ``B Bᵀ = V Λ Vᵀ`` the whitening is ``Λ^-½ Vᵀ`` over the eigenvalues that are not zero, so B may be
-    rank-deficient, and ``‖Px‖ = ‖whitening · Bx‖``. With ``A = Q R`` the root is ``scale · R``, and
-    ``‖scale · ABx‖ = ‖root · Bx‖``.
+    Attributes:
+        matrices: Whitening and root, shape ``(2, r, r)``, float64 on the CPU, rows of zeros where they have fewer:
+            ``‖Px‖ = ‖whitening · Bx‖`` and ``‖scale · ABx‖ = ‖root · Bx‖``. NaN where B or A is not finite, so that
+            what is measured with it is NaN.
+        rank: How many directions the rows of B span.
+        mixing: How many times what was rounded off ``Bx`` may weigh in ``Px``: the condition of B, its rows brought to
+            one length. 1 where they are orthogonal.
+        longest: The norm of the longest row of B.
+        shortest: Of the shortest that is not zero.
+    """
+
+    matrices: Tensor
+    rank: int
+    mixing: float
+    longest: float
+    shortest: float
+
+
+def factors(down: Tensor, up: Tensor, scale: float) -> Factors:
+    """What stands for the weights of a layer where only norms of what they make of ``Bx`` are asked for.
+
+    With ``B = D U S Vᵀ``, D the lengths of its rows and the rest singular values and vectors of B with rows of one
+    length, the whitening is ``S⁻¹ Uᵀ D⁻¹`` over the singular values that are not zero, so B may be rank-deficient. With
+    ``A = Q R`` the root is ``scale · R``. It is the row space of B that is measured, as by the reference, and not that
+    of AB: A is zero at the start, where the null space is to be seen already.
+
+    Rows may be as short as they like, for A can make up for it: the same update has many pairs A, B. A direction counts
+    that is there to float64; one that only float32's rounding of B tells from none must carry something of the update.
 
     Args:
         down: B, shape ``(r, in)``.
         up: A, shape ``(out, r)``.
         scale: The adapter's scale.
-
-    Returns:
-        Whitening and root, shape ``(2, r, r)``, float64 on the CPU, rows of zeros where they have fewer. NaN where B or
-        A is not finite, so that what is measured with it is NaN.
     """
-    both = torch.zeros(2, len(down), len(down), dtype=torch.float64)
-    for part, rows in zip(both, (_whitening(down), scale * _root(up)), strict=True):
-        part[: len(rows)] = rows
-    return both
-
-
-def _whitening(down: Tensor) -> Tensor:
-    down = down.to("cpu", torch.float64)
+    down, up = down.to("cpu", torch.float64), up.to("cpu", torch.float64)
+    matrices = torch.zeros(2, len(down), len(down), dtype=torch.float64)
+    root = scale * _qr(up, mode="r")[1] if bool(torch.isfinite(up).all()) else torch.full_like(matrices[1], torch.nan)
+    matrices[1, : len(root)] = root
     if not bool(torch.isfinite(down).all()):
-        return torch.full((len(down), len(down)), torch.nan, dtype=torch.float64)
-    scale = down.abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
-    down = down / scale
-    eigenvalues, vectors = _eigh(down @ down.mT)
-    kept = eigenvalues > eigenvalues[-1].clamp_min(0) * max(down.shape) * torch.finfo(torch.float64).eps
-    whitening: Tensor = (vectors[:, kept] * eigenvalues[kept].rsqrt()).mT / scale
-    return whitening
-
-
-def _root(up: Tensor) -> Tensor:
-    up = up.to("cpu", torch.float64)
-    if not bool(torch.isfinite(up).all()):
-        return torch.full((up.shape[1], up.shape[1]), torch.nan, dtype=torch.float64)
-    return _qr(up, mode="r")[1]
-
-
-def down_rank(factors: Tensor) -> int:
-    """How many directions the rows of B span, from the `factors (2, r, r)` of which it is one."""
-    return int(factors[0].any(dim=-1).sum())
+        matrices[0] = torch.nan
+        return Factors(matrices, len(down), 1.0, torch.nan, torch.nan)
+    lengths = row_norms(down)
+    lengths = lengths.where(lengths > 0, 1.0)[:, None]
+    # The triangle of Bᵀ has its singular values, and none of them is squared on the way.
+    vectors, values, _ = _svd(_qr((down / lengths).mT, mode="r")[1].mT, full_matrices=False)
+    carried = row_norms((root @ (lengths * vectors * values)).mT)
+    exact = max(down.shape) * torch.finfo(torch.float64).eps
+    kept = (values > values[0] * ROUNDED) | (values > values[0] * exact) & (carried > carried.max() * ROUNDED)
+    whitening = (vectors[:, kept] / values[kept] / lengths).mT
+    matrices[0, : len(whitening)] = whitening
+    rows = row_norms(down)
+    return Factors(
+        matrices,
+        len(whitening),
+        float(values[0] / values[kept].min()) if len(whitening) else 1.0,
+        float(rows.max()),
+        float(rows[rows > 0].min()) if len(whitening) else 0.0,
+    )
 
 
 def inner_norms(down: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,9 @@ OUTWEIGHS = 2.0
 """How many times a bias may be as long as ``W x`` that is what is left of an output when it is subtracted; beyond that
 the digits of ``W x`` are lost in the sum, and it is computed again."""
 
+MIXED = 16.0
+"""How many times the rounding of ``Bx`` may weigh in ``Px``; where it would weigh more, ``Bx`` is taken in float64."""
+
 HELD_BYTES = 1 << 22
 """What may be kept of norms and narrow activations before they are summed."""
 
@@ -54,13 +57,13 @@ class Watched:
 
     Attributes:
         layer: Where its parts are.
-        factors: `kernels.factors` of its weights.
+        factors: `kernels.factors` of its weights, the matrices on the device.
         in_parts: Whether its parts must be put together anew, for a bias or a magnitude.
         seen: What its parts gave in the forward that is under way.
     """
 
     layer: AdaptedLayer
-    factors: Tensor
+    factors: kernels.Factors
     in_parts: bool
     seen: dict[str, Tensor] = field(default_factory=dict)
 
@@ -68,6 +71,13 @@ class Watched:
     def updates_by_more(self) -> bool:
         """Whether its update is more than ``scale · A B x``."""
         return self.layer.magnitude is not None or _has_bias(self.layer.up)
+
+    def blurs(self, dtype: torch.dtype) -> bool:
+        """Whether a ``Bx`` in ``dtype`` cannot tell ``Px``: its rounding outweighs it, or short rows of B underflow."""
+        held = torch.finfo(dtype)
+        return dtype != torch.float64 and (
+            self.factors.mixing > MIXED or 0 < self.factors.shortest < held.tiny / held.eps
+        )
 
 
 @dataclass(frozen=True)
@@ -165,10 +175,10 @@ class Recorder:
                 shape = self._windows, len(kernels.Sums._fields)
                 self.sums[layer.name] = torch.zeros(shape, dtype=torch.float64, device=self._device)
                 factors = kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale)
-                self.down_ranks[layer.name] = kernels.down_rank(factors)
+                self.down_ranks[layer.name] = factors.rank
                 watched = Watched(
                     layer,
-                    factors.to(self._device),
+                    factors._replace(matrices=factors.matrices.to(self._device)),
                     layer.magnitude is not None or layer.has_bias or _has_bias(layer.up),
                 )
                 self._watched.append(watched)
@@ -199,8 +209,9 @@ class Recorder:
             change = [self._norms_of(update)] if watched.updates_by_more else []
         else:
             output = self._norms(output)
-        if self._device.type == "cpu" and _loses_digits(down, self._input_norms, layer.in_features):
-            down = self._counted(x).double() @ layer.down_matrix().mT
+        on_cpu = self._device.type == "cpu"
+        if watched.blurs(down.dtype) or (on_cpu and _loses_digits(down, self._input_norms, watched)):
+            down = self._counted(x).double() @ layer.down_matrix().to(x.device).mT
         watched.seen.clear()
         # An input may be seen before accelerate brings it to where its layer runs.
         norms = [part.to(self._device) for part in (self._input_norms, base, output, *change)]
@@ -271,7 +282,7 @@ class Recorder:
     def _sum(self, taken: list[_Taken]) -> None:
         exact = torch.promote_types(taken[0].down.dtype, torch.float32)
         down = torch.stack([t.down for t in taken]).to(self._device, exact)
-        factors = torch.stack([t.watched.factors for t in taken])
+        factors = torch.stack([t.watched.factors.matrices for t in taken])
         projected, update = kernels.inner_norms(down, factors.to(exact))
         narrow = torch.stack((kernels.row_norms(down), projected, update))
         if self._device.type == "cpu" and not kernels.safe(narrow):
@@ -291,15 +302,16 @@ class Recorder:
             self._of_batch.append((t.watched.layer.name, summed))
 
 
-def _loses_digits(down: Tensor, input_norms: Tensor, in_features: int) -> bool:
+def _loses_digits(down: Tensor, input_norms: Tensor, watched: Watched) -> bool:
     """Whether a float32 ``Bx`` is not exact, because its inputs are not or because it is mostly cancelled."""
     if input_norms.dtype == torch.float64:
         return True
     if down.dtype != torch.float32:
         return False
     # Rounding errors are a random walk of `in` steps, so they grow beside what cancellation leaves.
-    error = 2.0**-22 * input_norms.norm().item() / math.sqrt(in_features)
-    return bool(error > CANCELLATION * kernels.row_norms(down).sum().item())
+    error = 2.0**-22 * input_norms.norm().item() / math.sqrt(watched.layer.in_features)
+    weight = watched.factors.mixing * watched.factors.longest
+    return bool(weight * error > CANCELLATION * kernels.row_norms(down).sum().item())
 
 
 def _has_bias(module: nn.Module) -> bool:

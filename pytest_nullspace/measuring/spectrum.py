@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_nullspace import kernels
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
 from pytest_nullspace.measuring.forward import forwards
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
@@ -142,7 +143,7 @@ def _spectra(of: _Input) -> dict[str, Spectrum]:
     effective = float(torch.special.entr(shares).sum().exp())
     found = {}
     for layer in of.layers:
-        basis = _row_space(layer.down_matrix().to(vectors.device))
+        basis = _row_space(layer).to(vectors.device)
         rank = len(basis)
         if not rank:
             continue
@@ -154,10 +155,7 @@ def _spectra(of: _Input) -> dict[str, Spectrum]:
     return found
 
 
-def _row_space(matrix: Tensor) -> Tensor:
-    """An orthonormal basis of the rows of ``matrix (r, in)``, shape ``(its rank, in)``; none where it is not finite."""
-    if not bool(matrix.isfinite().all()):
-        return matrix[:0]
-    _, values, basis = torch.linalg.svd(matrix, full_matrices=False)
-    kept: Tensor = basis[values > values[0] * max(matrix.shape) * torch.finfo(matrix.dtype).eps]
-    return kept
+def _row_space(layer: AdaptedLayer) -> Tensor:
+    """An orthonormal basis of the rows of B, shape ``(their rank, in)``; none where they are not finite."""
+    down, (matrices, rank, *_) = layer.down_matrix(), kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale)
+    return matrices[0, :rank] @ down if bool(down.isfinite().all()) else down[:0]

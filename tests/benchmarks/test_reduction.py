@@ -66,7 +66,7 @@ def test_layer_update(benchmark: BenchmarkFixture, device: str, dtype: torch.dty
     base, output = (torch.randn(1024, width, device=device).to(dtype) for _ in range(2))
     down = torch.randn(1024, RANK, device=device).to(dtype)
     norms = torch.rand(1024, device=device) + 1
-    factors = kernels.factors(torch.eye(RANK), torch.eye(RANK), 1.0).to(device, torch.float32)
+    factors = kernels.factors(torch.eye(RANK), torch.eye(RANK), 1.0).matrices.to(device, torch.float32)
 
     def update() -> Tensor:
         projected, change = kernels.inner_norms(down.float(), factors)

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,56 @@ def test_a_rank_deficient_b_is_measured_by_its_true_row_space(tmp_path: Path) ->
     again = measured(tmp_path / "b", "BLinear.weight", lambda b: torch.cat([b[:1], b[1:2], 3 * b[1:2], -b[1:2]]))
     assert math.isfinite(whole.leakage)
     assert whole.mean_leakage == pytest.approx(again.mean_leakage, rel=1e-5)
+
+
+def written(gauge: Tensor) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
+    """Writes every update as ``(A M⁻¹)(M B)``, M the ``gauge``, each factor rounded to float32."""
+
+    def change(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.endswith("BLinear.weight")]:
+            up = name.replace("BLinear", "ALinear")
+            tensors[name] = (gauge @ tensors[name].double()).float()
+            tensors[up] = (tensors[up].double() @ torch.linalg.inv(gauge)).float()
+
+    return change
+
+
+GAUGES: Mapping[str, tuple[Tensor, float]] = {
+    "one row small": (torch.diag(torch.tensor([1, 2.0**-27, 1, 1], dtype=torch.float64)), 1e-7),
+    "one row large": (torch.diag(torch.tensor([1, 2.0**27, 1, 1], dtype=torch.float64)), 1e-7),
+    "each by another": (torch.diag(torch.tensor([2.0**-60, 1, 2.0**30, 2.0**60], dtype=torch.float64)), 1e-7),
+    "turned about": (torch.eye(4, dtype=torch.float64)[[2, 0, 3, 1]], 1e-7),
+    "mixed": (torch.eye(4, dtype=torch.float64) + 2.0**9, 1e-4),
+}
+
+
+@pytest.mark.parametrize(
+    ("gauge", "dtype"),
+    # In bfloat16 a mixed B is rounded to another matrix.
+    [(gauge, torch.float32) for gauge in GAUGES] + [(gauge, torch.bfloat16) for gauge in GAUGES if gauge != "mixed"],
+)
+def test_no_other_way_to_write_the_same_update_is_quieter(tmp_path: Path, gauge: str, dtype: torch.dtype) -> None:
+    """What is measured follows from A B alone, not from how it is split in two: a direction of B is never lost."""
+    matrix, rounding = GAUGES[gauge]
+    plain = measure(loaded(tiny.lora_null(tmp_path / "a"), dtype), WINDOWS)
+    other = measure(loaded(tiny.lora_null(tmp_path / "b", change=written(matrix)), dtype), WINDOWS)
+    figures = ("leakage", "effectiveness", "contribution", "forgetting", "down_rank")
+    for one, two in zip(plain, other, strict=True):
+        want = [getattr(one, figure) for figure in figures]
+        assert [getattr(two, figure) for figure in figures] == pytest.approx(want, rel=10 * rounding), one.name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_leakage_of_a_b_whose_rows_are_nearly_one_is_exact(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Where rounding of Bx would outweigh what tells its rows apart, it is not rounded: leakage is that of float64."""
+    model = loaded(tiny.lora_null(tmp_path, change=written(torch.eye(4, dtype=torch.float64) + 2.0**5)), dtype)
+    layer, seen = model.layers[Q], []
+    handle = layer.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2).double()))
+    (measured,) = measure(model, WINDOWS, layers=[Q])
+    handle.remove()
+    x, basis = torch.cat(seen[-len(WINDOWS) :]), torch.linalg.svd(layer.down_matrix(), full_matrices=False)[2]
+    leakage = ((x @ basis.mT).norm(dim=1) / x.norm(dim=1)).square().mean()
+    assert measured.mean_leakage == pytest.approx(float(leakage), rel=1e-6)
 
 
 def test_rows_of_b_that_add_nothing_do_not_make_it_quieter_than_chance(tmp_path: Path) -> None:

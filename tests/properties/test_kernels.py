@@ -36,7 +36,7 @@ def seeded(seed: int) -> torch.Generator:
 def state_of(x: Tensor, down: Tensor, up: Tensor, base: Tensor, scale: float = 1.0) -> Tensor:
     """The sums of these rows."""
     bx, wx = x @ down.mT, x @ base.mT
-    return added(x, bx, wx, scale * bx @ up.mT + wx, kernels.factors(down, up, scale))
+    return added(x, bx, wx, scale * bx @ up.mT + wx, kernels.factors(down, up, scale).matrices)
 
 
 def added(x: Tensor, down: Tensor, base: Tensor, output: Tensor, factors: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def test_layers_that_are_summed_together_are_summed_apart(
     """Leading dimensions are carried along: layers stacked give what each gives alone."""
     x, down, up, base = (t.double() for t in layer)
     xs = [x * (i + 1) for i in range(count)]
-    factors = kernels.factors(down, up, 2.0)
+    factors = kernels.factors(down, up, 2.0).matrices
     parts = [(v, v @ down.mT, v @ base.mT, v @ base.mT + v @ down.mT @ up.mT) for v in xs]
     together = added(*(torch.stack(part) for part in zip(*parts, strict=True)), factors)  # type: ignore[call-arg]
     alone = torch.stack([added(*part, factors) for part in parts])
@@ -223,6 +223,76 @@ def test_a_rank_deficient_b_is_measured_by_the_space_that_it_spans(width: int, s
     assert wide.leakage == pytest.approx(plain.leakage, rel=1e-9, abs=1e-12)
 
 
+@st.composite
+def gauges(draw: st.DrawFn, rank: int) -> Tensor:
+    """An invertible matrix ``(rank, rank)``: a mixing of moderate condition between two scalings by powers of two."""
+    generator = seeded(draw(SEEDS))
+    turns = [orthonormal(rank, rank, generator) for _ in range(2)]
+    condition = draw(st.sampled_from([1.0, 10.0, 1e3]))
+    mixing = turns[0] * torch.logspace(0, -math.log10(condition), rank, dtype=torch.float64) @ turns[1]
+    kind = draw(st.sampled_from(["mixing", "order", "scaled"]))
+    if kind == "order":
+        mixing = torch.eye(rank, dtype=torch.float64)[draw(st.permutations(range(rank)))]
+    powers = draw(st.lists(st.integers(-40, 40), min_size=rank, max_size=rank))
+    return mixing if kind == "mixing" else mixing * 2.0 ** torch.tensor(powers, dtype=torch.float64)[:, None]
+
+
+@given(layers(), st.data())
+def test_the_update_is_judged_and_not_how_it_is_written(
+    layer: tuple[Tensor, Tensor, Tensor, Tensor], data: st.DataObject
+) -> None:
+    """``(A M⁻¹)(M B)`` is ``A B``: for any invertible M leakage and update are what they were, and so is the rank."""
+    x, down, up, base = (t.double() for t in layer)
+    gauge = data.draw(gauges(len(down)))
+    other_down, other_up = gauge @ down, torch.linalg.solve(gauge, up, left=False)
+    plain, other = (kernels.compute(state_of(x, b, a, base)) for b, a in ((down, up), (other_down, other_up)))
+    figures = [(means.leakage, means.update, means.output) for means in (plain, other)]
+    assert figures[1] == pytest.approx(figures[0], rel=EXACT, abs=1e-9)
+    assert kernels.factors(other_down, other_up, 1.0).rank == kernels.factors(down, up, 1.0).rank
+
+
+@given(layers(), st.integers(-100, 100), st.data())
+def test_in_float32_a_scaled_row_is_a_row_like_any(
+    layer: tuple[Tensor, Tensor, Tensor, Tensor], power: int, data: st.DataObject
+) -> None:
+    """A row of B by a power of two and its column of A by the inverse change no figure, though Bx is in float32."""
+    x, down, up, base = layer
+    row = data.draw(st.integers(0, len(down) - 1))
+    other_down, other_up = down.clone(), up.clone()
+    other_down[row] *= 2.0**power
+    other_up[:, row] *= 2.0**-power
+    bx, wx = x @ down.mT, x @ base.mT
+    other_bx = bx.clone()
+    other_bx[:, row] *= 2.0**power  # the float32 product may take another order where a matrix holds other numbers
+    output = bx @ up.mT + wx
+    plain, other = (
+        kernels.compute(added(x, b, wx, output, kernels.factors(d, u, 1.0).matrices))
+        for b, d, u in ((bx, down, up), (other_bx, other_down, other_up))
+    )
+    assert (other.leakage, other.update) == pytest.approx((plain.leakage, plain.update), rel=EXACT)
+
+
+def test_what_only_float32_tells_from_nothing_counts_where_it_carries_the_update() -> None:
+    """A row that is another one but for 2⁻²⁷ of a third direction spans that direction, if A makes up for it."""
+    down, up = torch.eye(8)[:2], torch.ones(5, 2)
+    mixed = torch.stack((down[0], down[0] + 2.0**-27 * down[1]))
+    undone = torch.stack((up[:, 0] - 2.0**27 * up[:, 1], 2.0**27 * up[:, 1]), dim=1)
+    assert kernels.factors(mixed, undone, 1.0).rank == 2
+    assert kernels.factors(mixed, up, 1.0).rank == 1
+    assert kernels.factors(mixed, torch.zeros(5, 2), 1.0).rank == 1
+
+
+@given(st.integers(1, 6), st.integers(7, 40), SEEDS)
+def test_rows_that_are_made_of_others_span_nothing_more(rank: int, width: int, seed: int) -> None:
+    """Sums of others to float32's rounding, repeated rows and rows of zeros do not count, whatever their length."""
+    down = torch.randn(rank, width, generator=seeded(seed))
+    sums = torch.randn(3, rank, generator=seeded(seed + 1)) @ down
+    made = torch.cat((down, 2.0**20 * sums, -down[:1], torch.zeros(1, width)))
+    found = kernels.factors(made, torch.randn(9, len(made), generator=seeded(seed + 2)), 1.0)
+    assert found.rank == rank
+    assert not found.matrices[0, rank:].any()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("part", range(4))
 def test_a_single_non_finite_activation_makes_its_mean_non_finite(value: float, part: int) -> None:
@@ -230,7 +300,7 @@ def test_a_single_non_finite_activation_makes_its_mean_non_finite(value: float, 
     activations = [torch.randn(6, 4, generator=seeded(part)) for _ in range(4)]
     activations[part][3, 2] = value
     x, down, base, output = activations
-    means = kernels.compute(added(x, down, base, output, kernels.factors(torch.eye(4), torch.eye(4), 1.0)))
+    means = kernels.compute(added(x, down, base, output, kernels.factors(torch.eye(4), torch.eye(4), 1.0).matrices))
     assert not math.isfinite((means.input, means.down, means.base, means.output)[part])
     assert math.isfinite(means.update) == (part != 1)
 
@@ -242,7 +312,7 @@ def test_a_non_finite_weight_makes_what_is_measured_with_it_non_finite(value: fl
     down, up = torch.eye(4), torch.eye(4)
     (down, up)[part][2, 1] = value
     x = torch.randn(6, 4, generator=seeded(part))
-    means = kernels.compute(added(x, x, x, x, kernels.factors(down, up, 1.0)))
+    means = kernels.compute(added(x, x, x, x, kernels.factors(down, up, 1.0).matrices))
     assert not math.isfinite((means.leakage, means.update)[part])
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pytest_nullspace import kernels
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measuring.recorder import Batch, Recorder, Watched
 from pytest_nullspace.measuring.streaming import draw_rows, measure
@@ -171,7 +172,7 @@ def test_norms_from_several_devices_are_put_together(llama: AdaptedModel) -> Non
     seen = {"down": torch.ones(3, 4, device="meta"), "base": torch.ones(3, device="meta")}
     layer = llama.layers[FIRST]
     recorder._take(
-        Watched(layer, torch.empty(0), in_parts=False, seen=seen),
+        Watched(layer, kernels.factors(torch.eye(4), torch.eye(4), 1.0), in_parts=False, seen=seen),
         layer.layer,
         (torch.ones(1, 3, 32),),
         torch.ones(1, 3, 32, device="meta"),
