@@ -131,7 +131,7 @@ def shown(run: RunStats, expectations: Expectations, told: Sequence[str]) -> Non
         words.layer_failure(layer, verdict)
     words.model_failure(run, judge_averages(run, expectations))
     if run.drift is not None:
-        judge_drift(run.drift, expectations)
+        list(notes.drift(run.drift, judge_drift(run.drift, expectations)))
     markdown.report(run, expectations, told)
 
 

@@ -193,12 +193,21 @@ class Finding:
         threshold: What it is held against.
         tier: Where it lies.
         margin: How far it may lie from what more text would give; None if that was never estimated.
+        softened: Why it only warns beyond the bound of the fail tier; None where it fails there.
     """
 
     value: float
     threshold: Threshold
     tier: Tier
     margin: float | None = None
+    softened: str | None = None
+
+    @property
+    def leniency(self) -> str | None:
+        """That the value fails its bound and only warns, and why; None where its tier is that of its bounds."""
+        if self.softened is None or self.threshold.tier(self.value) is self.tier:
+            return None
+        return f"fails its bound; only warns, as {self.softened}"
 
     @property
     def uncertain(self) -> bool:
@@ -206,12 +215,15 @@ class Finding:
         if self.margin is None or not math.isfinite(self.value):
             return False
         ends = self.value - self.margin, self.value + self.margin
-        return not math.isfinite(self.margin) or len({self.threshold.tier(end) for end in ends}) > 1
+        passes = {self.threshold.tier(end) is Tier.PASS for end in ends}
+        fails = {self.threshold.tier(end) is Tier.FAIL for end in ends if self.softened is None}
+        return not math.isfinite(self.margin) or len(passes) > 1 or len(fails) > 1
 
     @property
     def distance(self) -> float:
-        """How far the value lies from the nearest bound."""
-        return min(abs(self.value - bound) for bound in (self.threshold.passes, self.threshold.fails))
+        """How far the value lies from the nearest bound that parts two tiers."""
+        from_pass, from_fail = (abs(self.value - bound) for bound in (self.threshold.passes, self.threshold.fails))
+        return min(from_pass, from_fail) if self.softened is None else from_pass
 
     @property
     def badness(self) -> float:
@@ -228,21 +240,30 @@ class Finding:
         threshold = self.threshold
         if not math.isfinite(self.value):
             return f"{threshold.figure} {self.value:g} is not finite"
-        bound = threshold.fails if self.tier is Tier.FAIL else threshold.passes
-        value, limit = _apart(self.value, bound)
-        if self.tier is Tier.FAIL:
-            return f"{threshold.figure} {value} {'>' if threshold.lower_is_better else '<'} {limit}"
-        return f"{threshold.figure} {value} {self._sign} {limit}"
+        value, limit = _apart(self.value, self._bound)
+        return f"{threshold.figure} {value} {self._sign} {limit}{self._leniency}"
 
     @property
     def condition(self) -> str:
         """What holds of the value, the value left out, such as ``preservation >= 0.1``."""
-        return f"{self.threshold.figure} {self._sign} {self.threshold.passes:g}"
+        return f"{self.threshold.figure} {self._sign} {self._bound:g}{self._leniency}"
+
+    @property
+    def _leniency(self) -> str:
+        return "" if self.leniency is None else f" ({self.leniency})"
+
+    @property
+    def _bound(self) -> float:
+        """The bound that its value missed, or that of the pass tier."""
+        return self.threshold.fails if self.threshold.tier(self.value) is Tier.FAIL else self.threshold.passes
 
     @property
     def _sign(self) -> str:
-        """Where the value lies of the bound of the pass tier, the tier being pass or warn."""
-        return (("<", ">=") if self.threshold.lower_is_better else (">", "<="))[self.tier is Tier.WARN]
+        """Where the value lies of that bound."""
+        tier, lower = self.threshold.tier(self.value), self.threshold.lower_is_better
+        if tier is Tier.WARN:
+            return ">=" if lower else "<="
+        return "<" if lower is (tier is Tier.PASS) else ">"
 
 
 def _apart(value: float, bound: float) -> tuple[str, str]:
@@ -317,15 +338,16 @@ def judge(layer: LayerStats, expectations: Expectations) -> Verdict:
         verdict = _judge(layer.name, layer, expectations, layer.defect)
     if layer.task is not None:
         # With a task text at hand a single layer may contribute little, as long as the averages do not.
-        verdict = replace(verdict, findings=tuple(_softened(f, "contribution") for f in verdict.findings))
+        why = "the averages are judged themselves"
+        verdict = replace(verdict, findings=tuple(_softened(f, "contribution", why) for f in verdict.findings))
     return replace(verdict, faults=tuple(fault for check in expectations.checks for fault in check(layer)))
 
 
-def _softened(finding: Finding, figure: str) -> Finding:
-    """The finding as a warning where it fails by ``figure``, unless that is no number."""
-    if finding.threshold.figure == figure and finding.tier is Tier.FAIL and math.isfinite(finding.value):
-        return replace(finding, tier=Tier.WARN)
-    return finding
+def _softened(finding: Finding, figure: str, why: str) -> Finding:
+    """The finding as one that only warns where it fails by ``figure``, unless that is no number."""
+    if finding.threshold.figure != figure or not math.isfinite(finding.value):
+        return finding
+    return replace(finding, tier=Tier.WARN if finding.tier is Tier.FAIL else finding.tier, softened=why)
 
 
 MODEL = "model"
@@ -365,5 +387,5 @@ def _judge(subject: str, of: LayerStats | RunStats, expectations: Expectations, 
         if (figure := threshold.figure) in of.measured
     )
     if expectations.drift_judged:
-        findings = tuple(_softened(finding, "forgetting") for finding in findings)
+        findings = tuple(_softened(finding, "forgetting", "the drift is judged itself") for finding in findings)
     return Verdict(subject, findings, defect)

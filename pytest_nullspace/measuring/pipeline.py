@@ -360,7 +360,7 @@ def _settled(figures: Figures, of: int, settings: Settings, judged: Collection[s
         judged: The figures that are judged on the text.
     """
     expectations = Expectations(
-        Stage(settings.stage), settings.overrides, unreached=settings.allow_unreached, variant=settings.variant
+        Stage(settings.stage), settings.overrides, (), settings.allow_unreached, settings.variant, settings.drift
     )
     if any(not (layer.task or layer).rows and not expectations.excuses(layer) for layer in figures):
         return False  # one row would give what has no figures yet, and so nothing uncertain, a verdict

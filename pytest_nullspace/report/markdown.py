@@ -6,15 +6,13 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, Tier, judge, judge_averages, judge_drift
 from pytest_nullspace.report.notes import (
     best_possible,
+    doubts,
     drift,
-    few_rows,
     left_out,
     not_measured,
     outside,
     outside_of,
-    repeated,
     texts,
-    uncertain,
 )
 from pytest_nullspace.report.words import MARKS, figures, reading
 from pytest_nullspace.run.stats import FIGURES, RunStats
@@ -55,10 +53,10 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
         lines += [f"- {line.replace('<', '&lt;')}" for line, _ in reading(averages)]
     lines += [f"- {escape(line)}" for line in best_possible(run)]
     if run.drift is not None:
-        mark = MARKS[judge_drift(run.drift, expectations).tier]
-        lines += ["", *(f"- {mark} {escape(line.strip())}" for line in drift(run.drift))]
-    for doubt in (uncertain(verdicts, run), few_rows(run), repeated(run)):
-        lines += ["", f"{escape(doubt)}."] if doubt is not None else []
+        told_of_drift = drift(run.drift, judge_drift(run.drift, expectations))
+        lines += ["", *(f"- {escape(line.strip())}" for line, _ in told_of_drift)]
+    for doubt in doubts(verdicts, run, expectations):
+        lines += ["", f"{escape(doubt)}."]
     told = [f"- {escape(note.strip())}" for note in notes]
     lines += ["", *told] if told else []
     formulas = (

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.invariants import Expectations, Verdict
+from pytest_nullspace.judging.invariants import Expectations, Tier, Verdict, judge_averages, judge_drift
+from pytest_nullspace.report.words import MARKS
 from pytest_nullspace.run.stats import FIGURES, ON_TASK, Drift, LayerStats, RunStats
 from pytest_nullspace.run.uncertainty import MOST_WINDOWS, windows_needed
 
@@ -108,39 +109,87 @@ def texts(run: RunStats) -> str:
     return run.calib_dataset if not run.has_task else f"{run.calib_dataset}, task text {task}"
 
 
-def uncertain(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
-    """How many verdicts more text might change, and how much text would settle them; None if there are none."""
+def uncertain(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> str | None:
+    """How many verdicts more text might change, and how much text would settle them; None if there are none.
+
+    Of the layers and their averages; `uncertain_drift` tells of the predictions.
+    """
+    averages = [judge_averages(run, expectations)] if run.complete else []
     findings = [(v.subject, f) for v in verdicts if v.unjudged is None for f in v.findings if f.uncertain]
+    layers = {subject for subject, _ in findings}
+    of_averages = [(v.subject, f) for v in averages if v.unjudged is None for f in v.findings if f.uncertain]
+    subjects = [f"{len(layers)} of {len(verdicts)} layers"] if layers else []
+    subjects += ["the averages"] if of_averages else []
+    findings = findings or of_averages
     if not findings:
         return None
-    layers = {subject for subject, _ in findings}
-    told = f"uncertain: more text might change the verdict on {len(layers)} of {len(verdicts)} layers"
+    told = f"uncertain: more text might change the verdict on {' and '.join(subjects)}"
     drawn = {finding.threshold.figure: _windows(run, finding.threshold.figure) for _, finding in findings}
     fewest = min(drawn.values())
     if not fewest:
         return told
     if fewest == 1:
-        return f"{told}; one window tells nothing of how the figures vary, so draw more by --nullspace-calib-size"
+        return f"{told}; {_ONE_WINDOW}"
     needed = [
         windows_needed(drawn[f.threshold.figure], f.margin, f.distance) for _, f in findings if f.margin is not None
     ]
     half = median([n for n in needed if n is not None] or drawn.values())
     name, finding = max(findings, key=lambda pair: pair[1].badness)
-    settings = run.about.get("settings")
-    is_auto = isinstance(settings, dict) and settings.get("calib_size", 0) is None
     return (
         f"{told}, such as {printable(name)} ({finding.threshold.figure} {finding.value:.3g} ± {finding.margin:.2g}); "
         f"about {half:.0f} windows would settle half of them"
-        + (", so raise N in --nullspace-calib-size=auto:N" if is_auto else ", or try --nullspace-calib-size=auto")
+        + (", so raise N in --nullspace-calib-size=auto:N" if _is_auto(run) else ", or try --nullspace-calib-size=auto")
     )
+
+
+_ONE_WINDOW = "one window tells nothing of how the figures vary, so draw more by --nullspace-calib-size"
+
+
+def uncertain_drift(run: RunStats, expectations: Expectations) -> str | None:
+    """Which figures of the drift more text might put into another tier, and how much would settle them, if any."""
+    verdict = None if run.drift is None else judge_drift(run.drift, expectations)
+    findings = [] if verdict is None else [finding for finding in verdict.findings if finding.uncertain]
+    if not findings:
+        return None
+    figures = ", ".join(f"{f.threshold.figure} {f.value:.2g} ± {f.margin:.2g}: {f.threshold.bound}" for f in findings)
+    told = f"uncertain: more text might change the verdict on the drift ({figures})"
+    drawn = [_windows(run, finding.threshold.figure) for finding in findings]
+    if not min(drawn):
+        return told
+    if min(drawn) == 1:
+        return f"{told}; {_ONE_WINDOW}"
+    needed = [
+        windows_needed(windows, finding.margin, finding.distance)
+        for windows, finding in zip(drawn, findings, strict=True)
+        if finding.margin is not None
+    ]
+    known = [count for count in needed if count is not None]
+    # The drift is taken after the pass, which alone decides when a text was drawn from enough.
+    late = "; --nullspace-calib-size=auto does not wait for the drift, so give a number" if _is_auto(run) else ""
+    if len(known) < len(needed):
+        return f"{told}; no text would settle what lies on its bound{late}"
+    return f"{told}; about {max(known):,} windows would settle it{late}"
+
+
+def _is_auto(run: RunStats) -> bool:
+    """Whether windows were drawn until every verdict on a layer was settled."""
+    settings = run.about.get("settings")
+    return isinstance(settings, dict) and settings.get("calib_size", 0) is None
 
 
 def _windows(run: RunStats, figure: str) -> int:
     """How many windows were drawn of the text on which ``figure`` is judged; 0 where no credible number was told."""
-    recorded = run.about.get("task_text" if run.has_task and figure in ON_TASK else "text")
+    has_task = run.has_task or (run.drift is not None and run.drift.task is not None)
+    recorded = run.about.get("task_text" if has_task and figure in ON_TASK else "text")
     windows = recorded.get("windows") if isinstance(recorded, dict) else None
     # A file of another making may hold anything.
     return windows if isinstance(windows, int) and 0 < windows <= MOST_WINDOWS else 0
+
+
+def doubts(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> Iterator[str]:
+    """What keeps the figures from being trusted as they stand."""
+    told = (uncertain(verdicts, run, expectations), uncertain_drift(run, expectations), few_rows(run), repeated(run))
+    yield from (doubt for doubt in told if doubt is not None)
 
 
 def repeated(run: RunStats) -> str | None:
@@ -207,16 +256,23 @@ def best_possible(run: RunStats) -> Iterator[str]:
     )
 
 
-def drift(told: Drift) -> Iterator[str]:
-    """What the adapter makes of the base model's predictions, a line for each text."""
+def drift(told: Drift, verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
+    """What the adapter makes of the base model's predictions, a line for each text with what is judged on it."""
     for name, text in (("preserved", told.preserved), ("task", told.task)):
-        if text is not None:
-            yield (
-                f"drift on the {name} text: loss {text.base_loss:.4g} → {text.adapted_loss:.4g} "
-                f"({text.loss_change:+.3g} ± {text.loss_margin:.2g} nats a token), divergence "
-                f"{text.divergence:.3g} ± {text.divergence_margin:.2g}, over {text.tokens:,} tokens"
-            )
-    yield f"  base: {printable(told.base, 1000)}"
+        if text is None:
+            continue
+        findings = [f for f in verdict.findings if (f.threshold.figure in ON_TASK) == (name == "task")]
+        tier = Tier.worst(finding.tier for finding in findings) if findings else None
+        judged = f": {', '.join(map(str, findings))}" if findings else ""
+        yield (
+            (
+                f"{' ' if tier is None else MARKS[tier]} drift on the {name} text: loss {text.base_loss:.4g} → "
+                f"{text.adapted_loss:.4g} ({text.loss_change:+.3g} ± {text.loss_margin:.2g} nats a token), divergence "
+                f"{text.divergence:.3g} ± {text.divergence_margin:.2g}, over {text.tokens:,} tokens{judged}"
+            ),
+            tier,
+        )
+    yield f"  base: {printable(told.base, 1000)}", None
 
 
 def conditions(run: RunStats) -> str | None:

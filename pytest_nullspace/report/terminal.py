@@ -109,19 +109,14 @@ def summary(
         yield unjudged, Tier.WARN
     if names := notes.outside_of(run):
         yield notes.outside(names), Tier.WARN
-    for told in (notes.uncertain(verdicts, run), notes.few_rows(run), notes.repeated(run)):
-        if told is not None:
-            yield told, Tier.WARN
+    yield from ((doubt, Tier.WARN) for doubt in notes.doubts(verdicts, run, expectations))
     yield "", None
     yield from _table(run, verdicts)
     for line in notes.best_possible(run):
         yield line, None
     if run.drift is not None:
         yield "", None
-        tier = judge_drift(run.drift, expectations).tier
-        yield from (
-            (f"{MARKS[tier]} {line}" if i == 0 else line, tier) for i, line in enumerate(notes.drift(run.drift))
-        )
+        yield from notes.drift(run.drift, judge_drift(run.drift, expectations))
     if run.complete:
         averages = judge_averages(run, expectations)
         yield "", None

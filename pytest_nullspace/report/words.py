@@ -32,6 +32,8 @@ def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
         value = f"{finding.value:.2%}" if figure == "contribution" else f"{finding.value:.2e}"
         if figure == "leakage":
             words = words.format(against_chance=_against_chance(finding.value))
+        if finding.leniency is not None:
+            words += f"; {finding.leniency}"
         yield f"{MARKS[finding.tier]} {FIGURES[figure]} {value} ({finding.threshold.bound}): {words}", finding.tier
 
 

@@ -26,7 +26,7 @@ TASK_FIGURES = ("forgetting", "selectivity")
 UPDATE_FIGURES = ("effectiveness", "contribution")
 """What an update is for: taken on the task text where there is one."""
 
-ON_TASK = (*UPDATE_FIGURES, "selectivity")
+ON_TASK = (*UPDATE_FIGURES, "selectivity", "task-gain")
 """Those for which the task text is drawn where there is one; the others are for the preserved text."""
 
 DRIFT_FIGURES = ("divergence", "loss-rise", "task-gain")

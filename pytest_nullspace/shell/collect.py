@@ -183,7 +183,7 @@ class DriftItem(MeasuredItem):
             pytest.fail("the drift was not measured", pytrace=False)
         verdict = judge_drift(run.drift, self.parent.run.expectations(run))
         self.record(tier=str(verdict.tier), **{name: value for name, (value, _) in run.drift.figures.items()})
-        return verdict, "\n".join([verdict.summary, "", *notes.drift(run.drift)])
+        return verdict, "\n".join([verdict.summary, "", *(line for line, _ in notes.drift(run.drift, verdict))])
 
 
 FROZEN = "frozen"

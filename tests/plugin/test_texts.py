@@ -38,7 +38,7 @@ def test_the_shipped_adapter_is_judged_on_two_texts(gate: Gate, pytester: pytest
             "*8 windows, 2,048 tokens*; task text *8 windows, 2,048 tokens*",
             "gated 21 of 21 layers: 21 passed, 0 warned, 0 failed",
             "✓ drift on the preserved text: loss * → *, divergence *",
-            "drift on the task text: loss * → *",
+            "✓ drift on the task text: loss * → *: task-gain * > 0.01",
             "  base: the model with its adapter switched off",
             "✓ task / preserved *the update acts on the task*",
         ]
@@ -46,7 +46,7 @@ def test_the_shipped_adapter_is_judged_on_two_texts(gate: Gate, pytester: pytest
     document = json.loads((pytester.path / "s.json").read_text())
     assert {"text", "task_text", "task_dataset", "drift"} <= set(document)
     assert document["stats"][0]["task"]["ABX_norm"] > document["stats"][0]["ABX_norm"]
-    assert "drift on the preserved text" in (pytester.path / "r.md").read_text()
+    assert "- ✓ drift on the preserved text" in (pytester.path / "r.md").read_text()
     replayed = pytester.runpytest_subprocess("-p", "no:randomly", "--nullspace-stats=s.json", "--nullspace-drift")
     replayed.assert_outcomes(passed=23)
 
@@ -105,7 +105,7 @@ def test_an_adapter_that_ruins_the_predictions_fails_by_its_drift(
     """A loud update fails the drift item with both losses and the divergence in its message."""
     result = gate("--nullspace-drift", "-k", "drift", "--nullspace-threshold=divergence:0:0")
     assert result.ret == 1
-    result.stdout.fnmatch_lines(["divergence * > 0*", "drift on the preserved text: loss * nats a token*"])
+    result.stdout.fnmatch_lines(["divergence * > 0*", "✗ drift on the preserved text: loss * nats a token*"])
 
 
 def test_a_base_that_cannot_be_had_is_refused(gate: Gate, pytester: pytest.Pytester) -> None:
@@ -247,7 +247,7 @@ def test_a_verdict_that_more_text_might_change_is_told(gate: Gate) -> None:
     quick = (FACTS, "--nullspace-seqlen=64", "--nullspace-calib-size=4")
     result = gate("--nullspace-threshold=preservation:0.0500:0.5", model=NULL, quick=quick)
     result.stdout.fnmatch_lines(
-        ["uncertain: * verdict on * of 21 layers, *windows would settle half of them, or try *-calib-size=auto"]
+        ["uncertain: * verdict on * of 21 layers*, *windows would settle half of them, or try *-calib-size=auto"]
     )
     one = gate(model=NULL, quick=(*quick[:2], "--nullspace-calib-size=1"))
     one.stdout.fnmatch_lines(["uncertain: *one window tells nothing of how the figures vary*"])

@@ -336,8 +336,8 @@ def test_what_is_not_judged_is_told_and_does_not_look_green() -> None:
         ({"settings": {"calib_size": 32}}, "would settle half of them, or try --nullspace-calib-size=auto"),
         ({"settings": {"calib_size": None}}, "would settle half of them, so raise N in --nullspace-calib-size=auto:N"),
         ({"task_text": {"windows": 1}}, "so draw more by --nullspace-calib-size"),
-        ({"task_text": {"windows": "many"}}, "more text might change the verdict on 1 of 1 layers"),
-        ({"task_text": {"windows": -1}}, "more text might change the verdict on 1 of 1 layers"),
+        ({"task_text": {"windows": "many"}}, "more text might change the verdict on 1 of 1 layers and the averages"),
+        ({"task_text": {"windows": -1}}, "more text might change the verdict on 1 of 1 layers and the averages"),
     ],
 )
 def test_what_would_settle_a_verdict_is_told_of_the_text_that_it_is_given_on(about: dict[str, Any], told: str) -> None:
@@ -345,7 +345,7 @@ def test_what_would_settle_a_verdict_is_told_of_the_text_that_it_is_given_on(abo
     task = dataclasses.replace(EXAMPLE, output_norm=10.0, update_norm=0.102, margins={"contribution": 0.00039})
     windows = {"text": {"windows": 16}, "task_text": {"windows": 32}}
     run = dataclasses.replace(run_of(dataclasses.replace(EXAMPLE, task=task)), about={**windows, **about})
-    line = notes.uncertain([judge(layer, TRAINED) for layer in run.layers], run)
+    line = notes.uncertain([judge(layer, TRAINED) for layer in run.layers], run, TRAINED)
     assert line is not None
     assert line.endswith(told), line
 
