@@ -26,6 +26,21 @@ def test_every_case_stands_in_the_table() -> None:
     assert [case for case in (*REFUSED, *STATS) if f"| {case} |" not in table] == []
 
 
+def test_every_step_of_contributing_names_what_is_there() -> None:
+    """Each file and folder that CONTRIBUTING.md names exists, and each name of code stands in a file beside it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    steps = re.findall(r"^\d\. (.*(?:\n   .*)*)", text, re.MULTILINE)
+    assert len(steps) == 20
+    for step in steps:
+        quoted = re.findall(r"`([^`]+)`", step)
+        files = [ROOT / name for name in quoted if "/" in name]
+        assert [file for file in files if not file.exists()] == []
+        sources = [file.read_text("utf-8") for file in files if file.is_file()]
+        for name in quoted:
+            if re.fullmatch(r"[A-Z_]\w+", name) and sources:
+                assert any(re.search(rf"\b{name}\b", source) for source in sources), f"{step}: {name}"
+
+
 @pytest.mark.parametrize(
     "document", [str(file.relative_to(ROOT)) for file in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))]
 )
