@@ -3,6 +3,7 @@
 A new format is one file here, with a ``read(directory) -> Checkpoint``, and one in `pytest_nullspace.model`.
 """
 
+import os
 from pathlib import Path
 
 from pytest_nullspace.checkpoint import lora_null, peft
@@ -13,7 +14,7 @@ from pytest_nullspace.errors import CheckpointError
 __all__ = ["Checkpoint", "LayerSpec", "open_checkpoint"]
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
     """Find out what is adapted in ``directory``.
 
     Args:
@@ -25,6 +26,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     Raises:
         CheckpointError: It is no such directory, or what lies there does not hold together.
     """
+    directory = Path(directory)
     try:
         if not directory.is_dir():
             what = "is a file; give the directory that holds it" if directory.exists() else "no such directory"

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from pytest_nullspace.checkpoint import gguf
 from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.checkpoint.layers import Checkpoint
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.settings import PREFIX
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
@@ -13,6 +15,29 @@ _WANTED = ("*.json", "*.safetensors", "tokenizer.model", "spiece.model", "vocab.
 """What is downloaded: no code and no pickles."""
 _UNWANTED = ("*/*",)
 """Nor what lies in folders, such as the states of training."""
+
+
+def base_of(checkpoint: Checkpoint, asked: str | None, option: str = f"{PREFIX}base") -> Path:
+    """The base model of ``checkpoint``, a directory or a GGUF file: as asked for, else as its config does.
+
+    Args:
+        checkpoint: An adapter that does not carry its base.
+        asked: What the user names, as `base_path` takes it.
+        option: Where the user named it, for messages.
+
+    Raises:
+        CheckpointError: Neither says, it cannot be had, or the config's base is not the one that was trained on.
+    """
+    if asked is not None:
+        return base_path(asked, None, option)
+    if checkpoint.changed_base is not None:
+        raise CheckpointError(f"{checkpoint.config_file}: {checkpoint.changed_base} by {PREFIX}base=DIR")
+    if not checkpoint.base:
+        raise CheckpointError(
+            f"{checkpoint.config_file}: names no base_model_name_or_path; give it by {PREFIX}base=DIR"
+        )
+    how = f"{checkpoint.config_file}: base_model_name_or_path"
+    return base_path(checkpoint.base, checkpoint.base_revision, how)
 
 
 def base_path(name: str, revision: str | None, how: str) -> Path:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.hub import base_path
-from pytest_nullspace.errors import CheckpointError, MeasurementError, OptionError
+from pytest_nullspace.checkpoint.hub import base_of
+from pytest_nullspace.errors import MeasurementError, OptionError
 from pytest_nullspace.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def device_of(settings: Settings) -> Any:
     """
     import torch
 
+    from pytest_nullspace.model import device_named
+
     name, ranks = settings.device, settings.ranks
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -42,12 +44,7 @@ def device_of(settings: Settings) -> Any:
         name = "cpu"
     if ranks.size > 1 and name in ("cuda", "xpu"):
         name = f"{name}:{ranks.local}"
-    device = torch.device(name)
-    if device.type != "cpu":
-        module = getattr(torch, device.type)
-        if not module.is_available() or (device.index or 0) >= module.device_count():
-            raise OptionError(f"{PREFIX}device: torch sees no {name} on this machine; choose cpu or leave it at auto")
-    return device
+    return device_named(name, f"{PREFIX}device")
 
 
 def dtype_of(name: str, checkpoint: Checkpoint, device: Any) -> Any:
@@ -67,24 +64,6 @@ def device_name(device: Any) -> str:
     import torch
 
     return str(getattr(torch, device.type).get_device_name(device)) if device.type != "cpu" else platform.machine()
-
-
-def base_of(checkpoint: Checkpoint, asked: str | None) -> Path:
-    """The base model of ``checkpoint``, a directory or a GGUF file: as the option says, else as its config does.
-
-    Raises:
-        CheckpointError: Neither says, it cannot be had, or the config's base is not the one that was trained on.
-    """
-    if asked is not None:
-        return base_path(asked, None, f"{PREFIX}base")
-    if checkpoint.changed_base is not None:
-        raise CheckpointError(f"{checkpoint.config_file}: {checkpoint.changed_base} by {PREFIX}base=DIR")
-    if not checkpoint.base:
-        raise CheckpointError(
-            f"{checkpoint.config_file}: names no base_model_name_or_path; give it by {PREFIX}base=DIR"
-        )
-    how = f"{checkpoint.config_file}: base_model_name_or_path"
-    return base_path(checkpoint.base, checkpoint.base_revision, how)
 
 
 def load(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors, require_unchanged, stamps
+from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.errors import CheckpointError, TextError
 from pytest_nullspace.judging.audit import Audit, audit
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages
@@ -25,7 +26,6 @@ from pytest_nullspace.judging.weights import STATEMENT, weigh
 from pytest_nullspace.measuring.loading import (
     Bases,
     TrueBase,
-    base_of,
     device_name,
     device_of,
     dtype_of,

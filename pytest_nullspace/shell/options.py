@@ -201,6 +201,15 @@ def form_example(in_ini: bool) -> str:
     return "*.down_proj preservation 0.2 0.6" if in_ini else "preservation:0.2:0.6"
 
 
+_REQUIRE = _Option(
+    "require",
+    "",
+    "Refuse a run that gates nothing, because it names neither a model nor a saved run.",
+    _truth,
+    default=False,
+    switch=True,
+)
+
 _OPTIONS = (
     _Option(
         "model",
@@ -212,6 +221,7 @@ _OPTIONS = (
     _Option(
         "stats", "JSON", "Gate the saved run in JSON, without its model and without torch.", _path, repeatable=True
     ),
+    _REQUIRE,
     _Option(
         "base",
         "DIR",
@@ -371,8 +381,9 @@ def add_options(parser: "pytest.Parser") -> None:
     for option in _OPTIONS:
         default = f" (default {option.default})" if isinstance(option.default, str | int) and not option.switch else ""
         text = option.help + default
+        shown = text.replace("%", "%%")  # argparse formats the help of options, pytest prints that of ini keys as it is
         if option.switch:
-            group.addoption(option.flag, dest=option.dest, action="store_const", const="true", default=None, help=text)
+            group.addoption(option.flag, dest=option.dest, action="store_const", const="true", default=None, help=shown)
         else:
             group.addoption(
                 option.flag,
@@ -380,7 +391,7 @@ def add_options(parser: "pytest.Parser") -> None:
                 metavar=option.metavar,
                 action="append" if option.repeatable else "store",
                 default=None,
-                help=text,
+                help=shown,
             )
         kind: Literal["linelist", "string"] = "linelist" if option.repeatable else "string"
         parser.addini(option.dest, text, type=kind, default=None)
@@ -397,9 +408,11 @@ def read_settings(config: "pytest.Config") -> Settings | None:
     """What the command line and the ini file ask for; None where nothing is to be gated, and the plugin does nothing.
 
     Raises:
-        OptionError: An option does not take its value; the message names both.
+        OptionError: An option does not take its value; the message names both. Or nothing is to be gated, and must be.
     """
     if not any(_given(config, option) for option in _OPTIONS if option.name in ("model", "stats")):
+        if _read(config, _REQUIRE) and not _only_explains(config):
+            raise OptionError(f"{PREFIX}require: this run gates nothing; give {PREFIX}model=DIR or {PREFIX}stats=JSON")
         return None
     from pytest_nullspace.measuring.distributed import Ranks
 
@@ -443,6 +456,12 @@ def read_settings(config: "pytest.Config") -> Settings | None:
     )
     _check_together(settings)
     return settings
+
+
+def _only_explains(config: "pytest.Config") -> bool:
+    """Whether pytest runs no tests, but shows its help, versions, markers, fixtures or cache."""
+    asked = ("help", "version", "markers", "showfixtures", "show_fixtures_per_test", "cacheshow")
+    return any(getattr(config.option, name, None) for name in asked)
 
 
 def _check_together(settings: Settings) -> None:

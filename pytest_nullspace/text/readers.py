@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -220,7 +221,8 @@ def _read_folder(source: FolderText) -> _Table:
     import datasets
 
     try:
-        saved = datasets.load_from_disk(str(source.path))
+        with _without_bars():
+            saved = datasets.load_from_disk(str(source.path))
     except Exception as error:
         reason = first_line(error)
         raise TextError(f"{source}: not a folder that save_to_disk of datasets wrote: {reason}") from error
@@ -242,14 +244,31 @@ def _read_hub(source: HubText) -> _Table:
         {"data_files": {source.split: source.file}, "verification_mode": "no_checks"} if source.file else {}
     )
     try:
-        return _from_dataset(
-            datasets.load_dataset(source.repo, source.config, split=source.split, revision=source.revision, **one_file)
-        )
+        with _without_bars():
+            found = datasets.load_dataset(
+                source.repo, source.config, split=source.split, revision=source.revision, **one_file
+            )
+        return _from_dataset(found)
     except Exception as error:  # no network, offline, gated, no such name: datasets has an exception for each
         reason = first_line(error)
         raise TextError(
             f"{source}: cannot be loaded: {reason}. Mend that, or give a local file: {OPTION}=FILE.txt"
         ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars of `datasets`, which would land in the output of a user's test."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    with warnings.catch_warnings(action="ignore"):  # where an environment variable has the last word
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def _from_dataset(dataset: Any) -> _Table:

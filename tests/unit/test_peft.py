@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
+from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.measuring.loading import base_of
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.report import notes
