@@ -85,16 +85,18 @@ def load(
     return spread(load_model(checkpoint, torch.device("cpu"), dtype, base), settings.device_map)
 
 
-def load_base(base: Path, settings: Settings, device: Any, dtype: Any) -> tuple[Any, Any]:
-    """A base model without any adapter, and where it takes its input."""
+def load_base(
+    base: Path, settings: Settings, device: Any, dtype: Any, adapter: Checkpoint | None = None
+) -> tuple[Any, Any]:
+    """A base model without any adapter, of the class that ``adapter`` adapts, and where it takes its input."""
     import torch
 
     from pytest_nullspace.model import load_plain
     from pytest_nullspace.model.spread import spread_plain
 
     if settings.device_map is None:
-        return load_plain(base, device, dtype), device
-    model = load_plain(base, torch.device("cpu"), dtype)
+        return load_plain(base, device, dtype, adapter), device
+    model = load_plain(base, torch.device("cpu"), dtype, adapter)
     return model, spread_plain(model, settings.device_map)
 
 
@@ -134,10 +136,13 @@ def true_base(
             return lambda: nullcontext(loaded.model), loaded.device
 
         return TrueBase(f"the start {initial.directory}", start)
-    if checkpoint.carries_base and base is not None:
+    # What an adapter of PEFT writes into its base, such as saved embeddings or biases, no switch takes out again.
+    is_written = not checkpoint.carries_base and checkpoint.changed_base is None and adapted.switched_off is None
+    if base is not None and (checkpoint.carries_base or is_written):
 
         def plain() -> tuple["Base", Any]:
-            model, place = load_base(base, settings, device, dtype)
+            adapter = None if checkpoint.carries_base else checkpoint
+            model, place = load_base(base, settings, device, dtype, adapter)
             return lambda: nullcontext(model), place
 
         return TrueBase(f"the base {base}", plain)

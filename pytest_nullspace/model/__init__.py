@@ -130,8 +130,8 @@ def load_model(
         return peft.load(checkpoint, found, place, precision, {} if bases is None else bases)
 
 
-def load_plain(base: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A whole causal language model without any adapter, in eval mode.
+def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Checkpoint | None = None) -> nn.Module:
+    """A whole causal language model without any adapter, in eval mode; for an ``adapter`` of the class that it adapts.
 
     Raises:
         CheckpointError: It cannot be loaded.
@@ -139,4 +139,4 @@ def load_plain(base: Path, device: torch.device, dtype: torch.dtype) -> nn.Modul
     with _quietly():
         from pytest_nullspace.model import peft
 
-        return peft.load_plain(base, device, dtype)
+        return peft.load_plain(base, device, dtype, adapter)

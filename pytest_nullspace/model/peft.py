@@ -76,6 +76,7 @@ def load(
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     _check_targets(checkpoint, base, found, {name for name, _ in model.named_modules()})
     _fill(wrapped, checkpoint, base)
+    is_written = untouched.is_written()
     model.to(device).eval()
     views = {spec.name: _view(spec.name, found[spec.name]) for spec in checkpoint.layers}
     if checkpoint.changed_base is not None:
@@ -91,31 +92,37 @@ def load(
         with wrapped.disable_adapter():
             yield model
 
-    # Biases that were trained stay on, and an initialisation that changed the base is not undone.
-    whole = checkpoint.changed_base is None and checkpoint.config.get("bias", "none") == "none"
+    # What was written into the base's own tensors stays on, and an initialisation that changed the base is not undone.
+    whole = checkpoint.changed_base is None and not is_written
     return AdaptedModel(model, views, device, take_off, switched_off if whole else None)
 
 
-def load_plain(base: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A whole causal language model from ``base``, without any adapter, in eval mode.
+def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Checkpoint | None) -> nn.Module:
+    """A whole causal language model from ``base``, or one of ``adapter``'s class, without any adapter, in eval mode.
 
     Raises:
         CheckpointError: It cannot be loaded.
     """
-    return _base_model(transformers.AutoModelForCausalLM, base, dtype, ()).to(device).eval()
+    kind = transformers.AutoModelForCausalLM if adapter is None else _class_of(adapter, base)
+    return _base_model(kind, base, dtype, ()).to(device).eval()
 
 
 class _Untouched:
     """Remembers a base model, to tell whether an adapter that was taken off it left everything as it was.
 
-    Some adapters do not: trained biases, for one, are written into the base's own, and PEFT leaves the adapter's whole
-    modules in place.
+    Some adapters do not: trained biases, saved embeddings and whatever else in the file is named as a tensor of the
+    base is written into the base's own, and PEFT leaves the adapter's whole modules in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._modules, self._tensors = self._now()
         self._kept = [*model.parameters(), *model.buffers()]  # alive, so that no other tensor gets the id of one
+        self._versions = list(map(_version, self._kept))
+
+    def is_written(self) -> bool:
+        """Whether a tensor that is the base's own was written to, so that it is not the base without its adapter."""
+        return list(map(_version, self._kept)) != self._versions
 
     def restored(self) -> bool:
         """Put back modules that are not the base's own; whether they then hold the same tensors, none written to."""
@@ -132,12 +139,17 @@ class _Untouched:
             for name, module in model.named_modules(remove_duplicate=False)
         }
         tensors = {
-            name: (id(tensor), -1 if tensor.is_inference() else tensor._version)
+            name: (id(tensor), _version(tensor))
             for name, tensor in (
                 *model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)
             )
         }  # fmt: skip
         return modules, tensors
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; an inference tensor does not tell."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _class_of(checkpoint: Checkpoint, base: Path) -> Any:

@@ -15,7 +15,7 @@ from pytest_nullspace.model import load_model
 from pytest_nullspace.text.tokenizer import load_tokenizer
 from pytest_nullspace.text.windows import draw_windows
 from tests import tiny
-from tests.adapters import adapter, switch
+from tests.adapters import adapter, change, switch
 from tests.plugin.conftest import LOOSE, Gate
 
 FACTS, TASK = (
@@ -151,13 +151,14 @@ def test_what_drift_lacks_is_told_before_the_pass(kind: str, gate: Gate, pyteste
     """No text is run through a model whose predictions cannot be compared, and no figure of such a pass is lost."""
     (pytester.path / "text.txt").write_text(tiny.TEXT)
     if kind == "no base":
-        adapter(pytester.path, tiny.qwen2(), r=4, target_modules=["q_proj"], bias="all")
+        directory = adapter(pytester.path, tiny.llama(), r=4, target_modules=["q_proj"])
+        change(directory, lambda _, config: config.update(init_lora_weights="pissa"))
         told = "does not hold its base model*--nullspace-init=DIR"
     else:
         adapter(pytester.path, switch(), "SEQ_2_SEQ_LM", r=4, target_modules=["q"])
         told = "is no causal language model; leave the option out"
     pytester.makeconftest(NOTHING_MEASURED)
-    result = gate("--nullspace-drift", model="adapter")
+    result = gate("--nullspace-drift", "--nullspace-base=base", model="adapter")
     result.stdout.fnmatch_lines([f"*--nullspace-drift: *adapter {told}"])
     result.stdout.no_fnmatch_line("*the pass began*")
 

@@ -1,19 +1,23 @@
-"""The predictions against the base model's, where the two models do not begin on one device."""
+"""The predictions against the base model's: what serves as the base, and where the two models begin."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import nn
+import transformers
+from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measuring import loading
 from pytest_nullspace.measuring.drift import drift
 from pytest_nullspace.model import AdaptedModel, load_model
 from tests import tiny
+from tests.adapters import adapter, change
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 WINDOWS = [list(range(3, 40)), list(range(60, 100))]
@@ -60,3 +64,84 @@ def test_a_base_that_is_spread_tells_where_it_begins(
     initial, base = (checkpoint, None) if which == "start" else (None, tmp_path / "base")
     _, place = loading.true_base(adapted, checkpoint, initial, base, settings, CPU, torch.float32).load()
     assert place == torch.device("cuda:1")
+
+
+LOUD: dict[str, Any] = {"initializer_range": 0.2}
+
+
+def untied() -> Any:
+    return tiny.llama(tie_word_embeddings=False, **LOUD)
+
+
+def with_biases() -> Any:
+    return tiny.qwen2(**LOUD)
+
+
+def shifted(*names: str) -> Callable[[dict[str, Tensor], dict[str, Any]], None]:
+    """An edit that gives the adapter's file the base's own tensors of these names, moved."""
+
+    def edit(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        own = dict(untied().named_parameters())
+        tensors |= {f"base_model.model.{name}": own[name.replace(".base_layer", "")].detach() + 0.1 for name in names}
+
+    return edit
+
+
+Q_PROJ: dict[str, Any] = {"target_modules": ["q_proj"]}
+BASES: dict[str, tuple[Callable[[], Any], dict[str, Any], Callable[..., None] | None, str]] = {
+    "nothing else": (untied, Q_PROJ, None, "switched off"),
+    "saved embeddings": (untied, Q_PROJ, shifted("model.embed_tokens.weight", "lm_head.weight"), "base"),
+    "a norm": (untied, Q_PROJ, shifted("model.layers.1.input_layernorm.weight"), "base"),
+    "a layer's own weight": (untied, Q_PROJ, shifted("model.layers.0.self_attn.q_proj.base_layer.weight"), "base"),
+    "another layer's weight": (untied, Q_PROJ, shifted("model.layers.2.mlp.up_proj.weight"), "base"),
+    "LoRA on the embedding": (untied, {"target_modules": ["q_proj", "embed_tokens"]}, None, "base"),
+    "every bias": (with_biases, {**Q_PROJ, "bias": "all"}, None, "base"),
+    "the layers' biases": (with_biases, {**Q_PROJ, "bias": "lora_only"}, None, "base"),
+    "biases where there are none": (untied, {**Q_PROJ, "bias": "all"}, None, "switched off"),
+    "whole modules": (untied, {**Q_PROJ, "modules_to_save": ["lm_head", "embed_tokens", "norm"]}, None, "switched off"),
+    "trained tokens": (
+        lambda: tiny.llama(**LOUD),
+        {**Q_PROJ, "trainable_token_indices": [32, 101, 111]},
+        None,
+        "switched off",
+    ),
+    "magnitudes": (untied, {**Q_PROJ, "use_dora": True}, None, "switched off"),
+    "biases of the LoRA": (untied, {**Q_PROJ, "lora_bias": True}, None, "switched off"),
+}
+"""What an adapter holds, and what serves as its base: itself, or the base once more."""
+
+
+# PEFT's own, while the test makes adapters with it.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", BASES)
+def test_drift_is_that_of_two_models_loaded_apart(kind: str, tmp_path: Path) -> None:
+    """Whatever PEFT writes into the base, losses and divergence are those of the base as it lies on disk, to 1e-6."""
+    make, config, edit, served = BASES[kind]
+    directory = adapter(tmp_path, make(), r=4, lora_alpha=8, **config)
+    if edit is not None:
+        change(directory, edit)
+    checkpoint, base = open_checkpoint(directory), tmp_path / "base"
+    adapted = load_model(checkpoint, CPU, torch.float32, base)
+    settings: Any = SimpleNamespace(device_map=None, base=None)
+    held_against = loading.true_base(adapted, checkpoint, None, base, settings, CPU, torch.float32)
+    assert held_against.name == ("the model with its adapter switched off" if served != "base" else f"the base {base}")
+    model, place = held_against.load()
+    found = drift(adapted.model, model, WINDOWS, CPU, base_device=place)
+
+    def loaded() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+
+    with torch.inference_mode():
+        before, after = (
+            [of(input_ids=torch.tensor([window])).logits.double().log_softmax(-1)[0] for window in WINDOWS]
+            for of in (loaded(), peft.PeftModel.from_pretrained(loaded(), directory).eval())
+        )
+    divergence = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(before, after, strict=True)]).mean()
+    losses = [
+        -torch.cat([of[:-1].gather(1, torch.tensor(w)[1:, None]) for of, w in zip(logs, WINDOWS, strict=True)]).mean()
+        for logs in (before, after)
+    ]
+    assert [found.base_loss, found.adapted_loss, found.divergence] == pytest.approx(
+        [*map(float, losses), float(divergence)], rel=1e-6
+    )
+    assert found.divergence > 1e-6

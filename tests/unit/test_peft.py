@@ -623,6 +623,16 @@ def test_adapters_of_one_base_share_it_and_leave_it_untouched(
     assert len(loads) == (1 if leaves_it_untouched else 3)
 
 
+def test_a_base_into_which_a_plain_weight_was_written_is_not_handed_on(saved: Path) -> None:
+    """A norm in the adapter's file is written into the base, so the next adapter gets a base of its own."""
+    change(saved, lambda tensors, _: tensors.update({"base_model.model.model.norm.weight": torch.full((32,), 1.5)}))
+    bases: dict[Any, nn.Module] = {}
+    checkpoint = open_checkpoint(saved)
+    assert checkpoint.outside == ("base_model.model.model.norm.weight",)
+    load_model(checkpoint, torch.device("cpu"), torch.float32, saved.parent / "base", bases).take_off()
+    assert not bases
+
+
 def test_a_base_with_trained_biases_is_not_handed_on(tmp_path: Path) -> None:
     """Trained biases are written into the base's own, so the next adapter gets a base of its own."""
     directory = adapter(tmp_path, tiny.qwen2(), r=4, target_modules=["q_proj"], bias="all")
