@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from inspect import Parameter, signature
 
 import torch
 from torch import Tensor, nn
@@ -18,47 +19,58 @@ def forwards(
 ) -> Iterator[Callable[[Tensor], None]]:
     """Within this context what is given runs the model on tokens ``(b, length)`` until all ``layers`` have run.
 
+    It is always the whole model that is called, for a head's forward can shape what its decoder computes: Longformer's
+    puts global attention on the first token. What is left out is what would come after, by ending the forward there.
+
     Args:
         adapted: The model.
         layers: The layers that have to run.
         tokens: Some tokens of the text, of which a few are run to find out where the others may end.
     """
-    entry = _entry(adapted.model, layers)
+    decoder = _decoder(adapted.model, layers)
 
     def forward(batch: Tensor) -> None:
-        with suppress(_PassedLastBlockError):
-            _forward(entry, adapted, batch)
+        _forward(adapted, batch)
 
-    with torch.inference_mode(), _stopping_after(_last_block(entry, layers, adapted, tokens[:PROBE_TOKENS])):
+    with ExitStack() as ends:
+        ends.enter_context(torch.inference_mode())
+        ends.enter_context(_stopping_after(decoder))
+        ends.enter_context(_stopping_after(_last_block(decoder, layers, adapted, tokens[:PROBE_TOKENS])))
         yield forward
 
 
-class _PassedLastBlockError(Exception):
-    """Raised inside the model to end a forward after the last block that holds a measured layer."""
+class _PassedLastError(Exception):
+    """Raised inside the model to end a forward after the last module that holds a measured layer."""
 
 
-def _entry(model: nn.Module, layers: Sequence[AdaptedLayer]) -> nn.Module:
-    """The decoder without its head where no measured layer lies outside it, else the whole model."""
+def _decoder(model: nn.Module, layers: Sequence[AdaptedLayer]) -> nn.Module:
+    """The model without its head, which calls it once, where no measured layer lies outside it; else the whole."""
     decoder = getattr(model, "base_model", model)
     inside = set(map(id, decoder.modules()))
     return decoder if all(id(layer.layer) in inside for layer in layers) else model
 
 
-def _forward(entry: nn.Module, adapted: AdaptedModel, tokens: Tensor) -> None:
+def _forward(adapted: AdaptedModel, tokens: Tensor) -> None:
     """Run the model on ``tokens (b, length)``; an encoder-decoder reads them on both sides."""
-    both = {"decoder_input_ids": tokens} if adapted.is_encoder_decoder else {}
-    entry(input_ids=tokens, use_cache=False, **both)
+    given = {"input_ids": tokens, "use_cache": False}
+    if adapted.is_encoder_decoder:
+        given["decoder_input_ids"] = tokens
+    taken = signature(adapted.model.forward).parameters
+    if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken.values()):
+        given = {name: value for name, value in given.items() if name in taken}
+    with suppress(_PassedLastError):
+        adapted.model(**given)
 
 
 def _last_block(
-    entry: nn.Module, layers: Sequence[AdaptedLayer], adapted: AdaptedModel, tokens: Sequence[int]
+    decoder: nn.Module, layers: Sequence[AdaptedLayer], adapted: AdaptedModel, tokens: Sequence[int]
 ) -> nn.Module | None:
     """The block after which no measured layer can run, found by watching a short forward; None where there is none.
 
     A block is an element of an outermost `torch.nn.ModuleList`. The forward may end after one only if each measured
     layer lies in a block and each such block runs exactly once. Where every block holds one, nothing is to be gained.
     """
-    blocks = _blocks(entry)
+    blocks = _blocks(decoder)
     holding = {id(block): block for layer in layers if (block := blocks.get(id(layer.layer))) is not None}
     if not all(id(layer.layer) in blocks for layer in layers) or holding.keys() == set(map(id, blocks.values())):
         return None
@@ -66,14 +78,14 @@ def _last_block(
     with ExitStack() as hooks:
         for block in holding.values():
             hooks.callback(block.register_forward_hook(lambda module, *_: ran.append(module)).remove)
-        _forward(entry, adapted, torch.tensor([list(tokens)], device=adapted.device))
+        _forward(adapted, torch.tensor([list(tokens)], device=adapted.device))
     return ran[-1] if len(ran) == len(holding) == len(set(map(id, ran))) else None
 
 
-def _blocks(entry: nn.Module) -> dict[int, nn.Module]:
+def _blocks(decoder: nn.Module) -> dict[int, nn.Module]:
     """For each module inside a block, by its id, that block."""
     found: dict[int, nn.Module] = {}
-    for module in entry.modules():
+    for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and id(module) not in found:
             for block in module:
                 for part in block.modules():
@@ -82,11 +94,11 @@ def _blocks(entry: nn.Module) -> dict[int, nn.Module]:
 
 
 @contextmanager
-def _stopping_after(block: nn.Module | None) -> Iterator[None]:
+def _stopping_after(module: nn.Module | None) -> Iterator[None]:
     def stop(*_: object) -> None:
-        raise _PassedLastBlockError
+        raise _PassedLastError
 
-    handle = None if block is None else block.register_forward_hook(stop)
+    handle = None if module is None else module.register_forward_hook(stop)
     try:
         yield
     finally:

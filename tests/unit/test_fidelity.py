@@ -1,5 +1,6 @@
 """The pass changes nothing that it measures: not one bit of a model's output, and no parameter at any moment."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,56 @@ def test_biases_that_accelerate_keeps_elsewhere_are_left_there(tmp_path: Path) -
     assert torch.equal(outputs(adapted), before)
     for one, other in zip(measured, want, strict=True):
         assert figures(one) == pytest.approx(figures(other), rel=EXACT)
+
+
+def longformer() -> Any:
+    return transformers.LongformerForSequenceClassification(
+        transformers.LongformerConfig(
+            vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=258, pad_token_id=1, attention_window=8,
+        )
+    )  # fmt: skip
+
+
+def test_a_head_that_shapes_the_forward_is_run(tmp_path: Path) -> None:
+    """Longformer's classifier puts global attention on the first token: its layers see what the whole model gives."""
+    torch.manual_seed(0)
+    targets = ["query", "value", "query_global", "value_global"]
+    _, adapted = opened(adapter(tmp_path, longformer(), "SEQ_CLS", r=4, target_modules=targets))
+    seen: dict[str, Tensor] = {}
+    handles = [
+        layer.layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].double()}))
+        for name, layer in adapted.layers.items()
+    ]
+    with torch.inference_mode():
+        adapted.model(input_ids=torch.tensor(WINDOWS[:1]))
+    for handle in handles:
+        handle.remove()
+    measured = measure(adapted, WINDOWS[:1])
+    assert len(measured) == 8
+    for layer in measured:
+        assert layer.defect is None
+        assert layer.input_norm == pytest.approx(float(seen[layer.name].norm(dim=-1).mean()), rel=EXACT)
+
+
+CALLS_AGAIN = {
+    "FlavaForPreTraining", "ViltForImagesAndTextClassification", "TimesFmModelForPrediction",
+    "Nemotron3DiarizationForAudioFrameClassification",  # they read no text alone
+    "RoCBertForPreTraining",  # again only for labels
+    "T5GemmaForSequenceClassification", "T5GemmaForTokenClassification",  # one of two calls
+}  # fmt: skip
+
+
+def test_no_head_calls_its_decoder_twice() -> None:
+    """A forward may end where the decoder returns because no class of transformers goes on to call it once more."""
+    found = set()
+    for file in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
+        text = file.read_text(encoding="utf-8")
+        prefixes = set(re.findall(r"^    base_model_prefix = \"(\w+)\"", text, re.MULTILINE))
+        for part in re.split(r"^class ", text, flags=re.MULTILINE)[1:]:
+            forward = re.search(r"^    def forward\(.*?(?=^    def |\Z)", part, re.MULTILINE | re.DOTALL)
+            for prefix in prefixes if forward else ():
+                if len(re.findall(rf"\bself\.{prefix}\(", forward[0])) > 1:  # type: ignore[index]
+                    found.add(re.match(r"\w+", part)[0])  # type: ignore[index]
+    assert found - CALLS_AGAIN == set()
+    assert found
