@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import generated
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -24,6 +26,13 @@ def test_every_case_stands_in_the_table() -> None:
 
     table = (ROOT / "docs/bad-days.md").read_text("utf-8")
     assert [case for case in (*REFUSED, *STATS) if f"| {case} |" not in table] == []
+
+
+def test_the_tables_of_documents_are_those_of_the_code() -> None:
+    """What is written by ``python -m tests.generated`` is up to date, and the options are told somewhere."""
+    found = generated.documents()
+    assert ROOT / "docs" / "options.md" in found
+    assert [file.name for file in found if generated.renewed(file.read_text("utf-8")) != file.read_text("utf-8")] == []
 
 
 def test_every_step_of_contributing_names_what_is_there() -> None:

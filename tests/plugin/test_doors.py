@@ -3,7 +3,7 @@
 import pytest
 
 from pytest_nullspace.settings import PREFIX
-from pytest_nullspace.shell.options import _OPTIONS
+from pytest_nullspace.shell.options import OPTIONS
 from tests import tiny
 from tests.adapters import adapter
 from tests.plugin.conftest import Gate, Replay
@@ -20,7 +20,7 @@ def test_every_help_text_is_shown(pytester: pytest.Pytester, monkeypatch: pytest
     result = pytester.runpytest_subprocess("--help")
     assert (result.ret, result.stderr.str()) == (0, "")
     shown = " ".join(result.stdout.str().split())
-    for option in _OPTIONS:
+    for option in OPTIONS:
         assert f"{PREFIX}{option.name}" in shown
         assert f"{option.dest} (" in shown
         assert shown.count(" ".join(option.help.split())) == 2, option.name
