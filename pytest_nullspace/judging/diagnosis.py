@@ -128,14 +128,17 @@ def _non_finite(case: _Case) -> Iterator[Diagnosis]:
     lost = tuple(name for name, defect in defects.items() if "non-finite" in defect)
     if lost:
         weights = [name for name in lost if "weights" in defects[name]]
-        yield Diagnosis(
-            "non-finite",
-            f"NaN or infinity {_of(lost, case.names)}, {len(weights)} of them in the weights",
+        told = f"NaN or infinity {_of(lost, case.names)}, {len(weights)} of them in the weights"
+        training = (
             "find the first step whose loss is not finite: lower the learning rate, clip gradients, or train in "
-            "bfloat16 or float32; measure in float32 if only activations are affected",
-            "weights are lost for good; activations alone point at the precision of the measurement",
-            lost,
+            "bfloat16 or float32"
         )
+        apart = "weights are lost for good; activations alone point at the precision of the measurement"
+        cure = f"{training}; measure in float32 if only activations are affected"
+        if case.run.about.get("dtype") == "float16" and not weights:
+            told = f"float16, in which it was measured, ends at 65,504: {told}"
+            cure = f"measure in bfloat16 or float32, by --nullspace-dtype; if it stays, {training}"
+        yield Diagnosis("non-finite", told, cure, apart, lost)
 
 
 def _b_trained(case: _Case) -> Iterator[Diagnosis]:

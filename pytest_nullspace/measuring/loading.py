@@ -4,12 +4,14 @@ Torch is imported only inside functions.
 """
 
 import platform
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint import Checkpoint, gguf
+from pytest_nullspace.checkpoint.header import read_header, read_json_object
 from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.errors import MeasurementError, OptionError
 from pytest_nullspace.settings import PREFIX, Settings
@@ -47,16 +49,45 @@ def device_of(settings: Settings) -> Any:
     return device_named(name, f"{PREFIX}device")
 
 
-def dtype_of(name: str, checkpoint: Checkpoint, device: Any) -> Any:
-    """The precision of that ``name``; for ``auto`` float32 on a CPU, elsewhere that of the weights."""
+def dtype_of(name: str, checkpoint: Checkpoint, device: Any, base: Path | None = None) -> Any:
+    """The precision of that ``name``; for ``auto`` float32 on a CPU, elsewhere that in which the base is stored.
+
+    Args:
+        name: As the option gives it.
+        checkpoint: What is measured.
+        device: Where it runs.
+        base: The base of an adapter; the one that its config names if None.
+    """
     import torch
 
     if name != "auto":
         return getattr(torch, name)
-    stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
-    if device.type == "cpu" or "F32" in stored or "F64" in stored:
+    if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if "BF16" in stored else torch.float16
+    return getattr(torch, _precision(checkpoint, base))
+
+
+_PRECISIONS = {"F64": "float32", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def _precision(checkpoint: Checkpoint, base: Path | None) -> str:
+    """That of most bytes of the base. What is quantised tells none: then its config's, or else bfloat16."""
+    if checkpoint.carries_base:
+        base, tensors = checkpoint.directory, list(checkpoint.tensors.values())
+    else:
+        base = base or base_of(checkpoint, None)
+        files = [] if base.is_file() else sorted(base.glob("*.safetensors"))
+        held = [gguf.read_header(base)] if base.is_file() else [read_header(file) for file in files]
+        tensors = [tensor for of in held for tensor in of.values()]
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.dtype] += tensor.nbytes
+    most = max(sizes, key=sizes.__getitem__, default="")
+    if most in _PRECISIONS:
+        return _PRECISIONS[most]
+    config = {} if base.is_file() else read_json_object(base / "config.json", "the base model's config")
+    said = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return said if said in _PRECISIONS.values() else "bfloat16"
 
 
 def device_name(device: Any) -> str:

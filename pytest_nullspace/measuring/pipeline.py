@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors, require_unchanged, stamps
+from pytest_nullspace.checkpoint.header import TensorInfo, read_tensors, require_unchanged, stamps
 from pytest_nullspace.checkpoint.hub import base_of
-from pytest_nullspace.errors import CheckpointError, TextError
+from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.judging.audit import Audit, audit
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages
 from pytest_nullspace.judging.weights import STATEMENT, weigh
+from pytest_nullspace.measuring.limits import default_length, require_known_tokens, window_length
 from pytest_nullspace.measuring.loading import (
     Bases,
     TrueBase,
@@ -46,8 +47,6 @@ from pytest_nullspace.text.windows import Window, distinct_rows, draw_windows, t
 if TYPE_CHECKING:
     from pytest_nullspace.model import AdaptedModel
 
-DEFAULT_SEQLEN = 2048
-"""Tokens a window, as in the reference, where the model allows as many."""
 CPU_TOKENS, GPU_TOKENS = 256, 16384
 """Tokens of the windows that share a forward. Below so many a CPU spends its time between the matrix products, beyond
 them little is gained (docs/cost.md); a GPU wants more, as far as they fit."""
@@ -96,7 +95,7 @@ def measure_checkpoint(
     import_libraries(checkpoint)
     spent.on("imports")
     device = device_of(settings)
-    dtype = dtype_of(settings.dtype, checkpoint, device)
+    dtype = dtype_of(settings.dtype, checkpoint, device, base)
     running = f"{str(dtype).removeprefix('torch.')} on {device}"
     with shortage_told(
         lambda: (
@@ -109,14 +108,14 @@ def measure_checkpoint(
         true_base(adapted, checkpoint, initial, base, settings, adapted.device, dtype) if settings.drift else None
     )
     spent.on("model")
-    seqlen = _seqlen(settings.seqlen, adapted.model)
+    seqlen = window_length(settings.seqlen, adapted.model)
     count = settings.calib_most if settings.calib_size is None else settings.calib_size
     drawn = {
         what: draw_windows(text, tokenize, count=count, seqlen=seqlen, seed=settings.seed)
         for what, text in texts.items()
     }
     for windows in drawn.values():
-        _require_known_tokens(windows, adapted.model, checkpoint)
+        require_known_tokens(windows, adapted.model, checkpoint)
     spent.on("windows")
     load_seconds = sum(spent.seconds.values())
 
@@ -394,7 +393,7 @@ def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, froze
     """
     seqlen = settings.seqlen
     if seqlen is None and checkpoint.carries_base:
-        seqlen = _default_seqlen(checkpoint.config.get("max_position_embeddings"))
+        seqlen = default_length(checkpoint.config)
     lost = math.nan
     layers = tuple(
         LayerStats(
@@ -472,33 +471,6 @@ def _tokenizer_directory(checkpoint: Checkpoint, base: Path | None) -> Path:
 def _batch_size(seqlen: int, device: Any) -> int:
     """Windows a forward that suit ``device``; how many fit is found out by trying."""
     return max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // seqlen)
-
-
-def _seqlen(asked: int | None, model: Any) -> int:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise TextError(
-            f"config.json: max_position_embeddings must be a whole number from 1, not {printable(limit)}; mend it"
-        )
-    if asked is None:
-        return _default_seqlen(limit)
-    if limit is not None and asked > limit:
-        raise TextError(f"{PREFIX}seqlen: {asked} tokens are more than the {limit} that the model takes; lower it")
-    return asked
-
-
-def _default_seqlen(limit: Any) -> int:
-    return min(DEFAULT_SEQLEN, limit) if isinstance(limit, int) and limit else DEFAULT_SEQLEN
-
-
-def _require_known_tokens(windows: Sequence[Window], model: Any, checkpoint: Checkpoint) -> None:
-    largest = max(max(window.tokens) for window in windows)
-    known = getattr(model.config, "vocab_size", None)
-    if isinstance(known, int) and largest >= known:
-        raise CheckpointError(
-            f"{checkpoint.directory}: its tokenizer gives the token {largest}, but the model knows only {known}; save "
-            "the base model's tokenizer into the directory"
-        )
 
 
 def _hashes(checkpoint: Checkpoint) -> dict[str, str]:

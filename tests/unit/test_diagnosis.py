@@ -171,6 +171,14 @@ def test_no_cause_follows_from_a_figure_that_is_not_judged(against: Audit | None
         (run(NAMES[:2], **LEAKING), audited(variant="lora", **TRAINED_B), "plain-lora", "as it was said; leakage *", 2),
         (run(NAMES[:1], down_norm=math.nan), None, "non-finite", "NaN or infinity in 1 of 9 layers, 0 of them in*", 1),
         (run(NAMES[:2], up_weight_norm=math.inf), None, "non-finite", "NaN or infinity in 2 of 9 layers, 2 of*", 2),
+        (
+            in_half(run(NAMES[:1], down_norm=math.nan)),
+            None,
+            "non-finite",
+            "float16, in which it was measured, ends at 65,504: NaN or infinity in 1 of 9 layers, 0 of them in*",
+            1,
+        ),
+        (in_half(run(NAMES[:2], up_weight_norm=math.inf)), None, "non-finite", "NaN or infinity in 2 of 9 *", 2),
     ],
 )
 def test_a_mistake_has_one_name(found: RunStats, against: Audit | None, cause: str, evidence: str, layers: int) -> None:

@@ -1,0 +1,82 @@
+"""What a model can read: how long a window may be, and which tokens it knows."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.errors import CheckpointError, TextError
+from pytest_nullspace.settings import PREFIX
+from pytest_nullspace.text.windows import Window
+
+DEFAULT_SEQLEN = 2048
+"""Tokens a window, as in the reference, where the model allows as many."""
+
+TEXT_CONFIGS = ("text_config", "text_encoder", "decoder", "generator")
+"""Where a model of several parts keeps the config of the one that reads text."""
+
+
+def window_length(asked: int | None, model: Any) -> int:
+    """Tokens a window: as many as were asked for, or else as many as the model takes, up to `DEFAULT_SEQLEN`.
+
+    Raises:
+        TextError: They are more than the model takes, or its config does not say in a number how many these are.
+    """
+    limit = _positions(model)
+    if asked is None:
+        return DEFAULT_SEQLEN if limit is None else min(DEFAULT_SEQLEN, limit)
+    if limit is not None and asked > limit:
+        raise TextError(f"{PREFIX}seqlen: {asked} tokens are more than the {limit} that the model takes; lower it")
+    return asked
+
+
+def default_length(config: Mapping[str, Any]) -> int:
+    """The window of a model with this ``config.json``, as far as that tells before the model is there."""
+    limit = _of_text(config, "max_position_embeddings")
+    return min(DEFAULT_SEQLEN, limit) if isinstance(limit, int) and limit > 0 else DEFAULT_SEQLEN
+
+
+def require_known_tokens(windows: Sequence[Window], model: Any, checkpoint: Checkpoint) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    largest = max(max(window.tokens) for window in windows)
+    known = _of_text(model.config, "vocab_size")
+    if isinstance(known, int) and largest >= known:
+        raise CheckpointError(
+            f"{checkpoint.directory}: its tokenizer gives the token {largest}, but the model knows only {known}; save "
+            "the base model's tokenizer into the directory"
+        )
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens the model takes; None where it has no limit, which XLNet's config calls -1."""
+    limit = _of_text(model.config, "max_position_embeddings")
+    if limit is None or limit == -1:
+        return None
+    if not isinstance(limit, int) or limit < 1:
+        raise TextError(
+            f"config.json: max_position_embeddings must be a whole number from 1, not {printable(limit)}; mend it"
+        )
+    return limit - _skipped(model, limit)
+
+
+def _skipped(model: Any, limit: int) -> int:
+    """How many of a table of positions no token gets: RoBERTa and its kind begin behind the one of padding."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings" and getattr(module, "num_embeddings", None) == limit:
+            padding = getattr(module, "padding_idx", None)
+            return 0 if padding is None else int(padding) + 1
+    return 0
+
+
+def _of_text(config: Any, field: str) -> Any:
+    """A field of the config, in the part of it that is of the text where it has such a part."""
+
+    def of(part: Any, name: str) -> Any:
+        return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
+
+    parts = [part for name in TEXT_CONFIGS if (part := of(config, name)) is not None]
+    return next((value for part in (*parts, config) if (value := of(part, field)) is not None), None)
