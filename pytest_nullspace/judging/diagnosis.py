@@ -96,6 +96,7 @@ def diagnose(
     compared: Comparison | None = None,
     weights: Weights | None = None,
     left_out: Collection[str] = (),
+    passed: bool = False,
 ) -> list[Diagnosis]:
     """Name what is wrong with a trained adapter.
 
@@ -105,12 +106,14 @@ def diagnose(
         compared: The run against an earlier one, if it was.
         weights: Its weights, where they alone are known.
         left_out: Figures that are not judged, so that no cause follows from them.
+        passed: Whether every verdict is a pass, so that no cause follows from any figure: only an audit proves one.
 
     Returns:
         One diagnosis for each cause; none for an adapter that shows no mistake.
     """
     case = _Case(run, [layer for layer in run.layers if layer.defect is None], audit, compared, weights, left_out)
-    return [found for find in _FINDERS for found in find(case)]
+    finders = _FINDERS if not passed else () if audit is None else _PROVEN
+    return [found for find in finders for found in find(case)]
 
 
 def _names(layers: Sequence[LayerStats | LayerAudit | LayerWeights]) -> tuple[str, ...]:
@@ -408,14 +411,17 @@ def _data_shift(case: _Case) -> Iterator[Diagnosis]:
 
 
 def _underflown(case: _Case) -> list[LayerStats]:
-    """The layers whose update is zero in the precision of the run, although A is not in the file."""
+    """The layers whose update is zero in the precision of the run, although A is not in the file.
+
+    On the preserved text that may be what was wanted, so it is the task text that tells, where there is one.
+    """
     least = HALF if _in_half(case) else 0.0
     moved = _names(case.audited(lambda layer: layer.up > 0))
     return [
         layer
         for layer in case.sound
         if (layer.up_weight_norm > 0 or layer.name in moved)
-        and layer.update_norm <= least * math.sqrt(layer.out_features)
+        and (layer.task or layer).update_norm <= least * math.sqrt(layer.out_features)
     ]
 
 
@@ -438,10 +444,10 @@ def _underflow(case: _Case) -> Iterator[Diagnosis]:
 
 def _strength(case: _Case) -> Iterator[Diagnosis]:
     lost = set(_names(_underflown(case)))
-    live = [layer for layer in case.sound if layer.update_norm > 0 and layer.name not in lost]
+    live = [layer for layer in case.sound if (layer.task or layer).update_norm > 0 and layer.name not in lost]
     if not live or len(live) < len(case.run.layers) or _rescaled(case) or _shifted(case):
         return
-    effects, shares = [layer.effectiveness for layer in live], [layer.contribution for layer in live]
+    effects, shares = [layer.figure("effectiveness") for layer in live], [layer.contribution for layer in live]
     if max(effects) < UNDERTRAINED:
         yield Diagnosis(
             "undertrained",
@@ -476,3 +482,14 @@ _FINDERS: Sequence[Callable[[_Case], Iterator[Diagnosis]]] = (
     _underflow,
     _strength,
 )
+
+_PROVEN: Sequence[Callable[[_Case], Iterator[Diagnosis]]] = (
+    _b_trained,
+    _b_rescaled,
+    _nothing_learned,
+    _scale_wrong,
+    _wrong_base,
+    _outside,
+    _data_shift,
+)
+"""Those that find what an audit saw, whatever the figures."""

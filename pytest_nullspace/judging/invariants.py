@@ -379,6 +379,16 @@ def judge_drift(drift: Drift, expectations: Expectations) -> Verdict:
     )
 
 
+def passes(run: RunStats, expectations: Expectations) -> bool:
+    """Whether something was measured and every verdict on it is a pass, without a warning."""
+    verdicts = [judge(layer, expectations) for layer in run.layers]
+    if run.complete:
+        verdicts.append(judge_averages(run, expectations))
+    if run.drift is not None:
+        verdicts.append(judge_drift(run.drift, expectations))
+    return bool(run.layers) and all(verdict.tier is Tier.PASS for verdict in verdicts)
+
+
 def _judge(subject: str, of: LayerStats | RunStats, expectations: Expectations, defect: str | None) -> Verdict:
     value = of.mean if isinstance(of, RunStats) else of.figure
     findings = tuple(

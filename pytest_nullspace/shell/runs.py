@@ -20,7 +20,7 @@ from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionErro
 from pytest_nullspace.judging.audit import Audit
 from pytest_nullspace.judging.baseline import COMPARED, Comparison, Difference, compare, incomparable, regressions
 from pytest_nullspace.judging.diagnosis import Diagnosis, diagnose
-from pytest_nullspace.judging.invariants import DRIFT, MODEL, Check, Expectations, Stage
+from pytest_nullspace.judging.invariants import DRIFT, MODEL, Check, Expectations, Stage, passes
 from pytest_nullspace.judging.start import Start, unpaired
 from pytest_nullspace.judging.weights import LayerWeights, Weights
 from pytest_nullspace.measuring import pipeline
@@ -188,8 +188,9 @@ class GatedRun(ABC):
         """The causes of what is wrong with a trained adapter; an initial one has none yet."""
         if self._settings.stage != Stage.TRAINED:
             return []
-        told, left_out = self.told(outcome), self.expectations(outcome).left_out
-        return diagnose(outcome, told.audit, self.compared(outcome), told.weights, left_out)
+        told, expected = self.told(outcome), self.expectations(outcome)
+        compared, passed = self.compared(outcome), passes(outcome, expected)
+        return diagnose(outcome, told.audit, compared, told.weights, expected.left_out, passed)
 
     def weight_faults(self, outcome: RunStats, layer: LayerWeights) -> list[str]:
         """What fails a layer of which the weights alone are gated."""

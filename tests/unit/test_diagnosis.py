@@ -10,7 +10,7 @@ import pytest
 from pytest_nullspace.judging.audit import Audit, LayerAudit, Moved
 from pytest_nullspace.judging.baseline import compare
 from pytest_nullspace.judging.diagnosis import FORGETTING, OVERTRAINED, Diagnosis, diagnose
-from pytest_nullspace.judging.invariants import Stage
+from pytest_nullspace.judging.invariants import Expectations, Stage, passes
 from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
 from tests import saved
 
@@ -52,6 +52,40 @@ def test_what_a_task_text_shows_to_be_too_much_is_overtrained() -> None:
     assert [cause.cause for cause in diagnose(both, None)] == ["overtrained"]
     assert diagnose(loud, None) == []
     assert diagnose(dataclasses.replace(both, drift=moved), None) == []
+
+
+def test_with_a_task_text_it_is_the_text_on_which_an_update_may_be_too_weak() -> None:
+    """An update that the preserved text hardly sees, or not at all, is no mistake where the task text sees it."""
+    for unseen in (1e-9, 0.0):
+        quiet = run(update_norm=unseen)
+        assert [cause.cause for cause in diagnose(quiet)] == ["undertrained" if unseen else "underflow"]
+        for seen, causes in ((1.0, []), (1e-9, ["undertrained"]), (0.0, ["underflow"])):
+            task = dataclasses.replace(saved.run().layers[0], update_norm=seen)
+            layers = tuple(dataclasses.replace(layer, task=task) for layer in quiet.layers)
+            found = diagnose(dataclasses.replace(quiet, layers=layers))
+            assert [cause.cause for cause in found] == causes, (unseen, seen)
+            assert all("effectiveness 1.25e-10 to" in cause.evidence for cause in found if seen)
+
+
+def test_where_every_verdict_is_a_pass_only_an_audit_proves_a_cause() -> None:
+    """No figure that passed is explained; what the weights show against their start is, whatever the figures."""
+    quiet = run(update_norm=1e-9)
+    assert diagnose(quiet)
+    assert diagnose(quiet, passed=True) == []
+    assert diagnose(quiet, audited(), passed=True) == []
+    assert [cause.cause for cause in diagnose(run(), audited(**TRAINED_B), passed=True)] == ["b-trained"]
+
+
+@pytest.mark.parametrize("change", [{}, {"update_norm": 1e-9}, {"mean_leakage": 0.04}])
+def test_a_run_passes_if_every_verdict_does(change: dict[str, float]) -> None:
+    """One layer that fails or warns, drift that does, or nothing measured, is not a pass."""
+    assert passes(run(NAMES[:1], **change), Expectations()) is not bool(change)
+    nothing = dataclasses.replace(run(), layers=())
+    moved = Drift("its base", TextDrift(10, 1.0, 1.2, 0.1, 0.0, 0.0), None)
+    part = dataclasses.replace(run(), checkpoint_layers=len(NAMES) + 1)
+    assert not passes(nothing, Expectations())
+    assert not passes(dataclasses.replace(run(), drift=moved), Expectations())
+    assert passes(part, Expectations())
 
 
 @pytest.mark.parametrize("against", [None, audited(variant="lora", **TRAINED_B)], ids=["alone", "held"])
