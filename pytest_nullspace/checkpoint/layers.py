@@ -67,7 +67,7 @@ class Checkpoint:
         config_file: The file that stands for it among the tests.
         config: That file's content.
         layers: Its adapted layers, in model order; never empty.
-        tensors: Every tensor in its weight files, by name.
+        tensors: Every tensor in its weight files, by name, but those that only training reads.
         outside: Names of trained tensors that no layer's test covers, as far as the format tells.
         base: The base model that its config names, a path or a hub id; None where it carries its base.
         base_revision: That base's revision on the hub.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pytest_nullspace.checkpoint.fields import require_lora, unused
 from pytest_nullspace.checkpoint.header import (
     FLOATING,
     TensorInfo,
@@ -42,18 +43,16 @@ def read(directory: Path) -> Checkpoint:
     """
     config_file = directory / CONFIG_FILE
     config = read_json_object(inside(directory, CONFIG_FILE), "the adapter's config")
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(
-            f"{config_file}: peft_type is {quoted(kind)}: not a LoRA adapter, so it has no layers to gate; give one"
-        )
+    require_lora(config, FIELDS, config_file)
     _check_fields(config, config_file)
     if not isinstance(config.get("lora_alpha"), int | float):
         raise CheckpointError(
             f"{config_file}: lora_alpha is {printable(config.get('lora_alpha'))}, not a number; without it the scale "
             "of the update is unknown; write back the value that it was trained with"
         )
-    tensors = read_tensors(directory, "adapter_model")
+    held = read_tensors(directory, "adapter_model")
+    idle = unused(held, config)
+    tensors = {name: tensor for name, tensor in held.items() if name not in idle}
     names = _layers(directory, tensors, config)
     layers = [_layer(directory, name, tensors, config, config_file) for name in names]
     covered = {f"{PREFIX}{name}.{part}" for name in names for part in (DOWN, UP)}
@@ -87,15 +86,6 @@ def _is_map(key: Callable[[object], bool], of: Callable[[object], bool]) -> Call
     return lambda value: isinstance(value, dict) and all(key(k) and of(v) for k, v in value.items())
 
 
-def _is_replication(value: object) -> bool:
-    """Ranges of layers, together no more than any model has: PEFT copies each of them."""
-    return (
-        isinstance(value, list)
-        and all(isinstance(part, list) and len(part) == 2 and all(map(_is_whole, part)) for part in value)
-        and sum(end - begin for begin, end in value if end > begin) <= 10_000
-    )
-
-
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
@@ -108,7 +98,9 @@ _FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_whole, "a whole number"),
     "lora_alpha": (_is_number, "a number below a billion"),
     **dict.fromkeys(("bias", "task_type", "base_model_name_or_path", "revision"), (_is_text, "text")),
-    **dict.fromkeys(("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"), (_is_truth, "true or false")),
+    **dict.fromkeys(
+        ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "ensure_weight_tying"), (_is_truth, "true or false")
+    ),
     **dict.fromkeys(
         ("target_modules", "exclude_modules", "layers_pattern"),
         (lambda value: _is_text(value) or _is_texts(value), "text or a list of texts"),
@@ -127,7 +119,6 @@ _FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
         ),
         "a list of whole numbers, or an object of such lists",
     ),
-    "layer_replication": (_is_replication, "a list of ranges of layers, 10,000 layers at most"),
 }
 """Each field that is used, what it may hold, and that in words."""
 
@@ -173,7 +164,7 @@ def _changed_base(config: Mapping[str, Any]) -> str | None:
     """What is known of an initialisation that moved weight out of the base.
 
     An adapter saved converted belongs on the untouched base, and says ``true``. So does one that was made to say so
-    before it was saved as it is; of CorDA alone a trace is left.
+    before it was saved as it is; of CorDA and LoRA-GA alone a trace is left.
     """
     start, base = str(config.get("init_lora_weights", "")).lower(), printable(config.get("base_model_name_or_path"))
     if start.startswith(CHANGES_THE_BASE):
@@ -181,11 +172,12 @@ def _changed_base(config: Mapping[str, Any]) -> str | None:
             f"init_lora_weights {start} changed the base's weights, and the adapter was not saved converted: on the "
             f"untouched base {base} every figure would be wrong; give the changed base"
         )
-    if config.get("corda_config"):
-        return (
-            "its corda_config says that CorDA changed the base's weights, and nothing says whether the adapter was "
-            f"saved converted; if it was, give the untouched base {base}, if not, the changed one,"
-        )
+    for field, method in (("corda_config", "CorDA"), ("lora_ga_config", "LoRA-GA")):
+        if config.get(field):
+            return (
+                f"its {field} says that {method} changed the base's weights, and nothing says whether the adapter was "
+                f"saved converted; if it was, give the untouched base {base}, if not, the changed one,"
+            )
     return None
 
 

@@ -65,7 +65,8 @@ def load(
         bases.clear()  # of the bases one is in memory at a time
         model = _base_model(kind, base, dtype, replaced).to(device)
     untouched = _Untouched(model)
-    fields = {key: checkpoint.config[key] for key in FIELDS if checkpoint.config.get(key) is not None}
+    # What is off is left out: an older PEFT does not know every field.
+    fields = {key: value for key in FIELDS if (value := checkpoint.config.get(key)) is not None and value is not False}
     try:
         wrapped: Any = get_peft_model(model, LoraConfig(**fields))
     except Exception as error:  # PEFT raises many kinds for a config that does not fit the model
@@ -239,7 +240,7 @@ def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
         try:
-            tensors |= load_file(file)
+            tensors |= {name: tensor for name, tensor in load_file(file).items() if name in checkpoint.tensors}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: the weights cannot be read: {error}; save or download them again") from None
     try:

@@ -236,7 +236,9 @@ REFUSED: Mapping[str, tuple[Edit, str]] = {
     ),
     "another method than LoRA": (
         config(peft_type="\x1b[2JIA3"),
-        CONFIG + r"peft_type is '\x1b[[]2JIA3': not a LoRA adapter, so it has no layers to gate; give one",
+        CONFIG + r"peft_type is '\x1b[[]2JIA3': not a LoRA adapter, so it has no layers to gate; where its method "
+        "allows, peft.save_as_lora(DIR, model, rank=R) of PEFT 0.20 writes the loaded PeftModel as LoRA into DIR; give "
+        "that",
     ),
     "a field of the wrong type": (
         config(target_parameters=7),
@@ -247,9 +249,15 @@ REFUSED: Mapping[str, tuple[Edit, str]] = {
         CONFIG + "lora_alpha must be a number below a billion, not nan; mend it or save the adapter again",
     ),
     "an absurd number": (
-        config(layer_replication=[[0, 10**8]]),
-        CONFIG + "layer_replication must be a list of ranges of layers, 10,000 layers at most, not [[][[]0, "
-        "100000000]]; mend it or save the adapter again",
+        config(layers_to_transform=10**12),
+        CONFIG + "layers_to_transform must be a whole number or a list of them, not 1000000000000; mend it or save the "
+        "adapter again",
+    ),
+    "a field that nobody knows": (
+        config(**{"use_\x1b[2Jmagic": [1]}),
+        CONFIG + r"'use_\x1b[[]2Jmagic' is set to [[]1], and what it changes is not known here, so the figures might "
+        "be of another model; update pytest-nullspace, or take it out of a copy of the adapter if all it concerns is "
+        "training",
     ),
     "a rank that the weights do not have": (
         config(r=8),

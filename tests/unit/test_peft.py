@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -108,6 +109,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lora_bias": {"r": 4, "lora_bias": True, "target_modules": ["q_proj"]},
     "dora": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "up_proj"]},
     "modules_to_save": {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+    "monteclora": {"r": 4, "target_modules": ["q_proj"], "monteclora_config": MontecloraConfig(buffer_size=2)},
+    "velora": {"r": 4, "target_modules": ["q_proj"], "velora_config": VeloraConfig(num_groups=8)},
 }
 
 
@@ -115,8 +118,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def test_every_kind_of_lora_is_computed_as_peft_computes_it(kind: str, tmp_path: Path) -> None:
     """Figures agree with float64 arithmetic, and the model's logits are those of PEFT's own loading."""
     directory = adapter(tmp_path, tiny.llama(tie_word_embeddings=False), **CONFIGS[kind])
-    _, adapted = opened(directory)
+    checkpoint, adapted = opened(directory)
     check_figures(adapted)
+    assert not any("monteclora" in name or "velora" in name for name in checkpoint.outside), "training alone reads them"
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(base, directory).eval()
     tokens = torch.tensor(WINDOWS)
@@ -224,7 +228,12 @@ TABLE = Path(__file__).parents[2] / "docs/bad-days.md"
 BROKEN: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str]] = {
     "another PEFT type": (
         lambda _, config: config.update(peft_type="LOHA"),
-        "peft_type is 'LOHA': not a LoRA adapter",
+        "peft_type is 'LOHA': not a LoRA adapter, so it has no layers to gate; where its method allows, "
+        "peft.save_as_lora(DIR, model, rank=R) of PEFT 0.20 writes",
+    ),
+    "a kind of LoRA that is not measured": (
+        lambda _, config: config.update(alora_invocation_tokens=[60, 33]),
+        "alora_invocation_tokens is set: an activated LoRA acts only after its invocation tokens, which is not",
     ),
     "a prefix missing": (rename("base_model.model.", ""), "does not begin with 'base_model.model.' as PEFT's do"),
     "a prefix too many": (
@@ -392,6 +401,12 @@ EMBEDDING = {"embed_tokens.base_layer.weight", "embed_tokens.lora_embedding_A", 
 OUTSIDE: dict[str, tuple[Callable[[], Any], dict[str, Any], set[str], str]] = {
     "embeddings": (untied, {"target_modules": ["q_proj", "embed_tokens"]}, EMBEDDING, "2 LoRA matrices of embeddings"),
     "tied embeddings": (tiny.llama, {"target_modules": ["q_proj", "embed_tokens"]}, EMBEDDING, "1 whole weights"),
+    "tied embeddings, whole in both places": (
+        tiny.llama,
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"embed_tokens.weight", "lm_head.weight"},
+        "2 whole weights",
+    ),
     "trained tokens": (
         tiny.llama,
         {"trainable_token_indices": [1, 2, 5]},
