@@ -22,6 +22,9 @@ FLOAT32_SAFE = (1e-15, 1e15)
 CONVERTED = 1 << 21
 """Numbers of half precision that are converted at once."""
 
+OCTAVES = 102
+"""Powers of two by which rows are told apart, 2⁻⁵⁰ to 2⁵⁰: what is more counts with the last, what is less as zero."""
+
 WIDEST = 1024
 """Columns over which a running float32 sum of squares is exact to 1e-6 whatever they hold."""
 
@@ -217,6 +220,47 @@ def sums(
     rows = torch.ones_like(input, dtype=torch.float64)
     parts = (rows, directed, share, input, down, update, base, output)
     return torch.stack([part.sum(dim=-1, dtype=torch.float64) for part in parts], dim=-1)
+
+
+def sums_by_octave(*norms: Tensor) -> Tensor:
+    """How many rows there are, and what their norms add up to, apart for each power of two below which ``‖x‖`` lies.
+
+    So the rows' median, and which of them lie far beyond it, can be told at the end, from counts that are the same in
+    whatever order and by whatever process the rows were added.
+
+    Args:
+        norms: `row_norms` of ``x`` and of what else is summed, shape ``(…, n)`` each.
+
+    Returns:
+        Shape ``(…, OCTAVES, 1 + len(norms))``, float64.
+    """
+    octave = _octave(norms[0]).unsqueeze(-2)
+    rows = torch.stack((torch.ones_like(norms[0]), *norms), dim=-2).double()
+    summed = rows.new_zeros(*rows.shape[:-1], OCTAVES)
+    return summed.scatter_add_(-1, octave.expand_as(rows), rows).mT
+
+
+def _octave(norms: Tensor) -> Tensor:
+    """The number among `OCTAVES` of each norm, from the exponent in its bits; 0 of a norm of zero."""
+    whole, digits, bias = (torch.int64, 52, 1022) if norms.dtype == torch.float64 else (torch.int32, 23, 126)
+    return ((norms.view(whole) >> digits) + (OCTAVES // 2 - bias)).clamp(0, OCTAVES - 1).long()
+
+
+def without_sinks(by_octave: Tensor, times: int) -> Tensor:
+    """The sums of the rows that are no sinks: of all but the few whose norm is beyond ``times`` the median.
+
+    The median is over the rows that are not zero, and rounded up to a power of two.
+
+    Args:
+        by_octave: `sums_by_octave` of all rows of a layer, shape ``(OCTAVES, s)``.
+        times: A power of two.
+
+    Returns:
+        Shape ``(s,)``.
+    """
+    upto = by_octave[1:, 0].cumsum(0)
+    median = 1 + int((2 * upto < upto[-1]).sum())
+    return by_octave[: median + times.bit_length()].sum(dim=0)
 
 
 def merge(parts: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ MIXED = 16.0
 HELD_BYTES = 1 << 22
 """What may be kept of norms and narrow activations before they are summed."""
 
+_APART = ("input", "down", "update", "base", "output")
+OCTAVES = (kernels.OCTAVES, 1 + len(_APART))
+"""The shape of a layer's sums by octave: of rows, and of these norms."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -130,12 +134,14 @@ class Recorder:
 
     Attributes:
         sums: For each layer the sums of each window, shape ``(windows, len(kernels.Sums))``.
+        by_octave: For each layer `kernels.sums_by_octave` of the windows since it was last cleared.
         down_ranks: How many directions the rows of its B span.
     """
 
     def __init__(self, device: torch.device, windows: int) -> None:
         self._device, self._windows = device, windows
         self.sums: dict[str, Tensor] = {}
+        self.by_octave: dict[str, Tensor] = {}
         self.down_ranks: dict[str, int] = {}
         self._batch = Batch(torch.empty(0), 0, None, [])
         self._watched: list[Watched] = []
@@ -143,7 +149,7 @@ class Recorder:
         self._input_norms = torch.empty(0)
         self._held: list[_Taken] = []
         self._memory = _Held(HELD_BYTES, device)
-        self._of_batch: list[tuple[str, Tensor]] = []
+        self._of_batch: list[tuple[str, Tensor, Tensor]] = []
 
     def start(self, batch: Batch) -> None:
         """From here on count the rows of ``batch``."""
@@ -163,9 +169,10 @@ class Recorder:
         """Count the batch."""
         self._sum_held()
         first = self._batch.first
-        for name, summed in self._of_batch:
+        for name, summed, apart in self._of_batch:
             # An expert may run more than once a forward.
             self.sums[name][first : first + len(summed)] += summed
+            self.by_octave[name] += apart
 
     @contextmanager
     def watching(self, layers: Sequence[AdaptedLayer]) -> Iterator[None]:
@@ -174,6 +181,7 @@ class Recorder:
             for layer in layers:
                 shape = self._windows, len(kernels.Sums._fields)
                 self.sums[layer.name] = torch.zeros(shape, dtype=torch.float64, device=self._device)
+                self.by_octave[layer.name] = self.sums[layer.name].new_zeros(OCTAVES)
                 factors = kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale)
                 self.down_ranks[layer.name] = factors.rank
                 watched = Watched(
@@ -298,8 +306,9 @@ class Recorder:
             counts = [x.shape[-1]]
         split = {name: torch.split(part, counts, dim=-1) for name, part in parts.items()}
         by_window = [kernels.sums(**{name: part[i] for name, part in split.items()}) for i in range(len(counts))]
-        for t, summed in zip(taken, torch.stack(by_window, dim=1), strict=True):
-            self._of_batch.append((t.watched.layer.name, summed))
+        by_octave = kernels.sums_by_octave(*(parts[name] for name in _APART))
+        of = zip(taken, torch.stack(by_window, dim=1), by_octave, strict=True)
+        self._of_batch += [(t.watched.layer.name, summed, apart) for t, summed, apart in of]
 
 
 def _loses_digits(down: Tensor, input_norms: Tensor, watched: Watched) -> bool:

@@ -12,9 +12,9 @@ from pytest_nullspace import kernels
 from pytest_nullspace.errors import MeasurementError
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
 from pytest_nullspace.measuring.forward import forwards
-from pytest_nullspace.measuring.recorder import Batch, Recorder
+from pytest_nullspace.measuring.recorder import OCTAVES, Batch, Recorder
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
-from pytest_nullspace.run.stats import LayerStats
+from pytest_nullspace.run.stats import SINK, LayerStats, WithoutSinks
 from pytest_nullspace.run.uncertainty import margins
 
 FIRST_ROUND = 16
@@ -67,11 +67,12 @@ def measure(
     drawn = draw_rows([len(window) for window in windows], max_rows, seed)
     recorder = Recorder(adapted.device, len(windows))
     sums = torch.zeros(len(chosen), 0, len(kernels.Sums._fields), dtype=torch.float64)
+    by_octave = torch.zeros(len(chosen), *OCTAVES, dtype=torch.float64)
 
     def figures() -> tuple[LayerStats, ...]:
         return tuple(
-            _stats(layer, recorder.down_ranks[layer.name], by_window)
-            for layer, by_window in zip(chosen, sums, strict=True)
+            _stats(layer, recorder.down_ranks[layer.name], *of)
+            for layer, *of in zip(chosen, sums, by_octave, strict=True)
         )
 
     with forwards(adapted, chosen, windows[0]) as forward, recorder.watching(chosen):
@@ -89,8 +90,11 @@ def measure(
                 if progress is not None:
                     progress(told, len(windows))
             added = torch.stack([recorder.sums[layer.name][part.start : part.stop] for layer in chosen]).cpu()
-            ranks.add("the sums over windows", part, share[:done], added)
-            sums = torch.cat((sums, added), dim=1)
+            apart = torch.stack([recorder.by_octave[layer.name] for layer in chosen]).cpu()
+            for cleared in recorder.by_octave.values():
+                cleared.zero_()
+            ranks.add("the sums over windows", part, share[:done], added, apart)
+            sums, by_octave = torch.cat((sums, added), dim=1), by_octave + apart
             if progress is not None and told < part.stop:
                 progress(part.stop, len(windows))
             if settled is not None and part.stop < len(windows) and settled(figures()):
@@ -123,7 +127,7 @@ def _fits(recorder: Recorder, forward: Callable[[Tensor], None], batch: Batch) -
     return False
 
 
-def _stats(layer: AdaptedLayer, down_rank: int, by_window: Tensor) -> LayerStats:
+def _stats(layer: AdaptedLayer, down_rank: int, by_window: Tensor, by_octave: Tensor) -> LayerStats:
     down, up, base = layer.weight_norms()
     whole = kernels.merge(by_window)
 
@@ -148,7 +152,19 @@ def _stats(layer: AdaptedLayer, down_rank: int, by_window: Tensor) -> LayerStats
         )
 
     seen = [window for window in by_window if window[0] > 0]
-    return replace(stats(whole), margins=margins([stats(whole - window) for window in seen]))
+    found = stats(whole)
+    return replace(
+        found,
+        margins=margins([stats(whole - window) for window in seen]),
+        without_sinks=_without_sinks(found, by_octave),
+    )
+
+
+def _without_sinks(found: LayerStats, by_octave: Tensor) -> WithoutSinks:
+    total, *norms = kernels.without_sinks(by_octave, SINK).tolist()
+    rows = int(total)
+    # Of all rows the mean norms are the very same, not added up in another order.
+    return WithoutSinks(rows, *([norm / rows for norm in norms] if rows < found.rows else found.norms))
 
 
 def draw_rows(lengths: Sequence[int], max_rows: int | None, seed: int) -> list[list[int]] | None:

@@ -11,13 +11,15 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, Tier, Verdict, judge_averages, judge_drift
 from pytest_nullspace.report.words import MARKS
-from pytest_nullspace.run.stats import FIGURES, ON_TASK, Drift, LayerStats, RunStats
+from pytest_nullspace.run.stats import FIGURES, ON_TASK, SINK, Drift, LayerStats, RunStats
 from pytest_nullspace.run.uncertainty import MOST_WINDOWS, windows_needed
 
 if TYPE_CHECKING:
     from pytest_nullspace.settings import Settings
 
 OUTSIDE_SHOWN = 2
+SINKS_TOLD = 0.05
+"""Of mean ``‖x‖``: sink rows of a layer that carry less are not told where they decide nothing."""
 
 
 def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator[str]:
@@ -109,6 +111,28 @@ def texts(run: RunStats) -> str:
     return run.calib_dataset if not run.has_task else f"{run.calib_dataset}, task text {task}"
 
 
+def sinks(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
+    """How much of a layer's mean norms a few rows carry, and which verdicts they decide; None if it is little."""
+    if any(layer.without_sinks is None for layer in run.layers):
+        return "sink rows: this run does not tell of them, so a few rows may decide its ratios"
+    found = [text for layer in run.layers for text in (layer, layer.task) if text is not None and text.sinks]
+    decided = [(v.subject, f) for v in verdicts if v.unjudged is None for f in v.findings if f.decided_by_sinks]
+    most = max(found, key=lambda layer: layer.sink_share, default=None)
+    if most is None or (most.sink_share < SINKS_TOLD and not decided):
+        return None
+    told = (
+        f"sink rows: {len({layer.name for layer in found})} of {len(run.layers)} layers have a few rows beyond {SINK} "
+        f"times the median norm, such as {printable(most.name)}: {most.sinks:,} of {most.rows:,} rows carry "
+        f"{most.sink_share:.1%} of mean ||X||, and without them ||BX||/||X|| is "
+        f"{most.figure('preservation', sinks=False):.3g}, not {most.preservation:.3g}"
+    )
+    if not decided:
+        return told
+    name, finding = max(decided, key=lambda pair: pair[1].badness)
+    layers = len({subject for subject, _ in decided})
+    return f"{told}; they decide the verdict on {layers} of {len(verdicts)}, such as {printable(name)} ({finding})"
+
+
 def uncertain(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> str | None:
     """How many verdicts more text might change, and how much text would settle them; None if there are none.
 
@@ -188,8 +212,8 @@ def _windows(run: RunStats, figure: str) -> int:
 
 def doubts(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> Iterator[str]:
     """What keeps the figures from being trusted as they stand."""
-    told = (uncertain(verdicts, run, expectations), uncertain_drift(run, expectations), few_rows(run), repeated(run))
-    yield from (doubt for doubt in told if doubt is not None)
+    told = uncertain(verdicts, run, expectations), uncertain_drift(run, expectations), few_rows(run), repeated(run)
+    yield from (doubt for doubt in (sinks(verdicts, run), *told) if doubt is not None)
 
 
 def repeated(run: RunStats) -> str | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, Tier, Verdict, judge, judge_averages, judge_drift
 from pytest_nullspace.report import notes
-from pytest_nullspace.report.words import MARKS, faults, figures, reading, shown
+from pytest_nullspace.report.words import MARKS, beside, faults, figures, reading, shown, sink_rows
 from pytest_nullspace.run.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
     yield "=" * WIDTH
     yield f"Layer: {printable(layer.name)}"
     yield "=" * WIDTH
-    yield f"samples: {layer.rows}"
+    yield f"samples: {layer.rows}" + (f", of which {sink_rows(layer)}" if layer.sinks else "")
     if layer.rank:
         spans = "" if layer.down_rank in (None, layer.rank) else f" (B spans {layer.down_rank})"
         yield f"input width: {layer.in_features}, rank: {layer.rank}{spans}, output width: {layer.out_features}"
@@ -81,7 +81,8 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
 
 
 def _figure_line(layer: LayerStats, figure: str, marks: Mapping[str, str]) -> str:
-    return f"  {FIGURES[figure] + ':':<22} {shown(layer, figure)}  {marks.get(figure, '')}".rstrip()
+    told = f"{shown(layer, figure)}  {marks.get(figure, '')}".rstrip()
+    return f"  {FIGURES[figure] + ':':<22} {told}  {beside(layer, figure)}".rstrip()
 
 
 def summary(

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from pytest_nullspace.judging.invariants import Tier, Verdict
-from pytest_nullspace.run.stats import FIGURES, LayerStats, RunStats
+from pytest_nullspace.judging.invariants import Finding, Tier, Verdict
+from pytest_nullspace.run.stats import FIGURES, SINK, LayerStats, RunStats
 
 MARKS = {Tier.PASS: "✓", Tier.WARN: "⚠", Tier.FAIL: "✗"}
 
@@ -20,6 +20,16 @@ def shown(of: LayerStats | RunStats, figure: str) -> str:
     return "–" if figure in of.absent else f"{value(figure):.3e}"
 
 
+def beside(of: LayerStats | RunStats, figure: str) -> str:
+    """What a figure is without sink rows, to stand beside it; nothing where that is what it is."""
+    value = of.mean if isinstance(of, RunStats) else of.figure
+    own, other = value(figure), value(figure, sinks=False)
+    return "" if own == other or math.isnan(own) else f"{other:.3e} {_WITHOUT}"
+
+
+_WITHOUT = "without sink rows"
+
+
 def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
     """What the verdict's figures mean, a line each."""
     if verdict.defect is not None:
@@ -27,14 +37,28 @@ def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
         return
     for finding in verdict.findings:
         figure = finding.threshold.figure
-        unwanted = figure in _UNWANTED_WORDS and finding.threshold.lower_is_better
-        words = (_UNWANTED_WORDS if unwanted else _WORDS)[figure][finding.tier]
-        value = f"{finding.value:.2%}" if figure == "contribution" else f"{finding.value:.2e}"
-        if figure == "leakage":
-            words = words.format(against_chance=_against_chance(finding.value))
-        if finding.leniency is not None:
-            words += f"; {finding.leniency}"
-        yield f"{MARKS[finding.tier]} {FIGURES[figure]} {value} ({finding.threshold.bound}): {words}", finding.tier
+        value, other = _value(figure, finding.value), finding.without_sinks
+        if other is not None and other != finding.value:
+            value += f", {_value(figure, other)} {_WITHOUT}"
+        told = f"{MARKS[finding.tier]} {FIGURES[figure]} {value} ({finding.threshold.bound})"
+        lenient = "" if finding.leniency is None else f"; {finding.leniency}"
+        yield f"{told}: {_meaning(finding)}{lenient}", finding.tier
+
+
+def _value(figure: str, value: float) -> str:
+    return f"{value:.2%}" if figure == "contribution" else f"{value:.2e}"
+
+
+def _meaning(finding: Finding) -> str:
+    figure, tier = finding.threshold.figure, finding.threshold.tier
+    unwanted = figure in _UNWANTED_WORDS and finding.threshold.lower_is_better
+    words = (_UNWANTED_WORDS if unwanted else _WORDS)[figure]
+    if figure == "leakage":
+        return words[finding.tier].format(against_chance=_against_chance(finding.value))
+    if finding.without_sinks is None or not finding.decided_by_sinks:
+        return words[finding.tier]
+    own, other = words[tier(finding.value)], words[tier(finding.without_sinks)]
+    return f"a few sink rows decide this; with them: {own}; without them: {other}"
 
 
 def _against_chance(leakage: float) -> str:
@@ -91,12 +115,23 @@ def faults(verdict: Verdict) -> Sequence[str]:
     return verdict.faults if verdict.unjudged is None else [verdict.unjudged, *verdict.faults]
 
 
+def sink_rows(layer: LayerStats) -> str:
+    """How many of its rows are sinks, and how much they carry."""
+    return f"{layer.sinks} sink rows (beyond {SINK} times the median norm, {layer.sink_share:.1%} of mean ||X||)"
+
+
 def layer_failure(layer: LayerStats, verdict: Verdict) -> str:
     """The message of a failed layer: the verdict first, then every figure with its bounds, then a reading."""
     norms = (
         f"mean norms over {layer.rows} rows: ||X|| {layer.input_norm:.6g}, ||BX|| {layer.down_norm:.6g}, "
         f"||ABX|| {layer.update_norm:.6g}, ||W_residual X|| {layer.base_norm:.6g}, ||output|| {layer.output_norm:.6g}"
     )
+    if layer.without_sinks is not None and layer.sinks:
+        x, down, update, base, output = layer.without_sinks.norms
+        norms += (
+            f"\nwithout {sink_rows(layer)}: ||X|| {x:.6g}, ||BX|| {down:.6g}, ||ABX|| {update:.6g}, "
+            f"||W_residual X|| {base:.6g}, ||output|| {output:.6g}"
+        )
     return _failure(verdict, norms, _zero_update(verdict, "its A is" if layer.up_weight_norm == 0 else "A B x is"))
 
 

@@ -9,12 +9,21 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from pytest_nullspace.errors import StatsError, printable, quoted
-from pytest_nullspace.run.stats import FIGURES, OWN_FIGURES, Drift, LayerStats, RunStats, Spectrum, TextDrift
+from pytest_nullspace.run.stats import (
+    FIGURES,
+    OWN_FIGURES,
+    Drift,
+    LayerStats,
+    RunStats,
+    Spectrum,
+    TextDrift,
+    WithoutSinks,
+)
 
 SCHEMA = "pytest-nullspace/run"
 SCHEMA_VERSION = 1
@@ -25,7 +34,9 @@ _AGAIN = "measure again"
 
 _NOT_MEASURED = "not measured"
 """What a file holds for a norm that a quantised weight does not give; ``null`` is what is not finite."""
-_MEASURED = tuple(name for name in LayerStats.__slots__ if name not in ("margins", "task", "spectrum"))
+_MEASURED = tuple(name for name in LayerStats.__slots__ if name not in ("margins", "task", "spectrum", "without_sinks"))
+_NORMS = WithoutSinks.__slots__[1:]
+_RATIOS = ("preservation", "effectiveness", "contribution", "forgetting")
 
 # Our field -> the key in the file. Up to Residual_weight_norm they are the reference's own.
 _KEYS = {
@@ -90,6 +101,12 @@ def _entry(layer: LayerStats) -> dict[str, Any]:
     entry: dict[str, Any] = {key: _plain(getattr(layer, name)) for name, key in _KEYS.items() if name not in absent}
     if layer.base_weight_norm is None:
         entry[_KEYS["base_weight_norm"]] = _NOT_MEASURED
+    if layer.without_sinks is not None:
+        entry[_SINK_ROWS] = layer.sinks
+    if layer.sinks:
+        entry[_WITHOUT_SINKS] = {
+            _KEYS[name]: _plain(getattr(layer.without_sinks, name)) for name in (*_NORMS, *_RATIOS)
+        }
     if layer.margins:
         entry[_MARGINS] = {figure: _plain(layer.margins[figure]) for figure in FIGURES if figure in layer.margins}
     if layer.task is not None:
@@ -140,9 +157,11 @@ def from_json(text: str, where: str) -> RunStats:
         if layer.name in seen:
             raise StatsError(f"{where}: stats[{i}]: layer {printable(layer.name)} is there twice; {_AGAIN}")
         seen.add(layer.name)
-        if layer.absent != layers[0].absent:
+        if _what(layer) != _what(layers[0]):
             both = f"{printable(layer.name)} and {printable(layers[0].name)}"
-            raise StatsError(f"{where}: stats[{i}]: {both}: only one has leakage, or a task text; {_AGAIN}")
+            raise StatsError(
+                f"{where}: stats[{i}]: {both}: only one has leakage, or a task text, or {_SINK_ROWS}; {_AGAIN}"
+            )
     checkpoint_layers = document.get("checkpoint_layers", len(layers))
     if not _is_count(checkpoint_layers) or checkpoint_layers < len(layers):
         raise StatsError(
@@ -167,6 +186,11 @@ def from_json(text: str, where: str) -> RunStats:
         about={key: value for key, value in document.items() if key not in known},
         drift=_drift(document[_DRIFT], f"{where}: {_DRIFT}") if _DRIFT in document else None,
     )
+
+
+def _what(layer: LayerStats) -> tuple[object, ...]:
+    """What was measured of ``layer``, which is the same of every layer of a run."""
+    return layer.absent, layer.without_sinks is None, layer.task is None or layer.task.without_sinks is None
 
 
 def _plain_drift(drift: Drift) -> dict[str, Any]:
@@ -201,6 +225,7 @@ def _text_drift(told: object, where: str) -> TextDrift:
 
 
 _MARGINS, _TASK, _DRIFT, _SPECTRUM = "margin_95", "task", "drift", "spectrum"
+_SINK_ROWS, _WITHOUT_SINKS = "sink_rows", "without_sinks"
 
 
 def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
@@ -249,7 +274,24 @@ def _layer(entry: object, where: str) -> LayerStats:
             "or damaged, so measure again"
         )
     _check_derived(entry, layer, where)
-    return layer
+    return layer if _SINK_ROWS not in entry else replace(layer, without_sinks=_without_sinks(entry, layer, where))
+
+
+def _without_sinks(entry: Mapping[str, Any], layer: LayerStats, where: str) -> WithoutSinks:
+    sinks, told = entry[_SINK_ROWS], entry.get(_WITHOUT_SINKS)
+    if not _is_count(sinks) or 2 * sinks > layer.rows:
+        shown = printable(repr(sinks))
+        raise StatsError(f"{where}: {_SINK_ROWS} must be a count of at most half of the rows, not {shown}; {_AGAIN}")
+    if not sinks:
+        return WithoutSinks(layer.rows, *layer.norms)
+    where = f"{where}: {_WITHOUT_SINKS}"
+    if not isinstance(told, dict):
+        raise StatsError(f"{where} must hold what the norms are without the {sinks} sink rows; {_AGAIN}")
+    values = {name: told.get(_KEYS[name], "missing") for name in _NORMS}
+    norms = {name: _number(math.nan if v is None else v, f"{where}: {_KEYS[name]}") for name, v in values.items()}
+    quiet = WithoutSinks(layer.rows - sinks, **norms)
+    _check_derived(told, quiet, where)
+    return quiet
 
 
 def _margins(told: object, where: str) -> dict[str, float]:
@@ -263,11 +305,11 @@ def _margins(told: object, where: str) -> dict[str, float]:
     }
 
 
-def _check_derived(entry: Mapping[str, Any], layer: LayerStats, where: str) -> None:
+def _check_derived(entry: Mapping[str, Any], of: LayerStats | WithoutSinks, where: str) -> None:
     """Refuse a file whose ratios are not those of its norms: one of the two was edited, and only one is judged."""
     for name, formula in _DERIVED.items():
-        key, follows = _KEYS[name], getattr(layer, name)
-        if key not in entry:
+        key, follows = _KEYS[name], getattr(of, name, None)
+        if key not in entry or follows is None:
             continue
         stated = math.nan if entry[key] is None else _number(entry[key], f"{where}: {key}")
         if math.isfinite(stated) != math.isfinite(follows) or (

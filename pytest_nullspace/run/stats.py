@@ -35,6 +35,13 @@ DRIFT_FIGURES = ("divergence", "loss-rise", "task-gain")
 OWN_FIGURES = tuple(figure for figure in FIGURES if figure != "selectivity")
 """Those that one text gives."""
 
+SINK = 8
+"""A row is a sink where its norm is beyond so many times the median norm of its layer's rows.
+
+The median is of the rows that are not zero, and rounded up to a power of two. In SmolLM2 the largest rows lie within 8
+times the median in most layers, and between 13 and 630 times in those where they carry up to half of mean ``‖x‖``.
+"""
+
 UNREACHED = "no activation row reached it"
 """The defect of a layer whose weights are sound and whose activations the text does not tell."""
 
@@ -57,8 +64,67 @@ class Spectrum:
     shared: float
 
 
+class _Ratios:
+    """The figures that are ratios of mean norms."""
+
+    __slots__ = ()
+    input_norm: float
+    down_norm: float
+    update_norm: float
+    base_norm: float
+    output_norm: float
+
+    @property
+    def norms(self) -> tuple[float, float, float, float, float]:
+        """Of ``x``, ``Bx``, ``ABx``, ``W_res x`` and the output."""
+        return self.input_norm, self.down_norm, self.update_norm, self.base_norm, self.output_norm
+
+    @property
+    def preservation(self) -> float:
+        """``‖Bx‖ / ‖x‖``: how much of the input reaches the down projection."""
+        return _ratio(self.down_norm, self.input_norm)
+
+    @property
+    def effectiveness(self) -> float:
+        """``‖ABx‖ / ‖x‖``: how large the learned update is."""
+        return _ratio(self.update_norm, self.input_norm)
+
+    @property
+    def contribution(self) -> float:
+        """``‖ABx‖ / ‖output‖``: the update's share of the layer's output."""
+        return _ratio(self.update_norm, self.output_norm)
+
+    @property
+    def forgetting(self) -> float:
+        """``‖ABx‖ / ‖W_res x‖``: the update's size beside what it is added to."""
+        return _ratio(self.update_norm, self.base_norm)
+
+
 @dataclass(frozen=True, slots=True)
-class LayerStats:
+class WithoutSinks(_Ratios):
+    """The mean norms over one layer's rows but its sinks, the few that may outweigh all others: see `SINK`.
+
+    Where there is no sink, they are what they are over all rows.
+
+    Attributes:
+        rows: How many rows are left.
+        input_norm: Mean of ``‖x‖`` over them.
+        down_norm: Mean of ``‖Bx‖``.
+        update_norm: Mean of ``‖ABx‖``, scale included.
+        base_norm: Mean of ``‖W_res x‖``.
+        output_norm: Mean of ``‖ABx + W_res x‖``, bias left out.
+    """
+
+    rows: int
+    input_norm: float
+    down_norm: float
+    update_norm: float
+    base_norm: float
+    output_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats(_Ratios):
     """What was measured at one layer.
 
     Attributes:
@@ -80,6 +146,7 @@ class LayerStats:
         margins: Half the width of each figure's confidence interval; empty if never estimated.
         task: The same layer on the task text, if that was measured too; what is here is then of the preserved text.
         spectrum: What the text would allow at best, if that was measured.
+        without_sinks: What the mean norms are without the sink rows. None if never measured.
     """
 
     name: str
@@ -100,21 +167,7 @@ class LayerStats:
     margins: Mapping[str, float] = field(default_factory=dict)
     task: "LayerStats | None" = None
     spectrum: Spectrum | None = None
-
-    @property
-    def preservation(self) -> float:
-        """``‖Bx‖ / ‖x‖``: how much of the input reaches the down projection."""
-        return _ratio(self.down_norm, self.input_norm)
-
-    @property
-    def effectiveness(self) -> float:
-        """``‖ABx‖ / ‖x‖``: how large the learned update is."""
-        return _ratio(self.update_norm, self.input_norm)
-
-    @property
-    def contribution(self) -> float:
-        """``‖ABx‖ / ‖output‖``: the update's share of the layer's output."""
-        return _ratio(self.update_norm, self.output_norm)
+    without_sinks: WithoutSinks | None = None
 
     @property
     def chance(self) -> float:
@@ -127,16 +180,9 @@ class LayerStats:
         return math.nan if self.mean_leakage is None else _ratio(self.mean_leakage, self.chance)
 
     @property
-    def forgetting(self) -> float:
-        """``‖ABx‖ / ‖W_res x‖``: the update's size beside what it is added to."""
-        return _ratio(self.update_norm, self.base_norm)
-
-    @property
     def selectivity(self) -> float:
         """How many times larger the update is on the task text than on the preserved one, each beside ``‖W_res x‖``."""
-        if self.task is None or not self.task.forgetting:
-            return math.nan
-        return self.task.forgetting / max(self.forgetting, self.task.forgetting / _MOST_SELECTIVE)
+        return _selectivity(self, self.task)
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -156,10 +202,35 @@ class LayerStats:
         """The figures that were."""
         return tuple(figure for figure in FIGURES if figure not in self.absent)
 
-    def figure(self, name: str) -> float:
-        """The figure of that name in `FIGURES`; what an update is for is taken on the task text where there is one."""
-        value: float = getattr(self._judged_on(name), name)
+    def figure(self, name: str, sinks: bool = True) -> float:
+        """The figure of that name in `FIGURES`; what an update is for is taken on the task text where there is one.
+
+        Args:
+            name: Of the figure.
+            sinks: Whether sink rows count. Where nobody looked for them they do, and in the leakage, a mean of shares
+                to which each row gives alike.
+        """
+        of = self._judged_on(name)
+        if name == "selectivity" and not sinks:
+            return _selectivity(self._quiet, self.task and self.task._quiet)
+        value: float = getattr(of if sinks or name == "leakage" else of._quiet, name)
         return value
+
+    @property
+    def _quiet(self) -> _Ratios:
+        return self if self.without_sinks is None else self.without_sinks
+
+    @property
+    def sinks(self) -> int:
+        """How many of the rows are sinks; 0 also where nobody looked for them."""
+        return 0 if self.without_sinks is None else self.rows - self.without_sinks.rows
+
+    @property
+    def sink_share(self) -> float:
+        """How much of mean ``‖x‖`` is that of sink rows, from 0 to 1."""
+        if not self.sinks or self.without_sinks is None:
+            return 0.0
+        return 1 - _ratio(self.without_sinks.rows * self.without_sinks.input_norm, self.rows * self.input_norm)
 
     def margin(self, name: str) -> float | None:
         """How far `figure` may lie from what more text would give; None if that was never estimated."""
@@ -252,6 +323,12 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
+def _selectivity(preserved: _Ratios, task: _Ratios | None) -> float:
+    if task is None or not task.forgetting:
+        return math.nan
+    return task.forgetting / max(preserved.forgetting, task.forgetting / _MOST_SELECTIVE)
+
+
 @dataclass(frozen=True)
 class RunStats:
     """All that was measured of one checkpoint in one run.
@@ -300,9 +377,9 @@ class RunStats:
         """The figures that its texts can give."""
         return tuple(figure for figure in FIGURES if self.has_task or figure not in TASK_FIGURES)
 
-    def mean(self, figure: str) -> float:
+    def mean(self, figure: str, sinks: bool = True) -> float:
         """The average of a figure over the layers that a row reached, as the reference's summary takes it."""
-        values = [layer.figure(figure) for layer in self.layers if layer.rows]
+        values = [layer.figure(figure, sinks) for layer in self.layers if layer.rows]
         return fmean(values) if values else math.nan
 
     def margin(self, figure: str) -> float | None:
