@@ -15,7 +15,8 @@ from pytest_nullspace.errors import (
 
 if TYPE_CHECKING:
     from pytest_nullspace.checkpoint import Checkpoint, LayerSpec, open_checkpoint
-    from pytest_nullspace.judging.invariants import Expectations, Override, Stage, Threshold, Tier, Verdict, judge
+    from pytest_nullspace.judging.invariants import Expectations, Override, Stage, judge
+    from pytest_nullspace.judging.verdicts import Threshold, Tier, Verdict
     from pytest_nullspace.measuring.streaming import measure
     from pytest_nullspace.model import load_model
     from pytest_nullspace.run.stats import LayerStats, RunStats

@@ -10,8 +10,8 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.audit import Audit
 from pytest_nullspace.judging.baseline import Change, Comparison
 from pytest_nullspace.judging.diagnosis import Diagnosis
-from pytest_nullspace.judging.invariants import Tier
 from pytest_nullspace.judging.start import QUANTITIES, Start
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.run.stats import FIGURES, RunStats
 
 MOVED_SHOWN = 5

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.invariants import Expectations, Tier, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report.notes import (
     best_possible,
     doubts,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.invariants import Expectations, Tier, Verdict, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import Expectations, judge_averages, judge_drift
+from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report.words import MARKS
 from pytest_nullspace.run.stats import FIGURES, ON_TASK, SINK, Drift, LayerStats, RunStats
 from pytest_nullspace.run.uncertainty import MOST_WINDOWS, windows_needed

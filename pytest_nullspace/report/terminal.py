@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.invariants import Expectations, Tier, Verdict, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import notes
 from pytest_nullspace.report.words import MARKS, beside, faults, figures, reading, shown, sink_rows
 from pytest_nullspace.run.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.invariants import Tier
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT, LayerWeights, Weights
 from pytest_nullspace.report.markdown import escape
 from pytest_nullspace.report.notes import outside

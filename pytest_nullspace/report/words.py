@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from pytest_nullspace.judging.invariants import Finding, Tier, Verdict
+from pytest_nullspace.judging.verdicts import Finding, Tier, Verdict
 from pytest_nullspace.run.stats import FIGURES, SINK, LayerStats, RunStats
 
 MARKS = {Tier.PASS: "✓", Tier.WARN: "⚠", Tier.FAIL: "✗"}

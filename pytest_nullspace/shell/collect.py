@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_nullspace.errors import NullspaceError, NullspaceWarning
-from pytest_nullspace.judging.invariants import DRIFT, MODEL, Tier, Verdict, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import DRIFT, MODEL, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report import changes, notes, words
 from pytest_nullspace.run.stats import RunStats

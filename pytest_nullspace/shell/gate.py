@@ -13,7 +13,8 @@ import pytest
 
 from pytest_nullspace.checkpoint.hub import local_directory
 from pytest_nullspace.errors import NullspaceError
-from pytest_nullspace.judging.invariants import DRIFT, Stage, Tier
+from pytest_nullspace.judging.invariants import DRIFT, Stage
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report import changes, markdown, terminal, weights
 from pytest_nullspace.run import saved

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError, MeasurementError
-from pytest_nullspace.judging.invariants import Expectations, Finding, Stage, Threshold, Tier, judge
+from pytest_nullspace.judging.invariants import Expectations, Stage, judge
+from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, without

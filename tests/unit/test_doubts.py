@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pytest_nullspace.judging.invariants import Expectations, Finding, Stage, Threshold, Tier, judge, judge_drift
+from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_drift
+from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier
 from pytest_nullspace.report import markdown, notes, terminal, words
 from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
 from tests import saved

@@ -9,18 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_nullspace.errors import OptionError
-from pytest_nullspace.judging.invariants import (
-    Expectations,
-    Finding,
-    Override,
-    Stage,
-    Threshold,
-    Tier,
-    Verdict,
-    judge,
-    judge_averages,
-    judge_drift,
-)
+from pytest_nullspace.judging.invariants import Expectations, Override, Stage, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
 from pytest_nullspace.run.stats import FIGURES, Drift, LayerStats, RunStats, TextDrift
 
 PASS, WARN, FAIL = Tier

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_nullspace.checkpoint import Checkpoint, LayerSpec
-from pytest_nullspace.judging.invariants import Expectations, Stage, Tier, judge, judge_averages
+from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report import markdown, notes, terminal, words
 from pytest_nullspace.run.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats
 
