@@ -37,6 +37,29 @@ def llama(**changes: Any) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, "tie_word_embeddings": True, **changes})).eval()
 
 
+SINK = 1
+"""The token whose row outweighs all others in `llama_with_sinks`."""
+
+
+def llama_with_sinks(**changes: Any) -> PreTrainedModel:
+    """A random Llama in whose first block one token alone lights the last coordinate, and that drives the MLP's last.
+
+    So its row of the first block's down_proj is some thousand times as long as all others.
+    """
+    model: Any = llama(**{"initializer_range": 0.3, "tie_word_embeddings": False, **changes})
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, -1] = 0
+        model.model.embed_tokens.weight[SINK] = 0
+        model.model.embed_tokens.weight[SINK, -1] = 50.0
+        block = model.model.layers[0]
+        block.self_attn.o_proj.weight.zero_()
+        for part in (block.mlp.gate_proj, block.mlp.up_proj):
+            part.weight[:, -1] = 0
+            part.weight[-1] = 0
+            part.weight[-1, -1] = 30.0
+    return model
+
+
 def qwen2(**changes: Any) -> PreTrainedModel:
     """A random Qwen2, whose q, k and v have biases that outweigh their outputs."""
     torch.manual_seed(0)

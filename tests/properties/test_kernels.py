@@ -337,3 +337,51 @@ def test_a_zero_b_spans_nothing() -> None:
     means = kernels.compute(state_of(torch.randn(5, 4), torch.zeros(2, 4), torch.ones(3, 2), torch.ones(3, 4)))
     assert means.leakage == 0
     assert means.down == 0
+
+
+@st.composite
+def norms_with_sinks(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """The norms of rows, of which few or many may be far larger than the others, or zero, and others beside them."""
+    rows, few = draw(st.integers(1, 60)), draw(st.integers(0, 8))
+    generator = seeded(draw(SEEDS))
+    x = torch.rand(rows + few, generator=generator, dtype=torch.float64) + 0.05
+    x[:few] *= draw(st.sampled_from([2.0, 9.0, 40.0, 1e4]))
+    x[few : few + draw(st.integers(0, rows))] *= draw(st.sampled_from([0.0, 1.0, 1e-3]))
+    return x * 10.0 ** draw(st.integers(-6, 6)), torch.rand(len(x), generator=generator, dtype=torch.float64)
+
+
+def without_sinks_by_definition(x: Tensor, other: Tensor, times: int) -> list[float]:
+    """Rows, and sums over them, but those beyond ``times`` the median of what is not zero, rounded up."""
+    seen = sorted(value for value in x.tolist() if value)
+    median = seen[(len(seen) - 1) // 2] if seen else 0.0
+    quiet = x < times * 2.0 ** math.frexp(median)[1] if seen else torch.ones_like(x, dtype=torch.bool)
+    return [int(quiet.sum()), float(x[quiet].sum()), float(other[quiet].sum())]
+
+
+@given(norms_with_sinks(), st.sampled_from([1, 2, 8, 64]), st.sampled_from([torch.float32, torch.float64]), st.data())
+def test_rows_far_beyond_the_median_are_left_out_however_the_rows_are_split(
+    norms: tuple[Tensor, Tensor], times: int, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """What is summed without sinks is the sum under the mask of the rule, whatever the split and order of the rows."""
+    x, other = (part.to(dtype) for part in norms)
+    want = without_sinks_by_definition(x.double(), other.double(), times)
+    order = torch.tensor(data.draw(st.permutations(range(len(x)))))
+    cuts = data.draw(st.integers(1, len(x)))
+    split = [part[order].tensor_split(cuts) for part in (x, other)]
+    summed = kernels.merge(torch.stack([kernels.sums_by_octave(*of) for of in zip(*split, strict=True)]))
+    assert summed[:, 0].sum() == len(x)
+    assert kernels.without_sinks(summed, times).tolist() == pytest.approx(want, rel=1e-9)
+    together = kernels.sums_by_octave(torch.stack((x, 2 * x)), torch.stack((other, other)))
+    torch.testing.assert_close(together[0], kernels.sums_by_octave(x, other), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_norm_that_is_no_number_is_no_error_of_the_octaves(value: float) -> None:
+    """Its layer is a defect by its own means; here it is a row of the last octave, as what overflows it is."""
+    by_octave = kernels.sums_by_octave(torch.tensor([1.0, value, 1e30]))
+    assert by_octave[:, 0].tolist() == [0.0] * 52 + [1.0] + [0.0] * (kernels.OCTAVES - 54) + [2.0]
+
+
+def test_of_no_rows_none_are_sinks() -> None:
+    """A layer that no row reached has sums of zero with and without sinks."""
+    assert not kernels.without_sinks(kernels.sums_by_octave(torch.empty(0), torch.empty(0)), 8).any()
