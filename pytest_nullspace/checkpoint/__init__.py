@@ -9,6 +9,7 @@ from pathlib import Path
 from pytest_nullspace.checkpoint import lora_null, peft
 from pytest_nullspace.checkpoint.header import require_plain_files
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec
+from pytest_nullspace.checkpoint.strangers import require_ours
 from pytest_nullspace.errors import CheckpointError
 
 __all__ = ["Checkpoint", "LayerSpec", "open_checkpoint"]
@@ -32,13 +33,9 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             what = "is a file; give the directory that holds it" if directory.exists() else "no such directory"
             raise CheckpointError(f"{directory}: {what}")
         require_plain_files(directory)
+        require_ours(directory)
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror}; mend its permissions") from None
     if (directory / peft.CONFIG_FILE).exists():  # first: an adapter's directory may hold its base's config as well
         return peft.read(directory)
-    if (directory / lora_null.CONFIG_FILE).exists():
-        return lora_null.read(directory)
-    raise CheckpointError(
-        f"{directory}: not a checkpoint: neither {lora_null.CONFIG_FILE} nor {peft.CONFIG_FILE} is in it; give the "
-        "directory that training saved"
-    )
+    return lora_null.read(directory)

@@ -35,6 +35,8 @@ __all__ = [
     "stamps",
 ]
 
+POINTER = b"version https://git-lfs"
+"""How the small text file begins that a clone without Git LFS holds in place of a large one."""
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library itself."""
 MAX_JSON_BYTES = 100_000_000
@@ -99,6 +101,11 @@ def opened(file: Path, what: str) -> Iterator[tuple[BufferedReader, os.stat_resu
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{file}: {what} cannot be read: it is not a regular file; put one there")
+            if stream.peek(len(POINTER)).startswith(POINTER):
+                raise CheckpointError(
+                    f"{file}: {what} is not there, only a Git LFS pointer to it; run git lfs pull in that repository, "
+                    "or download the file itself"
+                )
             yield stream, status
     except FileNotFoundError:
         raise CheckpointError(f"{file}: {what} is missing; {AGAIN}") from None

@@ -6,6 +6,7 @@ from pathlib import Path
 from pytest_nullspace.checkpoint import gguf
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.checkpoint.layers import Checkpoint
+from pytest_nullspace.checkpoint.strangers import check_base
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.settings import PREFIX
 
@@ -51,13 +52,14 @@ def base_path(name: str, revision: str | None, how: str) -> Path:
         how: Which option or field said so, for messages.
 
     Raises:
-        CheckpointError: It is none, holds several GGUF files, or the hub cannot be reached or has no such model.
+        CheckpointError: It is none, holds several GGUF files or an adapter, or the hub cannot be reached or has no such
+            model.
     """
     local = _local(name)
     if local is None and name.endswith(gguf.SUFFIX):
         raise CheckpointError(f"{how}: {printable(name)}: no such file; give a GGUF file that is there")
     local = local or downloaded(name, revision, how)
-    return local if local.is_file() else gguf.only_file(local) or local
+    return check_base(local if local.is_file() else gguf.only_file(local) or local, how)
 
 
 def local_directory(name: str) -> Path | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pytest_nullspace.checkpoint.header import FLOATING, TensorInfo, inside, printable, read_json_object, read_tensors
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec, in_model_order
+from pytest_nullspace.checkpoint.strangers import require_unwrapped, whole_model
 from pytest_nullspace.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -35,11 +36,12 @@ def read(directory: Path) -> Checkpoint:
             "that training saved"
         )
     tensors = read_tensors(directory, "model")
+    require_unwrapped(directory, tensors)
     names = sorted({name for name in map(_layer_of, tensors) if name is not None})
     if not names:
         raise CheckpointError(
             f"{directory}: no adapted layer: none of its {len(tensors)} tensors is named <layer>.{DOWN}; "
-            "was the plain model saved instead of the adapted one?"
+            + whole_model(directory, tensors)
         )
     layers = in_model_order(directory, (_layer(directory, name, tensors) for name in names))
     _check_rank(config_file, config.get("lora_r"), layers)

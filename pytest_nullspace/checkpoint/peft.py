@@ -22,6 +22,7 @@ from pytest_nullspace.checkpoint.header import (
     read_tensors,
 )
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec, Scale, in_model_order
+from pytest_nullspace.checkpoint.strangers import require_unwrapped
 from pytest_nullspace.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
@@ -51,6 +52,7 @@ def read(directory: Path) -> Checkpoint:
             "of the update is unknown; write back the value that it was trained with"
         )
     held = read_tensors(directory, "adapter_model")
+    require_unwrapped(directory, held)
     idle = unused(held, config)
     tensors = {name: tensor for name, tensor in held.items() if name not in idle}
     names = _layers(directory, tensors, config)
@@ -190,6 +192,12 @@ def _layers(directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[
             f"{directory}: tensor {quoted(stray)} does not begin with {PREFIX!r} as PEFT's do, so PEFT would "
             "silently leave it out; "
             + ("rename the keys or save the adapter with save_pretrained" if is_lora else "save the adapter again")
+        )
+    twice = next((name for name in tensors if name.startswith(2 * PREFIX)), None)
+    if twice is not None:
+        raise CheckpointError(
+            f"{directory}: tensor {quoted(twice)} begins with {PREFIX!r} twice, so PEFT would silently leave it out; "
+            "take it off every key once, or save the adapter with save_pretrained"
         )
     parts = (f".{DOWN}", f".{UP}")
     names = {

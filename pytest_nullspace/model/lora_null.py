@@ -17,6 +17,7 @@ from pytest_nullspace.checkpoint.header import TensorInfo, printable, quoted
 from pytest_nullspace.checkpoint.lora_null import BIAS, PROTECT_DOWN
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
+from pytest_nullspace.model.known import require_known
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.stored import stored
 from pytest_nullspace.model.weights import fill
@@ -127,6 +128,7 @@ def _is_orthonormal(adapted: AdaptedLinear) -> bool:
 def _plain_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
     model_type = checkpoint.config["model_type"]
     try:
+        require_known(checkpoint.config, checkpoint.config_file)
         fields = without(_NOT_ARCHITECTURE, checkpoint.config)
         del fields["model_type"]
         check_counts(fields, checkpoint.config_file)

@@ -24,21 +24,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from pytest_nullspace.checkpoint import Checkpoint, gguf
-from pytest_nullspace.checkpoint.header import TensorInfo, printable, quoted, read_header, read_json_object, stamps
+from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_header, read_json_object, stamps
 from pytest_nullspace.checkpoint.peft import FIELDS, PREFIX
+from pytest_nullspace.checkpoint.strangers import require_unwrapped
 from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
+from pytest_nullspace.model.bounds import LEADS_TO_CODE, held_to, without
+from pytest_nullspace.model.known import class_of, known_config, own_code
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.stored import stored
 
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 _QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """The packages that read a base quantised so; of others transformers' message tells."""
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +51,7 @@ def load(
     Raises:
         CheckpointError: The base cannot be loaded, or adapter and base do not match, tensor by tensor.
     """
-    kind = _class_of(checkpoint, base)
+    kind = class_of(checkpoint, base)
     replaced = tuple(checkpoint.config.get("modules_to_save") or ())
     key = base.resolve(), stamps(base), device, dtype, kind, replaced
     model = bases.pop(key, None)
@@ -104,7 +98,7 @@ def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Ch
     Raises:
         CheckpointError: It cannot be loaded.
     """
-    kind = transformers.AutoModelForCausalLM if adapter is None else _class_of(adapter, base)
+    kind = transformers.AutoModelForCausalLM if adapter is None else class_of(adapter, base)
     return _base_model(kind, base, dtype, ()).to(device).eval()
 
 
@@ -153,26 +147,6 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _class_of(checkpoint: Checkpoint, base: Path) -> Any:
-    if base.is_file():  # a GGUF file does not name the class, and most are of models that write text
-        return getattr(transformers, _CLASSES.get(str(checkpoint.config.get("task_type")), "AutoModelForCausalLM"))
-    config = read_json_object(base / "config.json", "the base model's config")
-    check_counts(config, base / "config.json")
-    named = config.get("architectures")
-    name = _CLASSES.get(str(checkpoint.config.get("task_type"))) or (
-        named[0] if isinstance(named, list) and named else ""
-    )
-    kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if name not in _CLASSES.values() and not (
-        isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    ):
-        raise CheckpointError(
-            f"{base}: its architecture {quoted(name)} is not one of transformers' own; give another base by "
-            "--nullspace-base=DIR"
-        )
-    return kind
-
-
 def _base_model(kind: Any, base: Path, dtype: torch.dtype, replaced: tuple[str, ...]) -> nn.Module:
     try:
         config, tensors, how = _from_gguf(base) if base.is_file() else _from_directory(base)
@@ -198,15 +172,15 @@ def _base_model(kind: Any, base: Path, dtype: torch.dtype, replaced: tuple[str, 
         ) from error
     except Exception as error:  # transformers raises many kinds for a directory that it cannot load
         raise CheckpointError(
-            f"{base}: transformers cannot load the base model: {printable(error, 300)}; save it again with "
-            "safe_serialization=True, or give another by --nullspace-base=DIR"
+            f"{base}: transformers cannot load the base model: {printable(error, 300)}{own_code(base)}; save it "
+            "again with safe_serialization=True, or give another by --nullspace-base=DIR"
         ) from error
     missing = [key for key in sorted(report["missing_keys"]) if not any(part in replaced for part in key.split("."))]
     if missing or report["mismatched_keys"]:
         wrong = missing or [key for key, *_ in report["mismatched_keys"]]
         raise CheckpointError(
             f"{base}: its weights are not those of a whole {kind.__name__}: {_some(wrong)} have no tensor of their "
-            "shape there"
+            f"shape there{own_code(base)}"
         )
     assert isinstance(model, nn.Module)
     return model
@@ -215,7 +189,8 @@ def _base_model(kind: Any, base: Path, dtype: torch.dtype, replaced: tuple[str, 
 def _from_directory(base: Path) -> tuple[Any, list[TensorInfo], dict[str, Any]]:
     """A saved base's config, its tensors, and what else ``from_pretrained`` is told."""
     tensors = [tensor for file in sorted(base.glob("*.safetensors")) for tensor in read_header(file).values()]
-    fields = without(LEADS_TO_CODE, read_json_object(base / "config.json", "the base model's config"))
+    require_unwrapped(base, (tensor.name for tensor in tensors))
+    fields = without(LEADS_TO_CODE, known_config(base))
     config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
     return config, tensors, {"use_safetensors": True}
 

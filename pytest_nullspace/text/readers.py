@@ -6,11 +6,12 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_nullspace.checkpoint.header import POINTER
 from pytest_nullspace.errors import TextError, first_line, printable
 from pytest_nullspace.text.sources import OPTION, FileText, FolderText, HubText, Source
 
@@ -30,6 +31,7 @@ def read_text(source: Source) -> str:
     """
     match source:
         case FileText():
+            _require_whole(source.path)
             table = _READERS[source.path.suffix.lower()](source.path)
         case FolderText():
             table = _read_folder(source)
@@ -44,6 +46,14 @@ def read_text(source: Source) -> str:
             "remove or mend it"
         )
     return text
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse what a clone without Git LFS holds in place of the file."""
+    if path.is_file() and path.stat().st_size < 1024:
+        with suppress(OSError), path.open("rb") as stream:  # what cannot be read, its reader tells
+            if stream.read(len(POINTER)) == POINTER:
+                raise TextError(f"{path}: only a Git LFS pointer to the text; run git lfs pull in that repository")
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,9 @@ def _require_tokenizer(directory: Path) -> None:
             f"{config}: auto_map names Python code ({printable(json.dumps(code))}), which is never run, and no "
             "tokenizer.json lies beside it; save a fast tokenizer into the directory"
         )
+    for name in present:  # which transformers will open
+        with opened(directory / name, "the tokenizer"):
+            pass
     if not present:
         raise CheckpointError(
             f"{directory}: no tokenizer lies in it (looked for {', '.join(TOKENIZER_FILES)}); "

@@ -345,7 +345,7 @@ def test_what_is_no_checkpoint_is_a_usage_error(checkpoint: Path, gate: Gate, py
     )
     plain = pytester.path / "plain"
     tiny.llama().save_pretrained(plain)
-    usage_error(gate(model="plain"), "ERROR: *plain: no adapted layer*was the plain model saved*")
+    usage_error(gate(model="plain"), "ERROR: *plain: no adapted layer*was the plain model saved*merged*")
     usage_error(
         gate("--nullspace-layers=nothing.*"), "ERROR: --nullspace-layers: 'nothing.[*]' matches none of the 21*"
     )

@@ -131,6 +131,7 @@ def test_several_files_are_named_and_one_is_asked_for(tmp_path: Path) -> None:
     ):
         base_path(str(tmp_path), None, "x")
     (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").write_text("{}")
     assert base_path(str(tmp_path), None, "x") == tmp_path
     with pytest.raises(CheckpointError, match=r"^x: .*gone\.gguf: no such file; give a GGUF file that is there$"):
         base_path(str(tmp_path / "gone.gguf"), None, "x")

@@ -327,7 +327,6 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path, shards: int) -> Non
 @pytest.mark.parametrize(
     "change",
     [
-        {"model_type": "no_such_model"},
         {"model_type": "vit"},
         {"hidden_size": "wide"},
         {"num_attention_heads": 0},
@@ -338,6 +337,12 @@ def test_a_config_that_builds_no_causal_model_is_refused(tmp_path: Path, change:
     """An unknown or unfit architecture, and values that transformers refuses, are the user's to mend."""
     message = refused(tmp_path, lambda _, config: config.update(change))
     assert f"{tmp_path / 'config.json'}: transformers cannot build a causal" in message
+
+
+def test_an_architecture_that_transformers_does_not_have_is_refused(tmp_path: Path) -> None:
+    """A LoRA-Null directory whose plain architecture needs code of its own is told so, and that code is not run."""
+    message = refused(tmp_path, lambda _, config: config.update(model_type="no_such_model"))
+    assert "has no model_type 'no_such_model' of its own, and the code that auto_map names" in message
 
 
 def test_weights_that_changed_since_collection_are_refused(tmp_path: Path) -> None:

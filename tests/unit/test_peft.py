@@ -240,6 +240,21 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str
         rename("model.model.", "model.model.model."),
         "6 of its layers, such as model.model.layers.0.self_attn.q_proj, are not in the base model",
     ),
+    "a prefix twice": (
+        rename("base_model.model.", "base_model.model.base_model.model."),
+        "begins with 'base_model.model.' twice",
+    ),
+    "the name of a compiled model": (
+        rename("base_model.model.", "base_model.model._orig_mod."),
+        "carries _orig_mod. of torch.compile, which wrapped the model when it was saved; strip it from every key",
+    ),
+    "the names of two wrappers": (
+        lambda tensors, config: (
+            rename("base_model", "module.base_model")(tensors, config),
+            rename("self_attn", "_fsdp_wrapped_module.self_attn")(tensors, config),
+        )[0],
+        "carries _fsdp_wrapped_module. of FSDP and module. of DistributedDataParallel or DeepSpeed, which wrapped",
+    ),
     "the adapter's name left in": (rename("lora_A.", "lora_A.default."), "carries the adapter's name"),
     "half an adapter": (
         lambda tensors, _: tensors.pop("base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"),  # type: ignore[dict-item]
