@@ -8,7 +8,7 @@ left float32's range, or ``Bx`` lost its digits to cancellation, and take it in 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_nullspace import kernels
+from pytest_nullspace.measuring.rows import Batch, Layout, Rows
 from pytest_nullspace.model import AdaptedLayer
 from pytest_nullspace.model.stored import stored, without_bias
 
@@ -36,23 +37,6 @@ HELD_BYTES = 1 << 22
 _APART = ("input", "down", "update", "base", "output")
 OCTAVES = (kernels.OCTAVES, 1 + len(_APART))
 """The shape of a layer's sums by octave: of rows, and of these norms."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Windows of equal length that share a forward.
-
-    Attributes:
-        tokens: Shape ``(b, length)``.
-        first: The number of the first window.
-        rows: The numbers of the counted rows among the ``b · length``, or None for all.
-        counts: How many of them each window has.
-    """
-
-    tokens: Tensor
-    first: int
-    rows: Tensor | None
-    counts: list[int]
 
 
 @dataclass(frozen=True)
@@ -90,12 +74,14 @@ class _Taken:
 
     Attributes:
         watched: The layer.
+        layout: Which rows it read.
         norms: Of ``x``, ``W_res x``, the output and, where it is more than ``scale · A B x``, the update; shape
             ``(3 or 4, n)``.
         down: ``Bx``, shape ``(n, r)``.
     """
 
     watched: Watched
+    layout: Layout
     norms: Tensor
     down: Tensor
 
@@ -136,6 +122,8 @@ class Recorder:
         sums: For each layer the sums of each window, shape ``(windows, len(kernels.Sums))``.
         by_octave: For each layer `kernels.sums_by_octave` of the windows since it was last cleared.
         down_ranks: How many directions the rows of its B span.
+        rows: Which rows of the batch are whose.
+        alone: Whether it takes a batch of one window to know this.
     """
 
     def __init__(self, device: torch.device, windows: int) -> None:
@@ -143,36 +131,45 @@ class Recorder:
         self.sums: dict[str, Tensor] = {}
         self.by_octave: dict[str, Tensor] = {}
         self.down_ranks: dict[str, int] = {}
-        self._batch = Batch(torch.empty(0), 0, None, [])
+        self.rows, self.alone = Rows(), False
+        self._batch = Batch(torch.empty(0, 0), 0, None, [])
+        self._layout: Layout | None = None
+        self._unclear: set[str] = set()
         self._watched: list[Watched] = []
         self._input: Tensor | None = None
         self._input_norms = torch.empty(0)
         self._held: list[_Taken] = []
         self._memory = _Held(HELD_BYTES, device)
-        self._of_batch: list[tuple[str, Tensor, Tensor]] = []
+        self._of_batch: list[tuple[str, bool, Tensor, Tensor]] = []
 
     def start(self, batch: Batch) -> None:
         """From here on count the rows of ``batch``."""
-        self._batch, self._input = batch, None
-        self._forget_held()
-        self._of_batch.clear()
+        self.forget()
+        self._batch = batch
+        self.rows.start(batch)
 
     def forget(self) -> None:
         """Let go of all that was seen of a batch that did not come to its end."""
         self._input = None
         self._forget_held()
         self._of_batch.clear()
+        self._unclear.clear()
         for watched in self._watched:
             watched.seen.clear()
 
-    def end(self) -> None:
-        """Count the batch."""
+    def end(self) -> bool:
+        """Count the batch; False, and nothing counted, where `alone` the rows of one window could be told apart."""
         self._sum_held()
-        first = self._batch.first
-        for name, summed, apart in self._of_batch:
-            # An expert may run more than once a forward.
-            self.sums[name][first : first + len(summed)] += summed
-            self.by_octave[name] += apart
+        if self._unclear - {name for name, *_ in self._of_batch} and len(self._batch.tokens) > 1:
+            self.alone = True
+            return False
+        first, of_tokens = self._batch.first, {name for name, whole, *_ in self._of_batch if whole}
+        for name, whole, summed, apart in self._of_batch:
+            # An expert may run more than once a forward. Beside the tokens a layer may read what is none: distances.
+            if whole or name not in of_tokens:
+                self.sums[name][first : first + len(summed)] += summed
+                self.by_octave[name] += apart
+        return True
 
     @contextmanager
     def watching(self, layers: Sequence[AdaptedLayer]) -> Iterator[None]:
@@ -190,10 +187,12 @@ class Recorder:
                     layer.magnitude is not None or layer.has_bias or _has_bias(layer.up),
                 )
                 self._watched.append(watched)
-                takes: dict[str, _Take] = {"down": self._rows, "base": self._row_norms}
+                handle = layer.layer.register_forward_pre_hook(partial(self._meet, watched))
+                hooks.callback(handle.remove)
+                takes: dict[str, _Take] = {"down": self._output, "base": self._output_norms}
                 if watched.in_parts:
                     takes["base"] = self._product
-                    takes["up" if layer.magnitude is None else "magnitude"] = self._rows
+                    takes["up" if layer.magnitude is None else "magnitude"] = self._output
                 for part, take in takes.items():
                     handle = getattr(layer, part).register_forward_hook(partial(_keep, watched.seen, part, take))
                     hooks.callback(handle.remove)
@@ -205,8 +204,15 @@ class Recorder:
                 self._input = None
                 self._forget_held()
 
+    def _meet(self, watched: Watched, _: nn.Module, args: Any) -> None:
+        self._layout = self.rows.layout(args[0].shape, routed="expert" in watched.layer.name)
+
     def _take(self, watched: Watched, _: nn.Module, args: Any, output: Tensor) -> None:
         x, layer, change = args[0], watched.layer, []
+        if self._layout is None:
+            self._unclear.add(layer.name)
+            watched.seen.clear()
+            return
         down, base = watched.seen["down"], watched.seen["base"]
         if x is not self._input:
             self._input, self._input_norms = x, self._norms(x)
@@ -225,7 +231,7 @@ class Recorder:
         norms = [part.to(self._device) for part in (self._input_norms, base, output, *change)]
         if len({part.dtype for part in norms}) > 1:
             norms = [part.double() for part in norms]
-        self._hold(_Taken(watched, torch.stack(norms), down))
+        self._hold(_Taken(watched, self._layout, torch.stack(norms), down))
 
     def _hold(self, taken: _Taken) -> None:
         if not self._memory.has_room(taken.norms, taken.down):
@@ -233,12 +239,12 @@ class Recorder:
         if not self._memory.has_room(taken.norms, taken.down):
             self._sum([taken])
             return
-        self._held.append(_Taken(taken.watched, self._memory.keep(taken.norms), self._memory.keep(taken.down)))
+        self._held.append(replace(taken, norms=self._memory.keep(taken.norms), down=self._memory.keep(taken.down)))
 
-    def _rows(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def _output(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
         return self._counted(output)
 
-    def _row_norms(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def _output_norms(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
         return self._norms(output)
 
     def _product(self, base: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -263,21 +269,14 @@ class Recorder:
         return norms
 
     def _counted(self, values: Tensor) -> Tensor:
-        values = values.reshape(-1, values.shape[-1])
-        if self._batch.rows is None or not len(values):
-            return values
-        if len(values) == self._batch.tokens.numel():
-            return values.index_select(0, self._batch.rows.to(values.device))
-        # An expert sees only the rows that were routed to it: of them the same share is counted, spread alike.
-        rows = self._batch.rows * len(values) // self._batch.tokens.numel()
-        share: Tensor = rows.unique()  # type: ignore[no-untyped-call]
-        return values.index_select(0, share.to(values.device))
+        return values.flatten(0, -2) if self._layout is None else self._layout.counted(values)
 
     def _sum_held(self) -> None:
         """Add up what was taken, the layers of one shape at once."""
 
         def shape(taken: _Taken) -> tuple[Any, ...]:
-            return taken.norms.shape, taken.norms.dtype, taken.down.shape, taken.down.dtype
+            told = taken.layout.counts, taken.layout.whole
+            return taken.norms.shape, taken.norms.dtype, taken.down.shape, taken.down.dtype, *told
 
         for _, alike in groupby(sorted(self._held, key=lambda taken: repr(shape(taken))), key=shape):
             self._sum(list(alike))
@@ -300,15 +299,12 @@ class Recorder:
         x, base, output, *change = torch.stack([t.norms for t in taken], dim=1).to(self._device).unbind()
         parts = {"input": x, "down": down_norms, "base": base, "output": output, "projected": projected}
         parts["update"] = change[0] if change else update
-        counts = self._batch.counts
-        if sum(counts) != x.shape[-1]:
-            # Which of an expert's rows came from which window is not known: the batch counts as one.
-            counts = [x.shape[-1]]
+        counts = list(taken[0].layout.counts)
         split = {name: torch.split(part, counts, dim=-1) for name, part in parts.items()}
         by_window = [kernels.sums(**{name: part[i] for name, part in split.items()}) for i in range(len(counts))]
         by_octave = kernels.sums_by_octave(*(parts[name] for name in _APART))
         of = zip(taken, torch.stack(by_window, dim=1), by_octave, strict=True)
-        self._of_batch += [(t.watched.layer.name, summed, apart) for t, summed, apart in of]
+        self._of_batch += [(t.watched.layer.name, t.layout.whole, summed, apart) for t, summed, apart in of]
 
 
 def _loses_digits(down: Tensor, input_norms: Tensor, watched: Watched) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pytest_nullspace import kernels
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
 from pytest_nullspace.measuring.forward import forwards
+from pytest_nullspace.measuring.rows import Batch, Rows
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.run.stats import Spectrum
 
@@ -68,12 +69,15 @@ def spectrum(
     for number, group in enumerate(groups):
         with forwards(adapted, [layer for of in group for layer in of.layers], windows[0]) as forward:
             with ExitStack() as hooks:
+                hooks.enter_context((rows := Rows()).watching(adapted.model))
                 for of in group:
                     of.covariance = torch.zeros(of.width, of.width, dtype=torch.float64, device=adapted.device)
-                    hooks.callback(of.layers[0].layer.register_forward_pre_hook(_adding(of)).remove)
+                    hooks.callback(of.layers[0].layer.register_forward_pre_hook(_adding(of, rows)).remove)
                 read = []
                 for window in ranks.share(range(len(windows))):
-                    forward(torch.tensor([list(windows[window])], device=adapted.device))
+                    tokens = torch.tensor([list(windows[window])], device=adapted.device)
+                    rows.start(Batch(tokens, window, None, [tokens.shape[1]]))
+                    forward(tokens)
                     read.append(window)
                     if progress is not None:
                         done = min(ranks.size * len(read), len(windows))
@@ -121,9 +125,12 @@ def _groups(inputs: Sequence[_Input], held_bytes: int) -> Iterator[list[_Input]]
         yield group
 
 
-def _adding(of: _Input) -> Callable[[nn.Module, Any], None]:
+def _adding(of: _Input, among: Rows) -> Callable[[nn.Module, Any], None]:
     def hook(_: nn.Module, args: Any) -> None:
-        rows = args[0].reshape(-1, of.width).to(of.covariance.device, torch.float64)
+        layout = among.layout(args[0].shape)
+        if layout is None:
+            return
+        rows = layout.counted(args[0]).to(of.covariance.device, torch.float64)
         norms = rows.norm(dim=-1, keepdim=True)
         rows = rows[norms[:, 0] != 0] / norms[norms[:, 0] != 0]  # what is no number stays, to be found
         for first in range(0, of.width, block := -(-of.width // BLOCKS)):

@@ -12,7 +12,8 @@ from pytest_nullspace import kernels
 from pytest_nullspace.errors import MeasurementError
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
 from pytest_nullspace.measuring.forward import forwards
-from pytest_nullspace.measuring.recorder import OCTAVES, Batch, Recorder
+from pytest_nullspace.measuring.recorder import OCTAVES, Recorder
+from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.run.stats import SINK, LayerStats, WithoutSinks
 from pytest_nullspace.run.uncertainty import margins
@@ -43,7 +44,8 @@ def measure(
         adapted: The model; it is left as it was, hooks removed.
         windows: Token ids; windows of equal length that follow one another share a batch, so nothing is padded.
         layers: The names of the layers to measure; all if None.
-        batch_size: Windows a forward; halved for the rest of the pass whenever a device has no memory for so many.
+        batch_size: Windows a forward; halved for the rest of the pass whenever a device has no memory for so many, and
+            one where a layer reads what only then can be told to be a window's.
         max_rows: At most so many rows a layer, drawn evenly and seeded from all windows; all rows if None.
         seed: Of that draw.
         progress: Called after each batch, as if every process were as far.
@@ -75,14 +77,15 @@ def measure(
             for layer, *of in zip(chosen, sums, by_octave, strict=True)
         )
 
-    with forwards(adapted, chosen, windows[0]) as forward, recorder.watching(chosen):
+    watching = recorder.rows.watching(adapted.model), recorder.watching(chosen)
+    with forwards(adapted, chosen, windows[0]) as forward, watching[0], watching[1]:
         for part in _rounds(len(windows), settled is not None):
             share, done, told = ranks.share(part), 0, part.start
             while done < len(share):
                 batch = _batch(windows, share[done : done + batch_size], drawn, adapted.device)
                 if not _fits(recorder, forward, batch):
-                    batch_size = len(batch.tokens) // 2
-                    if shrunk is not None:
+                    batch_size = 1 if recorder.alone else len(batch.tokens) // 2
+                    if shrunk is not None and not recorder.alone:
                         shrunk(batch_size)
                     continue
                 done += len(batch.tokens)
@@ -111,11 +114,13 @@ def _rounds(windows: int, early: bool) -> Iterator[range]:
 
 
 def _fits(recorder: Recorder, forward: Callable[[Tensor], None], batch: Batch) -> bool:
-    """Run and count ``batch``; False, nothing counted and its memory given back, where the device has none for it."""
+    """Run and count ``batch``; False, nothing counted and its memory given back, where it must be a smaller one."""
     try:
         recorder.start(batch)
         forward(batch.tokens)
-        recorder.end()
+        if not recorder.end():
+            recorder.forget()
+            return False
     except torch.OutOfMemoryError:
         if len(batch.tokens) == 1:
             raise
@@ -198,6 +203,8 @@ def _batch(
     """The first of the windows of these ``numbers``, and those of its length that follow it."""
     length = len(windows[numbers[0]])
     alike = list(takewhile(lambda number: len(windows[number]) == length, numbers))
+    if len(alike) == length > 1:
+        alike.pop()  # of as many windows as tokens nobody could tell which are which
     tokens = torch.tensor([list(windows[number]) for number in alike], device=device)
     if drawn is None:
         return Batch(tokens, alike[0], None, [length] * len(alike))

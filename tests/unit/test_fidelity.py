@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.measuring.recorder import Batch, Recorder
+from pytest_nullspace.measuring.recorder import Recorder
+from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.model.spread import spread

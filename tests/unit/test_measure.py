@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pytest_nullspace import kernels
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.measuring.recorder import Batch, Recorder, Watched
+from pytest_nullspace.measuring.recorder import Recorder, Watched
+from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.measuring.streaming import draw_rows, measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.run.stats import LayerStats
@@ -170,13 +171,10 @@ def test_norms_from_several_devices_are_put_together(llama: AdaptedModel) -> Non
     recorder = Recorder(torch.device("meta"), 1)
     recorder.start(Batch(torch.zeros(1, 3), 0, None, [3]))
     seen = {"down": torch.ones(3, 4, device="meta"), "base": torch.ones(3, device="meta")}
-    layer = llama.layers[FIRST]
-    recorder._take(
-        Watched(layer, kernels.factors(torch.eye(4), torch.eye(4), 1.0), in_parts=False, seen=seen),
-        layer.layer,
-        (torch.ones(1, 3, 32),),
-        torch.ones(1, 3, 32, device="meta"),
-    )
+    layer, x = llama.layers[FIRST], (torch.ones(1, 3, 32),)
+    watched = Watched(layer, kernels.factors(torch.eye(4), torch.eye(4), 1.0), in_parts=False, seen=seen)
+    recorder._meet(watched, layer.layer, x)
+    recorder._take(watched, layer.layer, x, torch.ones(1, 3, 32, device="meta"))
     (taken,) = recorder._held
     assert (taken.norms.device.type, taken.norms.shape) == ("meta", (3, 3))
 

@@ -1,0 +1,152 @@
+"""Which rows of what a layer reads are which tokens of which window.
+
+Most layers read ``(windows, tokens, width)``. XLNet's read the tokens first, Longformer's too, and padded to its
+window; an expert reads what was routed to it, a pooler one row a window, and DeBERTa's query projection its table of
+distances besides.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of equal length that share a forward.
+
+    Attributes:
+        tokens: Shape ``(b, length)``.
+        first: The number of the first window.
+        rows: The numbers of the counted rows among the ``b · length``, or None for all.
+        counts: How many of them each window has.
+    """
+
+    tokens: Tensor
+    first: int
+    rows: Tensor | None
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the rows of one call of a layer are.
+
+    Attributes:
+        size: How many there are in all.
+        index: The numbers of the counted ones, window after window; None where all count as they lie.
+        counts: How many of these each window has, or all together where it is not known whose they are.
+        whole: Whether they are the rows of all tokens, or of those that were routed there.
+    """
+
+    size: int
+    index: Tensor | None
+    counts: tuple[int, ...]
+    whole: bool = True
+
+    def counted(self, values: Tensor) -> Tensor:
+        """The counted rows of ``values (…, d)``, shape ``(n, d)``; all rows of what is of another size."""
+        values = values.reshape(-1, values.shape[-1])
+        if self.index is None or len(values) != self.size:
+            return values
+        return values.index_select(0, self.index.to(values.device))
+
+
+class Rows:
+    """Tells the layouts of a batch."""
+
+    def __init__(self) -> None:
+        self._batch = Batch(torch.empty(0, 0), 0, None, [])
+        self._lengths: list[int] = []
+        self._known: dict[tuple[tuple[int, ...], bool], Layout | None] = {}
+
+    def start(self, batch: Batch) -> None:
+        """From here on tell of ``batch``."""
+        self._batch, self._lengths = batch, [batch.tokens.shape[1]]
+        self._known.clear()
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Within this context padding is known, by what the embeddings of ``model`` are given."""
+        with ExitStack() as hooks:
+            for module in model.modules():
+                if isinstance(module, nn.Embedding):
+                    hooks.callback(module.register_forward_pre_hook(self._see).remove)
+            yield
+
+    def layout(self, shape: torch.Size, *, routed: bool = False) -> Layout | None:
+        """The rows of an input of this ``shape (…, d)``; None where it cannot be told which are of the text.
+
+        Args:
+            shape: Of the layer's input.
+            routed: Whether the layer reads only what is routed to it.
+        """
+        key = tuple(shape[:-1]), routed
+        if key not in self._known:
+            self._known[key] = self._layout(*key)
+        return self._known[key]
+
+    def _see(self, _: nn.Module, args: Any) -> None:
+        ids, tokens = args[0] if args else None, self._batch.tokens
+        length = tokens.shape[-1]
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != len(tokens) or ids.shape[1] <= length:
+            return
+        if ids.shape[1] in self._lengths or not torch.equal(ids[:, :length], tokens.to(ids)):
+            return
+        if bool((ids[:, length:] == ids[0, length]).all()):  # one and the same token behind each window
+            self._lengths.append(ids.shape[1])
+            self._known.clear()
+
+    def _layout(self, shape: tuple[int, ...], routed: bool) -> Layout | None:
+        windows, length = self._batch.tokens.shape
+        match shape:
+            case (rows,):
+                for padded in self._lengths:
+                    if rows == windows * padded:
+                        return self._of_windows(padded, length)
+                return self._of_windows(1, 1) if rows == windows and not routed else self._routed(rows)
+            case (first, second):
+                if first == second == windows > 1:
+                    return None
+                for padded in self._lengths:
+                    if shape in ((windows, padded), (padded, windows)):
+                        return self._of_windows(padded, length, tokens_first=first != windows)
+                fewer = second if first == windows else first
+                if routed:
+                    return self._routed(first * second)
+                if windows in shape and fewer < length:
+                    return self._of_windows(fewer, fewer, tokens_first=first != windows)
+                return None
+            case _:
+                each = math.prod(shape) // windows
+                told = shape[:1] == (windows,) or windows == 1
+                return self._of_windows(each, each, whole=True) if told and not each % length else None
+
+    def _of_windows(self, each: int, kept: int, *, tokens_first: bool = False, whole: bool | None = None) -> Layout:
+        """Of ``each`` rows that every window has, the first so many, as far as they are counted."""
+        windows, length = self._batch.tokens.shape
+        rows, size = self._batch.rows, windows * each
+        whole = kept == length if whole is None else whole
+        if rows is None and kept == each and (windows == 1 or not tokens_first):
+            return Layout(size, None, (kept,) * windows, whole)
+        numbers = torch.arange(size, device=self._batch.tokens.device)
+        numbers = numbers.view(each, windows).mT if tokens_first else numbers.view(windows, each)
+        numbers = numbers[:, :kept].reshape(-1)
+        if rows is None:
+            return Layout(size, numbers, (kept,) * windows, whole)
+        if kept == length:
+            return Layout(size, numbers[rows], tuple(self._batch.counts), whole)
+        # Where a window has fewer rows than tokens, or more, the same share of them is counted, spread alike.
+        share: Tensor = (rows // length * kept + rows % length * kept // length).unique()  # type: ignore[no-untyped-call]
+        return Layout(size, numbers[share], tuple((share // kept).bincount(minlength=windows).tolist()), whole)
+
+    def _routed(self, rows: int) -> Layout:
+        """An expert sees only the rows that were routed to it: which came from which window is not known."""
+        if self._batch.rows is None or not rows:
+            return Layout(rows, None, (rows,))
+        share = (self._batch.rows * rows // self._batch.tokens.numel()).unique()  # type: ignore[no-untyped-call]
+        return Layout(rows, share, (len(share),))
