@@ -1,5 +1,6 @@
 """The report on the terminal: the reference's block for each layer, a table of the worst, and a reading in words."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -7,14 +8,17 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import notes
-from pytest_nullspace.report.words import MARKS, beside, faults, figures, reading, shown, sink_rows
+from pytest_nullspace.report.layout import Form, table, with_faults, wrapped
+from pytest_nullspace.report.words import MARKS, beside, faults, figures, reading, scanned_figure, shown, sink_rows
 from pytest_nullspace.run.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats
 
 if TYPE_CHECKING:
     import pytest
+    from _pytest._io import TerminalWriter
 
 WORST_SHOWN = 5
 WIDTH = 60
+MARGIN = 4
 
 
 def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expectations) -> None:
@@ -22,18 +26,23 @@ def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expe
     verdicts = [judge(layer, expectations) for layer in run.layers]
     if reporter.verbosity > 0:
         for layer, verdict in zip(run.layers, verdicts, strict=True):
-            for line in block(layer, verdict):
-                reporter.write_line(line)
+            write_lines(reporter, ((line, None) for line in block(layer, verdict)))
     if reporter.verbosity > 1 and (told := notes.time_spent(run)) is not None:
-        reporter.write_line(told)
-    write_lines(reporter, summary(run, verdicts, expectations))
+        write_lines(reporter, [(told, None)])
+    write_lines(reporter, summary(run, verdicts, expectations, columns(reporter._tw)))
+
+
+def columns(writer: "TerminalWriter") -> int:
+    """How many of the terminal's lines take: some terminals draw a mark two columns wide, so a few stay free."""
+    return writer.fullwidth - MARGIN
 
 
 def write_lines(reporter: "pytest.TerminalReporter", lines: Iterable[tuple[str, Tier | None]]) -> None:
-    """Print lines, each in the colour of its tier."""
+    """Print lines, each in the colour of its tier and wrapped at the terminal's width."""
     for line, tier in lines:
         markup = {} if tier is None else {_COLOURS[tier]: True}
-        reporter.write_line(line, **markup)
+        for part in wrapped(line, columns(reporter._tw)):
+            reporter.write_line(part, **markup)
 
 
 _COLOURS = {Tier.PASS: "green", Tier.WARN: "yellow", Tier.FAIL: "red"}
@@ -87,9 +96,9 @@ def _figure_line(layer: LayerStats, figure: str, marks: Mapping[str, str]) -> st
 
 
 def summary(
-    run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations
+    run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations, width: float = math.inf
 ) -> Iterator[tuple[str, Tier | None]]:
-    """The lines of the summary, each with the tier that colours it."""
+    """The lines of the summary, each with the tier that colours it, the table as ``width`` columns show it."""
     conditions = notes.conditions(run)
     if conditions is not None:
         yield conditions, None
@@ -113,7 +122,7 @@ def summary(
         yield notes.outside(names), Tier.WARN
     yield from ((doubt, Tier.WARN) for doubt in notes.doubts(verdicts, run, expectations))
     yield "", None
-    yield from _table(run, verdicts)
+    yield from _table(run, verdicts, width)
     for line in notes.best_possible(run):
         yield line, None
     if run.drift is not None:
@@ -126,19 +135,29 @@ def summary(
         yield from reading(averages)
 
 
-def _table(run: RunStats, verdicts: Sequence[Verdict]) -> Iterator[tuple[str, Tier | None]]:
+_HEADS = {
+    "preservation": "preserv.",
+    "effectiveness": "effect.",
+    "contribution": "contrib.",
+    "leakage": "leakage",
+    "forgetting": "forget.",
+    "selectivity": "select.",
+}
+"""The figures' names where a terminal has no room for them."""
+
+
+def _table(run: RunStats, verdicts: Sequence[Verdict], width: float) -> Iterator[tuple[str, Tier | None]]:
     ordered = sorted(zip(run.layers, verdicts, strict=True), key=lambda pair: pair[1].severity, reverse=True)
-    shown = ordered[:WORST_SHOWN]
-    width = max(len(name) for name in ("average", *(printable(layer.name) for layer, _ in shown)))
-    title = "worst layers" if len(ordered) > len(shown) else "layers"
-    yield f"  {title:<{width}} " + "".join(f"{FIGURES[figure]:>20}" for figure in run.expected), None
-    for layer, verdict in shown:
-        yield _row(MARKS[verdict.tier], printable(layer.name), width, figures(layer, run.expected), verdict)
-    yield _row(" ", "average", width, figures(run, run.expected), None)
-
-
-def _row(mark: str, name: str, width: int, values: Sequence[str], verdict: Verdict | None) -> tuple[str, Tier | None]:
-    line = f"{mark} {name:<{width}} " + "".join(f"{value:>20}" for value in values)
-    if verdict is not None:
-        line += "".join(f"  {fault}" for fault in faults(verdict))
-    return line, None if verdict is None or verdict.tier is Tier.PASS else verdict.tier
+    worst = ordered[:WORST_SHOWN]
+    rows: list[LayerStats | RunStats] = [*(layer for layer, _ in worst), run]
+    exact = [figures(row, run.expected) for row in rows]
+    short = [[scanned_figure(row, figure) for figure in run.expected] for row in rows]
+    heads = [FIGURES[figure] for figure in run.expected]
+    forms = (Form(heads, exact, 20), Form(run.expected, short), Form([_HEADS[f] for f in run.expected], short))
+    names = [*(f"{MARKS[verdict.tier]} {printable(layer.name)}" for layer, verdict in worst), "  average"]
+    title, *lines = table("worst layers" if len(ordered) > len(worst) else "layers", names, forms, width)
+    yield title, None
+    for line, (_, verdict) in zip(lines, worst, strict=False):
+        tier = None if verdict.tier is Tier.PASS else verdict.tier
+        yield from ((told, tier) for told in with_faults(line, faults(verdict), width))
+    yield lines[-1], None

@@ -1,11 +1,13 @@
 """The report of a run that was gated on weights alone: what it is comes first, and again last."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT, LayerWeights, Weights
+from pytest_nullspace.report.layout import Form, table, with_faults
 from pytest_nullspace.report.markdown import escape
 from pytest_nullspace.report.notes import outside
 from pytest_nullspace.report.words import MARKS
@@ -27,23 +29,22 @@ def header(checkpoint: Checkpoint, gated: int) -> Iterator[str]:
         yield f"nullspace: {outside(checkpoint.outside)}"
 
 
-def summary(weights: Weights, faults: Faults, of: int, every: bool) -> Iterator[tuple[str, Tier | None]]:
+def summary(
+    weights: Weights, faults: Faults, of: int, every: bool, columns: float = math.inf
+) -> Iterator[tuple[str, Tier | None]]:
     """The lines of the summary: failed layers first, five or all, then the statement."""
     told = {layer.name: faults(layer) for layer in weights.layers}
     yield counted(weights, faults, of), Tier.FAIL if any(told.values()) else Tier.WARN
     yield "", None
     ordered = sorted(weights.layers, key=lambda layer: (not told[layer.name], layer.rank_used))
     shown = ordered if every else ordered[:WORST_SHOWN]
-    width = max((len(printable(layer.name)) for layer in shown), default=0)
-    yield f"  {'layers':<{width}} " + "".join(f"{column:>14}" for column in _COLUMNS), None
-    for layer in shown:
-        wrong = told[layer.name]
-        cells = "".join(f"{cell:>14}" for cell in _cells(layer))
-        mark = MARKS[Tier.FAIL] if wrong else " "
-        yield (
-            f"{mark} {printable(layer.name):<{width}} {cells}" + "".join(f"  {fault}" for fault in wrong),
-            Tier.FAIL if wrong else None,
-        )
+    cells = [_cells(layer) for layer in shown]
+    names = [f"{MARKS[Tier.FAIL] if told[layer.name] else ' '} {printable(layer.name)}" for layer in shown]
+    title, *rows = table("layers", names, (Form(_COLUMNS, cells, 14), Form(_COLUMNS, cells)), columns)
+    yield title, None
+    for row, layer in zip(rows, shown, strict=True):
+        tier = Tier.FAIL if told[layer.name] else None
+        yield from ((line, tier) for line in with_faults(row, told[layer.name], columns))
 
 
 def counted(weights: Weights, faults: Faults, of: int) -> str:

@@ -30,6 +30,14 @@ def beside(of: LayerStats | RunStats, figure: str) -> str:
 _WITHOUT = "without sink rows"
 
 
+def scanned_figure(of: LayerStats | RunStats, figure: str) -> str:
+    """One of them in three digits, as people scan a table; a share in per cent."""
+    value = of.mean if isinstance(of, RunStats) else of.figure
+    if figure in of.absent:
+        return "–"
+    return f"{100 * value(figure):.3g} %" if figure == "contribution" else f"{value(figure):.3g}"
+
+
 def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
     """What the verdict's figures mean, a line each."""
     if verdict.defect is not None:

@@ -17,6 +17,7 @@ from pytest_nullspace.judging.invariants import DRIFT, Stage
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report import changes, markdown, terminal, weights
+from pytest_nullspace.report.layout import wrapped
 from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.settings import Settings, stats_file
@@ -68,7 +69,9 @@ class Gate:
         """Say what is gated, before anything is loaded."""
         size = self.settings.ranks.size
         together = [f"nullspace: {size} processes, each reads its share of the windows"] if size > 1 else []
-        return [*(line for run in self.runs for line in run.header()), *together]
+        lines = [*(line for run in self.runs for line in run.header()), *together]
+        width = terminal.columns(self._config.get_terminal_writer())
+        return [part for line in lines for part in wrapped(line, width)]
 
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         """Answer for a checkpoint's file that was named on the command line, as an id copied from a report is."""
@@ -223,7 +226,13 @@ class Gate:
                 else:
                     faults = partial(run.weight_faults, outcome)
                     every = terminalreporter.verbosity > 0
-                    lines = weights.summary(weighed, faults, outcome.checkpoint_layers, every)
+                    lines = weights.summary(
+                        weighed,
+                        faults,
+                        outcome.checkpoint_layers,
+                        every,
+                        terminal.columns(self._config.get_terminal_writer()),
+                    )
                     terminal.write_lines(terminalreporter, lines)
                 terminal.write_lines(terminalreporter, notes(run, outcome, every=terminalreporter.verbosity > 0))
         for problem in self._problems:

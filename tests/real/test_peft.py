@@ -100,7 +100,7 @@ def test_the_null_space_adapter_passes_and_the_default_one_fails(
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         pytest.skip(f"needs the packages of tox -e real: {', '.join(missing)} not installed")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
     folder: Path = pytester.path
     (folder / "text.txt").write_text(TEXT)
     model, tokenizer = load()
