@@ -39,9 +39,10 @@ from pytest_nullspace.measuring.loading import (
 from pytest_nullspace.measuring.memory import keep_freed_memory
 from pytest_nullspace.run.stats import FIGURES, ON_TASK, Drift, LayerStats, RunStats
 from pytest_nullspace.settings import PREFIX, Settings
+from pytest_nullspace.text.choice import TokenizerChoice
 from pytest_nullspace.text.readers import read_text
 from pytest_nullspace.text.sources import OPTION, TASK_OPTION, parse_source
-from pytest_nullspace.text.tokenizer import TOKENIZER_FILES, load_tokenizer
+from pytest_nullspace.text.tokenizer import load_tokenizer
 from pytest_nullspace.text.windows import Window, distinct_rows, draw_windows, text_hash
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def measure_checkpoint(
     texts = {"text": _text(settings.calib_dataset, settings.text_folder, OPTION)}
     if settings.task_dataset is not None:
         texts["task_text"] = _text(settings.task_dataset, settings.task_folder, TASK_OPTION)
-    tokenize = load_tokenizer(_tokenizer_directory(checkpoint, base))
+    tokenizer = TokenizerChoice.of(checkpoint.directory, base)
+    tokenize = load_tokenizer(tokenizer.used)
     spent.on("text")
 
     # Only now torch, for what is wrong with the text need not wait for it.
@@ -142,6 +144,7 @@ def measure_checkpoint(
             "weights_sha256": hashes,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
             **{what: _about_text(texts[what], windows, seqlen) for what, windows in run.read.items()},
+            "tokenizer": tokenizer.told(texts, run.read, seqlen),
             "settings": {
                 "calib_size": settings.calib_size,
                 "max_activation_samples": settings.max_activation_samples,
@@ -457,15 +460,6 @@ def audit_checkpoint(checkpoint: Checkpoint, initial: Checkpoint, settings: Sett
         trained_base=base(checkpoint, initial),
         initial_base=base(initial, checkpoint),
     )
-
-
-def _tokenizer_directory(checkpoint: Checkpoint, base: Path | None) -> Path:
-    """The adapter's own tokenizer if one was saved with it, else its base's; a GGUF file holds one itself."""
-    places = [checkpoint.directory]
-    if base is not None:
-        places.append(base.parent if base.is_file() else base)
-    held = (place for place in places if any((place / name).is_file() for name in TOKENIZER_FILES))
-    return next(held, base or checkpoint.directory)
 
 
 def _batch_size(seqlen: int, device: Any) -> int:

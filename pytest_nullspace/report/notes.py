@@ -214,7 +214,28 @@ def _windows(run: RunStats, figure: str) -> int:
 def doubts(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> Iterator[str]:
     """What keeps the figures from being trusted as they stand."""
     told = uncertain(verdicts, run, expectations), uncertain_drift(run, expectations), few_rows(run), repeated(run)
-    yield from (doubt for doubt in (sinks(verdicts, run), *told) if doubt is not None)
+    yield from (doubt for doubt in (other_tokenizer(run), sinks(verdicts, run), *told) if doubt is not None)
+
+
+def other_tokenizer(run: RunStats) -> str | None:
+    """That the adapter's tokenizer makes other ids of the text than its base's; None if not, or if nobody told."""
+    told = run.about.get("tokenizer")  # a file of another making may hold anything
+    if not isinstance(told, dict):
+        return None
+    if isinstance(unread := told.get("base_unread"), str):
+        return (
+            "tokenizer: the adapter's own is another than its base's, which could not be held against it: "
+            f"{printable(unread, 300)}; if it is an older copy, remove its files from the adapter's directory"
+        )
+    differ, windows, first = (told.get(what) for what in ("windows_differ", "windows", "first_difference"))
+    if not isinstance(differ, int) or differ < 1 or not isinstance(first, dict):
+        return None
+    ids = [printable("nothing" if first.get(who) is None else first[who]) for who in ("id", "base_id")]
+    return (
+        f"tokenizer: the adapter's own, which was taken, gives other ids than its base's in {differ} of "
+        f"{printable(windows)} windows: first at token {printable(first.get('token'))} {ids[0]}, where the base's "
+        f"gives {ids[1]}; if the adapter was trained with the base's, remove the older copy from its directory"
+    )
 
 
 def repeated(run: RunStats) -> str | None:

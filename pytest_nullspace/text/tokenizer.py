@@ -1,5 +1,6 @@
 """The tokenizer that lies beside a model, read as data: code beside it is never run, and the hub is never asked."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from pytest_nullspace.errors import CheckpointError, first_line
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """A directory with none of these holds no tokenizer."""
 
+_BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""What is read with older vocabulary files."""
 MAX_TOKENIZER_BYTES = 200_000_000
 """Ten times the largest vocabulary that models have."""
 
@@ -41,6 +44,21 @@ def load_tokenizer(directory: Path) -> Callable[[str], list[int]]:
             f"{directory}: its tokenizer cannot be loaded: {first_line(error)}; save the base model's tokenizer into "
             "the directory"
         ) from error
+
+
+def tokenizer_hashes(directory: Path) -> dict[str, str]:
+    """The SHA-256 of each file that `load_tokenizer` reads in ``directory``, by name; of a GGUF file none.
+
+    Raises:
+        CheckpointError: One cannot be read.
+    """
+    names = ("tokenizer.json",) if (directory / "tokenizer.json").is_file() else (*TOKENIZER_FILES, *_BESIDE)
+    hashes = {}
+    for name in names:
+        if (directory / name).is_file():
+            with opened(directory / name, "the tokenizer") as (stream, _):
+                hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
 
 
 def _fast(directory: Path) -> Callable[[str], list[int]]:

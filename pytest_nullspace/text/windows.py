@@ -47,8 +47,13 @@ def draw_windows(text: str, tokenize: Tokenize, *, count: int, seqlen: int, seed
     return tuple(_window(text, tokenize, chosen.randint(0, last), seqlen) for _ in range(count))
 
 
+def tokens_at(text: str, tokenize: Tokenize, start: int, seqlen: int) -> tuple[int, ...]:
+    """The tokens of the window that begins at character ``start``."""
+    return tuple(tokenize(text[start : start + 10 * seqlen])[:seqlen])
+
+
 def _window(text: str, tokenize: Tokenize, start: int, seqlen: int) -> Window:
-    tokens = tuple(tokenize(text[start : start + 10 * seqlen])[:seqlen])
+    tokens = tokens_at(text, tokenize, start, seqlen)
     if not tokens:
         raise TextError(
             f"the window at character {start} of the text has no tokens; "

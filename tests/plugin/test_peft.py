@@ -142,3 +142,32 @@ def test_a_gguf_base_named_in_an_ini_file_lies_beside_it(
     monkeypatch.chdir(folder / "elsewhere")
     result = gate("--collect-only", model=str(folder / "adapter"))
     assert f"nullspace: base model {folder / 'base.gguf'}, named by --nullspace-base" in result.outlines
+
+
+def test_a_tokenizer_other_than_the_base_s_is_told_in_every_report(folder: Path, gate: Gate) -> None:
+    """An older copy that leaves out the first token is used as it lies there; each report and a saved run say so."""
+    directory = adapter(folder, tiny.llama(), r=4, target_modules=["q_proj"])
+    tiny.tokenizer(directory)
+    alike = gate(*LOOSE, model="adapter")
+    assert "tokenizer: " not in alike.stdout.str()
+    file = folder / "base" / "tokenizer.json"
+    first = {"SpecialToken": {"id": "a", "type_id": 0}}
+    ids = {"a": {"id": "a", "ids": [97], "tokens": ["a"]}}
+    begins = {
+        "type": "TemplateProcessing",
+        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": ids,
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": begins}))
+    told = gate(*LOOSE, "--nullspace-save-stats=s.json", "--nullspace-report=r.md", model="adapter")
+    told.assert_outcomes(passed=LAYERS + 1)
+    line = "tokenizer: the adapter's own, which was taken, gives other ids than its base's in 2 of 2 windows: first at "
+    assert line in told.stdout.str()
+    assert line in (folder / "r.md").read_text()
+    saved = json.loads((folder / "s.json").read_text())["tokenizer"]
+    assert saved["base_first_ids"][0] == 97
+    assert saved["base_first_ids"][1:] == saved["first_ids"][:-1]
+    assert saved["base_files"] != saved["files"]
+    again = gate(*LOOSE, "--nullspace-stats=s.json", model=None)
+    assert line in again.stdout.str()
