@@ -128,7 +128,7 @@ OPTIONS = (
     Option(
         "dtype",
         "DTYPE",
-        "auto (float32 on CPU, the checkpoint's own elsewhere), float32, float16 or bfloat16.",
+        "auto (float32 on a CPU, elsewhere that in which the base is stored), float32, float16 or bfloat16.",
         values.one_of("auto", "float32", "float16", "bfloat16"),
         default="auto",
     ),
