@@ -6,7 +6,7 @@ be larger there than on the preserved text, and may be small in a single layer i
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -81,6 +81,7 @@ class Expectations:
         variant: What the adapter was said to be; plain LoRA (``lora``) promises no null space.
         drift_judged: Whether what the preserved text lost is judged itself, so that `forgetting`, which stands for it
             and also counts what an adapter held when it was initialised, only warns.
+        judged: The names of the tests that came to a verdict; None for all.
     """
 
     stage: Stage = Stage.TRAINED
@@ -89,6 +90,7 @@ class Expectations:
     unreached: Sequence[str] = ()
     variant: str = "auto"
     drift_judged: bool = False
+    judged: Collection[str] | None = None
 
     def __post_init__(self) -> None:
         """Refuse overrides of figures that this stage does not judge, and bounds that cannot be."""
@@ -108,6 +110,10 @@ class Expectations:
     def left_out(self) -> tuple[str, ...]:
         """The figures that are shown and not judged, because the adapter promises nothing of them."""
         return ("leakage",) if self.variant == "lora" else ()
+
+    def gates(self, test: str) -> bool:
+        """Whether the test of that name, a layer's, ``model`` or ``drift``, came to a verdict."""
+        return self.judged is None or test in self.judged
 
     def thresholds(self, layer: str) -> tuple[Threshold, ...]:
         """The thresholds that hold for the layer of that name (``model`` for the averages, ``drift`` for the drift)."""
@@ -135,7 +141,8 @@ def judge(layer: LayerStats, expectations: Expectations) -> Verdict:
         # With a task text at hand a single layer may contribute little, as long as the averages do not.
         why = "the averages are judged themselves"
         verdict = replace(verdict, findings=tuple(_softened(f, "contribution", why) for f in verdict.findings))
-    return replace(verdict, faults=tuple(fault for check in expectations.checks for fault in check(layer)))
+    faults = tuple(fault for check in expectations.checks for fault in check(layer))
+    return replace(verdict, faults=faults, gated=expectations.gates(layer.name))
 
 
 def _softened(finding: Finding, figure: str, why: str) -> Finding:
@@ -171,6 +178,7 @@ def judge_drift(drift: Drift, expectations: Expectations) -> Verdict:
             if threshold.figure in figures
             for value, margin in [figures[threshold.figure]]
         ),
+        gated=expectations.gates(DRIFT),
     )
 
 
@@ -193,7 +201,7 @@ def _judge(subject: str, of: LayerStats | RunStats, expectations: Expectations, 
     )
     if expectations.drift_judged:
         findings = tuple(_softened(finding, "forgetting", "the drift is judged itself") for finding in findings)
-    return Verdict(subject, findings, defect)
+    return Verdict(subject, findings, defect, gated=expectations.gates(subject))
 
 
 def _finding(value: float, threshold: Threshold, margin: float | None, without_sinks: float) -> Finding:

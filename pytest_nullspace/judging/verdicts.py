@@ -189,6 +189,7 @@ class Verdict:
         defect: Why nothing could be judged, or None.
         faults: What fails it beside its findings, in phrases.
         excuse: Why no figure had to be judged, or None.
+        gated: Whether a test came to it; otherwise it is what a test would have said.
     """
 
     subject: str
@@ -196,6 +197,7 @@ class Verdict:
     defect: str | None = None
     faults: tuple[str, ...] = ()
     excuse: str | None = None
+    gated: bool = True
 
     @property
     def tier(self) -> Tier:

@@ -13,9 +13,11 @@ from pytest_nullspace.report.notes import (
     not_measured,
     outside,
     outside_of,
+    tally,
     texts,
+    ungated,
 )
-from pytest_nullspace.report.words import MARKS, figures, reading
+from pytest_nullspace.report.words import MARKS, figures, mark, not_gated, reading
 from pytest_nullspace.run.stats import FIGURES, RunStats
 
 
@@ -30,14 +32,15 @@ def escape(text: str) -> str:
 def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ()) -> str:
     """A table of every layer and the averages, with the reading in words and ``notes`` below it."""
     verdicts = [judge(layer, expectations) for layer in run.layers]
-    counts = {tier: sum(verdict.tier is tier for verdict in verdicts) for tier in Tier}
     lines = [
         f"## nullspace: {escape(run.model_path)}",
         "",
-        f"Gated {len(run.layers)} of {run.checkpoint_layers} layers on {escape(texts(run))}: "
-        f"**{counts[Tier.PASS]} passed, {counts[Tier.WARN]} warned, {counts[Tier.FAIL]} failed**.",
+        f"Gated {sum(verdict.gated for verdict in verdicts)} of {run.checkpoint_layers} layers on "
+        f"{escape(texts(run))}: **{tally(verdicts)}**.",
         "",
     ]
+    if (told := ungated(verdicts, expectations)) is not None:
+        lines += [f"{MARKS[Tier.WARN]} {escape(told)}.", ""]
     if not run.layers and run.drift is None:
         lines += ["No layer was measured; what follows is read from the files.", ""]
         return "\n".join([*lines, *(f"- {escape(note.strip())}" for note in notes)]) + "\n"
@@ -51,24 +54,25 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
         lines += [f"{MARKS[Tier.WARN]} {escape(outside(names))}", ""]
     if run.complete:
         averages = judge_averages(run, expectations)
-        lines += [f"- {line.replace('<', '&lt;')}" for line, _ in reading(averages)]
+        lines += [] if averages.gated else ["The averages over all layers; no test judged them:", ""]
+        lines += [f"- {line.strip().replace('<', '&lt;')}" for line, _ in reading(averages)]
     lines += [f"- {escape(line)}" for line in best_possible(run)]
     if run.drift is not None:
         told_of_drift = drift(run.drift, judge_drift(run.drift, expectations))
         lines += ["", *(f"- {escape(line.strip())}" for line, _ in told_of_drift)]
     for doubt in doubts(verdicts, run, expectations):
         lines += ["", f"{escape(doubt)}."]
-    told = [f"- {escape(note.strip())}" for note in notes]
-    lines += ["", *told] if told else []
+    noted = [f"- {escape(note.strip())}" for note in notes]
+    lines += ["", *noted] if noted else []
     formulas = (
         formula.replace("|", "\\|") for formula in (FIGURES[figure] for figure in run.expected)
     )  # a bare one would end the cell
     lines += ["", "| | layer | " + " | ".join(f"`{formula}`" for formula in formulas) + " | |"]
     lines += ["|---|---|" + "---:|" * len(run.expected) + "---|"]
     for layer, verdict in zip(run.layers, verdicts, strict=True):
-        why = "" if verdict.tier is Tier.PASS else escape(verdict.summary)
+        why = not_gated(verdict) if not verdict.gated else "" if verdict.tier is Tier.PASS else verdict.summary
         lines.append(
-            f"| {MARKS[verdict.tier]} | {escape(layer.name)} | {' | '.join(figures(layer, run.expected))} | {why} |"
+            f"| {mark(verdict)} | {escape(layer.name)} | {' | '.join(figures(layer, run.expected))} | {escape(why)} |"
         )
     lines.append("| | average | " + " | ".join(figures(run, run.expected)) + " | |")
     return "\n".join(lines) + "\n"

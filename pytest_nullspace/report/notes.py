@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.invariants import Expectations, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import MODEL, Expectations, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier, Verdict
-from pytest_nullspace.report.words import MARKS
+from pytest_nullspace.report.words import colour, mark
 from pytest_nullspace.run.stats import FIGURES, ON_TASK, SINK, Drift, LayerStats, RunStats
 from pytest_nullspace.run.uncertainty import MOST_WINDOWS, windows_needed
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pytest_nullspace.settings import Settings
 
 OUTSIDE_SHOWN = 2
+OTHERS_SHOWN = 3
 SINKS_TOLD = 0.05
 """Of mean ``‖x‖``: sink rows of a layer that carry less are not told where they decide nothing."""
 
@@ -106,6 +107,28 @@ def left_out(expectations: Expectations) -> str | None:
     )
 
 
+def tally(verdicts: Sequence[Verdict]) -> str:
+    """How many tests of layers came to each tier."""
+    tiers = [verdict.tier for verdict in verdicts if verdict.gated]
+    words = {Tier.PASS: "passed", Tier.WARN: "warned", Tier.FAIL: "failed"}
+    return ", ".join(f"{tiers.count(tier)} {word}" for tier, word in words.items())
+
+
+def ungated(verdicts: Sequence[Verdict], expectations: Expectations) -> str | None:
+    """How many layers are shown that no test judged, and what would have become of them; None if there are none."""
+    left = [verdict for verdict in verdicts if not verdict.gated]
+    if not left:
+        return None
+    failing = sorted((v for v in left if v.tier is Tier.FAIL), key=lambda verdict: verdict.severity, reverse=True)
+    such = f", such as {printable(failing[0].subject)} ({failing[0].summary})" if failing else ""
+    judged = [printable(name) for name in sorted(expectations.judged or ["nothing"])[:OTHERS_SHOWN]]
+    alone = "" if len(left) < len(verdicts) else f"judged: {' and '.join(judged)} alone; "
+    return (
+        f"{alone}the tests of {len(left)} measured layers were left out or not run, and "
+        f"{len(failing) or 'none'} of them would have failed{such}"
+    )
+
+
 def texts(run: RunStats) -> str:
     """On which text, or texts, the run was measured."""
     task = run.about.get("task_dataset")
@@ -139,7 +162,8 @@ def uncertain(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectat
 
     Of the layers and their averages; `uncertain_drift` tells of the predictions.
     """
-    averages = [judge_averages(run, expectations)] if run.complete else []
+    verdicts = [verdict for verdict in verdicts if verdict.gated]
+    averages = [judge_averages(run, expectations)] if run.complete and expectations.gates(MODEL) else []
     findings = [(v.subject, f) for v in verdicts if v.unjudged is None for f in v.findings if f.uncertain]
     layers = {subject for subject, _ in findings}
     of_averages = [(v.subject, f) for v in averages if v.unjudged is None for f in v.findings if f.uncertain]
@@ -173,7 +197,7 @@ _ONE_WINDOW = "one window tells nothing of how the figures vary, so draw more by
 def uncertain_drift(run: RunStats, expectations: Expectations) -> str | None:
     """Which figures of the drift more text might put into another tier, and how much would settle them, if any."""
     verdict = None if run.drift is None else judge_drift(run.drift, expectations)
-    findings = [] if verdict is None else [finding for finding in verdict.findings if finding.uncertain]
+    findings = [f for f in verdict.findings if f.uncertain] if verdict is not None and verdict.gated else []
     if not findings:
         return None
     figures = ", ".join(f"{f.threshold.figure} {f.value:.2g} ± {f.margin:.2g}: {f.threshold.bound}" for f in findings)
@@ -309,16 +333,16 @@ def drift(told: Drift, verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
             continue
         findings = [f for f in verdict.findings if (f.threshold.figure in ON_TASK) == (name == "task")]
         tier = Tier.worst(finding.tier for finding in findings) if findings else None
-        judged = f": {', '.join(map(str, findings))}" if findings else ""
+        judged = f": {', '.join(map(str, findings))}" if findings and verdict.gated else ""
         yield (
             (
-                f"{' ' if tier is None else MARKS[tier]} drift on the {name} text: loss {text.base_loss:.4g} → "
+                f"{' ' if tier is None else mark(verdict, tier)} drift on the {name} text: loss {text.base_loss:.4g} → "
                 f"{text.adapted_loss:.4g} ({text.loss_change:+.3g} ± {text.loss_margin:.2g} nats a token), divergence "
                 f"{text.divergence:.3g} ± {text.divergence_margin:.2g}, over {text.tokens:,} tokens{judged}"
             ),
-            tier,
+            None if tier is None else colour(verdict, tier),
         )
-    yield f"  base: {printable(told.base, 1000)}", None
+    yield f"  base: {printable(told.base, 1000)}{'' if verdict.gated else '; no test judged this drift'}", None
 
 
 def conditions(run: RunStats) -> str | None:

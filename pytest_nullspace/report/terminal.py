@@ -9,7 +9,17 @@ from pytest_nullspace.judging.invariants import Expectations, judge, judge_avera
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import notes
 from pytest_nullspace.report.layout import Form, table, with_faults, wrapped
-from pytest_nullspace.report.words import MARKS, beside, faults, figures, reading, scanned_figure, shown, sink_rows
+from pytest_nullspace.report.words import (
+    beside,
+    colour,
+    faults,
+    figures,
+    mark,
+    reading,
+    scanned_figure,
+    shown,
+    sink_rows,
+)
 from pytest_nullspace.run.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats
 
 if TYPE_CHECKING:
@@ -50,7 +60,7 @@ _COLOURS = {Tier.PASS: "green", Tier.WARN: "yellow", Tier.FAIL: "red"}
 
 def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
     """The reference's block for one layer."""
-    marks = {finding.threshold.figure: MARKS[finding.tier] for finding in verdict.findings}
+    marks = {finding.threshold.figure: mark(verdict, finding.tier) for finding in verdict.findings}
     yield "=" * WIDTH
     yield f"Layer: {printable(layer.name)}"
     yield "=" * WIDTH
@@ -87,7 +97,7 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
         f"||W_residual||_F {base}"
     )
     for fault in faults(verdict):
-        yield f"  {MARKS[verdict.tier]} {fault}"
+        yield f"  {mark(verdict)} {fault}"
 
 
 def _figure_line(layer: LayerStats, figure: str, marks: Mapping[str, str]) -> str:
@@ -102,13 +112,14 @@ def summary(
     conditions = notes.conditions(run)
     if conditions is not None:
         yield conditions, None
-    counts = {tier: sum(verdict.tier is tier for verdict in verdicts) for tier in Tier}
-    worst = Tier.worst(verdict.tier for verdict in verdicts)
+    gated = [verdict.tier for verdict in verdicts if verdict.gated]
+    in_part = [Tier.WARN] if len(gated) < run.checkpoint_layers else []
     yield (
-        f"gated {len(run.layers)} of {run.checkpoint_layers} layers: {counts[Tier.PASS]} passed, "
-        f"{counts[Tier.WARN]} warned, {counts[Tier.FAIL]} failed",
-        worst if run.complete else Tier.WARN if worst is Tier.PASS else worst,
+        f"gated {len(gated)} of {run.checkpoint_layers} layers: {notes.tally(verdicts)}",
+        Tier.worst([*gated, *in_part]),
     )
+    if (told := notes.ungated(verdicts, expectations)) is not None:
+        yield told, Tier.WARN
     if not run.layers and run.drift is None:
         yield "no layer was measured; what follows is read from the files", Tier.WARN
         return
@@ -131,7 +142,7 @@ def summary(
     if run.complete:
         averages = judge_averages(run, expectations)
         yield "", None
-        yield "reading (averages over all layers):", None
+        yield f"reading (averages over all layers{'' if averages.gated else '; no test judged them'}):", None
         yield from reading(averages)
 
 
@@ -154,10 +165,10 @@ def _table(run: RunStats, verdicts: Sequence[Verdict], width: float) -> Iterator
     short = [[scanned_figure(row, figure) for figure in run.expected] for row in rows]
     heads = [FIGURES[figure] for figure in run.expected]
     forms = (Form(heads, exact, 20), Form(run.expected, short), Form([_HEADS[f] for f in run.expected], short))
-    names = [*(f"{MARKS[verdict.tier]} {printable(layer.name)}" for layer, verdict in worst), "  average"]
+    names = [*(f"{mark(verdict)} {printable(layer.name)}" for layer, verdict in worst), "  average"]
     title, *lines = table("worst layers" if len(ordered) > len(worst) else "layers", names, forms, width)
     yield title, None
     for line, (_, verdict) in zip(lines, worst, strict=False):
-        tier = None if verdict.tier is Tier.PASS else verdict.tier
+        tier = None if verdict.tier is Tier.PASS else colour(verdict)
         yield from ((told, tier) for told in with_faults(line, faults(verdict), width))
     yield lines[-1], None

@@ -18,6 +18,13 @@ _COLUMNS = ("‖B‖", "‖A‖", "‖W_res‖", "scale", "‖scale·AB‖", "ra
 Faults = Callable[[LayerWeights], Sequence[str]]
 """What fails a layer."""
 
+Gates = Callable[[str], bool]
+"""Whether the test of a layer of that name came to a verdict."""
+
+
+def _all(_: str) -> bool:
+    return True
+
 
 def header(checkpoint: Checkpoint, gated: int) -> Iterator[str]:
     """What is gated, and on what."""
@@ -30,37 +37,48 @@ def header(checkpoint: Checkpoint, gated: int) -> Iterator[str]:
 
 
 def summary(
-    weights: Weights, faults: Faults, of: int, every: bool, columns: float = math.inf
+    weights: Weights, faults: Faults, of: int, every: bool, columns: float = math.inf, gates: Gates = _all
 ) -> Iterator[tuple[str, Tier | None]]:
     """The lines of the summary: failed layers first, five or all, then the statement."""
     told = {layer.name: faults(layer) for layer in weights.layers}
-    yield counted(weights, faults, of), Tier.FAIL if any(told.values()) else Tier.WARN
+    failed = any(wrong for name, wrong in told.items() if gates(name))
+    yield counted(weights, faults, of, gates), Tier.FAIL if failed else Tier.WARN
     yield "", None
     ordered = sorted(weights.layers, key=lambda layer: (not told[layer.name], layer.rank_used))
     shown = ordered if every else ordered[:WORST_SHOWN]
     cells = [_cells(layer) for layer in shown]
-    names = [f"{MARKS[Tier.FAIL] if told[layer.name] else ' '} {printable(layer.name)}" for layer in shown]
+    beside = [_told(told[layer.name], gates(layer.name)) for layer in shown]
+    names = [f"{mark} {printable(layer.name)}" for layer, (mark, _) in zip(shown, beside, strict=True)]
     title, *rows = table("layers", names, (Form(_COLUMNS, cells, 14), Form(_COLUMNS, cells)), columns)
     yield title, None
-    for row, layer in zip(rows, shown, strict=True):
-        tier = Tier.FAIL if told[layer.name] else None
-        yield from ((line, tier) for line in with_faults(row, told[layer.name], columns))
+    for row, (mark, wrong) in zip(rows, beside, strict=True):
+        tier = None if mark == " " else Tier.FAIL
+        yield from ((line, tier) for line in with_faults(row, wrong, columns))
 
 
-def counted(weights: Weights, faults: Faults, of: int) -> str:
+def _told(faults: Sequence[str], gated: bool) -> tuple[str, Sequence[str]]:
+    """The mark of a layer, and what is said beside it."""
+    if gated:
+        return MARKS[Tier.FAIL] if faults else " ", faults
+    return " ", ["not gated, would fail: " + "; ".join(faults) if faults else "not gated"]
+
+
+def counted(weights: Weights, faults: Faults, of: int, gates: Gates = _all) -> str:
     """How many layers were gated on their weights, and that nothing else was."""
-    failed = sum(bool(faults(layer)) for layer in weights.layers)
-    return f"{STATEMENT}: {len(weights.layers)} of {of} layers, {failed} failed, none measured"
+    failed = {layer.name: bool(faults(layer)) for layer in weights.layers}
+    gated = [wrong for name, wrong in failed.items() if gates(name)]
+    left = [wrong for name, wrong in failed.items() if not gates(name)]
+    beside = f"; the tests of {len(left)} more were left out or not run, {sum(left)} would have failed" if left else ""
+    return f"{STATEMENT}: {len(gated)} of {of} layers, {sum(gated)} failed, none measured{beside}"
 
 
-def markdown(title: str, weights: Weights, faults: Faults, of: int, notes: Sequence[str]) -> str:
+def markdown(title: str, weights: Weights, faults: Faults, of: int, notes: Sequence[str], gates: Gates = _all) -> str:
     """The same as Markdown, every layer."""
-    lines = [f"## nullspace: {escape(title)}", "", f"{MARKS[Tier.WARN]} **{counted(weights, faults, of)}**", ""]
+    lines = [f"## nullspace: {escape(title)}", "", f"{MARKS[Tier.WARN]} **{counted(weights, faults, of, gates)}**", ""]
     lines += [f"- {escape(note.strip())}" for note in notes]
     lines += ["", "| | layer | " + " | ".join(_COLUMNS) + " | |", "|---|---|" + "---:|" * len(_COLUMNS) + "---|"]
     for layer in weights.layers:
-        wrong = faults(layer)
-        mark = MARKS[Tier.FAIL] if wrong else " "
+        mark, wrong = _told(faults(layer), gates(layer.name))
         lines.append(f"| {mark} | {escape(layer.name)} | {' | '.join(_cells(layer))} | {escape('; '.join(wrong))} |")
     return "\n".join(lines) + "\n"
 

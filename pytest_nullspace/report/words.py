@@ -9,6 +9,16 @@ from pytest_nullspace.run.stats import FIGURES, SINK, LayerStats, RunStats
 MARKS = {Tier.PASS: "✓", Tier.WARN: "⚠", Tier.FAIL: "✗"}
 
 
+def mark(verdict: Verdict, tier: Tier | None = None) -> str:
+    """The mark of the verdict, or of one of its tiers; a blank where no test came to it."""
+    return MARKS[tier or verdict.tier] if verdict.gated else " "
+
+
+def colour(verdict: Verdict, tier: Tier | None = None) -> Tier | None:
+    """The tier that colours it, likewise."""
+    return (tier or verdict.tier) if verdict.gated else None
+
+
 def figures(of: LayerStats | RunStats, columns: Iterable[str]) -> list[str]:
     """Figures of a layer, or their averages over a run, as tables show them; a dash where one was not measured."""
     return [shown(of, figure) for figure in columns]
@@ -41,16 +51,16 @@ def scanned_figure(of: LayerStats | RunStats, figure: str) -> str:
 def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
     """What the verdict's figures mean, a line each."""
     if verdict.defect is not None:
-        yield f"{MARKS[Tier.FAIL]} {verdict.defect}", Tier.FAIL
+        yield f"{mark(verdict)} {verdict.defect}", colour(verdict)
         return
     for finding in verdict.findings:
         figure = finding.threshold.figure
         value, other = _value(figure, finding.value), finding.without_sinks
         if other is not None and other != finding.value:
             value += f", {_value(figure, other)} {_WITHOUT}"
-        told = f"{MARKS[finding.tier]} {FIGURES[figure]} {value} ({finding.threshold.bound})"
+        told = f"{mark(verdict, finding.tier)} {FIGURES[figure]} {value} ({finding.threshold.bound})"
         lenient = "" if finding.leniency is None else f"; {finding.leniency}"
-        yield f"{told}: {_meaning(finding)}{lenient}", finding.tier
+        yield f"{told}: {_meaning(finding)}{lenient}", colour(verdict, finding.tier)
 
 
 def _value(figure: str, value: float) -> str:
@@ -120,7 +130,14 @@ _UNWANTED_WORDS = {
 
 def faults(verdict: Verdict) -> Sequence[str]:
     """What there is to say of a verdict beside its figures."""
+    if not verdict.gated:
+        return [not_gated(verdict)]
     return verdict.faults if verdict.unjudged is None else [verdict.unjudged, *verdict.faults]
+
+
+def not_gated(verdict: Verdict) -> str:
+    """That no test came to the verdict, and what would have failed it."""
+    return f"not gated, would fail: {verdict.summary}" if verdict.tier is Tier.FAIL else "not gated"
 
 
 def sink_rows(layer: LayerStats) -> str:

@@ -174,11 +174,16 @@ class Gate:
         """Save and report what was measured; a run that looks green without all having been judged is not."""
         if hasattr(session.config, "workerinput") or session.config.option.collectonly:
             return
+        for file, run in self._files.items():
+            prefix = f"{node_id(file, self._config.rootpath)}::"
+            run.judged = {name.removeprefix(prefix) for name in self._judged if name.startswith(prefix)}
         if self._reports:
             self._write()
             self._state_what_was_not_measured()
         if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             self._hold_complete()
+        elif exitstatus == pytest.ExitCode.TESTS_FAILED:
+            self._hold_each_selected()
         if self._problems and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -187,9 +192,21 @@ class Gate:
         if self.settings.weights_only and self._config.pluginmanager.get_plugin("terminalreporter") is None:
             print(f"nullspace: {STATEMENT}")
 
-    def _hold_complete(self) -> None:
+    def _hold_each_selected(self) -> None:
+        """Tell of every run that was given and of which no test was selected, be it by another's id or by -k."""
         if not self._expected:
             self._problems.append("no layer was gated: the selection leaves none of the model's tests")
+            return
+        for file, run in self._files.items():
+            if not any(name.startswith(f"{node_id(file, self._config.rootpath)}::") for name in self._expected):
+                where = node_id(run.path, self._config.rootpath)
+                self._problems.append(
+                    f"none of the tests of {where} was selected; leave out what selects others alone (a file or id "
+                    f"on the command line, -k, --deselect, --lf), or {where} itself"
+                )
+
+    def _hold_complete(self) -> None:
+        self._hold_each_selected()
         for run in self.runs:
             outcome = run.peek()
             if outcome is not None and outcome.layers and not any(layer.rows for layer in outcome.layers):
@@ -232,6 +249,7 @@ class Gate:
                         outcome.checkpoint_layers,
                         every,
                         terminal.columns(self._config.get_terminal_writer()),
+                        run.expectations(outcome).gates,
                     )
                     terminal.write_lines(terminalreporter, lines)
                 terminal.write_lines(terminalreporter, notes(run, outcome, every=terminalreporter.verbosity > 0))
@@ -249,16 +267,18 @@ class Gate:
 def _document(run: GatedRun, outcome: RunStats) -> str:
     """The Markdown report of one run."""
     weighed, told = run.told(outcome).weights, [line for line, _ in notes(run, outcome)]
+    expectations = run.expectations(outcome)
     if weighed is None:
-        return markdown.report(outcome, run.expectations(outcome), told)
+        return markdown.report(outcome, expectations, told)
     faults = partial(run.weight_faults, outcome)
-    return weights.markdown(outcome.model_path, weighed, faults, outcome.checkpoint_layers, told)
+    return weights.markdown(outcome.model_path, weighed, faults, outcome.checkpoint_layers, told, expectations.gates)
 
 
 def _diagnosed(run: GatedRun, outcome: RunStats) -> RunStats:
-    """The outcome as it is saved, its causes named."""
+    """The outcome as it is saved, its causes named, and how many layers' tests came to a verdict."""
     causes = [cause.to_dict() for cause in run.diagnoses(outcome)]
-    return replace(outcome, about={**outcome.about, "diagnosis": causes})
+    gated = sum(map(run.expectations(outcome).gates, run.gated))
+    return replace(outcome, about={**outcome.about, "diagnosis": causes, "gated_layers": gated})
 
 
 def notes(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[str, Tier | None]]:

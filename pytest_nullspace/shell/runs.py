@@ -56,6 +56,7 @@ class GatedRun(ABC):
         gated: The names of those that have a test.
         selected: The names of the layers to measure, once collection has ended.
         drift_selected: Whether the drift is to be measured.
+        judged: The names of its tests that came to a verdict, once all have run.
         earlier_file: The earlier run that it is compared with, if it is.
         missing: The names of the layers that only the earlier run has.
         start_file: The saved run of the initial checkpoint, if one is given.
@@ -72,6 +73,7 @@ class GatedRun(ABC):
             )
         self.selected: set[str] = set()
         self.drift_selected = False
+        self.judged: Collection[str] | None = None
         self._settings = settings
         self.earlier_file = None if settings.compare is None else stats_file(settings.compare, name)
         self._earlier = None if self.earlier_file is None else read_run(self.earlier_file)
@@ -176,7 +178,9 @@ class GatedRun(ABC):
         if (start := self.start) is not None:
             checks.append(lambda layer: start.check(layer, trained=stage is Stage.TRAINED))
         drifted = self.drift_selected and outcome.drift is not None
-        return Expectations(stage, settings.overrides, checks, settings.allow_unreached, settings.variant, drifted)
+        return Expectations(
+            stage, settings.overrides, checks, settings.allow_unreached, settings.variant, drifted, self.judged
+        )
 
     def compared(self, outcome: RunStats) -> Comparison | None:
         """The outcome against the earlier run, if there is one that compares."""
