@@ -144,11 +144,14 @@ def sinks(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
     most = max(found, key=lambda layer: layer.sink_share, default=None)
     if most is None or (most.sink_share < SINKS_TOLD and not decided):
         return None
+    without = ", and ".join(
+        f"{FIGURES[figure]} is {most.figure(figure, sinks=False):.3g}, not {most.figure(figure):.3g}"
+        for figure in ("preservation", "forgetting")
+    )
     told = (
         f"sink rows: {len({layer.name for layer in found})} of {len(run.layers)} layers have a few rows beyond {SINK} "
         f"times the median norm, such as {printable(most.name)}: {most.sinks:,} of {most.rows:,} rows carry "
-        f"{most.sink_share:.1%} of mean ||X||, and without them ||BX||/||X|| is "
-        f"{most.figure('preservation', sinks=False):.3g}, not {most.preservation:.3g}"
+        f"{most.sink_share:.1%} of mean ||X||, and without them {without}"
     )
     if not decided:
         return told

@@ -240,8 +240,8 @@ def test_sinks_that_decide_are_told_beside_every_figure() -> None:
     assert (
         "sink rows: 1 of 1 layers have a few rows beyond 8 times the median norm, such as "
         "model.layers.0.self_attn.q_proj: 10 of 100 rows carry 91.0% of mean ||X||, and without them ||BX||/||X|| is "
-        "0.25, not 0.0312; they decide the verdict on 1 of 1, such as model.layers.0.self_attn.q_proj (preservation "
-        "0.03125 < 0.1, but 0.25 >= 0.1 without sink rows)"
+        "0.25, not 0.0312, and ||ABX||/||WX|| is 0.2, not 0.0667; they decide the verdict on 1 of 1, such as "
+        "model.layers.0.self_attn.q_proj (preservation 0.03125 < 0.1, but 0.25 >= 0.1 without sink rows)"
     ) in lines
     assert (
         "⚠ ||BX||/||X|| 3.12e-02, 2.50e-01 without sink rows (pass < 0.1, fail > 0.5): a few sink rows decide this; "
