@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from pytest_nullspace.run.figures import FIGURES, Bounds, Figure, Text
 from pytest_nullspace.shell.options import OPTIONS, Option
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,63 @@ def _told(option: Option) -> str:
     return " ".join(filter(None, (option.help, option.more))).replace("|", "\\|")
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"options": options}
+def figures() -> str:
+    """Every figure: its formula, and where it passes, warns and fails after training."""
+    rows = (
+        f"| `{figure.name}` | {_when(figure)}{figure.formula} | {' | '.join(_ranges(figure.trained))} |"
+        for figure in FIGURES.values()
+    )
+    return "\n".join(["| figure | what it is | passes | warns | fails |", "| --- | --- | --- | --- | --- |", *rows])
+
+
+def _when(figure: Figure) -> str:
+    """What it is judged beside."""
+    needs = {"`--nullspace-drift`": figure.of_predictions, "a task text": figure.needs_task}
+    needed = " and ".join(name for name, is_needed in needs.items() if is_needed)
+    return f"with {needed}: " if needed else ""
+
+
+def _ranges(bounds: Bounds) -> tuple[str, str, str]:
+    better, worse = ("<", ">") if bounds.lower_is_better else (">", "<")
+    return f"{better} {bounds.passes:g}", f"to {bounds.fails:g}", f"{worse} {bounds.fails:g}"
+
+
+def figure_pages() -> str:
+    """Every figure: a section each, with what its tiers mean."""
+    return "\n\n".join(map(_page, FIGURES.values()))
+
+
+def _page(figure: Figure) -> str:
+    where = {
+        Text.PRESERVED: "the preserved text",
+        Text.TASK: "the task text where there is one",
+        Text.BOTH: "both texts",
+    }
+    told = [
+        f"{figure.meaning} {figure.formula[0].upper()}{figure.formula[1:]}"
+        + (f", in {figure.unit}" if figure.unit else "")
+        + f". Taken on {where[figure.text]}; reports show it as `{figure.symbol}`"
+        + (f", a saved run has it as `{figure.key}` (`{figure.follows}`)" if figure.key else "")
+        + "."
+    ]
+    if figure.sink_free:
+        told.append("Where a few sink rows decide it, it is told without them as well, and does not pass.")
+    if figure.left_out_of:
+        told.append(f"Shown and not judged of variant {', '.join(figure.left_out_of)}, which promises nothing of it.")
+    rows = [_tiers("after training", figure.trained)]
+    rows.append(_tiers("before", figure.init) if figure.init else "| before | not judged | | |")
+    table = ["| | passes | warns | fails |", "| --- | --- | --- | --- |", *rows]
+    return "\n".join([f"## {figure.name}", "", *told, "", *table])
+
+
+def _tiers(stage: str, bounds: Bounds) -> str:
+    cells = (f"{where}: {words}" for where, words in zip(_ranges(bounds), bounds.words, strict=True))
+    return f"| {stage} | {' | '.join(cells)} |".replace(
+        "{against_chance}", "so many times quieter than chance, or louder"
+    )
+
+
+TABLES: Mapping[str, Callable[[], str]] = {"options": options, "figures": figures, "figure pages": figure_pages}
 """Each table by the name that its place in a document has."""
 
 

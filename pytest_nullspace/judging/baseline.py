@@ -20,7 +20,7 @@ class Limit:
     """How much worse a figure may become.
 
     Attributes:
-        figure: A name in `pytest_nullspace.stats.FIGURES`.
+        figure: A name in `pytest_nullspace.run.figures.FIGURES`.
         amount: The limit itself is still allowed.
         relative: Whether ``amount`` is a share of the earlier value, or a difference.
     """
@@ -39,7 +39,7 @@ class Change:
     """One figure before and now.
 
     Attributes:
-        figure: A name in `pytest_nullspace.stats.FIGURES`.
+        figure: A name in `pytest_nullspace.run.figures.FIGURES`.
         before: Its value in the earlier run.
         now: Its value in this one.
         lower_is_better: Which direction is the worse.

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
+from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.stats import UNREACHED, Drift, LayerStats, RunStats
 
 
@@ -23,36 +24,24 @@ class Stage(StrEnum):
     INIT = "init"
 
 
-_TRAINED = (
-    Threshold("preservation", 0.1, 0.5, lower_is_better=True),
-    Threshold("effectiveness", 1e-4, 1e-6, lower_is_better=False),
-    Threshold("contribution", 1e-2, 1e-3, lower_is_better=False),
-    Threshold("leakage", 0.5, 0.75, lower_is_better=True),
-    Threshold("forgetting", 0.1, 0.125, lower_is_better=True),
-    Threshold("selectivity", 1.5, 0.5, lower_is_better=False),
-)
-_INIT = (
-    Threshold("preservation", 0.1, 0.5, lower_is_better=True),
-    Threshold("effectiveness", 1e-6, 1e-4, lower_is_better=True),
-    Threshold("leakage", 0.5, 0.75, lower_is_better=True),
-)
-_DEFAULTS = {Stage.TRAINED: _TRAINED, Stage.INIT: _INIT}
-_INIT_DRIFT = (
-    Threshold("divergence", 0.05, 0.15, lower_is_better=True),
-    Threshold("loss-rise", 0.05, 0.15, lower_is_better=True),
-)
-_DRIFT = {
-    Stage.TRAINED: (*_INIT_DRIFT, Threshold("task-gain", 0.01, 0.0, lower_is_better=False)),
-    Stage.INIT: _INIT_DRIFT,
-}
-"""What is judged of a model's predictions, in nats a token; before training nothing can have been gained."""
+def defaults(stage: Stage, of_predictions: bool = False) -> tuple[Threshold, ...]:
+    """The thresholds that hold at a stage if nobody says otherwise: of layers, or of a model's predictions."""
+    judged = ((f, f.trained if stage is Stage.TRAINED else f.init) for f in FIGURES.values())
+    return tuple(
+        Threshold(figure.name, bounds.passes, bounds.fails, bounds.lower_is_better)
+        for figure, bounds in judged
+        if bounds is not None and figure.of_predictions == of_predictions
+    )
+
+
 DRIFT = "drift"
 """The name of the item that judges them."""
 
 
 def lower_is_better(figure: str, stage: Stage) -> bool:
     """Which direction is the better one for a figure at a stage, judged there or not."""
-    return next(t.lower_is_better for t in (*_DEFAULTS[stage], *_TRAINED) if t.figure == figure)
+    record = FIGURES[figure]
+    return (record.init or record.trained if stage is Stage.INIT else record.trained).lower_is_better
 
 
 Check = Callable[[LayerStats], Iterable[str]]
@@ -94,22 +83,22 @@ class Expectations:
 
     def __post_init__(self) -> None:
         """Refuse overrides of figures that this stage does not judge, and bounds that cannot be."""
-        defaults = {threshold.figure: threshold for threshold in (*_DEFAULTS[self.stage], *_DRIFT[self.stage])}
+        judged = {threshold.figure: threshold for of in (False, True) for threshold in defaults(self.stage, of)}
         for override in self.overrides:
             if override.figure in self.left_out:
                 raise OptionError(
                     f"{override.figure} is not judged of variant {self.variant}; leave one of the two out"
                 )
-            if override.figure not in defaults:
+            if override.figure not in judged:
                 raise OptionError(
-                    f"no figure {override.figure!r} is judged at stage {self.stage}; there are {', '.join(defaults)}"
+                    f"no figure {override.figure!r} is judged at stage {self.stage}; there are {', '.join(judged)}"
                 )
-            defaults[override.figure].replaced(override.passes, override.fails)
+            judged[override.figure].replaced(override.passes, override.fails)
 
     @property
     def left_out(self) -> tuple[str, ...]:
         """The figures that are shown and not judged, because the adapter promises nothing of them."""
-        return ("leakage",) if self.variant == "lora" else ()
+        return tuple(name for name, figure in FIGURES.items() if self.variant in figure.left_out_of)
 
     def gates(self, test: str) -> bool:
         """Whether the test of that name, a layer's, ``model`` or ``drift``, came to a verdict."""
@@ -117,8 +106,9 @@ class Expectations:
 
     def thresholds(self, layer: str) -> tuple[Threshold, ...]:
         """The thresholds that hold for the layer of that name (``model`` for the averages, ``drift`` for the drift)."""
-        defaults = (_DRIFT if layer == DRIFT else _DEFAULTS)[self.stage]
-        return tuple(self._overridden(t, layer) for t in defaults if t.figure not in self.left_out)
+        left_out = self.left_out
+        held = (t for t in defaults(self.stage, layer == DRIFT) if t.figure not in left_out)
+        return tuple(self._overridden(threshold, layer) for threshold in held)
 
     def excuses(self, layer: LayerStats) -> bool:
         """Whether nothing but that no row reached ``layer`` is wrong with it, and none had to."""

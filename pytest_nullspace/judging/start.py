@@ -6,9 +6,11 @@ checkpoints are there, and finds what a norm cannot.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from pytest_nullspace.judging.baseline import Change
-from pytest_nullspace.run.stats import FIGURES, LayerStats, RunStats
+from pytest_nullspace.run.figures import of_layers
+from pytest_nullspace.run.stats import LayerStats, RunStats
 
 UNCHANGED = 1e-4
 """How far the norm of a frozen matrix may lie from its start, relative: rounding to half precision stays below."""
@@ -22,13 +24,14 @@ ZERO = 1e-6
 ORTHONORMAL = 1e-3
 """How far ``‖B‖² / r`` may lie from 1 for rows that are orthonormal."""
 
-QUANTITIES: Mapping[str, Callable[[LayerStats], float | None]] = {
-    **{figure: lambda layer, figure=figure: layer.figure(figure) for figure in FIGURES},  # type: ignore[misc]
-    "‖B‖": lambda layer: layer.down_weight_norm,
-    "‖A‖": lambda layer: layer.up_weight_norm,
-    "‖W_res‖": lambda layer: layer.base_weight_norm,
-}
-"""Of what reports show the change; None where a quantised weight does not tell it."""
+
+def quantities() -> Mapping[str, Callable[[LayerStats], float | None]]:
+    """Of what reports show the change; None where a quantised weight does not tell it."""
+    return {figure: partial(LayerStats.figure, name=figure) for figure in of_layers()} | {
+        "‖B‖": lambda layer: layer.down_weight_norm,
+        "‖A‖": lambda layer: layer.up_weight_norm,
+        "‖W_res‖": lambda layer: layer.base_weight_norm,
+    }
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Start:
 def layer_moves(layer: LayerStats, before: LayerStats) -> tuple[Change, ...]:
     """The change of every quantity that both runs measured."""
     absent = {*layer.absent, *before.absent}
-    values = {name: (value(before), value(layer)) for name, value in QUANTITIES.items() if name not in absent}
+    values = {name: (value(before), value(layer)) for name, value in quantities().items() if name not in absent}
     return tuple(
         Change(name, was, now, lower_is_better=True)
         for name, (was, now) in values.items()

@@ -27,7 +27,7 @@ class Threshold:
     """Where a figure passes and where it fails; between the two it warns.
 
     Attributes:
-        figure: A name in `FIGURES`.
+        figure: A name in `pytest_nullspace.run.figures.FIGURES`.
         passes: The bound of the pass tier, itself outside it.
         fails: The bound of the fail tier, itself outside it.
         lower_is_better: Whether the pass tier lies below ``passes`` or above.

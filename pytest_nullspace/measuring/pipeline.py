@@ -37,7 +37,8 @@ from pytest_nullspace.measuring.loading import (
     true_base,
 )
 from pytest_nullspace.measuring.memory import keep_freed_memory
-from pytest_nullspace.run.stats import FIGURES, ON_TASK, Drift, LayerStats, RunStats
+from pytest_nullspace.run.figures import of_layers, on_the_task
+from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.choice import TokenizerChoice
 from pytest_nullspace.text.readers import read_text
@@ -210,9 +211,6 @@ def with_task(preserved: Figures, task: Figures) -> Figures:
     return tuple(replace(layer, task=other) for layer, other in zip(preserved, task, strict=True))
 
 
-_ON_PRESERVED = tuple(figure for figure in FIGURES if figure not in ON_TASK)
-
-
 @dataclass(frozen=True)
 class _Pass:
     """The loaded model and the windows that go through it.
@@ -261,14 +259,13 @@ class _Pass:
 
         with shortage_told(short):
             if "task_text" not in self.drawn:
-                whole = tuple(FIGURES)
+                whole = of_layers()
                 return self._of("text", layers, batches, lambda own: _settled(own, of, settings, whole)), batches
             # Each text is asked for what will be judged on it, and no more.
-            own = self._of(
-                "text", layers, batches, lambda own: _settled(with_task(own, own), of, settings, _ON_PRESERVED)
-            )
+            preserved = [figure for figure in of_layers() if figure not in on_the_task()]
+            own = self._of("text", layers, batches, lambda own: _settled(with_task(own, own), of, settings, preserved))
             task = self._of(
-                "task_text", layers, batches, lambda task: _settled(with_task(own, task), of, settings, ON_TASK)
+                "task_text", layers, batches, lambda task: _settled(with_task(own, task), of, settings, on_the_task())
             )
             return with_task(own, task), batches
 

@@ -10,9 +10,10 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.audit import Audit
 from pytest_nullspace.judging.baseline import Change, Comparison
 from pytest_nullspace.judging.diagnosis import Diagnosis
-from pytest_nullspace.judging.start import QUANTITIES, Start
+from pytest_nullspace.judging.start import Start, quantities
 from pytest_nullspace.judging.verdicts import Tier
-from pytest_nullspace.run.stats import FIGURES, RunStats
+from pytest_nullspace.run.figures import of_layers
+from pytest_nullspace.run.stats import RunStats
 
 MOVED_SHOWN = 5
 
@@ -25,7 +26,7 @@ def comparison(compared: Comparison, against: Path, missing: Sequence[str]) -> I
         + (f", {len(missing)} of its layers are missing" if missing else ""),
         Tier.FAIL if worse or missing else None,
     )
-    for figure in FIGURES:
+    for figure in of_layers():
         worst = compared.worst(figure)
         if worst is not None:
             yield f"  largest change for the worse: {worst[1]} in {printable(worst[0])}", None
@@ -45,7 +46,7 @@ def start_lines(
         Tier.FAIL if wrong else None,
     )
     moves = start.moves(run)
-    for quantity in QUANTITIES:
+    for quantity in quantities():
         changes = [(name, move) for name, told in moves.items() for move in told if move.figure == quantity]
         if changes:
             before, now = (fmean(getattr(move, side) for _, move in changes) for side in ("before", "now"))

@@ -18,7 +18,8 @@ from pytest_nullspace.report.notes import (
     ungated,
 )
 from pytest_nullspace.report.words import MARKS, figures, mark, not_gated, reading
-from pytest_nullspace.run.stats import FIGURES, RunStats
+from pytest_nullspace.run.figures import FIGURES
+from pytest_nullspace.run.stats import RunStats
 
 
 def escape(text: str) -> str:
@@ -65,7 +66,7 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
     noted = [f"- {escape(note.strip())}" for note in notes]
     lines += ["", *noted] if noted else []
     formulas = (
-        formula.replace("|", "\\|") for formula in (FIGURES[figure] for figure in run.expected)
+        formula.replace("|", "\\|") for formula in (FIGURES[figure].symbol for figure in run.expected)
     )  # a bare one would end the cell
     lines += ["", "| | layer | " + " | ".join(f"`{formula}`" for formula in formulas) + " | |"]
     lines += ["|---|---|" + "---:|" * len(run.expected) + "---|"]

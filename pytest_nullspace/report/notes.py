@@ -12,7 +12,8 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import MODEL, Expectations, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report.words import colour, mark
-from pytest_nullspace.run.stats import FIGURES, ON_TASK, SINK, Drift, LayerStats, RunStats
+from pytest_nullspace.run.figures import FIGURES, Text
+from pytest_nullspace.run.stats import SINK, Drift, LayerStats, RunStats
 from pytest_nullspace.run.uncertainty import MOST_WINDOWS, windows_needed
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def left_out(expectations: Expectations) -> str | None:
     """Which figures are shown and were not judged, and why; None if all were."""
     if not expectations.left_out:
         return None
-    named = ", ".join(FIGURES[figure] for figure in expectations.left_out)
+    named = ", ".join(FIGURES[figure].symbol for figure in expectations.left_out)
     return (
         f"not judged: {named}, as plain LoRA (--nullspace-variant={expectations.variant}) promises no null space; "
         "a small ||BX||/||X|| alone is none"
@@ -232,7 +233,7 @@ def _is_auto(run: RunStats) -> bool:
 def _windows(run: RunStats, figure: str) -> int:
     """How many windows were drawn of the text on which ``figure`` is judged; 0 where no credible number was told."""
     has_task = run.has_task or (run.drift is not None and run.drift.task is not None)
-    recorded = run.about.get("task_text" if has_task and figure in ON_TASK else "text")
+    recorded = run.about.get("task_text" if has_task and FIGURES[figure].text is not Text.PRESERVED else "text")
     windows = recorded.get("windows") if isinstance(recorded, dict) else None
     # A file of another making may hold anything.
     return windows if isinstance(windows, int) and 0 < windows <= MOST_WINDOWS else 0
@@ -334,7 +335,7 @@ def drift(told: Drift, verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
     for name, text in (("preserved", told.preserved), ("task", told.task)):
         if text is None:
             continue
-        findings = [f for f in verdict.findings if (f.threshold.figure in ON_TASK) == (name == "task")]
+        findings = [finding for finding in verdict.findings if FIGURES[finding.threshold.figure].text == name]
         tier = Tier.worst(finding.tier for finding in findings) if findings else None
         judged = f": {', '.join(map(str, findings))}" if findings and verdict.gated else ""
         yield (

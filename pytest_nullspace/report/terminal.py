@@ -20,7 +20,8 @@ from pytest_nullspace.report.words import (
     shown,
     sink_rows,
 )
-from pytest_nullspace.run.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats
+from pytest_nullspace.run.figures import FIGURES, beside_a_task
+from pytest_nullspace.run.stats import LayerStats, RunStats
 
 if TYPE_CHECKING:
     import pytest
@@ -88,7 +89,7 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
     if layer.task is not None:
         yield "-" * WIDTH
         yield "preserved text against task text (effectiveness and contribution above are of the task text):"
-        for figure in TASK_FIGURES:
+        for figure in beside_a_task():
             yield _figure_line(layer, figure, marks)
     yield "-" * WIDTH
     base = "not measured" if layer.base_weight_norm is None else f"{layer.base_weight_norm:.6f}"
@@ -102,7 +103,7 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
 
 def _figure_line(layer: LayerStats, figure: str, marks: Mapping[str, str]) -> str:
     told = f"{shown(layer, figure)}  {marks.get(figure, '')}".rstrip()
-    return f"  {FIGURES[figure] + ':':<22} {told}  {beside(layer, figure)}".rstrip()
+    return f"  {FIGURES[figure].symbol + ':':<22} {told}  {beside(layer, figure)}".rstrip()
 
 
 def summary(
@@ -146,25 +147,18 @@ def summary(
         yield from reading(averages)
 
 
-_HEADS = {
-    "preservation": "preserv.",
-    "effectiveness": "effect.",
-    "contribution": "contrib.",
-    "leakage": "leakage",
-    "forgetting": "forget.",
-    "selectivity": "select.",
-}
-"""The figures' names where a terminal has no room for them."""
-
-
 def _table(run: RunStats, verdicts: Sequence[Verdict], width: float) -> Iterator[tuple[str, Tier | None]]:
     ordered = sorted(zip(run.layers, verdicts, strict=True), key=lambda pair: pair[1].severity, reverse=True)
     worst = ordered[:WORST_SHOWN]
     rows: list[LayerStats | RunStats] = [*(layer for layer, _ in worst), run]
     exact = [figures(row, run.expected) for row in rows]
     short = [[scanned_figure(row, figure) for figure in run.expected] for row in rows]
-    heads = [FIGURES[figure] for figure in run.expected]
-    forms = (Form(heads, exact, 20), Form(run.expected, short), Form([_HEADS[f] for f in run.expected], short))
+    judged = [FIGURES[figure] for figure in run.expected]
+    forms = (
+        Form([figure.symbol for figure in judged], exact, 20),
+        Form(run.expected, short),
+        Form([figure.short or figure.name for figure in judged], short),
+    )
     names = [*(f"{mark(verdict)} {printable(layer.name)}" for layer, verdict in worst), "  average"]
     title, *lines = table("worst layers" if len(ordered) > len(worst) else "layers", names, forms, width)
     yield title, None

@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from pytest_nullspace.judging.verdicts import Finding, Tier, Verdict
-from pytest_nullspace.run.stats import FIGURES, SINK, LayerStats, RunStats
+from pytest_nullspace.run.figures import FIGURES
+from pytest_nullspace.run.stats import SINK, LayerStats, RunStats
 
 MARKS = {Tier.PASS: "✓", Tier.WARN: "⚠", Tier.FAIL: "✗"}
 
@@ -58,7 +59,7 @@ def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
         value, other = _value(figure, finding.value), finding.without_sinks
         if other is not None and other != finding.value:
             value += f", {_value(figure, other)} {_WITHOUT}"
-        told = f"{mark(verdict, finding.tier)} {FIGURES[figure]} {value} ({finding.threshold.bound})"
+        told = f"{mark(verdict, finding.tier)} {FIGURES[figure].symbol} {value} ({finding.threshold.bound})"
         lenient = "" if finding.leniency is None else f"; {finding.leniency}"
         yield f"{told}: {_meaning(finding)}{lenient}", colour(verdict, finding.tier)
 
@@ -69,8 +70,7 @@ def _value(figure: str, value: float) -> str:
 
 def _meaning(finding: Finding) -> str:
     figure, tier = finding.threshold.figure, finding.threshold.tier
-    unwanted = figure in _UNWANTED_WORDS and finding.threshold.lower_is_better
-    words = (_UNWANTED_WORDS if unwanted else _WORDS)[figure]
+    words = dict(zip(Tier, FIGURES[figure].bounds(finding.threshold.lower_is_better).words, strict=True))
     if figure == "leakage":
         return words[finding.tier].format(against_chance=_against_chance(finding.value))
     if finding.without_sinks is None or not finding.decided_by_sinks:
@@ -85,47 +85,6 @@ def _against_chance(leakage: float) -> str:
     if leakage > 1:
         return f"{leakage:.1f} times louder than a random subspace"
     return f"{1 / leakage:.3g} times quieter than a random subspace" if leakage else "perfectly quiet"
-
-
-_WORDS = {
-    "preservation": {
-        Tier.PASS: "the null space is well kept; B is still approximately in it",
-        Tier.WARN: "the null space is degraded, but acceptable",
-        Tier.FAIL: "the null space is lost: B reads what this text uses; was B trained, or is this other data?",
-    },
-    "effectiveness": {
-        Tier.PASS: "the adapter learned: A moved from zero to a meaningful value",
-        Tier.WARN: "a small update; possibly under-fitted",
-        Tier.FAIL: "nothing learned: A frozen by mistake, or the learning rate or the steps far too small",
-    },
-    "contribution": {
-        Tier.PASS: "a clear effect on the output",
-        Tier.WARN: "a small influence on the output",
-        Tier.FAIL: "almost no influence on the output: rank, training time or learning rate too small",
-    },
-    "leakage": {
-        Tier.PASS: "the adapter's input space is {against_chance}",
-        Tier.WARN: "the adapter's input space is only {against_chance}",
-        Tier.FAIL: "not a null space of this text: {against_chance}",
-    },
-    "forgetting": {
-        Tier.PASS: "the preserved text is hardly changed",
-        Tier.WARN: "the preserved text is changed noticeably; measure what the model still knows",
-        Tier.FAIL: "the preserved text is changed much: expect the model to have forgotten",
-    },
-    "selectivity": {
-        Tier.PASS: "the update acts on the task, and much less on what is to be preserved",
-        Tier.WARN: "the update acts on the preserved text nearly as much as on the task",
-        Tier.FAIL: "the update acts more on the preserved text than on the task",
-    },
-}
-_UNWANTED_WORDS = {
-    "effectiveness": {
-        Tier.PASS: "no update yet, as it must be before training",
-        Tier.WARN: "a small update already, although this is said to be the initial checkpoint",
-        Tier.FAIL: "an update already: this is no initial checkpoint; drop --nullspace-stage=init",
-    }
-}
 
 
 def faults(verdict: Verdict) -> Sequence[str]:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nullspace.errors import StatsError, printable, quoted
+from pytest_nullspace.run.figures import FIGURES, Text, of_layers, of_one_text
 from pytest_nullspace.run.stats import (
-    FIGURES,
-    OWN_FIGURES,
     Drift,
     LayerStats,
     RunStats,
@@ -36,9 +35,8 @@ _NOT_MEASURED = "not measured"
 """What a file holds for a norm that a quantised weight does not give; ``null`` is what is not finite."""
 _MEASURED = tuple(name for name in LayerStats.__slots__ if name not in ("margins", "task", "spectrum", "without_sinks"))
 _NORMS = WithoutSinks.__slots__[1:]
-_RATIOS = ("preservation", "effectiveness", "contribution", "forgetting")
 
-# Our field -> the key in the file. Up to Residual_weight_norm they are the reference's own.
+# Our field -> the key in the file; the figures' are in their records. Many are the reference's own.
 _KEYS = {
     "name": "layer_name",
     "rows": "num_samples",
@@ -47,9 +45,6 @@ _KEYS = {
     "update_norm": "ABX_norm",
     "base_norm": "ResidualX_norm",
     "output_norm": "FullOutput_norm",
-    "preservation": "BX_ratio",
-    "effectiveness": "ABX_ratio",
-    "contribution": "adapter_contribution",
     "down_weight_norm": "B_weight_norm",
     "up_weight_norm": "A_weight_norm",
     "base_weight_norm": "Residual_weight_norm",
@@ -59,21 +54,23 @@ _KEYS = {
     "out_features": "out_features",
     "mean_leakage": "leakage",
     "chance": "leakage_chance",
-    "leakage": "leakage_over_chance",
-    "forgetting": "ABX_over_ResidualX",
-    "selectivity": "selectivity",
 }
-_DERIVED = {
-    "preservation": "BX_norm / X_norm",
-    "effectiveness": "ABX_norm / X_norm",
-    "contribution": "ABX_norm / FullOutput_norm",
-    "chance": "B_rank (or rank) / in_features",
-    "leakage": "leakage / leakage_chance",
-    "forgetting": "ABX_norm / ResidualX_norm",
-    "selectivity": "task ABX_over_ResidualX / ABX_over_ResidualX",
-}
-"""What the file holds for its readers' sake: the field, and from what it follows."""
 _DERIVED_TOLERANCE = 1e-6
+
+
+def _keys() -> dict[str, str]:
+    """Of every field and every figure of a layer, its key in the file."""
+    return _KEYS | {name: FIGURES[name].key for name in of_layers()}
+
+
+def _derived() -> dict[str, str]:
+    """What the file holds for its readers' sake: the field or figure, and from what it follows."""
+    return {"chance": "B_rank (or rank) / in_features"} | {name: FIGURES[name].follows for name in of_layers()}
+
+
+def _ratios() -> list[str]:
+    """The figures that are told without sink rows as well."""
+    return [name for name in of_one_text() if FIGURES[name].sink_free]
 
 
 def to_json(run: RunStats) -> str:
@@ -97,23 +94,31 @@ def _entry(layer: LayerStats) -> dict[str, Any]:
     if layer.down_rank is None:
         absent.add("down_rank")
     if layer.task is None:
-        absent.add("selectivity")
-    entry: dict[str, Any] = {key: _plain(getattr(layer, name)) for name, key in _KEYS.items() if name not in absent}
+        absent |= {name for name in of_layers() if FIGURES[name].text is Text.BOTH}
+    entry: dict[str, Any] = {key: _plain(_value(layer, name)) for name, key in _keys().items() if name not in absent}
     if layer.base_weight_norm is None:
         entry[_KEYS["base_weight_norm"]] = _NOT_MEASURED
     if layer.without_sinks is not None:
         entry[_SINK_ROWS] = layer.sinks
     if layer.sinks:
         entry[_WITHOUT_SINKS] = {
-            _KEYS[name]: _plain(getattr(layer.without_sinks, name)) for name in (*_NORMS, *_RATIOS)
+            _keys()[name]: _plain(_value(layer.without_sinks, name)) for name in (*_NORMS, *_ratios())
         }
     if layer.margins:
-        entry[_MARGINS] = {figure: _plain(layer.margins[figure]) for figure in FIGURES if figure in layer.margins}
+        entry[_MARGINS] = {figure: _plain(layer.margins[figure]) for figure in of_layers() if figure in layer.margins}
     if layer.task is not None:
         entry[_TASK] = _entry(layer.task)
     if layer.spectrum is not None:
         entry[_SPECTRUM] = {key: _plain(value) for key, value in asdict(layer.spectrum).items()}
     return entry
+
+
+def _value(of: Any, name: str) -> Any:
+    """A field of what was measured on one text, or a figure of it."""
+    if name not in FIGURES:
+        return getattr(of, name)
+    figure = FIGURES[name]
+    return figure.value(of, of.task) if figure.text is Text.BOTH else figure.value(of)
 
 
 def _plain(value: str | int | float) -> str | int | float | None:
@@ -297,8 +302,8 @@ def _without_sinks(entry: Mapping[str, Any], layer: LayerStats, where: str) -> W
 def _margins(told: object, where: str) -> dict[str, float]:
     if told is None:
         return {}
-    if not isinstance(told, dict) or not told.keys() <= set(OWN_FIGURES):
-        raise StatsError(f"{where}: {_MARGINS} must hold a number for each of {', '.join(OWN_FIGURES)}")
+    if not isinstance(told, dict) or not told.keys() <= set(of_one_text()):
+        raise StatsError(f"{where}: {_MARGINS} must hold a number for each of {', '.join(of_one_text())}")
     return {
         figure: math.inf if value is None else _number(value, f"{where}: {_MARGINS}: {figure}")
         for figure, value in told.items()
@@ -307,10 +312,12 @@ def _margins(told: object, where: str) -> dict[str, float]:
 
 def _check_derived(entry: Mapping[str, Any], of: LayerStats | WithoutSinks, where: str) -> None:
     """Refuse a file whose ratios are not those of its norms: one of the two was edited, and only one is judged."""
-    for name, formula in _DERIVED.items():
-        key, follows = _KEYS[name], getattr(of, name, None)
-        if key not in entry or follows is None:
+    keys, ratios = _keys(), _ratios()
+    for name, formula in _derived().items():
+        key = keys[name]
+        if key not in entry or (isinstance(of, WithoutSinks) and name not in ratios):
             continue
+        follows = _value(of, name)
         stated = math.nan if entry[key] is None else _number(entry[key], f"{where}: {key}")
         if math.isfinite(stated) != math.isfinite(follows) or (
             math.isfinite(stated) and not math.isclose(stated, follows, rel_tol=_DERIVED_TOLERANCE, abs_tol=1e-12)

@@ -10,30 +10,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-FIGURES = {
-    "preservation": "||BX||/||X||",
-    "effectiveness": "||ABX||/||X||",
-    "contribution": "||ABX||/||output||",
-    "leakage": "leakage / chance",
-    "forgetting": "||ABX||/||WX||",
-    "selectivity": "task / preserved",
-}
-"""The figures that can be judged, with the formula that reports show."""
-
-TASK_FIGURES = ("forgetting", "selectivity")
-"""Those that are judged only where a task text was measured beside the preserved one."""
-
-UPDATE_FIGURES = ("effectiveness", "contribution")
-"""What an update is for: taken on the task text where there is one."""
-
-ON_TASK = (*UPDATE_FIGURES, "selectivity", "task-gain")
-"""Those for which the task text is drawn where there is one; the others are for the preserved text."""
-
-DRIFT_FIGURES = ("divergence", "loss-rise", "task-gain")
-"""Those of the predictions, the last beside a task text only."""
-
-OWN_FIGURES = tuple(figure for figure in FIGURES if figure != "selectivity")
-"""Those that one text gives."""
+from pytest_nullspace.run.figures import FIGURES, Text, beside_a_task, of_layers, selectivity
 
 SINK = 8
 """A row is a sink where its norm is beyond so many times the median norm of its layer's rows.
@@ -44,9 +21,6 @@ times the median in most layers, and between 13 and 630 times in those where the
 
 UNREACHED = "no activation row reached it"
 """The defect of a layer whose weights are sound and whose activations the text does not tell."""
-
-_MOST_SELECTIVE = 1e12
-"""Selectivity where the preserved text is not changed at all; more than any measurement could tell from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +156,13 @@ class LayerStats(_Ratios):
     @property
     def selectivity(self) -> float:
         """How many times larger the update is on the task text than on the preserved one, each beside ``‖W_res x‖``."""
-        return _selectivity(self, self.task)
+        return selectivity(self, self.task)
 
     @property
     def absent(self) -> tuple[str, ...]:
         """The figures that were never measured: leakage by the reference script, others without a task text."""
         leakage = ("leakage",) if self.mean_leakage is None else ()
-        return (*leakage, *TASK_FIGURES) if self.task is None else leakage
+        return (*leakage, *beside_a_task()) if self.task is None else leakage
 
     @property
     def standing(self) -> float | None:
@@ -200,7 +174,8 @@ class LayerStats(_Ratios):
     @property
     def measured(self) -> tuple[str, ...]:
         """The figures that were."""
-        return tuple(figure for figure in FIGURES if figure not in self.absent)
+        absent = self.absent
+        return tuple(figure for figure in of_layers() if figure not in absent)
 
     def figure(self, name: str, sinks: bool = True) -> float:
         """The figure of that name in `FIGURES`; what an update is for is taken on the task text where there is one.
@@ -210,11 +185,11 @@ class LayerStats(_Ratios):
             sinks: Whether sink rows count. Where nobody looked for them they do, and in the leakage, a mean of shares
                 to which each row gives alike.
         """
-        of = self._judged_on(name)
-        if name == "selectivity" and not sinks:
-            return _selectivity(self._quiet, self.task and self.task._quiet)
-        value: float = getattr(of if sinks or name == "leakage" else of._quiet, name)
-        return value
+        figure, of = FIGURES[name], self._judged_on(name)
+        if figure.text is Text.BOTH:
+            both = (self, self.task) if sinks else (self._quiet, self.task and self.task._quiet)
+            return figure.value(*both)
+        return figure.value(of if sinks or not figure.sink_free else of._quiet)
 
     @property
     def _quiet(self) -> _Ratios:
@@ -242,7 +217,7 @@ class LayerStats(_Ratios):
         return self.selectivity * math.hypot(*(margin / value for margin, value in parts if margin is not None))
 
     def _judged_on(self, figure: str) -> "LayerStats":
-        return self.task if self.task is not None and figure in UPDATE_FIGURES else self
+        return self.task if self.task is not None and FIGURES[figure].text is Text.TASK else self
 
     @property
     def defect(self) -> str | None:
@@ -323,12 +298,6 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-def _selectivity(preserved: _Ratios, task: _Ratios | None) -> float:
-    if task is None or not task.forgetting:
-        return math.nan
-    return task.forgetting / max(preserved.forgetting, task.forgetting / _MOST_SELECTIVE)
-
-
 @dataclass(frozen=True)
 class RunStats:
     """All that was measured of one checkpoint in one run.
@@ -365,17 +334,19 @@ class RunStats:
     @cached_property
     def absent(self) -> tuple[str, ...]:
         """The figures that were not measured in every layer."""
-        return tuple(figure for figure in FIGURES if any(figure in layer.absent for layer in self.layers))
+        absent = {figure for layer in self.layers for figure in layer.absent}
+        return tuple(figure for figure in of_layers() if figure in absent)
 
     @property
     def measured(self) -> tuple[str, ...]:
         """The figures that were measured in every layer."""
-        return tuple(figure for figure in FIGURES if figure not in self.absent)
+        absent = self.absent
+        return tuple(figure for figure in of_layers() if figure not in absent)
 
     @property
     def expected(self) -> tuple[str, ...]:
         """The figures that its texts can give."""
-        return tuple(figure for figure in FIGURES if self.has_task or figure not in TASK_FIGURES)
+        return tuple(figure for figure in of_layers() if self.has_task or not FIGURES[figure].needs_task)
 
     def mean(self, figure: str, sinks: bool = True) -> float:
         """The average of a figure over the layers that a row reached, as the reference's summary takes it."""

@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist, fmean
 
-from pytest_nullspace.run.stats import OWN_FIGURES, LayerStats
+from pytest_nullspace.run.figures import of_one_text
+from pytest_nullspace.run.stats import LayerStats
 
 LEVEL = 0.95
 """How often the true figure lies within its margin."""
@@ -23,7 +24,7 @@ def margins(without: Sequence[LayerStats]) -> Mapping[str, float]:
     Returns:
         For each figure its margin, in its own unit.
     """
-    return {figure: jackknife([layer.figure(figure) for layer in without]) for figure in OWN_FIGURES}
+    return {figure: jackknife([layer.figure(figure) for layer in without]) for figure in of_one_text()}
 
 
 def jackknife(without: Sequence[float]) -> float:

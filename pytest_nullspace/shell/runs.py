@@ -27,8 +27,9 @@ from pytest_nullspace.measuring import pipeline
 from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.report import notes
 from pytest_nullspace.report import weights as weights_report
+from pytest_nullspace.run.figures import FIGURES, of_predictions
 from pytest_nullspace.run.saved import read
-from pytest_nullspace.run.stats import DRIFT_FIGURES, FIGURES, TASK_FIGURES, RunStats
+from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.settings import PREFIX, Settings, model_name, stats_file
 from pytest_nullspace.shell.shared import SharedOutcome
 
@@ -151,7 +152,7 @@ class GatedRun(ABC):
 
     def subjects(self, figure: str) -> Sequence[str]:
         """The tests that judge ``figure``."""
-        return (DRIFT,) if figure in DRIFT_FIGURES else (*self.layers, MODEL)
+        return (DRIFT,) if figure in of_predictions() else (*self.layers, MODEL)
 
     def unmeasured(self, figure: str) -> Path | None:
         """Where ``figure`` lacks to be compared with the earlier run: here or there; None if it lacks in neither."""
@@ -284,9 +285,12 @@ class CheckpointRun(GatedRun):
     @property
     def figures(self) -> Collection[str]:
         """What the settings ask for."""
-        beside_task = () if self._settings.task_dataset is not None else (*TASK_FIGURES, "task-gain")
-        asked = (*FIGURES, *DRIFT_FIGURES) if self._settings.drift else FIGURES
-        return [figure for figure in asked if figure not in beside_task]
+        has_task, has_drift = self._settings.task_dataset is not None, self._settings.drift
+        return [
+            name
+            for name, figure in FIGURES.items()
+            if (has_task or not figure.needs_task) and (has_drift or not figure.of_predictions)
+        ]
 
     @property
     def has_audit(self) -> bool:
@@ -444,13 +448,6 @@ def open_runs(settings: Settings) -> tuple[GatedRun, ...]:
     return runs
 
 
-_MEASURED_BY = {
-    **dict.fromkeys(TASK_FIGURES, f"{PREFIX}task-dataset"),
-    **dict.fromkeys(DRIFT_FIGURES, f"{PREFIX}drift"),
-    "task-gain": f"{PREFIX}drift {PREFIX}task-dataset",
-}
-
-
 def _require_held(runs: Sequence[GatedRun], settings: Settings) -> None:
     """Refuse the user's bounds against which nothing would be held in any of the runs."""
     for limit in settings.limits:
@@ -474,7 +471,9 @@ def _require_held(runs: Sequence[GatedRun], settings: Settings) -> None:
 
 
 def _not_measured(option: str, figure: str, where: Path | None) -> OptionError:
-    by = _MEASURED_BY.get(figure, "this plugin")
+    record = FIGURES[figure]
+    needs = (("drift", record.of_predictions), ("task-dataset", record.needs_task))
+    by = " ".join(f"{PREFIX}{name}" for name, is_needed in needs if is_needed) or "this plugin"
     return OptionError(
         f"{PREFIX}{option}: {figure} is not measured of {where}; measure with {by}, or leave the bound out"
     )

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pytest_nullspace.judging.baseline import COMPARED, Change, Limit, compare, incomparable
 from pytest_nullspace.judging.invariants import Stage
-from pytest_nullspace.run.stats import FIGURES, RunStats
+from pytest_nullspace.run.figures import of_layers
+from pytest_nullspace.run.stats import RunStats
 from tests import saved
 
 TRAINED, INIT = Stage
@@ -109,7 +110,7 @@ def test_worse_never_becomes_allowed(before: float, now: float, more: float, lim
 def test_a_run_compares_with_itself() -> None:
     """Nothing differs, nothing is worse."""
     assert incomparable(EARLIER, EARLIER) == ()
-    assert not any(compare(EARLIER, EARLIER, [Limit(f, 0, True) for f in FIGURES], TRAINED).regressions.values())
+    assert not any(compare(EARLIER, EARLIER, [Limit(f, 0, True) for f in of_layers()], TRAINED).regressions.values())
 
 
 def other(**changes: Any) -> RunStats:

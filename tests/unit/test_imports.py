@@ -92,7 +92,7 @@ def test_every_wing_imports_what_architecture_says() -> None:
 
 ORDERS = {
     "checkpoint": "header layers arrays gguf lora_null peft hub",
-    "run": "stats uncertainty saved",
+    "run": "figures stats uncertainty saved",
     "judging": "verdicts invariants baseline start audit weights diagnosis",
     "text": "sources readers tokenizer windows",
     "measuring": "memory distributed forward recorder streaming spectrum drift loading pipeline",

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.judging.invariants import Expectations, Override, Stage, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
-from pytest_nullspace.run.stats import FIGURES, Drift, LayerStats, RunStats, TextDrift
+from pytest_nullspace.run.figures import of_layers
+from pytest_nullspace.run.stats import Drift, LayerStats, RunStats, TextDrift
 
 PASS, WARN, FAIL = Tier
 TRAINED, INIT = Expectations(), Expectations(Stage.INIT)
@@ -103,11 +104,11 @@ def test_before_training_an_update_is_the_fault(figure: str, value: float, tier:
 
 def test_each_stage_judges_its_figures() -> None:
     """A trained checkpoint is judged by every figure; an initial one has no contribution to judge."""
-    assert [t.figure for t in TRAINED.thresholds("x")] == list(FIGURES)
+    assert [t.figure for t in TRAINED.thresholds("x")] == list(of_layers())
     assert [t.figure for t in INIT.thresholds("x")] == ["preservation", "effectiveness", "leakage"]
 
 
-@pytest.mark.parametrize("figure", FIGURES)
+@pytest.mark.parametrize("figure", of_layers())
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_fails(figure: str, value: float) -> None:
     """No figure passes as NaN or infinity, on whichever side infinity lies."""
@@ -117,7 +118,7 @@ def test_what_is_not_finite_fails(figure: str, value: float) -> None:
 BOUNDS = st.floats(-1e6, 1e6)
 
 
-@given(figure=st.sampled_from(sorted(FIGURES)), stage=st.sampled_from(Stage), a=BOUNDS, b=BOUNDS, data=st.data())
+@given(figure=st.sampled_from(sorted(of_layers())), stage=st.sampled_from(Stage), a=BOUNDS, b=BOUNDS, data=st.data())
 def test_a_worse_figure_never_has_a_better_tier(
     figure: str, stage: Stage, a: float, b: float, data: st.DataObject
 ) -> None:

@@ -16,7 +16,8 @@ from pytest_nullspace.checkpoint import Checkpoint, LayerSpec
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report import markdown, notes, terminal, words
-from pytest_nullspace.run.stats import FIGURES, TASK_FIGURES, LayerStats, RunStats
+from pytest_nullspace.run.figures import beside_a_task, of_layers
+from pytest_nullspace.run.stats import LayerStats, RunStats
 
 TRAINED, INIT = Expectations(), Expectations(Stage.INIT)
 # The figures of the reference's own example.
@@ -117,7 +118,9 @@ def test_the_summary_counts_and_averages() -> None:
     mean = (0.123456 * 2 + 9.0) / 3 / 12.345678
     assert average.split()[1] == f"{mean:.3e}"
     assert "reading (averages over all layers):" in lines
-    assert len(lines) - lines.index("reading (averages over all layers):") == 1 + len(FIGURES) - len(TASK_FIGURES)
+    assert len(lines) - lines.index("reading (averages over all layers):") == 1 + len(of_layers()) - len(
+        beside_a_task()
+    )
 
 
 def test_the_worst_layers_come_first_and_few_are_shown() -> None:
@@ -300,7 +303,7 @@ def test_the_markdown_table_is_one() -> None:
     """Each row has the cells that its header has, so that the table is shown as one, formulas and reasons included."""
     rows = [line for line in markdown.report(run_of(EXAMPLE, LOST, BROKEN), TRAINED).splitlines() if line[:1] == "|"]
     assert len(rows) == 2 + 3 + 1
-    assert {len(cells(row)) for row in rows} == {3 + len(FIGURES) - len(TASK_FIGURES)}
+    assert {len(cells(row)) for row in rows} == {3 + len(of_layers()) - len(beside_a_task())}
     assert cells(rows[0])[2].strip() == r"`\|\|BX\|\|/\|\|X\|\|`"
     assert cells(rows[2])[2:6] == [" 1.000e-02 ", " 1.900e-02 ", " 1.883e-02 ", " 3.200e-03 "]
     assert "non\\-finite output" in rows[4]
@@ -401,7 +404,9 @@ def test_no_name_can_write_markdown_html_or_control_characters() -> None:
     assert "<img" not in text.replace("\\<", "")
     assert "\x1b" not in text
     assert "\n# " not in text
-    assert {len(cells(row)) for row in text.splitlines() if row[:1] == "|"} == {3 + len(FIGURES) - len(TASK_FIGURES)}
+    assert {len(cells(row)) for row in text.splitlines() if row[:1] == "|"} == {
+        3 + len(of_layers()) - len(beside_a_task())
+    }
     plain = "\n".join([*terminal.block(layer, judge(layer, TRAINED)), *(line for line, _ in summary(run))])
     assert "\x1b" not in plain
 

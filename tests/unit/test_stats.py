@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_nullspace.errors import StatsError
+from pytest_nullspace.run.figures import of_layers
 from pytest_nullspace.run.saved import from_json, to_json, write, write_atomically
-from pytest_nullspace.run.stats import FIGURES, LayerStats, RunStats
+from pytest_nullspace.run.stats import LayerStats, RunStats
 
 LAYER = LayerStats(
     name="model.layers.0.self_attn.q_proj",
@@ -154,7 +155,7 @@ def test_figures_are_the_ratios_that_their_formulas_say() -> None:
     assert LAYER.chance == 4 / 64
     assert LAYER.leakage == 0.001 / (4 / 64)
     assert LAYER.forgetting == 0.5 / LAYER.base_norm
-    assert {name: (TWO_TEXTS if name == "selectivity" else LAYER).figure(name) for name in FIGURES} == {
+    assert {name: (TWO_TEXTS if name == "selectivity" else LAYER).figure(name) for name in of_layers()} == {
         "preservation": LAYER.preservation,
         "effectiveness": LAYER.effectiveness,
         "contribution": LAYER.contribution,
@@ -167,7 +168,7 @@ def test_figures_are_the_ratios_that_their_formulas_say() -> None:
 def test_a_ratio_to_zero_is_no_number() -> None:
     """A quotient by zero is NaN, not an exception and not infinity."""
     layer = dataclasses.replace(LAYER, input_norm=0.0, output_norm=0.0, base_norm=0.0, in_features=0)
-    assert all(math.isnan(layer.figure(name)) for name in FIGURES)
+    assert all(math.isnan(layer.figure(name)) for name in of_layers())
 
 
 def test_a_sound_layer_has_no_defect() -> None:
