@@ -1,8 +1,10 @@
-"""The process's memory: what one forward frees is kept for the next."""
+"""The process's memory: what one forward frees is kept for the next, what one model held is given back."""
 
 import ctypes
+import gc
 import os
 import platform
+import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT = 32 << 20
@@ -26,3 +28,17 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT))
+
+
+def free_earlier_models() -> None:
+    """Free the model of an earlier measurement, which else may lie in memory beside the next.
+
+    Nothing refers to it any more, but accelerate's hooks, and frames that the import of a library leaves, hold it in
+    cycles; and what was freed of an accelerator's memory is not what accelerate sees as free.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:  # then none was measured
+        return
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

@@ -19,7 +19,7 @@ TENSORS = {
     "measuring.spectrum", "measuring.streaming",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
-DOORS = {"measuring.pipeline", "measuring.loading", "measuring.distributed"}
+DOORS = {"measuring.pipeline", "measuring.loading", "measuring.measurement", "measuring.distributed"}
 """Those that reach them, inside functions only."""
 PYTEST = {"plugin", "shell.gate", "shell.collect", "shell.fixtures", "shell.progress"}
 """Those that import pytest."""
@@ -95,7 +95,7 @@ ORDERS = {
     "run": "figures stats uncertainty saved",
     "judging": "verdicts invariants baseline start audit weights diagnosis",
     "text": "sources readers tokenizer windows",
-    "measuring": "memory distributed forward recorder streaming spectrum drift loading pipeline",
+    "measuring": "memory about distributed forward recorder streaming spectrum drift loading measurement pipeline",
     "shell": "values options shared runs progress collect gate",
 }
 """Inside a wing, the modules whose order matters: none imports one that stands after it."""

@@ -11,7 +11,8 @@ import pytest
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measuring.distributed import Ranks
-from pytest_nullspace.measuring.pipeline import Figures, measure_checkpoint
+from pytest_nullspace.measuring.measurement import Figures
+from pytest_nullspace.measuring.pipeline import measure_checkpoint
 from pytest_nullspace.settings import Settings
 from tests import saved, tiny
 

@@ -1,0 +1,96 @@
+"""What a run tells beside its figures: texts, settings, files, libraries, and where the time went."""
+
+import hashlib
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.settings import Settings
+from pytest_nullspace.text.windows import Window, distinct_rows, text_hash
+
+
+class Clock:
+    """Where the time went: the seconds of each part, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def on(self, what: str) -> None:
+        """All since the last part ended went on this one."""
+        now = time.perf_counter()
+        self.seconds[what], self._since = now - self._since, now
+
+    @property
+    def rounded(self) -> dict[str, float]:
+        """The seconds of each part, to milliseconds."""
+        return {what: round(took, 3) for what, took in self.seconds.items()}
+
+
+def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What its files are, by name and by hash."""
+    return {
+        "format": checkpoint.format,
+        "base": checkpoint.base,
+        "outside": list(checkpoint.outside),
+        "weights_sha256": hashes(checkpoint),
+    }
+
+
+def of_settings(settings: Settings) -> dict[str, Any]:
+    """How the run was asked for."""
+    return {
+        "calib_size": settings.calib_size,
+        "max_activation_samples": settings.max_activation_samples,
+        "seed": settings.seed,
+        "processes": settings.ranks.size,
+        "batch_size": settings.batch_size,
+        "layers": settings.layers,
+        "stage": settings.stage,
+        "allow_unreached": list(settings.allow_unreached),
+    }
+
+
+def of_texts(texts: Mapping[str, str], read: Mapping[str, Sequence[Window]], seqlen: int) -> dict[str, Any]:
+    """Each text that was read, and the windows of it that were used."""
+    return {
+        what: {
+            "sha256": text_hash(texts[what]),
+            "windows": len(windows),
+            "seqlen": seqlen,
+            "tokens": sum(len(window.tokens) for window in windows),
+            "distinct": distinct_rows(windows),
+            "starts": [window.start for window in windows],
+        }
+        for what, windows in read.items()
+    }
+
+
+def of_libraries(*names: str) -> dict[str, str]:
+    """The versions that took part."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("pytest-nullspace", *names)}}
+
+
+def of_machine(device: str, batch_sizes: Sequence[int], load_seconds: float, clock: Clock) -> dict[str, Any]:
+    """When, where and how long."""
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "batch_sizes": list(batch_sizes),
+        "device_name": device,
+        "seconds": {"load": round(load_seconds, 3), **clock.rounded},
+    }
+
+
+def hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """The SHA-256 of each file of its weights."""
+    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    found = {}
+    for file in files:
+        with file.open("rb") as stream:
+            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found

@@ -1,0 +1,194 @@
+"""The loaded model and the windows that go through it: figures, the spectrum, the drift.
+
+What holds tensors is imported inside functions.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages
+from pytest_nullspace.measuring.loading import TrueBase, half_precision, one_of, shortage_told
+from pytest_nullspace.run.figures import of_layers, on_the_task
+from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
+from pytest_nullspace.settings import PREFIX, Settings
+from pytest_nullspace.text.windows import Window
+
+if TYPE_CHECKING:
+    from pytest_nullspace.model import AdaptedModel
+
+CPU_TOKENS, GPU_TOKENS = 256, 16384
+"""Tokens of the windows that share a forward. Below so many a CPU spends its time between the matrix products, beyond
+them little is gained (docs/cost.md); a GPU wants more, as far as they fit."""
+
+Figures = tuple[LayerStats, ...]
+
+
+def with_task(preserved: Figures, task: Figures) -> Figures:
+    """The figures of the preserved text, each layer's on the task text beside them."""
+    return tuple(replace(layer, task=other) for layer, other in zip(preserved, task, strict=True))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The loaded model and the windows that go through it.
+
+    Attributes:
+        checkpoint: Of which the model is.
+        settings: How it is measured.
+        adapted: The model.
+        drawn: The windows of each text, of which ``auto`` may use fewer.
+        seqlen: Tokens a window.
+        running: Precision and device, in words.
+        progress: Told how many windows of how many are done.
+        used: How many windows of each text were used, once it was read.
+    """
+
+    checkpoint: Checkpoint
+    settings: Settings
+    adapted: "AdaptedModel"
+    drawn: Mapping[str, Sequence[Window]]
+    seqlen: int
+    running: str
+    progress: Callable[[int, int], None] | None
+    used: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def read(self) -> dict[str, Sequence[Window]]:
+        """The windows of each text that were used."""
+        return {what: self.drawn[what][:count] for what, count in self.used.items()}
+
+    @property
+    def _short(self) -> str:
+        return f"{self.checkpoint.directory}: too little memory"
+
+    def figures(self, layers: Collection[str]) -> tuple[Figures, list[int]]:
+        """Measure ``layers`` on each text; with the batch sizes, of which each but the first did not fit before it."""
+        device, settings, of = self.adapted.device, self.settings, len(self.checkpoint.layers)
+        batches = [settings.batch_size or _batch_size(self.seqlen, device)]
+
+        def short() -> str:
+            together = min(batches[-1], max(map(len, self.drawn.values())))
+            lower = f"{PREFIX}seqlen or {PREFIX}batch-size" if together > 1 else f"{PREFIX}seqlen"
+            return (
+                f"{self._short} in the pass of windows of {self.seqlen} tokens, {together} a forward, in "
+                f"{self.running}; {one_of(f'lower {lower}', *half_precision(self.running, 'take'))}"
+            )
+
+        with shortage_told(short):
+            if "task_text" not in self.drawn:
+                whole = of_layers()
+                return self._of("text", layers, batches, lambda own: _settled(own, of, settings, whole)), batches
+            # Each text is asked for what will be judged on it, and no more.
+            preserved = [figure for figure in of_layers() if figure not in on_the_task()]
+            own = self._of("text", layers, batches, lambda own: _settled(with_task(own, own), of, settings, preserved))
+            task = self._of(
+                "task_text", layers, batches, lambda task: _settled(with_task(own, task), of, settings, on_the_task())
+            )
+            return with_task(own, task), batches
+
+    def _of(
+        self, what: str, layers: Collection[str], batches: list[int], settled: Callable[[Figures], bool]
+    ) -> Figures:
+        from pytest_nullspace.measuring.streaming import measure
+
+        before, total = sum(self.used.values()), sum(map(len, self.drawn.values()))
+        # Of a text that ended early what was left out is not waited for.
+        total -= sum(len(self.drawn[earlier]) - count for earlier, count in self.used.items())
+        self.used[what] = len(self.drawn[what])
+
+        def tell(done: int, _: int) -> None:
+            self.used[what] = done
+            if self.progress is not None:
+                self.progress(before + done, total)
+
+        return measure(
+            self.adapted,
+            [window.tokens for window in self.drawn[what]],
+            layers=layers,
+            batch_size=batches[-1],
+            shrunk=batches.append,
+            max_rows=self.settings.max_activation_samples,
+            seed=self.settings.seed,
+            progress=tell,
+            ranks=self.settings.ranks,
+            settled=None if self.settings.calib_size is not None else settled,
+        )
+
+    def with_spectrum(self, figures: Figures) -> Figures:
+        """The figures, with the best that any subspace could do on the preserved text."""
+        from pytest_nullspace.measuring.spectrum import spectrum
+
+        with shortage_told(
+            lambda: (
+                f"{self._short} for the spectrum, whose sums are in float64 and as wide as the layers, in "
+                f"{self.running}; leave {PREFIX}spectrum out, or lower {PREFIX}seqlen"
+            )
+        ):
+            best = spectrum(
+                self.adapted,
+                [window.tokens for window in self.read["text"]],
+                [layer.name for layer in figures],
+                progress=self.progress,
+                ranks=self.settings.ranks,
+            )
+        return tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
+
+    def drift(self, held_against: TrueBase) -> Drift:
+        """How far the predictions lie from the true base's, on each text."""
+        from pytest_nullspace.measuring.drift import drift
+
+        half = half_precision(self.running, "take")
+        with shortage_told(
+            lambda: (
+                f"{self._short} to load {held_against.name} beside the model for {PREFIX}drift, in {self.running}; "
+                + one_of(*half, "take a machine with more", f"leave {PREFIX}drift out")
+            )
+        ):
+            base, place = held_against.load()
+        with shortage_told(
+            lambda: (
+                f"{self._short} for both models' predictions of windows of {self.seqlen} tokens, in {self.running}; "
+                + one_of(f"lower {PREFIX}seqlen", *half, f"leave {PREFIX}drift out")
+            )
+        ):
+            found = {
+                what: drift(
+                    self.adapted.model,
+                    base,
+                    [window.tokens for window in windows],
+                    self.adapted.device,
+                    self.progress,
+                    self.settings.ranks,
+                    place,
+                )
+                for what, windows in self.read.items()
+            }
+        return Drift(held_against.name, found["text"], found.get("task_text"))
+
+
+def _settled(figures: Figures, of: int, settings: Settings, judged: Collection[str]) -> bool:
+    """Whether more text would change no verdict.
+
+    Args:
+        figures: Of the selected layers, so far.
+        of: How many layers the checkpoint has.
+        settings: What they are held against.
+        judged: The figures that are judged on the text.
+    """
+    expectations = Expectations(
+        Stage(settings.stage), settings.overrides, (), settings.allow_unreached, settings.variant, settings.drift
+    )
+    if any(not (layer.task or layer).rows and not expectations.excuses(layer) for layer in figures):
+        return False  # one row would give what has no figures yet, and so nothing uncertain, a verdict
+    run, verdicts = RunStats("", "", figures, of), [judge(layer, expectations) for layer in figures]
+    if run.complete:
+        verdicts.append(judge_averages(run, expectations))
+    findings = [finding for verdict in verdicts for finding in verdict.findings]
+    return not any(finding.uncertain for finding in findings if finding.threshold.figure in judged)
+
+
+def _batch_size(seqlen: int, device: Any) -> int:
+    """Windows a forward that suit ``device``; how many fit is found out by trying."""
+    return max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // seqlen)
