@@ -218,9 +218,7 @@ def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, froze
     told = {"windows": settings.calib_size, "seqlen": seqlen}
     tells = {"text": told, "settings": {"seed": settings.seed}}
     known = {"seed", "rank", "widths", "figures"} | {what for what, value in told.items() if value is not None}
-    return RunStats(str(checkpoint.directory), settings.calib_dataset, layers, len(layers), tells), frozenset(
-        known
-    )
+    return RunStats(str(checkpoint.directory), settings.calib_dataset, layers, len(layers), tells), frozenset(known)
 
 
 def read_files(checkpoint: Checkpoint, settings: Settings, layers: Collection[str]) -> RunStats:
