@@ -240,8 +240,30 @@ def _depth(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
+def _scaled_to_zero(case: _Case) -> tuple[str, ...]:
+    """The layers whose update is multiplied by 0, whatever their matrices hold."""
+    known: Sequence[LayerStats | LayerWeights] = case.run.layers
+    if not known and case.weights is not None:
+        known = case.weights.layers
+    return _names([layer for layer in known if layer.scale == 0])
+
+
+def _scale_zero(case: _Case) -> Iterator[Diagnosis]:
+    zero = _scaled_to_zero(case)
+    if zero:
+        yield Diagnosis(
+            "scale-zero",
+            f"the scale is 0 {_of(zero, case.names)}, so the update is zero whatever A and B hold",
+            "write back lora_alpha and alpha_pattern into adapter_config.json as they were in training; the weights "
+            "may be sound",
+            "with the right scale the update is there; if it is not, A itself is zero",
+            zero,
+        )
+
+
 def _scale_wrong(case: _Case) -> Iterator[Diagnosis]:
-    scaled = _rescaled(case)
+    zero = _scaled_to_zero(case)
+    scaled = [layer for layer in _rescaled(case) if layer.name not in zero]
     if scaled and case.audit is not None:
         first = scaled[0]
         yield Diagnosis(
@@ -421,6 +443,7 @@ def _underflown(case: _Case) -> list[LayerStats]:
         layer
         for layer in case.sound
         if (layer.up_weight_norm > 0 or layer.name in moved)
+        and layer.scale != 0
         and (layer.task or layer).update_norm <= least * math.sqrt(layer.out_features)
     ]
 
@@ -472,6 +495,7 @@ _FINDERS: Sequence[Callable[[_Case], Iterator[Diagnosis]]] = (
     _b_trained,
     _b_rescaled,
     _nothing_learned,
+    _scale_zero,
     _scale_wrong,
     _wrong_base,
     _outside,

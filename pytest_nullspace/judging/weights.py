@@ -13,6 +13,7 @@ from pytest_nullspace.checkpoint import Checkpoint, lora_null
 from pytest_nullspace.checkpoint.arrays import norm, read_tensor
 from pytest_nullspace.errors import StatsError
 from pytest_nullspace.judging.audit import places
+from pytest_nullspace.run.stats import SCALE_ZERO
 
 STATEMENT = "gated on weights, activations not measured"
 """What every report of such a run says."""
@@ -51,6 +52,8 @@ class LayerWeights:
         """What its weights alone show to be wrong, in phrases."""
         if not self.is_finite:
             yield "non-finite weights (NaN or infinity)"
+        elif trained and self.scale == 0:
+            yield f"dead: {SCALE_ZERO}, so with the adapter the output is the same as without"
         elif trained and self.update_norm == 0:
             what = "A is" if self.up_norm == 0 else "B is" if self.down_norm == 0 else "A B is"
             yield f"dead: {what} zero, so with the adapter the output is the same as without"

@@ -154,6 +154,7 @@ def _stats(layer: AdaptedLayer, down_rank: int, by_window: Tensor, by_octave: Te
             up_weight_norm=up,
             base_weight_norm=base,
             down_rank=down_rank,
+            scale=layer.scale,
         )
 
     seen = [window for window in by_window if window[0] > 0]

@@ -10,6 +10,7 @@ from pytest_nullspace.report.notes import (
     doubts,
     drift,
     left_out,
+    negative_scales,
     not_measured,
     outside,
     outside_of,
@@ -48,6 +49,9 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
     absent = not_measured(run)
     if absent is not None:
         lines += [f"{absent}.", ""]
+    negative = negative_scales(run.layers)
+    if negative is not None:
+        lines += [f"{MARKS[Tier.WARN]} {escape(negative)}.", ""]
     unjudged = left_out(expectations)
     if unjudged is not None:
         lines += [f"{MARKS[Tier.WARN]} {escape(unjudged)}.", ""]

@@ -11,6 +11,7 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import MODEL, Expectations, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier, Verdict
+from pytest_nullspace.judging.weights import LayerWeights
 from pytest_nullspace.report.words import colour, mark
 from pytest_nullspace.run.figures import FIGURES, Text
 from pytest_nullspace.run.stats import SINK, Drift, LayerStats, RunStats
@@ -95,6 +96,17 @@ def not_measured(run: RunStats) -> str | None:
     """Which figures nobody measured, and that they were not judged; None if all were."""
     absent = [figure for figure in run.expected if figure in run.absent]
     return f"not measured: {', '.join(absent)}; left out of judging" if absent else None
+
+
+def negative_scales(layers: Sequence[LayerStats] | Sequence[LayerWeights]) -> str | None:
+    """Which layers' updates are turned round by their scale; None if there are none."""
+    found = [layer for layer in layers if layer.scale is not None and layer.scale < 0]
+    if not found:
+        return None
+    return (
+        f"the scale is negative in {len(found)} of {len(layers)} layers, such as {printable(found[0].name)} "
+        f"({found[0].scale:g}): what was trained is subtracted, as lora_alpha or alpha_pattern says"
+    )
 
 
 def left_out(expectations: Expectations) -> str | None:

@@ -127,6 +127,9 @@ def summary(
     absent = notes.not_measured(run)
     if absent is not None:
         yield absent, Tier.WARN
+    negative = notes.negative_scales(run.layers)
+    if negative is not None:
+        yield negative, Tier.WARN
     unjudged = notes.left_out(expectations)
     if unjudged is not None:
         yield unjudged, Tier.WARN

@@ -9,7 +9,7 @@ from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT, LayerWeights, Weights
 from pytest_nullspace.report.layout import Form, table, with_faults
 from pytest_nullspace.report.markdown import escape
-from pytest_nullspace.report.notes import outside
+from pytest_nullspace.report.notes import negative_scales, outside
 from pytest_nullspace.report.words import MARKS
 
 WORST_SHOWN = 5
@@ -43,6 +43,8 @@ def summary(
     told = {layer.name: faults(layer) for layer in weights.layers}
     failed = any(wrong for name, wrong in told.items() if gates(name))
     yield counted(weights, faults, of, gates), Tier.FAIL if failed else Tier.WARN
+    if (negative := negative_scales(weights.layers)) is not None:
+        yield negative, Tier.WARN
     yield "", None
     ordered = sorted(weights.layers, key=lambda layer: (not told[layer.name], layer.rank_used))
     shown = ordered if every else ordered[:WORST_SHOWN]
@@ -75,6 +77,8 @@ def counted(weights: Weights, faults: Faults, of: int, gates: Gates = _all) -> s
 def markdown(title: str, weights: Weights, faults: Faults, of: int, notes: Sequence[str], gates: Gates = _all) -> str:
     """The same as Markdown, every layer."""
     lines = [f"## nullspace: {escape(title)}", "", f"{MARKS[Tier.WARN]} **{counted(weights, faults, of, gates)}**", ""]
+    if (negative := negative_scales(weights.layers)) is not None:
+        lines += [f"{MARKS[Tier.WARN]} {escape(negative)}", ""]
     lines += [f"- {escape(note.strip())}" for note in notes]
     lines += ["", "| | layer | " + " | ".join(_COLUMNS) + " | |", "|---|---|" + "---:|" * len(_COLUMNS) + "---|"]
     for layer in weights.layers:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pytest_nullspace.judging.verdicts import Finding, Tier, Verdict
 from pytest_nullspace.run.figures import FIGURES
-from pytest_nullspace.run.stats import SINK, LayerStats, RunStats
+from pytest_nullspace.run.stats import SCALE_ZERO, SINK, LayerStats, RunStats
 
 MARKS = {Tier.PASS: "✓", Tier.WARN: "⚠", Tier.FAIL: "✗"}
 
@@ -73,6 +73,8 @@ def _meaning(finding: Finding) -> str:
     words = dict(zip(Tier, FIGURES[figure].bounds(finding.threshold.lower_is_better).words, strict=True))
     if figure == "leakage":
         return words[finding.tier].format(against_chance=_against_chance(finding.value))
+    if finding.value == 0 and finding.tier is Tier.FAIL and figure in _NOTHING:
+        return _NOTHING[figure]
     if finding.without_sinks is None or not finding.decided_by_sinks:
         return words[finding.tier]
     own, other = words[tier(finding.value)], words[tier(finding.without_sinks)]
@@ -85,6 +87,13 @@ def _against_chance(leakage: float) -> str:
     if leakage > 1:
         return f"{leakage:.1f} times louder than a random subspace"
     return f"{1 / leakage:.3g} times quieter than a random subspace" if leakage else "perfectly quiet"
+
+
+_NOTHING = {
+    "effectiveness": "no update at all: A is zero, or the scale is, or the product is too small for the precision",
+    "contribution": "no influence on the output, for there is no update",
+}
+"""What is said of a figure that is exactly zero and must not be."""
 
 
 def faults(verdict: Verdict) -> Sequence[str]:
@@ -116,19 +125,22 @@ def layer_failure(layer: LayerStats, verdict: Verdict) -> str:
             f"\nwithout {sink_rows(layer)}: ||X|| {x:.6g}, ||BX|| {down:.6g}, ||ABX|| {update:.6g}, "
             f"||W_residual X|| {base:.6g}, ||output|| {output:.6g}"
         )
-    return _failure(verdict, norms, _zero_update(verdict, "its A is" if layer.up_weight_norm == 0 else "A B x is"))
+    zero = "its A is zero" if layer.up_weight_norm == 0 else SCALE_ZERO if layer.scale == 0 else "A B x is zero"
+    return _failure(verdict, norms, _zero_update(verdict, zero))
 
 
 def model_failure(run: RunStats, verdict: Verdict) -> str:
     """The message of failed averages, likewise."""
-    zero = "every A is" if all(layer.up_weight_norm == 0 for layer in run.layers) else "every A B x is"
+    zero = "every A is zero" if all(layer.up_weight_norm == 0 for layer in run.layers) else "every A B x is zero"
+    if all(layer.scale == 0 for layer in run.layers):
+        zero = "every scale is 0"
     return _failure(verdict, f"averages over {len(run.layers)} layers", _zero_update(verdict, zero))
 
 
 def _zero_update(verdict: Verdict, what: str) -> str | None:
     for finding in verdict.findings:
         if finding.threshold.figure == "effectiveness" and finding.tier is Tier.FAIL and finding.value == 0:
-            return f"the update is exactly zero ({what} zero): with the adapter the output is the same as without"
+            return f"the update is exactly zero ({what}): with the adapter the output is the same as without"
     return None
 
 

@@ -51,6 +51,7 @@ _KEYS = {
     "in_features": "in_features",
     "rank": "rank",
     "down_rank": "B_rank",
+    "scale": "scale",
     "out_features": "out_features",
     "mean_leakage": "leakage",
     "chance": "leakage_chance",
@@ -91,8 +92,7 @@ def to_json(run: RunStats) -> str:
 
 def _entry(layer: LayerStats) -> dict[str, Any]:
     absent = {"mean_leakage", "leakage"} if layer.mean_leakage is None else set()
-    if layer.down_rank is None:
-        absent.add("down_rank")
+    absent |= {name for name in _UNTOLD if getattr(layer, name) is None}
     if layer.task is None:
         absent |= {name for name in of_layers() if FIGURES[name].text is Text.BOTH}
     entry: dict[str, Any] = {key: _plain(_value(layer, name)) for name, key in _keys().items() if name not in absent}
@@ -243,6 +243,8 @@ def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     return entries
 
 
+_UNTOLD = ("down_rank", "scale")
+"""What older files do not tell."""
 _ABSENT_IN_REFERENCE: Mapping[str, int] = {"in_features": 0, "rank": 0, "out_features": 0}
 
 
@@ -259,7 +261,7 @@ def _layer(entry: object, where: str) -> LayerStats:
         numbers = {name: _number(told.get(name), f"{where}: {_SPECTRUM}: {name}") for name in Spectrum.__slots__}
         values["spectrum"] = Spectrum(**numbers)
     for name in _MEASURED:
-        if name == "down_rank" and _KEYS[name] not in entry:
+        if name in _UNTOLD and _KEYS[name] not in entry:
             continue
         value = entry.get(_KEYS[name], _ABSENT_IN_REFERENCE.get(name))
         if name in _COUNTS:
@@ -270,7 +272,8 @@ def _layer(entry: object, where: str) -> LayerStats:
         elif name == "base_weight_norm" and value == _NOT_MEASURED:
             value = None
         elif name != "name" and (name != "mean_leakage" or _KEYS[name] in entry):
-            value = _number(math.nan if value is None and _KEYS[name] in entry else value, f"{where}: {_KEYS[name]}")
+            known = math.nan if value is None and _KEYS[name] in entry else value
+            value = _number(known, f"{where}: {_KEYS[name]}", signed=name == "scale")
         values[name] = value
     layer = LayerStats(**values)
     if layer.down_rank is not None and layer.down_rank > layer.rank:
@@ -339,14 +342,14 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _number(value: object, where: str) -> float:
+def _number(value: object, where: str, signed: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise StatsError(f"{where} must be a number, not {printable(repr(value))}; {_AGAIN}")
     try:
         number = float(value)
     except OverflowError:
         raise StatsError(f"{where} must be a number that a float can hold; {_AGAIN}") from None
-    if number < 0:
+    if number < 0 and not signed:
         raise StatsError(f"{where} must not be negative, but is {number:g}; {_AGAIN}")
     return number
 

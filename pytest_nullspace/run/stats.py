@@ -22,6 +22,9 @@ times the median in most layers, and between 13 and 630 times in those where the
 UNREACHED = "no activation row reached it"
 """The defect of a layer whose weights are sound and whose activations the text does not tell."""
 
+SCALE_ZERO = "its scale is 0: lora_alpha or an alpha_pattern is 0 in adapter_config.json"
+"""Why an update is zero although its matrices are not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
@@ -121,6 +124,7 @@ class LayerStats(_Ratios):
         task: The same layer on the task text, if that was measured too; what is here is then of the preserved text.
         spectrum: What the text would allow at best, if that was measured.
         without_sinks: What the mean norms are without the sink rows. None if never measured.
+        scale: What the update is multiplied with, as PEFT's alpha / r. None if the file does not tell.
     """
 
     name: str
@@ -142,6 +146,7 @@ class LayerStats(_Ratios):
     task: "LayerStats | None" = None
     spectrum: Spectrum | None = None
     without_sinks: WithoutSinks | None = None
+    scale: float | None = None
 
     @property
     def chance(self) -> float:

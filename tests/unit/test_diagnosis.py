@@ -67,6 +67,21 @@ def test_with_a_task_text_it_is_the_text_on_which_an_update_may_be_too_weak() ->
             assert all("effectiveness 1.25e-10 to" in cause.evidence for cause in found if seen)
 
 
+def test_a_scale_of_zero_has_its_own_name() -> None:
+    """An update that its scale makes zero is neither underflow nor a scale that is another, with a start or not."""
+    some = NAMES[:2]
+    off = run(some, update_norm=0.0, scale=0.0)
+    told: dict[str, Any] = {"scale": "alpha 0 / rank 4 = 0", "initial_scale": "alpha 8 / rank 4 = 2"}
+    for audit in (None, audited(some, **told)):
+        (cause,) = diagnose(off, audit)
+        assert (cause.cause, cause.layers) == ("scale-zero", some)
+        assert cause.evidence.startswith("the scale is 0 in 2 of 9 layers")
+    (cause,) = diagnose(run(update_norm=0.0, scale=2.0))
+    assert cause.cause == "underflow"
+    causes = diagnose(run(some, update_norm=0.0, scale=0.0), audited(NAMES[1:3], **told))
+    assert [(cause.cause, cause.layers) for cause in causes] == [("scale-zero", some), ("scale-wrong", NAMES[2:3])]
+
+
 def test_where_every_verdict_is_a_pass_only_an_audit_proves_a_cause() -> None:
     """No figure that passed is explained; what the weights show against their start is, whatever the figures."""
     quiet = run(update_norm=1e-9)

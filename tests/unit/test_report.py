@@ -234,10 +234,15 @@ def test_blocks_are_printed_when_asked_for(
         ({"down_norm": 9.0}, "✗ ||BX||/||X|| 7.29e-01 (pass < 0.1, fail > 0.5): the null space is lost"),
         ({}, "✓ ||ABX||/||X|| 1.90e-02 (pass > 0.0001, fail < 1e-06): the adapter learned"),
         ({"update_norm": 1e-4}, "⚠ ||ABX||/||X|| 8.10e-06 (pass > 0.0001, fail < 1e-06): a small update"),
-        ({"update_norm": 0.0}, "✗ ||ABX||/||X|| 0.00e+00 (pass > 0.0001, fail < 1e-06): nothing learned"),
+        ({"update_norm": 0.0}, "✗ ||ABX||/||X|| 0.00e+00 (pass > 0.0001, fail < 1e-06): no update at all"),
+        ({"update_norm": 1e-6}, "✗ ||ABX||/||X|| 8.10e-08 (pass > 0.0001, fail < 1e-06): nothing learned"),
+        ({"update_norm": 1e-6}, "✗ ||ABX||/||output|| 0.00% (pass > 0.01, fail < 0.001): almost no influence"),
         ({}, "✓ ||ABX||/||output|| 1.88% (pass > 0.01, fail < 0.001): a clear effect"),
         ({"update_norm": 0.05}, "⚠ ||ABX||/||output|| 0.40% (pass > 0.01, fail < 0.001): a small influence"),
-        ({"update_norm": 0.0}, "✗ ||ABX||/||output|| 0.00% (pass > 0.01, fail < 0.001): almost no influence"),
+        (
+            {"update_norm": 0.0},
+            "✗ ||ABX||/||output|| 0.00% (pass > 0.01, fail < 0.001): no influence on the output, for",
+        ),
         ({}, "✓ leakage / chance 3.20e-03 (pass < 0.5, fail > 0.75): the adapter's input space is 312 times quieter"),
         ({"mean_leakage": 0.02}, "⚠ leakage / chance 6.40e-01"),
         ({"mean_leakage": 0.0625}, "not a null space of this text: 2.0 times louder than a random subspace"),
@@ -280,6 +285,22 @@ def test_a_failed_layers_message_is_the_verdict_then_everything() -> None:
         "||output|| 12.4568"
     )
     assert [line[0] for line in lines[3:]] == ["✗", "✓", "✓", "✗"]
+
+
+def test_an_update_that_is_exactly_zero_says_what_makes_it_so() -> None:
+    """A zero A, a scale of 0 and a product that is lost are three reasons, and each layer has its own."""
+    reasons: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"up_weight_norm": 0.0, "scale": 0.0}, "its A is zero"),
+        ({"scale": 0.0}, "its scale is 0: lora_alpha or an alpha_pattern is 0 in adapter_config.json"),
+        ({"scale": 2.0}, "A B x is zero"),
+        ({}, "A B x is zero"),
+    )
+    for changes, why in reasons:
+        layer = dataclasses.replace(EXAMPLE, update_norm=0.0, **changes)
+        lines = words.layer_failure(layer, judge(layer, TRAINED)).splitlines()
+        assert lines[1] == f"the update is exactly zero ({why}): with the adapter the output is the same as without"
+    off = RunStats("ft", "text", (dataclasses.replace(EXAMPLE, update_norm=0.0, scale=0.0),), 1)
+    assert "(every scale is 0)" in words.model_failure(off, judge_averages(off, TRAINED))
 
 
 def test_a_defect_and_failed_averages_have_their_message() -> None:

@@ -16,9 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_nullspace.errors import StatsError
+from pytest_nullspace.judging.invariants import Expectations, judge
+from pytest_nullspace.report import markdown, terminal
 from pytest_nullspace.run.figures import of_layers
 from pytest_nullspace.run.saved import from_json, to_json, write, write_atomically
 from pytest_nullspace.run.stats import LayerStats, RunStats
+from tests import saved
 
 LAYER = LayerStats(
     name="model.layers.0.self_attn.q_proj",
@@ -549,3 +552,16 @@ def test_a_path_that_is_not_utf8_can_be_saved(tmp_path: Path) -> None:
     run = dataclasses.replace(RUN, model_path=os.fsdecode(b"models/\xff"))
     write(run, tmp_path / "stats.json")
     assert same(from_json((tmp_path / "stats.json").read_text("utf-8"), "f"), run)
+
+
+@pytest.mark.parametrize("scale", [2.0, 0.0, -0.5, None])
+def test_the_scale_is_saved_and_told_where_it_says_something(scale: float | None) -> None:
+    """Each layer's scale comes back as it was, or stays unknown in older files; a negative one is reported."""
+    run = saved.run(scale=scale)
+    text = to_json(run)
+    assert json.loads(text)["stats"][0].get("scale", "none") == ("none" if scale is None else scale)
+    assert from_json(text, "s.json") == run
+    expected = Expectations()
+    lines = [line for line, _ in terminal.summary(run, [judge(layer, expected) for layer in run.layers], expected)]
+    assert any(line.startswith("the scale is negative in 1 of 9 layers") for line in lines) == (scale == -0.5)
+    assert ("scale is negative in 1 of 9" in markdown.report(run, expected)) == (scale == -0.5)

@@ -15,7 +15,9 @@ from pytest_nullspace.checkpoint.arrays import norm
 from pytest_nullspace.errors import StatsError
 from pytest_nullspace.judging.diagnosis import diagnose
 from pytest_nullspace.judging.weights import Weights, effective_rank, singular_values, weigh
-from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.report import weights
+from pytest_nullspace.report.markdown import escape
+from pytest_nullspace.run.stats import SCALE_ZERO, RunStats
 from tests import adapters, tiny
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -58,6 +60,24 @@ def test_the_scale_of_peft_is_in_the_update(tmp_path: Path) -> None:
     rooted = adapters.adapter(tmp_path / "b", tiny.llama(), **options, use_rslora=True)
     (layer,) = weigh(open_checkpoint(rooted), {Q0}).layers
     assert (layer.scale, layer.base_norm) == (4.0, None)
+
+
+def test_a_scale_of_zero_is_a_fault_by_its_name_and_a_negative_one_is_remarked(tmp_path: Path) -> None:
+    """Layers that alpha_pattern switches off fail by that reason alone; one that it turns round is told, not failed."""
+    options: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    made = adapters.adapter(tmp_path, tiny.llama(), **options, alpha_pattern={"q_proj": 0, "1.self_attn.v_proj": -2})
+    checkpoint = open_checkpoint(made)
+    found = weigh(checkpoint, {spec.name for spec in checkpoint.layers})
+    off = tuple(layer.name for layer in found.layers if layer.name.endswith("q_proj"))
+    for layer in found.layers:
+        told = [f"dead: {SCALE_ZERO}, so with the adapter the output is the same as without"]
+        assert list(layer.faults(trained=True)) == (told if layer.name in off else [])
+    causes = diagnose(RunStats("ft", "", (), 6), weights=found)
+    assert [(cause.cause, cause.layers) for cause in causes] == [("scale-zero", off)]
+    remarked = "the scale is negative in 1 of 6 layers, such as model.layers.1.self_attn.v_proj (-0.5): what was"
+    shown = [line for line, _ in weights.summary(found, lambda _: (), 6, every=False)]
+    assert any(line.startswith(remarked) for line in shown)
+    assert escape(remarked) in weights.markdown("ft", found, lambda _: (), 6, [])
 
 
 def test_dead_and_non_finite_layers_have_faults_and_causes(tmp_path: Path) -> None:
