@@ -158,7 +158,7 @@ def sinks(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
     if most is None or (most.sink_share < SINKS_TOLD and not decided):
         return None
     without = ", and ".join(
-        f"{FIGURES[figure]} is {most.figure(figure, sinks=False):.3g}, not {most.figure(figure):.3g}"
+        f"{FIGURES[figure].symbol} is {most.figure(figure, sinks=False):.3g}, not {most.figure(figure):.3g}"
         for figure in ("preservation", "forgetting")
     )
     told = (
