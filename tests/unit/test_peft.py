@@ -90,6 +90,7 @@ def check_figures(adapted: AdaptedModel, rel: float = EXACT) -> None:
         want = naive(inputs[layer.name], view, view.layer)
         assert figures(layer) == pytest.approx(want, rel=rel), layer.name
         assert layer.defect is None
+        assert layer.scale == view.layer.scaling["default"], "as PEFT has it"
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
