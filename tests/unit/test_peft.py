@@ -87,10 +87,11 @@ def check_figures(adapted: AdaptedModel, rel: float = EXACT) -> None:
     assert measured
     for layer in measured:
         view = adapted.layers[layer.name]
-        want = naive(inputs[layer.name], view, view.layer)
+        lora: Any = view.layer
+        want = naive(inputs[layer.name], view, lora)
         assert figures(layer) == pytest.approx(want, rel=rel), layer.name
         assert layer.defect is None
-        assert layer.scale == view.layer.scaling["default"], "as PEFT has it"
+        assert layer.scale == lora.scaling["default"], "as PEFT has it"
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
