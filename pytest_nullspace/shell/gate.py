@@ -69,7 +69,8 @@ class Gate:
         """Say what is gated, before anything is loaded."""
         size = self.settings.ranks.size
         together = [f"nullspace: {size} processes, each reads its share of the windows"] if size > 1 else []
-        lines = [*(line for run in self.runs for line in run.header()), *together]
+        here = f"{self._config.invocation_params.dir}{os.sep}"  # paths are told as one types them
+        lines = [*(line.replace(here, "") for run in self.runs for line in run.header()), *together]
         width = terminal.columns(self._config.get_terminal_writer())
         return [part for line in lines for part in wrapped(line, width)]
 
