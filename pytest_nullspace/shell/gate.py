@@ -22,6 +22,7 @@ from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.settings import Settings, stats_file
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
+from pytest_nullspace.shell.outputs import SUMMARY, check_outputs
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun, open_runs
 
 _SHARED = "nullspace_shared_folder"
@@ -52,6 +53,8 @@ class Gate:
                 raise NullspaceError(
                     f"{folder / 'conftest.py'}: pytest would run it as a part of your tests; remove it"
                 )
+        if not hasattr(config, "workerinput"):
+            check_outputs(config, settings, self.runs, [base for base in bases if base is not None])
         self._config = config
         self._deselected: set[pytest.Item] = set()
         self._nodes: list[CheckpointFile] = []
@@ -301,11 +304,11 @@ def notes(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[s
 
 def _append_step_summary(document: str) -> None:
     """Show the report on the page of a GitHub Actions job, where pytest runs in one."""
-    file = os.environ.get("GITHUB_STEP_SUMMARY")
+    file = os.environ.get(SUMMARY)
     if not file or not document:
         return
     try:
         with Path(file).open("a", encoding="utf-8") as summary:
             summary.write(document + "\n")
     except OSError as error:
-        raise NullspaceError(f"GITHUB_STEP_SUMMARY: {file} cannot be written: {error.strerror}") from None
+        raise NullspaceError(f"{SUMMARY}: {file} cannot be written: {error.strerror}") from None

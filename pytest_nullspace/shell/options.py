@@ -373,17 +373,8 @@ def _check_together(settings: Settings) -> None:
         raise OptionError(f"{PREFIX}device-map: chooses the devices itself; leave {PREFIX}device out")
     _check_weights_only(settings)
     _check_compare(settings)
-    saved = _files(settings, "save-stats", settings.save_stats)
-    read = {
-        "stats": settings.stats,
-        "compare": _files(settings, "compare", settings.compare),
-        "init": [file for file in [settings.saved_init] if file is not None],
-    }
-    for name, files in read.items():
-        if not saved.isdisjoint(files):
-            raise OptionError(
-                f"{PREFIX}save-stats: {settings.save_stats} would replace what {PREFIX}{name} reads; give another name"
-            )
+    for option, template in (("save-stats", settings.save_stats), ("compare", settings.compare)):
+        _check_apart(settings, option, template)
 
 
 def _check_weights_only(settings: Settings) -> None:
@@ -420,18 +411,14 @@ def _check_compare(settings: Settings) -> None:
         )
 
 
-def _files(settings: Settings, option: str, template: Path | None) -> set[Path]:
-    """The file of each run that ``template`` names."""
-    if template is None:
-        return set()
+def _check_apart(settings: Settings, option: str, template: Path | None) -> None:
+    """Refuse a ``template`` that would name one file for several runs."""
     names = [*(model_name(model) for model in settings.models), *(file.stem for file in settings.stats)]
-    files = {stats_file(template, name) for name in names}
-    if len(files) < len(names):
+    if template is not None and len({stats_file(template, name) for name in names}) < len(names):
         raise OptionError(
             f"{PREFIX}{option}: {template} would be of several models at once; put {{model}} into its "
             "name, and give models whose directories have different names"
         )
-    return files
 
 
 def early_models(config: "pytest.Config") -> list[Path]:

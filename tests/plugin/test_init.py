@@ -142,7 +142,7 @@ def test_a_start_of_other_layers_is_a_usage_error(replay: Replay, pytester: pyte
     assert refused.ret == pytest.ExitCode.USAGE_ERROR
     refused.stderr.fnmatch_lines([f"ERROR: *init.json: not the start of *: only one of them has {saved.NAMES[-1]}"])
     replay("--nullspace-init=init.json", "--nullspace-layers=*.0.*").assert_outcomes(passed=3)
-    written = replay("--nullspace-init=init.json", "--nullspace-save-stats=init.json")
+    written = replay("--nullspace-init=init.json", "--nullspace-layers=*.0.*", "--nullspace-save-stats=init.json")
     written.stderr.fnmatch_lines(["ERROR: --nullspace-save-stats: *init.json would replace what --nullspace-init *"])
 
 

@@ -23,7 +23,7 @@ DOORS = {"measuring.pipeline", "measuring.loading", "measuring.measurement", "me
 """Those that reach them, inside functions only."""
 PYTEST = {"plugin", "shell.gate", "shell.collect", "shell.fixtures", "shell.progress"}
 """Those that import pytest."""
-PYTEST_TYPES = PYTEST | {"shell.options", "shell.values", "report.terminal"}
+PYTEST_TYPES = PYTEST | {"shell.options", "shell.outputs", "shell.values", "report.terminal"}
 """Those that may name it for their types."""
 
 

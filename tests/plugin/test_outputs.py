@@ -1,0 +1,84 @@
+"""No file is written twice in one run, and none that is read is replaced: both are refused before anything runs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests import saved
+from tests.plugin.conftest import Gate, Replay
+
+SAVE, REPORT = "--nullspace-save-stats", "--nullspace-report"
+TWICE = {
+    "statistics and report": (REPORT, f"{SAVE}=o.md", f"{REPORT}=o.md"),
+    "written another way": (REPORT, f"{SAVE}=sub/../o.md", f"{REPORT}=./o.md"),
+    "by a link to a file": (REPORT, f"{SAVE}=link.md", f"{REPORT}=there.md"),
+    "by a link to a folder": (REPORT, f"{SAVE}=linked/o.md", f"{REPORT}=sub/o.md"),
+    "with the model's name": (REPORT, f"{SAVE}={{model}}.md", f"{REPORT}=stats.md"),
+    "one report twice": (REPORT, f"{REPORT}=o.md", f"{REPORT}=o.md"),
+    "JUnit": ("--junit-xml", f"{SAVE}=o.xml", "--junit-xml=o.xml"),
+    "JUnit by a variable": ("--junit-xml", f"{REPORT}=o.md", "--junit-xml=$HERE/o.md"),
+    "the log": ("--log-file", f"{SAVE}=o.log", "--log-file=o.log"),
+    "the log by ini": ("--log-file", f"{SAVE}=o.log", "-o", "log_file=o.log"),
+    "benchmarks": ("--benchmark-json", f"{SAVE}=o.json", "--benchmark-json=o.json"),
+    "the job's summary": ("GITHUB_STEP_SUMMARY", f"{SAVE}=summary"),
+}
+"""What is written by the first option after it, and by the one that stands before."""
+REPLACED = {
+    "what is gated": ("--nullspace-stats", f"{SAVE}=stats.json"),
+    "what is gated, by a link": ("--nullspace-stats", f"{SAVE}=alias.json"),
+    "what is gated, by JUnit": ("--nullspace-stats", "--junit-xml=stats.json"),
+    "the earlier run": ("--nullspace-compare", f"{SAVE}=there.json", "--nullspace-compare=there.json"),
+    "the text": ("--nullspace-calib-dataset", f"{SAVE}=text.txt", "--nullspace-calib-dataset=text.txt"),
+}
+"""What the first option after it would write, and the one that stands before reads."""
+
+
+@pytest.mark.parametrize("case", [*TWICE, *REPLACED])
+def test_one_file_for_two_is_a_usage_error(
+    replay: Replay, pytester: pytest.Pytester, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever two names lead to one file: nothing runs, nothing is written, and both options are named."""
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", "summary")
+    monkeypatch.setenv("HERE", str(pytester.path))
+    (pytester.path / "sub").mkdir()
+    (pytester.path / "linked").symlink_to("sub")
+    (pytester.path / "there.md").write_text("there")
+    (pytester.path / "link.md").symlink_to("there.md")
+    (pytester.path / "alias.json").symlink_to("stats.json")
+    (pytester.path / "text.txt").write_text("a text")
+    saved.save(pytester.path / "there.json")
+    before = (pytester.path / "stats.json").read_bytes()
+    other, *options = (TWICE | REPLACED)[case]
+    said = f"is written by {other} as well" if case in TWICE else f"would replace what {other} reads"
+    result = replay(*options, apart=True)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: {options[0].partition('=')[0]}: {pytester.path}/* {said}; give *"])
+    assert (pytester.path / "stats.json").read_bytes() == before
+    assert (pytester.path / "there.md").read_text() == "there"
+    assert (pytester.path / "text.txt").read_text() == "a text"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_no_file_of_a_model_is_replaced(checkpoint: Path, gate: Gate, name: str) -> None:
+    """A file of the checkpoint is refused by its name, by whatever way its folder is reached, and stays as it was."""
+    (checkpoint.parent / "alias").symlink_to(checkpoint)
+    was = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
+    result = gate(f"--nullspace-save-stats=runs/alias/{name}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: {SAVE}: *{name} would replace what --nullspace-model reads; give *"])
+    assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == was
+
+
+def test_beside_a_models_files_a_run_may_be_saved_again_and_again(checkpoint: Path, gate: Gate) -> None:
+    """The folder of the model may hold what was saved of it, also from a run before."""
+    for _ in range(2):
+        result = gate("-k", "layers.0.mlp.up_proj", f"{SAVE}=runs/ft/stats.json", f"{REPORT}=runs/ft/report.md")
+        assert "statistics saved to" in result.stdout.str()
+    assert (checkpoint / "report.md").read_text().startswith("## nullspace")
+
+
+def test_devices_are_no_files(replay: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is thrown away twice is not one file."""
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", os.devnull)
+    assert replay(f"--log-file={os.devnull}").ret == 0
