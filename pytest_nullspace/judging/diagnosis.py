@@ -186,13 +186,15 @@ def _b_rescaled(case: _Case) -> Iterator[Diagnosis]:
 
 
 def _nothing_learned(case: _Case) -> Iterator[Diagnosis]:
-    still = case.audited(lambda layer: layer.up == 0)
+    still, scaled_to_zero = case.audited(lambda layer: layer.up == 0), set(_scaled_to_zero(case))
     if case.audit is not None:
         dead = _names(still)
     elif case.weights is not None:
         dead = _names([layer for layer in case.weights.layers if layer.up_norm == 0])
     else:
         dead = _names([layer for layer in case.sound if layer.up_weight_norm == 0])
+    if case.audit is None:  # a norm of A with its scale does not tell the two apart
+        dead = tuple(name for name in dead if name not in scaled_to_zero)
     if not dead:
         return
     if len(dead) < len(case.names):

@@ -28,7 +28,7 @@ class LayerWeights:
         rank: Of its adapter.
         scale: What its update is multiplied with, ``alpha / r`` in PEFT.
         down_norm: Frobenius norm of B.
-        up_norm: Frobenius norm of A.
+        up_norm: Frobenius norm of A, scale included.
         base_norm: Frobenius norm of W_res; None where the checkpoint does not carry it.
         update_norm: Frobenius norm of ``scale · A B``.
         rank_used: The effective rank of ``A B``: e to the entropy of its singular values' shares; 0 of no update.
@@ -135,7 +135,7 @@ def weigh(checkpoint: Checkpoint, layers: Collection[str]) -> Weights:
         down, up = read_tensor(held[spec.name, "down"]), read_tensor(held[spec.name, "up"])
         base = held.get((spec.name, "base"))
         scale = 1.0 if spec.scale is None else spec.scale.value
-        down_norm, up_norm = float(np.linalg.norm(down)), float(np.linalg.norm(up))
+        down_norm, up_norm = float(np.linalg.norm(down)), abs(scale) * float(np.linalg.norm(up))
         protect = [checkpoint.tensors.get(f"{spec.name}.{p}") for p in (lora_null.PROTECT_UP, lora_null.PROTECT_DOWN)]
         if protect[0] is not None and protect[1] is not None:
             down = down - down @ read_tensor(protect[0]) @ read_tensor(protect[1])

@@ -64,9 +64,10 @@ class AdaptedLayer:
         return stored(self.up, "weight")
 
     def weight_norms(self) -> tuple[float, float, float | None]:
-        """The Frobenius norms of B, A and, where it can be had, W_res as stored, summed in float64."""
+        """The Frobenius norms of B, of A with its scale and, where it can be had, of W_res, summed in float64."""
         down, base = stored(self.down, "weight"), self.base_matrix()
-        return _frobenius(down), _frobenius(self.up_matrix), None if base is None else _frobenius(base)
+        up = abs(self.scale) * _frobenius(self.up_matrix)
+        return _frobenius(down), up, None if base is None else _frobenius(base)
 
     @staticmethod
     def _shape(linear: nn.Module) -> torch.Size:

@@ -254,7 +254,15 @@ def _windows(run: RunStats, figure: str) -> int:
 def doubts(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> Iterator[str]:
     """What keeps the figures from being trusted as they stand."""
     told = uncertain(verdicts, run, expectations), uncertain_drift(run, expectations), few_rows(run), repeated(run)
-    yield from (doubt for doubt in (other_tokenizer(run), sinks(verdicts, run), *told) if doubt is not None)
+    first = without_scale(run), other_tokenizer(run), sinks(verdicts, run)
+    yield from (doubt for doubt in (*first, *told) if doubt is not None)
+
+
+def without_scale(run: RunStats) -> str | None:
+    """That the norm of A is not the one that is saved today; None if it is."""
+    if run.about.get("A_weight_norm") is None:
+        return None
+    return "||A||_F: saved by an earlier version, and so without the adapter's scale; the figures are not concerned"
 
 
 def other_tokenizer(run: RunStats) -> str | None:

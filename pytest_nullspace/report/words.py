@@ -125,7 +125,7 @@ def layer_failure(layer: LayerStats, verdict: Verdict) -> str:
             f"\nwithout {sink_rows(layer)}: ||X|| {x:.6g}, ||BX|| {down:.6g}, ||ABX|| {update:.6g}, "
             f"||W_residual X|| {base:.6g}, ||output|| {output:.6g}"
         )
-    zero = "its A is zero" if layer.up_weight_norm == 0 else SCALE_ZERO if layer.scale == 0 else "A B x is zero"
+    zero = SCALE_ZERO if layer.scale == 0 else "its A is zero" if layer.up_weight_norm == 0 else "A B x is zero"
     return _failure(verdict, norms, _zero_update(verdict, zero))
 
 

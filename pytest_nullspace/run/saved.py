@@ -25,7 +25,9 @@ from pytest_nullspace.run.stats import (
 )
 
 SCHEMA = "pytest-nullspace/run"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+WITHOUT_SCALE = 1
+"""The version whose norm of A is without the scale."""
 MAX_BYTES = 100_000_000
 """Of a file that is read: a hundred thousand layers."""
 
@@ -147,7 +149,8 @@ def from_json(text: str, where: str) -> RunStats:
         raise StatsError(f"{where}: not JSON: {printable(error)}; {_AGAIN}") from None
     if not isinstance(document, dict) or not isinstance(document.get("stats"), list):
         raise StatsError(f"{where}: not a statistics file: it has no list 'stats'; {_AGAIN}")
-    if document.get("schema", SCHEMA) != SCHEMA or document.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+    written = document.get("schema_version", SCHEMA_VERSION)
+    if document.get("schema", SCHEMA) != SCHEMA or written not in (WITHOUT_SCALE, SCHEMA_VERSION):
         raise StatsError(
             f"{where}: of schema {printable(document.get('schema'))} {printable(document.get('schema_version'))}, not "
             f"{SCHEMA} {SCHEMA_VERSION}; {_AGAIN} with this version"
@@ -173,24 +176,35 @@ def from_json(text: str, where: str) -> RunStats:
             f"{where}: checkpoint_layers must be a number from {len(layers)}, not "
             f"{printable(repr(checkpoint_layers))}; {_AGAIN}"
         )
-    known = {
-        _DRIFT,
-        "model_path",
-        "calib_dataset",
-        "num_layers",
-        "stats",
-        "schema",
-        "schema_version",
-        "checkpoint_layers",
-    }
     return RunStats(
         model_path=str(document.get("model_path", "")),
         calib_dataset=str(document.get("calib_dataset", "")),
         layers=layers,
         checkpoint_layers=checkpoint_layers,
-        about={key: value for key, value in document.items() if key not in known},
+        about=_about(document),
         drift=_drift(document[_DRIFT], f"{where}: {_DRIFT}") if _DRIFT in document else None,
     )
+
+
+_NAMED = (
+    "model_path",
+    "calib_dataset",
+    "num_layers",
+    "stats",
+    "schema",
+    "schema_version",
+    "checkpoint_layers",
+    "drift",
+)
+"""The keys of a file that have a field of their own in a run."""
+
+
+def _about(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file tells beside the fields of a run, and what its version left out."""
+    about = {key: value for key, value in document.items() if key not in _NAMED}
+    if document.get("schema_version") == WITHOUT_SCALE and document.get("format") == "PEFT LoRA":
+        about["A_weight_norm"] = "without scale"
+    return about
 
 
 def _what(layer: LayerStats) -> tuple[object, ...]:

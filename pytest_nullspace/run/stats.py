@@ -117,7 +117,7 @@ class LayerStats(_Ratios):
         output_norm: Mean of ``‖ABx + W_res x‖``, bias left out.
         mean_leakage: Mean of ``‖Px‖² / ‖x‖²``, P the projector on B's row space; in [0, 1]. None if never measured.
         down_weight_norm: Frobenius norm of B.
-        up_weight_norm: Frobenius norm of A.
+        up_weight_norm: Frobenius norm of A, scale included.
         base_weight_norm: Frobenius norm of W_res. None if it is quantised in a way that does not give it.
         down_rank: How many directions the rows of B span. None if never counted, which is taken as ``rank``.
         margins: Half the width of each figure's confidence interval; empty if never estimated.

@@ -92,6 +92,8 @@ def check_figures(adapted: AdaptedModel, rel: float = EXACT) -> None:
         assert figures(layer) == pytest.approx(want, rel=rel), layer.name
         assert layer.defect is None
         assert layer.scale == lora.scaling["default"], "as PEFT has it"
+        up = lora.lora_B["default"].weight.double().norm()
+        assert layer.up_weight_norm == pytest.approx(float(layer.scale * up), rel=rel), "A is the matrix with its scale"
 
 
 CONFIGS: dict[str, dict[str, Any]] = {

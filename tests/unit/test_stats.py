@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pytest_nullspace.errors import StatsError
 from pytest_nullspace.judging.invariants import Expectations, judge
 from pytest_nullspace.report import markdown, terminal
+from pytest_nullspace.report.notes import doubts
 from pytest_nullspace.run.figures import of_layers
 from pytest_nullspace.run.saved import from_json, to_json, write, write_atomically
 from pytest_nullspace.run.stats import LayerStats, RunStats
@@ -429,8 +430,8 @@ def test_a_figure_without_a_key_was_not_measured_and_null_was() -> None:
         ({"stats": [3]}, "stats[0]: not a layer"),
         ({"num_layers": 5}, "says num_layers 5, but holds 2"),
         ({"num_layers": "2"}, "says num_layers 2, but holds 2"),
-        ({"schema": "other"}, "of schema other 1, not pytest-nullspace/run 1"),
-        ({"schema_version": 2}, "of schema pytest-nullspace/run 2, not pytest-nullspace/run 1"),
+        ({"schema": "other"}, "of schema other 2, not pytest-nullspace/run 2"),
+        ({"schema_version": 3}, "of schema pytest-nullspace/run 3, not pytest-nullspace/run 2"),
         ({"checkpoint_layers": "3"}, "checkpoint_layers must be a number from 2, not "),
         ({"checkpoint_layers": None}, "checkpoint_layers must be a number from 2, not "),
         ({"checkpoint_layers": 1}, "checkpoint_layers must be a number from 2, not "),
@@ -565,3 +566,15 @@ def test_the_scale_is_saved_and_told_where_it_says_something(scale: float | None
     lines = [line for line, _ in terminal.summary(run, [judge(layer, expected) for layer in run.layers], expected)]
     assert any(line.startswith("the scale is negative in 1 of 9 layers") for line in lines) == (scale == -0.5)
     assert ("scale is negative in 1 of 9" in markdown.report(run, expected)) == (scale == -0.5)
+
+
+def test_a_run_of_the_earlier_schema_is_read_and_its_norm_said_to_be_without_the_scale() -> None:
+    """What version 1 saved of a PEFT adapter is read, and said in every report and file that it came from there."""
+    document = json.loads(to_json(saved.full())) | {"schema_version": 1, "format": "PEFT LoRA"}
+    run = from_json(json.dumps(document), "earlier.json")
+    assert run.layers == saved.full().layers
+    for read in (run, from_json(to_json(run), "again.json")):
+        told = list(doubts([judge(layer, Expectations()) for layer in read.layers], read, Expectations()))
+        assert any("||A||_F: saved by an earlier version, and so without the adapter's scale" in line for line in told)
+    of_lora_null = from_json(json.dumps(document | {"format": "LoRA-Null"}), "earlier.json")
+    assert "A_weight_norm" not in of_lora_null.about
