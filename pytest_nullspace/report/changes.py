@@ -9,7 +9,7 @@ from statistics import fmean
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.audit import Audit
 from pytest_nullspace.judging.baseline import Change, Comparison
-from pytest_nullspace.judging.diagnosis import Diagnosis
+from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.start import Start, quantities
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.run.figures import of_layers

@@ -19,7 +19,8 @@ from pytest_nullspace.checkpoint.layers import is_layer_name
 from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError, StatsError
 from pytest_nullspace.judging.audit import Audit
 from pytest_nullspace.judging.baseline import COMPARED, Comparison, Difference, compare, incomparable, regressions
-from pytest_nullspace.judging.diagnosis import Diagnosis, diagnose
+from pytest_nullspace.judging.diagnosis import diagnose
+from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import DRIFT, MODEL, Check, Expectations, Stage, passes
 from pytest_nullspace.judging.start import Start, unpaired
 from pytest_nullspace.judging.weights import LayerWeights, Weights

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_nullspace.judging import diagnosis
+from pytest_nullspace.judging import activations, tensors
 from pytest_nullspace.shell.explain import explain
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +17,8 @@ PAGES = sorted((ROOT / "docs" / "causes").glob("*.md"))
 
 def test_every_cause_is_explained_and_every_page_is_of_a_cause() -> None:
     """Each name that a diagnosis can have prints its page, and no page is of another."""
-    named = set(re.findall(r'Diagnosis\(\s*"([\w-]+)"', Path(diagnosis.__file__).read_text("utf-8")))
+    sources = "".join(Path(room.__file__).read_text("utf-8") for room in (activations, tensors))
+    named = set(re.findall(r'Diagnosis\(\s*"([\w-]+)"', sources))
     assert named == {page.stem for page in PAGES}
     for page in PAGES:
         assert explain(page.stem) == page.read_text("utf-8")

@@ -9,10 +9,14 @@ from filelock import FileLock
 
 from fixtures import mistakes
 from fixtures.mistakes import MISTAKES, RIGHT, Mistake
-from pytest_nullspace.judging import diagnosis
+from pytest_nullspace.judging import activations, tensors
 
 DOCS = Path(mistakes.__file__).parents[1] / "docs"
-CAUSES = set(re.findall(r'Diagnosis\(\s*"([a-z0-9-]+)"', Path(diagnosis.__file__).read_text("utf-8")))
+CAUSES = {
+    cause
+    for room in (activations, tensors)
+    for cause in re.findall(r'Diagnosis\(\s*"([a-z0-9-]+)"', Path(room.__file__).read_text("utf-8"))
+}
 
 
 @pytest.fixture(scope="session")

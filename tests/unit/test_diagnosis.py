@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from pytest_nullspace.judging.activations import FORGETTING, OVERTRAINED
 from pytest_nullspace.judging.audit import Audit, LayerAudit, Moved
 from pytest_nullspace.judging.baseline import compare
-from pytest_nullspace.judging.diagnosis import FORGETTING, OVERTRAINED, Diagnosis, diagnose
+from pytest_nullspace.judging.diagnosis import diagnose
+from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import Expectations, Stage, passes
 from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
 from tests import saved

@@ -93,7 +93,7 @@ def test_every_wing_imports_what_architecture_says() -> None:
 ORDERS = {
     "checkpoint": "header layers arrays gguf lora_null peft hub",
     "run": "figures stats uncertainty saved",
-    "judging": "verdicts invariants baseline start audit weights diagnosis",
+    "judging": "verdicts invariants baseline start audit weights evidence tensors diagnosis",
     "text": "sources readers tokenizer windows",
     "measuring": "memory about distributed forward recorder streaming spectrum drift loading measurement pipeline",
     "shell": "values options shared runs progress collect gate",
