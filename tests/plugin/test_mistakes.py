@@ -1,5 +1,6 @@
 """Every planted mistake, really trained or broken, by exit code and cause; the table in the documentation."""
 
+import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ DOCS = Path(mistakes.__file__).parents[1] / "docs"
 CAUSES = {
     cause
     for room in (activations, tensors)
-    for cause in re.findall(r'Diagnosis\(\s*"([a-z0-9-]+)"', Path(room.__file__).read_text("utf-8"))
+    for cause in re.findall(r'Diagnosis\(\s*"([a-z0-9-]+)"', inspect.getsource(room))
 }
 
 
