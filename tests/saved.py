@@ -61,7 +61,11 @@ def full() -> RunStats:
     layers = []
     for name in NAMES[:2]:
         task = dataclasses.replace(LAYER, name=name, update_norm=4.0, margins=margins)
-        layers.append(dataclasses.replace(LAYER, name=name, margins=margins, task=task, spectrum=spectrum, down_rank=3))
+        layers.append(
+            dataclasses.replace(
+                LAYER, name=name, margins=margins, task=task, spectrum=spectrum, down_rank=3, distinct_rows=60
+            )
+        )
     moved = [LayerAudit(name, 0.0, 0.5, 0.0, None, 0.0, 1e-6, "alpha 4 / rank 4 = 1", None) for name in NAMES[:2]]
     audited = Audit("runs/init", "v2", "A is zero at the start", tuple(moved), (Moved("model.norm.weight", 0.1),), 3)
     about = {

@@ -16,12 +16,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError, quoted
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)
 """How long one process waits for another that neither answers nor dies."""
@@ -36,6 +38,7 @@ class _Report(NamedTuple):
     step: str = ""
     read: tuple[int, ...] = ()
     facts: Mapping[str, str] = {}
+    found: Any = None
 
 
 class _HeardError(MeasurementError):
@@ -108,6 +111,18 @@ class Ranks:
             with _lost_told():
                 for summed in sums:
                     distributed.all_reduce(summed)
+
+    def told(self, step: str, found: T) -> list[T]:
+        """What each process ``found``, in their order.
+
+        Args:
+            step: What was found, in words that are the same in each process.
+            found: What this one found; it must be possible to pickle it.
+
+        Raises:
+            MeasurementError: A process failed, died or is elsewhere.
+        """
+        return [found] if self.size == 1 else [report.found for report in self._meet(_Report(step=step, found=found))]
 
     @contextmanager
     def joined(self) -> Iterator["Ranks"]:

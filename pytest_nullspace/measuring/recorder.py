@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_nullspace import kernels
+from pytest_nullspace.measuring.distinct import DistinctRows, prints
 from pytest_nullspace.measuring.rows import Batch, Layout, Rows
 from pytest_nullspace.model import AdaptedLayer
 from pytest_nullspace.model.stored import stored, without_bias
@@ -132,12 +133,14 @@ class Recorder:
         self.by_octave: dict[str, Tensor] = {}
         self.down_ranks: dict[str, int] = {}
         self.rows, self.alone = Rows(), False
+        self._distinct: dict[tuple[str, bool], DistinctRows] = {}
         self._batch = Batch(torch.empty(0, 0), 0, None, [])
         self._layout: Layout | None = None
         self._unclear: set[str] = set()
         self._watched: list[Watched] = []
         self._input: Tensor | None = None
         self._input_norms = torch.empty(0)
+        self._input_rows: DistinctRows | None = None
         self._held: list[_Taken] = []
         self._memory = _Held(HELD_BYTES, device)
         self._of_batch: list[tuple[str, bool, Tensor, Tensor]] = []
@@ -170,6 +173,11 @@ class Recorder:
                 self.sums[name][first : first + len(summed)] += summed
                 self.by_octave[name] += apart
         return True
+
+    def distinct(self) -> dict[str, Tensor | None]:
+        """What `DistinctRows.found` gives of the input of each layer to which rows came, as far as they are counted."""
+        found = {rows: rows.found() for rows in set(self._distinct.values())}
+        return {name: found[rows] for (name, _), rows in sorted(self._distinct.items(), key=lambda of: of[0])}
 
     @contextmanager
     def watching(self, layers: Sequence[AdaptedLayer]) -> Iterator[None]:
@@ -215,7 +223,8 @@ class Recorder:
             return
         down, base = watched.seen["down"], watched.seen["base"]
         if x is not self._input:
-            self._input, self._input_norms = x, self._norms(x)
+            self._input, self._input_norms, self._input_rows = x, self._norms(x), None
+        self._tell_apart(layer, self._layout, x)
         if watched.in_parts:
             # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.
             update = watched.seen["magnitude"] if layer.magnitude is not None else layer.scale * watched.seen["up"]
@@ -232,6 +241,17 @@ class Recorder:
         if len({part.dtype for part in norms}) > 1:
             norms = [part.double() for part in norms]
         self._hold(_Taken(watched, self._layout, torch.stack(norms), down))
+
+    def _tell_apart(self, layer: AdaptedLayer, layout: Layout, x: Tensor) -> None:
+        """Add the rows of the layer's input to those that it had, once for the layers that share it."""
+        rows = self._distinct.get((layer.name, layout.whole), self._input_rows)
+        if rows is None:
+            rows = DistinctRows(layer.in_features, self._device)
+        if rows is not self._input_rows and not rows.enough:
+            rows.add(prints(layout.counted(x), self._input_norms))
+        self._distinct[layer.name, layout.whole] = rows
+        if self._input_rows is None:
+            self._input_rows = rows
 
     def _hold(self, taken: _Taken) -> None:
         if not self._memory.has_room(taken.norms, taken.down):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pytest_nullspace import kernels
 from pytest_nullspace.errors import MeasurementError
+from pytest_nullspace.measuring.distinct import together
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
 from pytest_nullspace.measuring.forward import forwards
 from pytest_nullspace.measuring.recorder import OCTAVES, Recorder
@@ -102,7 +103,11 @@ def measure(
                 progress(part.stop, len(windows))
             if settled is not None and part.stop < len(windows) and settled(figures()):
                 break
-    return figures()
+    found = ranks.told("the distinct rows", recorder.distinct())
+    return tuple(
+        replace(layer, distinct_rows=together([of[layer.name] for of in found if layer.name in of], layer.in_features))
+        for layer in figures()
+    )
 
 
 def _rounds(windows: int, early: bool) -> Iterator[range]:

@@ -301,28 +301,39 @@ def few_rows(run: RunStats) -> str | None:
     """How many layers are wider than their rows are many, and what would be enough; None if there are none."""
     tokens, distinct = _tokens(run)
     new = distinct / tokens if tokens else 1.0
-    short = [layer for layer in run.layers if 0 < layer.rows * new < layer.in_features]
+    rows = {layer.name: _distinct(layer, new) for layer in run.layers}
+    short = [layer for layer in run.layers if 0 < rows[layer.name] < layer.in_features]
     if not short:
         return None
-    layer = min(short, key=lambda layer: layer.rows / layer.in_features)
+    layer = min(short, key=lambda layer: rows[layer.name] / layer.in_features)
     return (
         f"too few rows: {len(short)} of {len(run.layers)} layers are wider than their distinct rows are many, such as "
-        f"{printable(layer.name)} (width {layer.in_features:,}, {layer.rows * new:,.0f} rows); so few rows leave some "
-        f"subspace perfectly quiet on any text, so leakage says little there; {_enough(run, layer, new)}"
+        f"{printable(layer.name)} ({rows[layer.name]:,.0f} distinct rows in a width of {layer.in_features:,}); so few "
+        "rows leave some subspace perfectly quiet on any text, so leakage says little there; "
+        f"{_enough(run, layer, new)}"
     )
 
 
+def _distinct(layer: LayerStats, new: float) -> float:
+    """How many rows of ``layer`` are not, or almost, another one again; ``new`` is the share of such tokens."""
+    apart = layer.rows * new
+    return apart if layer.distinct_rows is None else min(apart, layer.distinct_rows)
+
+
 def _enough(run: RunStats, layer: LayerStats, new: float) -> str:
-    """What would give ``layer`` as many distinct rows as it is wide, of which the share ``new`` is."""
-    settings, text = run.about.get("settings"), run.about.get("text")
+    """What would give ``layer`` as many distinct rows as it is wide, where the share ``new`` of tokens is."""
+    settings, text, rows = run.about.get("settings"), run.about.get("text"), _distinct(layer, new)
+    if 2 * rows < layer.rows * new:
+        return (
+            "its rows repeat, as those do that hold a token without its context: give a text of more different tokens"
+        )
     if isinstance(settings, dict) and settings.get("max_activation_samples") == layer.rows:
-        most = math.ceil(layer.in_features / new)
+        most = math.ceil(layer.in_features * layer.rows / rows)
         return f"--nullspace-max-activation-samples={most} would be enough, or leave it out"
     windows = text.get("windows") if isinstance(text, dict) else None
     if not isinstance(windows, int):
         return "measure on more text"
-    needed = math.ceil(windows * layer.in_features / (layer.rows * new))
-    return f"about {needed:,} windows as long and as new would be enough"
+    return f"about {math.ceil(windows * layer.in_features / rows):,} windows as long and as new would be enough"
 
 
 def _tokens(run: RunStats) -> tuple[int, int]:

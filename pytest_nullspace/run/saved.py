@@ -54,6 +54,7 @@ _KEYS = {
     "rank": "rank",
     "down_rank": "B_rank",
     "scale": "scale",
+    "distinct_rows": "distinct_rows",
     "out_features": "out_features",
     "mean_leakage": "leakage",
     "chance": "leakage_chance",
@@ -257,7 +258,7 @@ def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     return entries
 
 
-_UNTOLD = ("down_rank", "scale")
+_UNTOLD = ("down_rank", "distinct_rows", "scale")
 """What older files do not tell."""
 _ABSENT_IN_REFERENCE: Mapping[str, int] = {"in_features": 0, "rank": 0, "out_features": 0}
 
@@ -294,6 +295,11 @@ def _layer(entry: object, where: str) -> LayerStats:
         raise StatsError(
             f"{where}: B_rank is {layer.down_rank}, but no matrix of rank {layer.rank} spans more; the file was edited "
             "or damaged, so measure again"
+        )
+    if layer.distinct_rows is not None and layer.distinct_rows > min(layer.rows, layer.in_features):
+        raise StatsError(
+            f"{where}: distinct_rows is {layer.distinct_rows}, but of {layer.rows} rows, {layer.in_features} wide, "
+            "no more than either are counted; the file was edited or damaged, so measure again"
         )
     _check_derived(entry, layer, where)
     return layer if _SINK_ROWS not in entry else replace(layer, without_sinks=_without_sinks(entry, layer, where))
@@ -349,7 +355,7 @@ def _shown(value: float) -> str:
     return f"{value:.7g}" if math.isfinite(value) else "no number"
 
 
-_COUNTS = ("rows", "in_features", "rank", "down_rank", "out_features")
+_COUNTS = ("rows", "in_features", "rank", "down_rank", "distinct_rows", "out_features")
 
 
 def _is_count(value: object) -> bool:

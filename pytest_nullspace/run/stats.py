@@ -120,6 +120,8 @@ class LayerStats(_Ratios):
         up_weight_norm: Frobenius norm of A, scale included.
         base_weight_norm: Frobenius norm of W_res. None if it is quantised in a way that does not give it.
         down_rank: How many directions the rows of B span. None if never counted, which is taken as ``rank``.
+        distinct_rows: How many rows of its input were unlike each other, ``in_features`` where as many or more. None if
+            never counted.
         margins: Half the width of each figure's confidence interval; empty if never estimated.
         task: The same layer on the task text, if that was measured too; what is here is then of the preserved text.
         spectrum: What the text would allow at best, if that was measured.
@@ -142,6 +144,7 @@ class LayerStats(_Ratios):
     up_weight_norm: float
     base_weight_norm: float | None
     down_rank: int | None = None
+    distinct_rows: int | None = None
     margins: Mapping[str, float] = field(default_factory=dict)
     task: "LayerStats | None" = None
     spectrum: Spectrum | None = None

@@ -1,6 +1,7 @@
 """Two texts, drift, and whether there was text enough, as a user of the gate meets them."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -186,9 +187,18 @@ def test_plain_lora_is_not_judged_by_leakage(checkpoint: Path, gate: Gate, pytes
 
 def test_too_few_rows_and_repeats_are_told(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
     """Fewer distinct rows than a layer is wide are told with what would be enough, and so is text that repeats."""
-    result = gate(*LOOSE, "--nullspace-calib-size=1", "--nullspace-report=r.md")
-    result.stdout.fnmatch_lines(["too few rows: * of * layers *, 32 rows); * about 2 windows as long and as new *"])
+    result = gate(*LOOSE, "--nullspace-calib-size=1", "--nullspace-report=r.md", "--nullspace-layers=*.down_proj")
+    result.stdout.fnmatch_lines(
+        ["too few rows: * of * layers *(32 distinct rows in a width of 48); * about 2 windows as long and as new *"]
+    )
     assert "too few rows: " in (pytester.path / "r.md").read_text()
+    letters = "".join(random.Random(0).choices("abcdefg ", k=4000))
+    (pytester.path / "text.txt").write_text(letters)
+    result = gate(*LOOSE, "--nullspace-calib-size=8", "--nullspace-layers=*.q_proj")
+    result.stdout.fnmatch_lines(
+        ["too few rows: 1 of 3 layers * *.layers.0.* (8 distinct rows in a width of 32); * a text of more different *"]
+    )
+    result.stdout.no_fnmatch_line("repeated text*")
     (pytester.path / "text.txt").write_text("all work and no play makes a dull text. " * 100)
     result = gate(*LOOSE, "--nullspace-seqlen=128")
     result.stdout.fnmatch_lines(["repeated text: only * of 256 tokens are new, *"])

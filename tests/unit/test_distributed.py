@@ -43,7 +43,8 @@ def test_what_is_added_is_whole_or_an_error_of_all() -> None:
     """Three processes get the same sums, or the same message: a window lost or twice, another text, file or error."""
     codes, outcomes = meet(
         3, 29721,
-        "added", "more_processes_than_windows", "window_lost", "window_twice", "elsewhere", "other_files", "error",
+        "added", "more_processes_than_windows", "told", "window_lost", "window_twice", "elsewhere", "other_files",
+        "error",
     )  # fmt: skip
     assert codes == [0, 0, 0]
     assert outcomes[2].pop("error") == "facts.txt: is empty"
@@ -53,6 +54,7 @@ def test_what_is_added_is_whole_or_an_error_of_all() -> None:
     assert heard == {
         "added": [window + 0.1 for window in range(3, 10)],
         "more_processes_than_windows": [1.0],
+        "told": [[], [0.5], [0.5, 0.5]],
         "window_lost": "sums: 5 windows were read, not the 6 that were asked for",
         "window_twice": "sums: 18 windows were read, not the 6 that were asked for",
         "elsewhere": "process 2 is at 'sums, (6,)', process 0 at 'sums, (3,)': each must measure the same in the same "

@@ -15,8 +15,8 @@ from tests.structure import imports, own, sources, wing, wings
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
-    "kernels", "model", "measuring.drift", "measuring.forward", "measuring.recorder", "measuring.rows",
-    "measuring.spectrum", "measuring.streaming",
+    "kernels", "model", "measuring.distinct", "measuring.drift", "measuring.forward", "measuring.recorder",
+    "measuring.rows", "measuring.spectrum", "measuring.streaming",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {"measuring.pipeline", "measuring.loading", "measuring.measurement", "measuring.distributed"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from pytest_nullspace import kernels
 from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.measuring.distinct import DistinctRows, prints, together
 from pytest_nullspace.measuring.recorder import Recorder, Watched
 from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.measuring.streaming import draw_rows, measure
@@ -80,7 +82,7 @@ def close(measured: Sequence[LayerStats], wanted: dict[str, dict[str, float]], r
 def agree(a: Sequence[LayerStats], b: Sequence[LayerStats], rel: float) -> None:
     """Whether two measurements agree in every figure of every layer."""
     close(a, {layer.name: {field: getattr(layer, field) for field in (*FIGURES, *WEIGHTS)} for layer in b}, rel)
-    assert [layer.rows for layer in a] == [layer.rows for layer in b]
+    assert [(layer.rows, layer.distinct_rows) for layer in a] == [(layer.rows, layer.distinct_rows) for layer in b]
 
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
@@ -164,6 +166,59 @@ def test_how_much_is_held_before_it_is_summed_changes_nothing(
     want = measure(llama, UNEQUAL)
     monkeypatch.setattr("pytest_nullspace.measuring.recorder.HELD_BYTES", held)
     agree(measure(llama, UNEQUAL), want, 1e-12)
+
+
+def repeating(count: int, tokens: int, length: int = 24) -> Windows:
+    """Windows of so few different tokens, in ever another order."""
+    choose = random.Random(tokens)
+    return [choose.choices(range(20, 20 + tokens), k=length) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("batch_size", "max_rows"), [(1, None), (2, None), (8, None), (1, 40), (8, 40)])
+def test_distinct_rows_of_an_input_are_counted(
+    tmp_path: Path, dtype: torch.dtype, batch_size: int, max_rows: int | None
+) -> None:
+    """Where a row holds its token alone there are as many as tokens, else as many as contexts, up to the width."""
+    adapted = load(tiny.lora_null(tmp_path), dtype)
+    for tokens in (1, 8, 25):
+        windows = repeating(9, tokens)
+        counted = draw_rows([24] * 9, max_rows, 42) or [list(range(24))] * 9
+        found = {layer.name: layer for layer in measure(adapted, windows, batch_size=batch_size, max_rows=max_rows)}
+        seen = {window[row] for window, rows in zip(windows, counted, strict=True) for row in rows}
+        assert found[FIRST].distinct_rows == len(seen)
+        assert found[FIRST.replace("q_proj", "v_proj")].distinct_rows == len(seen)
+        if tokens > 1:
+            assert {found[name].distinct_rows for name in found if "layers.1" in name} == {32, min(48, max_rows or 48)}
+
+
+def test_a_row_is_known_again_whatever_is_rounded_beside_it() -> None:
+    """Numbers that differ in their last digits are the same row, rows of zeros are one, and all others are apart."""
+    x = torch.randn(30_000, 576, generator=torch.Generator().manual_seed(0))
+    rounded = x[:1000] * (1 + 2.0**-23)
+    seen = DistinctRows(40_000, CPU)
+    for rows in (x[:20_000], x[10_000:], torch.zeros(7, 576), x[:20_000]):
+        seen.add(prints(rows, kernels.row_norms(rows)))
+    found = seen.found()
+    assert found is not None
+    assert len(found) == 30_001
+    again = prints(rounded, kernels.row_norms(rounded)) == prints(x[:1000], kernels.row_norms(x[:1000]))
+    assert again.double().mean() > 0.99
+    sparse = x.relu().where(torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) < 0.1, 0.0)
+    assert len(prints(sparse, kernels.row_norms(sparse)).unique()) > 0.7 * len(x)  # type: ignore[no-untyped-call]
+
+
+@given(st.lists(st.lists(st.integers(0, 60), max_size=40), max_size=12), st.integers(1, 50), st.integers(1, 4))
+def test_no_more_distinct_rows_are_kept_than_are_asked_for(parts: list[list[int]], width: int, processes: int) -> None:
+    """Twice or in several processes, distinct rows are counted up to the width, in bounded memory."""
+    stores = [DistinctRows(width, CPU) for _ in range(processes)]
+    for i, part in enumerate(parts):
+        for _ in range(1 + i % 2):
+            stores[i % processes].add(torch.tensor(part, dtype=torch.int64))
+        assert all(len(store._kept) <= 2 * width for store in stores)
+    assert together([store.found() for store in stores], width) == min(
+        len({row for part in parts for row in part}), width
+    )
 
 
 def test_norms_from_several_devices_are_put_together(llama: AdaptedModel) -> None:

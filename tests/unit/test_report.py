@@ -394,13 +394,26 @@ def test_rows_fewer_than_the_width_are_told() -> None:
     assert repeats is None
     assert few is not None
     assert few.startswith("too few rows: 1 of 2 layers are wider than their distinct rows are many, such as ")
-    assert f"{EXAMPLE.name} (width 4,096, 100 rows)" in few
+    assert f"{EXAMPLE.name} (100 distinct rows in a width of 4,096)" in few
     assert few.endswith("about 164 windows as long and as new would be enough")
     _, capped = told_of_text(enough, tokens=5000, distinct=5000, max_activation_samples=100)
     assert capped is not None
     assert capped.endswith("--nullspace-max-activation-samples=4096 would be enough, or leave it out")
     plenty = dataclasses.replace(EXAMPLE, rows=4096)
     assert notes.few_rows(run_of(plenty)) is None
+
+
+def test_rows_that_repeat_where_the_text_does_not_are_told() -> None:
+    """What was counted of a layer's own input decides: more windows of the same few tokens would not give it more."""
+    first = dataclasses.replace(EXAMPLE, name="first", rows=5000, in_features=64, distinct_rows=8)
+    run = dataclasses.replace(run_of(first), about={"text": {"windows": 4, "tokens": 5000, "distinct": 5000}})
+    few = notes.few_rows(run)
+    assert few is not None
+    assert "such as first (8 distinct rows in a width of 64); " in few
+    assert few.endswith(
+        "; its rows repeat, as those do that hold a token without its context: give a text of more different tokens"
+    )
+    assert notes.few_rows(run_of(dataclasses.replace(first, distinct_rows=64))) is None
 
 
 def test_text_that_repeats_is_told_and_does_not_count_as_rows() -> None:

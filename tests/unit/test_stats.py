@@ -392,6 +392,8 @@ def test_a_field_of_the_wrong_kind_is_refused(key: str, value: object, said: str
         ({"X_norm": None}, "BX_ratio is 0.03125, but BX_norm / X_norm is no number"),
         ({"rank": 8}, "leakage_chance is 0.0625, but B_rank (or rank) / in_features is 0.125"),
         ({"B_rank": 5}, "B_rank is 5, but no matrix of rank 4 spans more"),
+        ({"distinct_rows": 65}, "distinct_rows is 65, but of 100 rows, 64 wide, no more than either are counted"),
+        ({"num_samples": 40, "distinct_rows": 41}, "distinct_rows is 41, but of 40 rows, 64 wide, no more than"),
         ({"leakage": 0.0}, "leakage_over_chance is 0.016, but leakage / leakage_chance is 0"),
         ({"BX_norm": -0.25}, "BX_norm must not be negative, but is -0.25"),
         ({"leakage": -1}, "leakage must not be negative, but is -1"),

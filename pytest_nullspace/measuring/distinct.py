@@ -1,0 +1,80 @@
+"""How many distinct rows a layer's input has: fewer than it is wide leave some subspace perfectly quiet.
+
+A row is known again by a few of its numbers and its norm, to bfloat16, as a model may round it otherwise beside other
+rows. Where there are as many as the input is wide, no more are counted.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+COLUMNS = 32
+"""Of the numbers of a row, how many it is known by."""
+
+_unique: Callable[[Tensor], Tensor] = torch.unique
+
+
+class DistinctRows:
+    """The distinct rows among those that were added, while they are fewer than the ``width`` of each.
+
+    Attributes:
+        enough: Whether they are as many.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._width, self._used, self.enough = width, 0, False
+        # Set aside at once: what is small and kept amid activations that are freed lets the heap grow.
+        self._kept = torch.empty(2 * width, dtype=torch.int64, device=device)
+
+    def add(self, prints: Tensor) -> None:
+        """Add some rows by their `prints`; adding them again changes nothing. A full store alone waits for a GPU."""
+        if self.enough:
+            return
+        prints = prints.to(self._kept.device)
+        if self._used + len(prints) > len(self._kept):
+            prints, self._used = _unique(torch.cat((self._kept[: self._used], prints))), 0
+            self.enough = len(prints) >= self._width
+        if self.enough:
+            self._kept = self._kept[:0].clone()
+        else:
+            self._kept[self._used : self._used + len(prints)] = prints
+            self._used += len(prints)
+
+    def found(self) -> Tensor | None:
+        """The prints of all distinct rows, on the CPU; None where they are as many as the input is wide."""
+        found = _unique(self._kept[: self._used])
+        return None if self.enough or len(found) >= self._width else found.cpu()
+
+
+def together(found: Sequence[Tensor | None], width: int) -> int:
+    """How many distinct rows of that ``width`` all processes `found`, no more than it; 0 where none found any."""
+    parts = [part for part in found if part is not None]
+    if not parts or len(parts) < len(found):
+        return width if found else 0
+    return min(len(_unique(torch.cat(parts))), width)
+
+
+def prints(rows: Tensor, norms: Tensor) -> Tensor:
+    """Numbers that are alike for rows that are, and only for these but for a rare chance.
+
+    Args:
+        rows: Shape ``(n, in)``, any floating point type.
+        norms: Theirs, shape ``(n,)``.
+
+    Returns:
+        Shape ``(n,)``, int64.
+    """
+    columns, weights = _key(rows.shape[-1], rows.device)
+    known = torch.cat((rows.index_select(-1, columns).bfloat16(), norms[:, None].bfloat16()), dim=-1)
+    return (known.view(torch.int16) * weights).sum(dim=-1)
+
+
+@cache
+def _key(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which columns are looked at, and an odd weight for each and for the norm."""
+    chance = torch.Generator().manual_seed(width)
+    columns = torch.randperm(width, generator=chance)[:COLUMNS]
+    weights = 2 * torch.randint(-(2**62), 2**62, (len(columns) + 1,), generator=chance) + 1
+    return columns.to(device), weights.to(device)
