@@ -1,0 +1,224 @@
+"""One layer's entry in the file of a run, written and read; what follows from other numbers is worked out again."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from pytest_nullspace.errors import StatsError, printable
+from pytest_nullspace.run.figures import FIGURES, Text, of_layers, of_one_text
+from pytest_nullspace.run.stats import LayerStats, Spectrum, WithoutSinks
+
+AGAIN = "measure again"
+
+_NOT_MEASURED = "not measured"
+"""What a file holds for a norm that a quantised weight does not give; ``null`` is what is not finite."""
+_MEASURED = tuple(name for name in LayerStats.__slots__ if name not in ("margins", "task", "spectrum", "without_sinks"))
+_NORMS = WithoutSinks.__slots__[1:]
+
+# Our field -> the key in the file; the figures' are in their records. Many are the reference's own.
+_KEYS = {
+    "name": "layer_name",
+    "rows": "num_samples",
+    "input_norm": "X_norm",
+    "down_norm": "BX_norm",
+    "update_norm": "ABX_norm",
+    "base_norm": "ResidualX_norm",
+    "output_norm": "FullOutput_norm",
+    "down_weight_norm": "B_weight_norm",
+    "up_weight_norm": "A_weight_norm",
+    "base_weight_norm": "Residual_weight_norm",
+    "in_features": "in_features",
+    "rank": "rank",
+    "down_rank": "B_rank",
+    "scale": "scale",
+    "distinct_rows": "distinct_rows",
+    "out_features": "out_features",
+    "mean_leakage": "leakage",
+    "chance": "leakage_chance",
+}
+_DERIVED_TOLERANCE = 1e-6
+_MARGINS, _TASK, _SPECTRUM = "margin_95", "task", "spectrum"
+SINK_ROWS, _WITHOUT_SINKS = "sink_rows", "without_sinks"
+
+_UNTOLD = ("down_rank", "distinct_rows", "scale")
+"""What older files do not tell."""
+_ABSENT_IN_REFERENCE: Mapping[str, int] = {"in_features": 0, "rank": 0, "out_features": 0}
+
+_COUNTS = ("rows", "in_features", "rank", "down_rank", "distinct_rows", "out_features")
+
+
+def _keys() -> dict[str, str]:
+    """Of every field and every figure of a layer, its key in the file."""
+    return _KEYS | {name: FIGURES[name].key for name in of_layers()}
+
+
+def _derived() -> dict[str, str]:
+    """What the file holds for its readers' sake: the field or figure, and from what it follows."""
+    return {"chance": "B_rank (or rank) / in_features"} | {name: FIGURES[name].follows for name in of_layers()}
+
+
+def _ratios() -> list[str]:
+    """The figures that are told without sink rows as well."""
+    return [name for name in of_one_text() if FIGURES[name].sink_free]
+
+
+def entry_of(layer: LayerStats) -> dict[str, Any]:
+    """The layer as a file holds it."""
+    absent = {"mean_leakage", "leakage"} if layer.mean_leakage is None else set()
+    absent |= {name for name in _UNTOLD if getattr(layer, name) is None}
+    if layer.task is None:
+        absent |= {name for name in of_layers() if FIGURES[name].text is Text.BOTH}
+    entry: dict[str, Any] = {key: plain(_value(layer, name)) for name, key in _keys().items() if name not in absent}
+    if layer.base_weight_norm is None:
+        entry[_KEYS["base_weight_norm"]] = _NOT_MEASURED
+    if layer.without_sinks is not None:
+        entry[SINK_ROWS] = layer.sinks
+    if layer.sinks:
+        entry[_WITHOUT_SINKS] = {
+            _keys()[name]: plain(_value(layer.without_sinks, name)) for name in (*_NORMS, *_ratios())
+        }
+    if layer.margins:
+        entry[_MARGINS] = {figure: plain(layer.margins[figure]) for figure in of_layers() if figure in layer.margins}
+    if layer.task is not None:
+        entry[_TASK] = entry_of(layer.task)
+    if layer.spectrum is not None:
+        entry[_SPECTRUM] = {key: plain(value) for key, value in asdict(layer.spectrum).items()}
+    return entry
+
+
+def _value(of: Any, name: str) -> Any:
+    """A field of what was measured on one text, or a figure of it."""
+    if name not in FIGURES:
+        return getattr(of, name)
+    figure = FIGURES[name]
+    return figure.value(of, of.task) if figure.text is Text.BOTH else figure.value(of)
+
+
+def plain(value: str | int | float) -> str | int | float | None:
+    """A value as JSON holds it: what is not finite is nothing."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def layer_of(entry: object, where: str) -> LayerStats:
+    """The layer of that entry.
+
+    Raises:
+        StatsError: It is none, or its numbers contradict each other.
+    """
+    if not isinstance(entry, dict) or not isinstance(entry.get("layer_name"), str):
+        raise StatsError(f"{where}: not a layer: it has no 'layer_name'; {AGAIN}")
+    values: dict[str, Any] = {"margins": _margins(entry.get(_MARGINS), where)}
+    if _TASK in entry:
+        values["task"] = task = layer_of(entry[_TASK], f"{where}: task")
+        if task.name != entry["layer_name"] or task.task is not None:
+            raise StatsError(f"{where}: its entry 'task' is not of the same layer; {AGAIN}")
+    if _SPECTRUM in entry:
+        told = entry[_SPECTRUM] if isinstance(entry[_SPECTRUM], dict) else {}
+        numbers = {name: number(told.get(name), f"{where}: {_SPECTRUM}: {name}") for name in Spectrum.__slots__}
+        values["spectrum"] = Spectrum(**numbers)
+    for name in _MEASURED:
+        if name in _UNTOLD and _KEYS[name] not in entry:
+            continue
+        value = entry.get(_KEYS[name], _ABSENT_IN_REFERENCE.get(name))
+        if name in _COUNTS:
+            if not is_count(value):
+                raise StatsError(
+                    f"{where}: {_KEYS[name]} must be a whole number from 0, not {printable(repr(value))}; {AGAIN}"
+                )
+        elif name == "base_weight_norm" and value == _NOT_MEASURED:
+            value = None
+        elif name != "name" and (name != "mean_leakage" or _KEYS[name] in entry):
+            known = math.nan if value is None and _KEYS[name] in entry else value
+            value = number(known, f"{where}: {_KEYS[name]}", signed=name == "scale")
+        values[name] = value
+    layer = LayerStats(**values)
+    if layer.down_rank is not None and layer.down_rank > layer.rank:
+        raise StatsError(
+            f"{where}: B_rank is {layer.down_rank}, but no matrix of rank {layer.rank} spans more; the file was edited "
+            "or damaged, so measure again"
+        )
+    if layer.distinct_rows is not None and layer.distinct_rows > min(layer.rows, layer.in_features):
+        raise StatsError(
+            f"{where}: distinct_rows is {layer.distinct_rows}, but of {layer.rows} rows, {layer.in_features} wide, "
+            "no more than either are counted; the file was edited or damaged, so measure again"
+        )
+    _check_derived(entry, layer, where)
+    return layer if SINK_ROWS not in entry else replace(layer, without_sinks=_without_sinks(entry, layer, where))
+
+
+def _without_sinks(entry: Mapping[str, Any], layer: LayerStats, where: str) -> WithoutSinks:
+    sinks, told = entry[SINK_ROWS], entry.get(_WITHOUT_SINKS)
+    if not is_count(sinks) or 2 * sinks > layer.rows:
+        shown = printable(repr(sinks))
+        raise StatsError(f"{where}: {SINK_ROWS} must be a count of at most half of the rows, not {shown}; {AGAIN}")
+    if not sinks:
+        return WithoutSinks(layer.rows, *layer.norms)
+    where = f"{where}: {_WITHOUT_SINKS}"
+    if not isinstance(told, dict):
+        raise StatsError(f"{where} must hold what the norms are without the {sinks} sink rows; {AGAIN}")
+    values = {name: told.get(_KEYS[name], "missing") for name in _NORMS}
+    norms = {name: number(math.nan if v is None else v, f"{where}: {_KEYS[name]}") for name, v in values.items()}
+    quiet = WithoutSinks(layer.rows - sinks, **norms)
+    _check_derived(told, quiet, where)
+    return quiet
+
+
+def _margins(told: object, where: str) -> dict[str, float]:
+    if told is None:
+        return {}
+    if not isinstance(told, dict) or not told.keys() <= set(of_one_text()):
+        raise StatsError(f"{where}: {_MARGINS} must hold a number for each of {', '.join(of_one_text())}")
+    return {
+        figure: math.inf if value is None else number(value, f"{where}: {_MARGINS}: {figure}")
+        for figure, value in told.items()
+    }
+
+
+def _check_derived(entry: Mapping[str, Any], of: LayerStats | WithoutSinks, where: str) -> None:
+    """Refuse a file whose ratios are not those of its norms: one of the two was edited, and only one is judged."""
+    keys, ratios = _keys(), _ratios()
+    for name, formula in _derived().items():
+        key = keys[name]
+        if key not in entry or (isinstance(of, WithoutSinks) and name not in ratios):
+            continue
+        follows = _value(of, name)
+        stated = math.nan if entry[key] is None else number(entry[key], f"{where}: {key}")
+        if math.isfinite(stated) != math.isfinite(follows) or (
+            math.isfinite(stated) and not math.isclose(stated, follows, rel_tol=_DERIVED_TOLERANCE, abs_tol=1e-12)
+        ):
+            raise StatsError(
+                f"{where}: {key} is {_shown(stated)}, but {formula} is {_shown(follows)}; "
+                "the file was edited or damaged, so measure again"
+            )
+
+
+def _shown(value: float) -> str:
+    return f"{value:.7g}" if math.isfinite(value) else "no number"
+
+
+def is_count(value: object) -> bool:
+    """Whether it is a whole number from 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def number(value: object, where: str, signed: bool = False) -> float:
+    """A number of a file as a float, not negative unless it may be ``signed``.
+
+    Raises:
+        StatsError: It is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise StatsError(f"{where} must be a number, not {printable(repr(value))}; {AGAIN}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise StatsError(f"{where} must be a number that a float can hold; {AGAIN}") from None
+    if number < 0 and not signed:
+        raise StatsError(f"{where} must not be negative, but is {number:g}; {AGAIN}")
+    return number
+
+
+def what_is_told(layer: LayerStats) -> tuple[object, ...]:
+    """What was measured of ``layer``, which is the same of every layer of a run."""
+    return layer.absent, layer.without_sinks is None, layer.task is None or layer.task.without_sinks is None
