@@ -123,6 +123,24 @@ def safe(norms: Tensor) -> bool:
     return FLOAT32_SAFE[0] <= low.item() and high.item() <= FLOAT32_SAFE[1]
 
 
+def exact_row_norms(values: Tensor) -> Tensor:
+    """`row_norms` in float64, of which those that float32 cannot hold are taken again.
+
+    Args:
+        values: Shape ``(n, d)``.
+
+    Returns:
+        Shape ``(n,)``.
+    """
+    norms = row_norms(values)
+    if safe(norms):
+        return norms.double()
+    lost = ~((norms >= FLOAT32_SAFE[0]) & (norms <= FLOAT32_SAFE[1]))
+    norms = norms.double()
+    norms[lost] = row_norms(values[lost].double())
+    return norms
+
+
 class Factors(NamedTuple):
     """What a layer's weights make of ``Bx``, so that no wide matrix has to be read for it.
 

@@ -71,7 +71,7 @@ def _page(figure: Figure) -> str:
         + "."
     ]
     if figure.sink_free:
-        told.append("Where a few sink rows decide it, it is told without them as well, and does not pass.")
+        told.append("Where sink rows decide it, it is told without them as well, and does not pass.")
     if figure.left_out_of:
         told.append(f"Shown and not judged of variant {', '.join(figure.left_out_of)}, which promises nothing of it.")
     rows = [_tiers("after training", figure.trained)]

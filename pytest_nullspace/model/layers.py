@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pytest_nullspace.kernels import row_norms
+from pytest_nullspace.kernels import exact_row_norms
 from pytest_nullspace.model.stored import stored
 
 
@@ -77,7 +77,7 @@ class AdaptedLayer:
 
 
 def _frobenius(matrix: Tensor) -> float:
-    return float(row_norms(matrix.detach()).double().square().sum().sqrt())
+    return float(exact_row_norms(matrix.detach()).square().sum().sqrt())
 
 
 @dataclass(frozen=True)

@@ -152,9 +152,10 @@ def sinks(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
     """How much of a layer's mean norms a few rows carry, and which verdicts they decide; None if it is little."""
     if any(layer.without_sinks is None for layer in run.layers):
         return "sink rows: this run does not tell of them, so a few rows may decide its ratios"
-    found = [text for layer in run.layers for text in (layer, layer.task) if text is not None and text.sinks]
+    texts = (("", layer) for layer in run.layers), ((" on the task text", layer.task) for layer in run.layers)
+    found = [(on, layer) for of in texts for on, layer in of if layer is not None and layer.sinks]
     decided = [(v.subject, f) for v in verdicts if v.unjudged is None for f in v.findings if f.decided_by_sinks]
-    most = max(found, key=lambda layer: layer.sink_share, default=None)
+    where, most = max(found, key=lambda pair: pair[1].sink_share, default=("", None))
     if most is None or (most.sink_share < SINKS_TOLD and not decided):
         return None
     without = ", and ".join(
@@ -162,8 +163,8 @@ def sinks(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
         for figure in ("preservation", "forgetting")
     )
     told = (
-        f"sink rows: {len({layer.name for layer in found})} of {len(run.layers)} layers have a few rows beyond {SINK} "
-        f"times the median norm, such as {printable(most.name)}: {most.sinks:,} of {most.rows:,} rows carry "
+        f"sink rows: {len({layer.name for _, layer in found})} of {len(run.layers)} layers have rows beyond {SINK} "
+        f"times the median norm, such as {printable(most.name)}{where}: {most.sinks:,} of {most.rows:,} rows carry "
         f"{most.sink_share:.1%} of mean ||X||, and without them {without}"
     )
     if not decided:

@@ -78,7 +78,7 @@ def _meaning(finding: Finding) -> str:
     if finding.without_sinks is None or not finding.decided_by_sinks:
         return words[finding.tier]
     own, other = words[tier(finding.value)], words[tier(finding.without_sinks)]
-    return f"a few sink rows decide this; with them: {own}; without them: {other}"
+    return f"sink rows decide this; with them: {own}; without them: {other}"
 
 
 def _against_chance(leakage: float) -> str:

@@ -196,6 +196,17 @@ def test_norms_called_safe_are_right_whatever_their_magnitude(
     torch.testing.assert_close(kernels.row_norms(x.double()), want, rtol=1e-12, atol=0)
 
 
+@given(layers(), st.lists(st.integers(-35, 35), min_size=1, max_size=4))
+def test_exact_norms_are_right_whatever_the_magnitude_of_each_row(
+    layer: tuple[Tensor, Tensor, Tensor, Tensor], exponents: list[int]
+) -> None:
+    """Each row has its norm to 1e-6, also one that float32 cannot square, beside rows of any other length and zeros."""
+    x = layer[0].clamp(-3, 3)
+    scales = torch.tensor([10.0**exponent for exponent in exponents])
+    x = torch.cat((x * scales[torch.arange(len(x)) % len(scales), None], torch.zeros(1, x.shape[1])))
+    torch.testing.assert_close(kernels.exact_row_norms(x), x.double().norm(dim=-1), rtol=EXACT, atol=0)
+
+
 @given(layers(), st.integers(2, 4))
 def test_layers_that_are_summed_together_are_summed_apart(
     layer: tuple[Tensor, Tensor, Tensor, Tensor], count: int

@@ -140,6 +140,22 @@ def test_each_layer_is_its_formula(tmp_path: Path, protected: int | None, bias: 
         )
 
 
+@pytest.mark.parametrize("power", [-100, -70, 70, 100])
+def test_the_norm_of_weights_is_theirs_however_large_or_small_they_are(tmp_path: Path, power: int) -> None:
+    """B by a power of two and A by its inverse are the same update: no norm of theirs is infinite or zero for it."""
+
+    def rescale(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        for name, tensor in tensors.items():
+            factor = power if name.endswith("BLinear.weight") else -power if name.endswith("ALinear.weight") else 0
+            tensors[name] = tensor * 2.0**factor
+
+    tiny.lora_null(tmp_path / "plain"), tiny.lora_null(tmp_path / "scaled", change=rescale)
+    plain, scaled = load(tmp_path / "plain").layers, load(tmp_path / "scaled").layers
+    for name, layer in plain.items():
+        down, up, base = layer.weight_norms()
+        assert scaled[name].weight_norms() == pytest.approx((down * 2.0**power, up * 2.0**-power, base), rel=1e-7)
+
+
 def test_layers_come_in_model_order_and_the_model_in_eval_mode(tmp_path: Path) -> None:
     """The layers are those of the checkpoint in its order; no dropout is left on and no gradient is kept."""
     tiny.lora_null(tmp_path, tiny.llama(attention_dropout=0.5))

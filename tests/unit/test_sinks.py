@@ -238,13 +238,13 @@ def test_sinks_that_decide_are_told_beside_every_figure() -> None:
     """The summary says how much a few rows carry, by which rule, and what they decide; block and failure show both."""
     lines = summary(SINKS)
     assert (
-        "sink rows: 1 of 1 layers have a few rows beyond 8 times the median norm, such as "
+        "sink rows: 1 of 1 layers have rows beyond 8 times the median norm, such as "
         "model.layers.0.self_attn.q_proj: 10 of 100 rows carry 91.0% of mean ||X||, and without them ||BX||/||X|| is "
         "0.25, not 0.0312, and ||ABX||/||WX|| is 0.2, not 0.0667; they decide the verdict on 1 of 1, such as "
         "model.layers.0.self_attn.q_proj (preservation 0.03125 < 0.1, but 0.25 >= 0.1 without sink rows)"
     ) in lines
     assert (
-        "⚠ ||BX||/||X|| 3.12e-02, 2.50e-01 without sink rows (pass < 0.1, fail > 0.5): a few sink rows decide this; "
+        "⚠ ||BX||/||X|| 3.12e-02, 2.50e-01 without sink rows (pass < 0.1, fail > 0.5): sink rows decide this; "
         "with them: the null space is well kept; B is still approximately in it; without them: the null space is "
         "degraded, but acceptable"
     ) in lines
@@ -256,6 +256,15 @@ def test_sinks_that_decide_are_told_beside_every_figure() -> None:
         "\nwithout 10 sink rows (beyond 8 times the median norm, 88.8% of mean ||X||): ||X|| 1, ||BX|| 0.01, "
         in words.layer_failure(loud, judge(loud, Expectations()))
     )
+
+
+def test_sinks_of_the_task_text_are_told_as_its_own() -> None:
+    """Where it is the task text that has sinks, the summary says so, for the figures beside them are of that text."""
+    quiet = dataclasses.replace(LAYER, without_sinks=WithoutSinks(LAYER.rows, *LAYER.norms))
+    (told,) = [line for line in summary(dataclasses.replace(quiet, task=SINKS)) if line.startswith("sink rows")]
+    assert "such as model.layers.0.self_attn.q_proj on the task text: 10 of 100 rows carry 91.0% of mean ||X||" in told
+    (told,) = [line for line in summary(dataclasses.replace(SINKS, task=quiet)) if line.startswith("sink rows")]
+    assert "such as model.layers.0.self_attn.q_proj: 10 of 100 rows carry 91.0% of mean ||X||" in told
 
 
 def test_sinks_that_carry_little_are_not_told_nor_is_a_run_that_has_none() -> None:
