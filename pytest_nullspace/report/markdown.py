@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier
+from pytest_nullspace.report import doubts
 from pytest_nullspace.report.notes import (
     best_possible,
-    doubts,
     drift,
     left_out,
     negative_scales,
@@ -65,7 +65,7 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
     if run.drift is not None:
         told_of_drift = drift(run.drift, judge_drift(run.drift, expectations))
         lines += ["", *(f"- {escape(line.strip())}" for line, _ in told_of_drift)]
-    for doubt in doubts(verdicts, run, expectations):
+    for doubt in doubts.all_of(verdicts, run, expectations):
         lines += ["", f"{escape(doubt)}."]
     noted = [f"- {escape(note.strip())}" for note in notes]
     lines += ["", *noted] if noted else []

@@ -1,6 +1,5 @@
 """What is to be said of a run beside its figures, once, for every format."""
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,21 +8,18 @@ from typing import TYPE_CHECKING
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.invariants import MODEL, Expectations, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.judging.weights import LayerWeights
 from pytest_nullspace.report.words import colour, mark
-from pytest_nullspace.run.figures import FIGURES, Text
-from pytest_nullspace.run.stats import SINK, Drift, LayerStats, RunStats
-from pytest_nullspace.run.uncertainty import MOST_WINDOWS, windows_needed
+from pytest_nullspace.run.figures import FIGURES
+from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
 
 if TYPE_CHECKING:
     from pytest_nullspace.settings import Settings
 
 OUTSIDE_SHOWN = 2
 OTHERS_SHOWN = 3
-SINKS_TOLD = 0.05
-"""Of mean ``‖x‖``: sink rows of a layer that carry less are not told where they decide nothing."""
 
 
 def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator[str]:
@@ -146,203 +142,6 @@ def texts(run: RunStats) -> str:
     """On which text, or texts, the run was measured."""
     task = run.about.get("task_dataset")
     return run.calib_dataset if not run.has_task else f"{run.calib_dataset}, task text {task}"
-
-
-def sinks(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
-    """How much of a layer's mean norms a few rows carry, and which verdicts they decide; None if it is little."""
-    if any(layer.without_sinks is None for layer in run.layers):
-        return "sink rows: this run does not tell of them, so a few rows may decide its ratios"
-    texts = (("", layer) for layer in run.layers), ((" on the task text", layer.task) for layer in run.layers)
-    found = [(on, layer) for of in texts for on, layer in of if layer is not None and layer.sinks]
-    decided = [(v.subject, f) for v in verdicts if v.unjudged is None for f in v.findings if f.decided_by_sinks]
-    where, most = max(found, key=lambda pair: pair[1].sink_share, default=("", None))
-    if most is None or (most.sink_share < SINKS_TOLD and not decided):
-        return None
-    without = ", and ".join(
-        f"{FIGURES[figure].symbol} is {most.figure(figure, sinks=False):.3g}, not {most.figure(figure):.3g}"
-        for figure in ("preservation", "forgetting")
-    )
-    told = (
-        f"sink rows: {len({layer.name for _, layer in found})} of {len(run.layers)} layers have rows beyond {SINK} "
-        f"times the median norm, such as {printable(most.name)}{where}: {most.sinks:,} of {most.rows:,} rows carry "
-        f"{most.sink_share:.1%} of mean ||X||, and without them {without}"
-    )
-    if not decided:
-        return told
-    name, finding = max(decided, key=lambda pair: pair[1].badness)
-    layers = len({subject for subject, _ in decided})
-    return f"{told}; they decide the verdict on {layers} of {len(verdicts)}, such as {printable(name)} ({finding})"
-
-
-def uncertain(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> str | None:
-    """How many verdicts more text might change, and how much text would settle them; None if there are none.
-
-    Of the layers and their averages; `uncertain_drift` tells of the predictions.
-    """
-    verdicts = [verdict for verdict in verdicts if verdict.gated]
-    averages = [judge_averages(run, expectations)] if run.complete and expectations.gates(MODEL) else []
-    findings = [(v.subject, f) for v in verdicts if v.unjudged is None for f in v.findings if f.uncertain]
-    layers = {subject for subject, _ in findings}
-    of_averages = [(v.subject, f) for v in averages if v.unjudged is None for f in v.findings if f.uncertain]
-    subjects = [f"{len(layers)} of {len(verdicts)} layers"] if layers else []
-    subjects += ["the averages"] if of_averages else []
-    findings = findings or of_averages
-    if not findings:
-        return None
-    told = f"uncertain: more text might change the verdict on {' and '.join(subjects)}"
-    drawn = {finding.threshold.figure: _windows(run, finding.threshold.figure) for _, finding in findings}
-    fewest = min(drawn.values())
-    if not fewest:
-        return told
-    if fewest == 1:
-        return f"{told}; {_ONE_WINDOW}"
-    needed = [
-        windows_needed(drawn[f.threshold.figure], f.margin, f.distance) for _, f in findings if f.margin is not None
-    ]
-    half = median([n for n in needed if n is not None] or drawn.values())
-    name, finding = max(findings, key=lambda pair: pair[1].badness)
-    return (
-        f"{told}, such as {printable(name)} ({finding.threshold.figure} {finding.value:.3g} ± {finding.margin:.2g}); "
-        f"about {half:.0f} windows would settle half of them"
-        + (", so raise N in --nullspace-calib-size=auto:N" if _is_auto(run) else ", or try --nullspace-calib-size=auto")
-    )
-
-
-_ONE_WINDOW = "one window tells nothing of how the figures vary, so draw more by --nullspace-calib-size"
-
-
-def uncertain_drift(run: RunStats, expectations: Expectations) -> str | None:
-    """Which figures of the drift more text might put into another tier, and how much would settle them, if any."""
-    verdict = None if run.drift is None else judge_drift(run.drift, expectations)
-    findings = [f for f in verdict.findings if f.uncertain] if verdict is not None and verdict.gated else []
-    if not findings:
-        return None
-    figures = ", ".join(f"{f.threshold.figure} {f.value:.2g} ± {f.margin:.2g}: {f.threshold.bound}" for f in findings)
-    told = f"uncertain: more text might change the verdict on the drift ({figures})"
-    drawn = [_windows(run, finding.threshold.figure) for finding in findings]
-    if not min(drawn):
-        return told
-    if min(drawn) == 1:
-        return f"{told}; {_ONE_WINDOW}"
-    needed = [
-        windows_needed(windows, finding.margin, finding.distance)
-        for windows, finding in zip(drawn, findings, strict=True)
-        if finding.margin is not None
-    ]
-    known = [count for count in needed if count is not None]
-    # The drift is taken after the pass, which alone decides when a text was drawn from enough.
-    late = "; --nullspace-calib-size=auto does not wait for the drift, so give a number" if _is_auto(run) else ""
-    if len(known) < len(needed):
-        return f"{told}; no text would settle what lies on its bound{late}"
-    return f"{told}; about {max(known):,} windows would settle it{late}"
-
-
-def _is_auto(run: RunStats) -> bool:
-    """Whether windows were drawn until every verdict on a layer was settled."""
-    settings = run.about.get("settings")
-    return isinstance(settings, dict) and settings.get("calib_size", 0) is None
-
-
-def _windows(run: RunStats, figure: str) -> int:
-    """How many windows were drawn of the text on which ``figure`` is judged; 0 where no credible number was told."""
-    has_task = run.has_task or (run.drift is not None and run.drift.task is not None)
-    recorded = run.about.get("task_text" if has_task and FIGURES[figure].text is not Text.PRESERVED else "text")
-    windows = recorded.get("windows") if isinstance(recorded, dict) else None
-    # A file of another making may hold anything.
-    return windows if isinstance(windows, int) and 0 < windows <= MOST_WINDOWS else 0
-
-
-def doubts(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> Iterator[str]:
-    """What keeps the figures from being trusted as they stand."""
-    told = uncertain(verdicts, run, expectations), uncertain_drift(run, expectations), few_rows(run), repeated(run)
-    first = without_scale(run), other_tokenizer(run), sinks(verdicts, run)
-    yield from (doubt for doubt in (*first, *told) if doubt is not None)
-
-
-def without_scale(run: RunStats) -> str | None:
-    """That the norm of A is not the one that is saved today; None if it is."""
-    if run.about.get("A_weight_norm") is None:
-        return None
-    return "||A||_F: saved by an earlier version, and so without the adapter's scale; the figures are not concerned"
-
-
-def other_tokenizer(run: RunStats) -> str | None:
-    """That the adapter's tokenizer makes other ids of the text than its base's; None if not, or if nobody told."""
-    told = run.about.get("tokenizer")  # a file of another making may hold anything
-    if not isinstance(told, dict):
-        return None
-    if isinstance(unread := told.get("base_unread"), str):
-        return (
-            "tokenizer: the adapter's own is another than its base's, which could not be held against it: "
-            f"{printable(unread, 300)}; if it is an older copy, remove its files from the adapter's directory"
-        )
-    differ, windows, first = (told.get(what) for what in ("windows_differ", "windows", "first_difference"))
-    if not isinstance(differ, int) or differ < 1 or not isinstance(first, dict):
-        return None
-    ids = [printable("nothing" if first.get(who) is None else first[who]) for who in ("id", "base_id")]
-    return (
-        f"tokenizer: the adapter's own, which was taken, gives other ids than its base's in {differ} of "
-        f"{printable(windows)} windows: first at token {printable(first.get('token'))} {ids[0]}, where the base's "
-        f"gives {ids[1]}; if the adapter was trained with the base's, remove the older copy from its directory"
-    )
-
-
-def repeated(run: RunStats) -> str | None:
-    """How much of the preserved text repeats, where that is a tenth or more; None if it is less, or nobody told."""
-    tokens, distinct = _tokens(run)
-    if 10 * (tokens - distinct) < tokens or not tokens:
-        return None
-    return (
-        f"repeated text: only {distinct:,} of {tokens:,} tokens are new, the others repeat a stretch of the windows "
-        "before them, so the margins are larger than told; give a longer text, or one that does not repeat itself"
-    )
-
-
-def few_rows(run: RunStats) -> str | None:
-    """How many layers are wider than their rows are many, and what would be enough; None if there are none."""
-    tokens, distinct = _tokens(run)
-    new = distinct / tokens if tokens else 1.0
-    rows = {layer.name: _distinct(layer, new) for layer in run.layers}
-    short = [layer for layer in run.layers if 0 < rows[layer.name] < layer.in_features]
-    if not short:
-        return None
-    layer = min(short, key=lambda layer: rows[layer.name] / layer.in_features)
-    return (
-        f"too few rows: {len(short)} of {len(run.layers)} layers are wider than their distinct rows are many, such as "
-        f"{printable(layer.name)} ({rows[layer.name]:,.0f} distinct rows in a width of {layer.in_features:,}); so few "
-        "rows leave some subspace perfectly quiet on any text, so leakage says little there; "
-        f"{_enough(run, layer, new)}"
-    )
-
-
-def _distinct(layer: LayerStats, new: float) -> float:
-    """How many rows of ``layer`` are not, or almost, another one again; ``new`` is the share of such tokens."""
-    apart = layer.rows * new
-    return apart if layer.distinct_rows is None else min(apart, layer.distinct_rows)
-
-
-def _enough(run: RunStats, layer: LayerStats, new: float) -> str:
-    """What would give ``layer`` as many distinct rows as it is wide, where the share ``new`` of tokens is."""
-    settings, text, rows = run.about.get("settings"), run.about.get("text"), _distinct(layer, new)
-    if 2 * rows < layer.rows * new:
-        return (
-            "its rows repeat, as those do that hold a token without its context: give a text of more different tokens"
-        )
-    if isinstance(settings, dict) and settings.get("max_activation_samples") == layer.rows:
-        most = math.ceil(layer.in_features * layer.rows / rows)
-        return f"--nullspace-max-activation-samples={most} would be enough, or leave it out"
-    windows = text.get("windows") if isinstance(text, dict) else None
-    if not isinstance(windows, int):
-        return "measure on more text"
-    return f"about {math.ceil(windows * layer.in_features / rows):,} windows as long and as new would be enough"
-
-
-def _tokens(run: RunStats) -> tuple[int, int]:
-    """How many tokens the preserved text had, and how many of them were new; zeros where nobody told."""
-    text = run.about.get("text")  # a file of another making may hold anything
-    counts = [text.get(what) for what in ("tokens", "distinct")] if isinstance(text, dict) else []
-    known = [count for count in counts if isinstance(count, int) and count > 0]
-    return (known[0], known[1]) if len(known) == 2 else (0, 0)
 
 
 def best_possible(run: RunStats) -> Iterator[str]:

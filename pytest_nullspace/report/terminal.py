@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier, Verdict
-from pytest_nullspace.report import notes
+from pytest_nullspace.report import doubts, notes
 from pytest_nullspace.report.layout import Form, table, with_faults, wrapped
 from pytest_nullspace.report.words import (
     beside,
@@ -135,7 +135,7 @@ def summary(
         yield unjudged, Tier.WARN
     if names := notes.outside_of(run):
         yield notes.outside(names), Tier.WARN
-    yield from ((doubt, Tier.WARN) for doubt in notes.doubts(verdicts, run, expectations))
+    yield from ((doubt, Tier.WARN) for doubt in doubts.all_of(verdicts, run, expectations))
     yield "", None
     yield from _table(run, verdicts, width)
     for line in notes.best_possible(run):

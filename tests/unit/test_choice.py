@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from pytest_nullspace.report.notes import other_tokenizer
+from pytest_nullspace.report.doubts import other_tokenizer
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.text.choice import FIRST_IDS, TokenizerChoice
 from pytest_nullspace.text.tokenizer import load_tokenizer

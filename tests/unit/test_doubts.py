@@ -8,7 +8,7 @@ import pytest
 
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_drift
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier
-from pytest_nullspace.report import markdown, notes, terminal, words
+from pytest_nullspace.report import doubts, markdown, notes, terminal, words
 from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
 from tests import saved
 
@@ -125,7 +125,7 @@ def test_only_bounds_that_part_two_tiers_make_a_verdict_uncertain() -> None:
 def test_drift_that_more_text_might_change_is_told(preserved: TextDrift, about: dict[str, Any], said: str) -> None:
     """A drift figure within its margin of a bound is told in every format, with the windows that would settle it."""
     run = run_of(Drift("the base", preserved, GAINED), **{"text": {"windows": 16}, **about})
-    found = notes.uncertain_drift(run, TRAINED)
+    found = doubts.uncertain_drift(run, TRAINED)
     assert found is not None
     start = (
         f"uncertain: more text might change the verdict on the drift (loss-rise {preserved.loss_change:.2g} ± 0.12: "
@@ -139,15 +139,15 @@ def test_drift_that_more_text_might_change_is_told(preserved: TextDrift, about: 
 
 def test_settled_drift_is_not_told() -> None:
     """Where no bound lies within a margin there is nothing to tell, nor where nothing was measured."""
-    assert notes.uncertain_drift(run_of(Drift("the base", PLAIN, GAINED)), TRAINED) is None
-    assert notes.uncertain_drift(dataclasses.replace(saved.full(), drift=None), TRAINED) is None
+    assert doubts.uncertain_drift(run_of(Drift("the base", PLAIN, GAINED)), TRAINED) is None
+    assert doubts.uncertain_drift(dataclasses.replace(saved.full(), drift=None), TRAINED) is None
 
 
 def test_the_task_texts_windows_settle_its_gain() -> None:
     """How much text the gain needs is counted in windows of the task text."""
     near = dataclasses.replace(GAINED, adapted_loss=2.98, loss_margin=0.02)
     run = run_of(Drift("the base", PLAIN, near), text={"windows": 16}, task_text={"windows": 8})
-    found = notes.uncertain_drift(run, TRAINED)
+    found = doubts.uncertain_drift(run, TRAINED)
     assert found is not None
     assert found.endswith("about 32 windows would settle it")
 
@@ -161,13 +161,13 @@ def test_averages_within_their_margin_of_a_bound_are_told() -> None:
         for layer, level in zip(saved.full().layers, levels, strict=True)
     )
     run = dataclasses.replace(saved.run(), layers=layers, checkpoint_layers=2, about={"text": {"windows": 16}})
-    found = notes.uncertain([judge(layer, TRAINED) for layer in layers], run, TRAINED)
+    found = doubts.uncertain([judge(layer, TRAINED) for layer in layers], run, TRAINED)
     assert found == (
         "uncertain: more text might change the verdict on the averages, such as model (preservation 0.095 ± 0.01); "
         "about 64 windows would settle half of them, or try --nullspace-calib-size=auto"
     )
     assert (
-        notes.uncertain(
+        doubts.uncertain(
             [judge(layer, TRAINED) for layer in layers], dataclasses.replace(run, checkpoint_layers=3), TRAINED
         )
         is None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pytest_nullspace.checkpoint import Checkpoint, LayerSpec
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages
 from pytest_nullspace.judging.verdicts import Tier
-from pytest_nullspace.report import markdown, notes, terminal, words
+from pytest_nullspace.report import doubts, markdown, notes, terminal, words
 from pytest_nullspace.run.figures import beside_a_task, of_layers
 from pytest_nullspace.run.stats import LayerStats, RunStats
 
@@ -290,7 +290,7 @@ def test_a_failed_layers_message_is_the_verdict_then_everything() -> None:
 def test_an_update_that_is_exactly_zero_says_what_makes_it_so() -> None:
     """A zero A, a scale of 0 and a product that is lost are three reasons, and each layer has its own."""
     reasons: tuple[tuple[dict[str, Any], str], ...] = (
-        ({"up_weight_norm": 0.0, "scale": 0.0}, "its A is zero"),
+        ({"up_weight_norm": 0.0, "scale": 2.0}, "its A is zero"),
         ({"scale": 0.0}, "its scale is 0: lora_alpha or an alpha_pattern is 0 in adapter_config.json"),
         ({"scale": 2.0}, "A B x is zero"),
         ({}, "A B x is zero"),
@@ -370,7 +370,7 @@ def test_what_would_settle_a_verdict_is_told_of_the_text_that_it_is_given_on(abo
     task = dataclasses.replace(EXAMPLE, output_norm=10.0, update_norm=0.102, margins={"contribution": 0.00039})
     windows = {"text": {"windows": 16}, "task_text": {"windows": 32}}
     run = dataclasses.replace(run_of(dataclasses.replace(EXAMPLE, task=task)), about={**windows, **about})
-    line = notes.uncertain([judge(layer, TRAINED) for layer in run.layers], run, TRAINED)
+    line = doubts.uncertain([judge(layer, TRAINED) for layer in run.layers], run, TRAINED)
     assert line is not None
     assert line.endswith(told), line
 
@@ -380,7 +380,7 @@ def told_of_text(layer: LayerStats, tokens: int, distinct: int, **settings: int)
     about = {"text": {"windows": 4, "tokens": tokens, "distinct": distinct}, "settings": settings}
     run = dataclasses.replace(run_of(layer, EXAMPLE), about=about)
     lines, document = [line for line, _ in summary(run)], markdown.report(run, TRAINED)
-    found = notes.repeated(run), notes.few_rows(run)
+    found = doubts.repeated(run), doubts.few_rows(run)
     for line in found:
         assert (line in lines) == (line is not None)
         assert line is None or f"\n{markdown.escape(line)}.\n" in document
@@ -400,20 +400,20 @@ def test_rows_fewer_than_the_width_are_told() -> None:
     assert capped is not None
     assert capped.endswith("--nullspace-max-activation-samples=4096 would be enough, or leave it out")
     plenty = dataclasses.replace(EXAMPLE, rows=4096)
-    assert notes.few_rows(run_of(plenty)) is None
+    assert doubts.few_rows(run_of(plenty)) is None
 
 
 def test_rows_that_repeat_where_the_text_does_not_are_told() -> None:
     """What was counted of a layer's own input decides: more windows of the same few tokens would not give it more."""
     first = dataclasses.replace(EXAMPLE, name="first", rows=5000, in_features=64, distinct_rows=8)
     run = dataclasses.replace(run_of(first), about={"text": {"windows": 4, "tokens": 5000, "distinct": 5000}})
-    few = notes.few_rows(run)
+    few = doubts.few_rows(run)
     assert few is not None
     assert "such as first (8 distinct rows in a width of 64); " in few
     assert few.endswith(
         "; its rows repeat, as those do that hold a token without its context: give a text of more different tokens"
     )
-    assert notes.few_rows(run_of(dataclasses.replace(first, distinct_rows=64))) is None
+    assert doubts.few_rows(run_of(dataclasses.replace(first, distinct_rows=64))) is None
 
 
 def test_text_that_repeats_is_told_and_does_not_count_as_rows() -> None:

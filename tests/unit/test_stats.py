@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from pytest_nullspace.errors import StatsError
 from pytest_nullspace.judging.invariants import Expectations, judge
-from pytest_nullspace.report import markdown, terminal
-from pytest_nullspace.report.notes import doubts
+from pytest_nullspace.report import doubts, markdown, terminal
 from pytest_nullspace.run.figures import of_layers
 from pytest_nullspace.run.saved import from_json, to_json, write, write_atomically
 from pytest_nullspace.run.stats import LayerStats, RunStats
@@ -576,7 +575,7 @@ def test_a_run_of_the_earlier_schema_is_read_and_its_norm_said_to_be_without_the
     run = from_json(json.dumps(document), "earlier.json")
     assert run.layers == saved.full().layers
     for read in (run, from_json(to_json(run), "again.json")):
-        told = list(doubts([judge(layer, Expectations()) for layer in read.layers], read, Expectations()))
+        told = list(doubts.all_of([judge(layer, Expectations()) for layer in read.layers], read, Expectations()))
         assert any("||A||_F: saved by an earlier version, and so without the adapter's scale" in line for line in told)
     of_lora_null = from_json(json.dumps(document | {"format": "LoRA-Null"}), "earlier.json")
     assert "A_weight_norm" not in of_lora_null.about
