@@ -30,7 +30,7 @@ def quoted(text: object, limit: int = 120) -> str:
     return f"'{printable(text, limit)}'"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception of another library says, short enough to stand within a message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return printable(lines[0].rstrip(".: "), limit=300)

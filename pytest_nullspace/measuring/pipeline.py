@@ -17,6 +17,7 @@ from pytest_nullspace.judging.audit import Audit, audit
 from pytest_nullspace.judging.weights import STATEMENT, weigh
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
+from pytest_nullspace.measuring.inputs import Texts, is_base_read, read_texts
 from pytest_nullspace.measuring.limits import default_length, require_known_tokens, window_length
 from pytest_nullspace.measuring.loading import (
     Bases,
@@ -35,8 +36,6 @@ from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_me
 from pytest_nullspace.run.stats import LayerStats, RunStats
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.choice import TokenizerChoice
-from pytest_nullspace.text.readers import read_text
-from pytest_nullspace.text.sources import OPTION, TASK_OPTION, parse_source
 from pytest_nullspace.text.tokenizer import load_tokenizer
 from pytest_nullspace.text.windows import Tokenize, Window, draw_windows
 
@@ -51,6 +50,7 @@ def measure_checkpoint(
     progress: Callable[[int, int], None] | None = None,
     bases: Bases | None = None,
     initial: Checkpoint | None = None,
+    texts: Texts | None = None,
 ) -> RunStats:
     """Read the text, load the model, and measure ``layers`` in one pass.
 
@@ -61,6 +61,7 @@ def measure_checkpoint(
         progress: Told how many windows of how many are done.
         bases: Keeps the base model of an adapter for the next adapter of the same base.
         initial: The checkpoint from which training started, if it is known.
+        texts: The texts, where they were read before.
 
     Raises:
         NullspaceError: Any of it is not possible.
@@ -68,7 +69,7 @@ def measure_checkpoint(
     free_earlier_models()
     keep_freed_memory()
     clock = Clock()
-    read = _Read.of(checkpoint, settings, initial)
+    read = _Read.of(checkpoint, settings, initial, texts)
     clock.on("text")
 
     # Only now torch, for what is wrong with the text need not wait for it.
@@ -131,24 +132,20 @@ class _Read:
 
     base: Path | None
     stamps: Stamps
-    texts: Mapping[str, str]
+    texts: Texts
     tokenizer: TokenizerChoice
     tokenize: Tokenize
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None) -> "_Read":
-        """Find the base, and read the texts."""
-        is_base_read = not checkpoint.carries_base or (settings.drift and initial is None and settings.base is not None)
-        base = base_of(checkpoint, settings.base) if is_base_read else None
+    def of(cls, checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None, texts: Texts | None) -> "_Read":
+        """Find the base, and read the texts unless they were."""
+        base = base_of(checkpoint, settings.base) if is_base_read(checkpoint, settings, initial) else None
         require_unchanged(checkpoint.stamps)
         held = checkpoint.stamps | (stamps(base) if base is not None else frozenset())
         if settings.drift and initial is not None:
             held |= initial.stamps
-        texts = {"text": read_text(parse_source(settings.calib_dataset, settings.text_folder, OPTION))}
-        if settings.task_dataset is not None:
-            texts["task_text"] = read_text(parse_source(settings.task_dataset, settings.task_folder, TASK_OPTION))
         tokenizer = TokenizerChoice.of(checkpoint.directory, base)
-        return cls(base, held, texts, tokenizer, load_tokenizer(tokenizer.used))
+        return cls(base, held, texts or read_texts(settings), tokenizer, load_tokenizer(tokenizer.used))
 
     def windows(self, settings: Settings, seqlen: int) -> dict[str, Sequence[Window]]:
         """The windows of each text that may be used."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_nullspace.errors import NullspaceError, NullspaceWarning
+from pytest_nullspace.errors import NullspaceWarning
 from pytest_nullspace.judging.invariants import DRIFT, MODEL, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report import changes, notes, words
 from pytest_nullspace.run.stats import RunStats
-from pytest_nullspace.shell.progress import fail_measuring, showing_progress
+from pytest_nullspace.shell.progress import measured
 from pytest_nullspace.shell.runs import GatedRun
 
 if TYPE_CHECKING:
@@ -98,11 +98,7 @@ class MeasuredItem(GateItem):
     def setup(self) -> None:
         """Have the checkpoint measured; whatever prevents that is an error of every item."""
         super().setup()
-        try:
-            with showing_progress(self.config) as progress:
-                self.parent.run.measured(progress)
-        except NullspaceError as error:
-            fail_measuring(error, self.config)
+        measured(self.parent.run, self, self.config)
 
     def runtest(self) -> None:
         """Fail in the fail tier, warn in the warn tier."""
@@ -122,7 +118,7 @@ class MeasuredItem(GateItem):
             # No line of the config is to blame, so none is quoted, as `Node.warn` would.
             warnings.warn_explicit(NullspaceWarning(message), None, filename=str(self.path), lineno=0)
         except NullspaceWarning:
-            pytest.fail(f"{explanation}\n(warnings are errors here)", pytrace=False)
+            raise pytest.fail.Exception(f"{explanation}\n(warnings are errors here)", pytrace=False) from None
 
     def judge(self, run: RunStats) -> tuple[Verdict, str]:
         """The verdict, and the message that a failure shows."""

@@ -31,15 +31,10 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("nullspace_layer", params, ids=ids, indirect=True)
 
 
-def _measured(run: "GatedRun", config: pytest.Config) -> "RunStats":
-    from pytest_nullspace.errors import NullspaceError
-    from pytest_nullspace.shell.progress import fail_measuring, showing_progress
+def _measured(run: "GatedRun", request: pytest.FixtureRequest) -> "RunStats":
+    from pytest_nullspace.shell.progress import measured
 
-    try:
-        with showing_progress(config) as progress:
-            outcome = run.measured(progress)
-    except NullspaceError as error:
-        fail_measuring(error, config)
+    outcome = measured(run, request.node, request.config)
     if not outcome.layers:
         pytest.fail("no activation was measured: --nullspace-weights-only gates weights alone", pytrace=False)
     return outcome
@@ -49,7 +44,7 @@ def _measured(run: "GatedRun", config: pytest.Config) -> "RunStats":
 def nullspace_layer(request: pytest.FixtureRequest) -> "LayerStats":
     """What was measured at one adapted layer; the test runs once for each layer that is gated."""
     number, name = request.param
-    layer = _measured(runs_of(request.config)[number], request.config).layer(name)
+    layer = _measured(runs_of(request.config)[number], request).layer(name)
     assert layer is not None
     return layer
 
@@ -62,4 +57,4 @@ def nullspace_run(request: pytest.FixtureRequest) -> "RunStats":
         pytest.skip(NO_MODEL)
     if len(runs) > 1:
         pytest.fail(f"nullspace_run is of one checkpoint, but {len(runs)} are given", pytrace=False)
-    return _measured(runs[0], request.config)
+    return _measured(runs[0], request)

@@ -22,8 +22,9 @@ from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.settings import Settings, stats_file
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
+from pytest_nullspace.shell.options import lists_only
 from pytest_nullspace.shell.outputs import SUMMARY, check_outputs
-from pytest_nullspace.shell.runs import CheckpointRun, GatedRun, open_runs
+from pytest_nullspace.shell.runs import CheckpointRun, GatedRun, check_inputs, open_runs
 
 _SHARED = "nullspace_shared_folder"
 
@@ -39,7 +40,8 @@ class Gate:
                 f"-n shares out the tests of one process, but torchrun started {settings.ranks.size} that measure "
                 "together; leave out -n"
             )
-        self.runs = open_runs(settings)
+        texts: dict[str, str] = {}
+        self.runs = open_runs(settings, texts)
         self._files = {run.file: run for run in self.runs}
         named = [run.checkpoint.base for run in self.runs if isinstance(run, CheckpointRun)]
         bases = [local_directory(name) for name in (*named, settings.base) if name]
@@ -53,9 +55,13 @@ class Gate:
                 raise NullspaceError(
                     f"{folder / 'conftest.py'}: pytest would run it as a part of your tests; remove it"
                 )
-        if not hasattr(config, "workerinput"):
+        if not hasattr(config, "workerinput"):  # what is wrong there was wrong before the workers were started
             check_outputs(config, settings, self.runs, [base for base in bases if base is not None])
+            check_inputs(self.runs, settings, texts, look=lists_only(config))
+            if config.getoption("dist", "no") != "no":  # each worker reads them itself
+                texts.clear()
         self._config = config
+        self._saved: list[Path] = []
         self._deselected: set[pytest.Item] = set()
         self._nodes: list[CheckpointFile] = []
         self._expected: list[str] = []
@@ -227,7 +233,9 @@ class Gate:
         try:
             for run, outcome in measured:
                 if self.settings.save_stats is not None:
-                    saved.write(_diagnosed(run, outcome), stats_file(self.settings.save_stats, run.name))
+                    file = stats_file(self.settings.save_stats, run.name)
+                    saved.write(_diagnosed(run, outcome), file)
+                    self._saved.append(file)
             document = "\n".join(_document(run, outcome) for run, outcome in measured)
             for file in self.settings.reports:
                 saved.write_atomically(file, document)
@@ -259,8 +267,8 @@ class Gate:
                 terminal.write_lines(terminalreporter, notes(run, outcome, every=terminalreporter.verbosity > 0))
         for problem in self._problems:
             terminalreporter.write_line(f"nullspace: NOT GATED: {problem}", red=True, bold=True)
-        if self.settings.save_stats is not None and not self._problems:
-            terminalreporter.write_line(f"nullspace: statistics saved to {self.settings.save_stats}")
+        for file in self._saved:
+            terminalreporter.write_line(f"nullspace: statistics saved to {file}")
 
     def pytest_unconfigure(self) -> None:
         """Remove what the processes shared."""

@@ -289,8 +289,10 @@ def read_settings(config: "pytest.Config") -> Settings | None:
     Raises:
         OptionError: An option does not take its value; the message names both. Or nothing is to be gated, and must be.
     """
+    if _only_explains(config):
+        return None
     if not any(_given(config, option) for option in OPTIONS if option.name in ("model", "stats")):
-        if _read(config, _REQUIRE) and not _only_explains(config):
+        if _read(config, _REQUIRE) and not _shows_fixtures(config):
             raise OptionError(f"{PREFIX}require: this run gates nothing; give {PREFIX}model=DIR or {PREFIX}stats=JSON")
         return None
     from pytest_nullspace.measuring.distributed import Ranks
@@ -338,9 +340,18 @@ def read_settings(config: "pytest.Config") -> Settings | None:
 
 
 def _only_explains(config: "pytest.Config") -> bool:
-    """Whether pytest runs no tests, but shows its help, versions, markers, fixtures or cache."""
-    asked = ("help", "version", "markers", "showfixtures", "show_fixtures_per_test", "cacheshow")
-    return any(getattr(config.option, name, None) for name in asked)
+    """Whether pytest shows its help, versions, markers or cache, for which nothing is collected."""
+    shown = config.option  # told as pytest tells, for what it does not show it runs
+    return bool(shown.help or shown.version > 1 or shown.markers or getattr(shown, "cacheshow", None))
+
+
+def _shows_fixtures(config: "pytest.Config") -> bool:
+    return bool(config.option.showfixtures or config.option.show_fixtures_per_test)
+
+
+def lists_only(config: "pytest.Config") -> bool:
+    """Whether pytest runs no test, but collects them to list them or their fixtures."""
+    return bool(config.option.collectonly) or _shows_fixtures(config)
 
 
 def _check_together(settings: Settings) -> None:

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_nullspace.errors import NullspaceError
 
-_TOLD = pytest.StashKey[set[str]]()
+if TYPE_CHECKING:
+    from pytest_nullspace.run.stats import RunStats
+    from pytest_nullspace.shell.runs import GatedRun
 
 
 @contextmanager
@@ -43,9 +45,14 @@ def showing_progress(config: pytest.Config) -> Iterator[Callable[[int, int], Non
             write("")
 
 
-def fail_measuring(error: NullspaceError, config: pytest.Config) -> NoReturn:
-    """Fail the test that needed the measurement; only the first to meet an error tells more than its first line."""
-    told, message = config.stash.setdefault(_TOLD, set()), str(error)
-    first = message.partition("\n")[0] if message in told else message
-    told.add(message)
-    pytest.fail(first, pytrace=False)
+def measured(run: "GatedRun", test: pytest.Item, config: pytest.Config) -> "RunStats":
+    """What was measured of ``run``, measuring first if ``test`` is the first to ask.
+
+    One test tells whole what prevents it. The others only say that they wait for that, and none shows a traceback.
+    """
+    try:
+        with showing_progress(config) as progress:
+            return run.measured(progress)
+    except NullspaceError as error:
+        message = str(error) if run.tells(test.nodeid) else f"not measured: see the first error of {run.name}"
+        raise pytest.fail.Exception(message, pytrace=False) from None

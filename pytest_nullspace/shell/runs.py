@@ -16,7 +16,7 @@ from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.checkpoint.header import quoted
 from pytest_nullspace.checkpoint.hub import downloaded
 from pytest_nullspace.checkpoint.layers import is_layer_name
-from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError, StatsError
+from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError, StatsError, first_line
 from pytest_nullspace.judging.audit import Audit
 from pytest_nullspace.judging.baseline import COMPARED, Comparison, Difference, compare, incomparable, regressions
 from pytest_nullspace.judging.diagnosis import diagnose
@@ -24,7 +24,7 @@ from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import DRIFT, MODEL, Check, Expectations, Stage, passes
 from pytest_nullspace.judging.start import Start, unpaired
 from pytest_nullspace.judging.weights import LayerWeights, Weights
-from pytest_nullspace.measuring import pipeline
+from pytest_nullspace.measuring import inputs, pipeline
 from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.report import notes
 from pytest_nullspace.report import weights as weights_report
@@ -90,6 +90,8 @@ class GatedRun(ABC):
         self._outcome: RunStats | NullspaceError | None = None
         self._shared: SharedOutcome | None = None
         self._wrong: NullspaceError | None = None
+        self._broken_off: BaseException | None = None
+        self._teller: str | None = None
         self._told: Told | None = None
 
     def _saved_start(self, layers: Sequence[str]) -> Start | None:
@@ -245,15 +247,33 @@ class GatedRun(ABC):
         """
         if self._outcome is None:
             self._outcome = (
-                self._measure(progress)
-                if self._shared is None
-                else self._shared.get_or(lambda: self._measure(progress))
+                self._made(progress) if self._shared is None else self._shared.get_or(lambda: self._made(progress))
             )
             self._wrong = self._outcome if isinstance(self._outcome, NullspaceError) else self._refusal(self._outcome)
+            broken_off, self._broken_off = self._broken_off, None
+            if broken_off is not None:
+                raise broken_off
         if self._wrong is not None:
             raise self._wrong.with_traceback(None)
         assert isinstance(self._outcome, RunStats)
         return self._outcome
+
+    def _made(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
+        """The outcome; one that stays also where a timeout of the test, or Ctrl-C, breaks the measurement off."""
+        try:
+            return self._measure(progress)
+        except BaseException as error:
+            self._broken_off = error
+            return MeasurementError(
+                f"{self.path}: the measurement was broken off by {type(error).__name__}: {first_line(error)}; it is "
+                "made once for all tests, within the first of them: give that one more time"
+            )
+
+    def tells(self, test: str) -> bool:
+        """Whether ``test``, which met what went wrong, is the one that tells it; the others only name it."""
+        if self._teller is None:
+            self._teller = test if self._shared is None else self._shared.teller(test)
+        return self._teller == test
 
     def peek(self) -> RunStats | None:
         """What was measured, if it was; nothing is measured now."""
@@ -264,7 +284,9 @@ class GatedRun(ABC):
 class CheckpointRun(GatedRun):
     """A checkpoint, whose layers are measured when the first of them is asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, settings: Settings, bases: Bases) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, name: str, settings: Settings, bases: Bases, texts: dict[str, str]
+    ) -> None:
         directory, layers = checkpoint.directory, [spec.name for spec in checkpoint.layers]
         super().__init__(directory, checkpoint.config_file, name, layers, settings)
         if settings.strict_scope and checkpoint.carries_base:
@@ -274,7 +296,7 @@ class CheckpointRun(GatedRun):
             )
         self.checkpoint = checkpoint
         self._initial = None if settings.init_directory is None else open_checkpoint(settings.init_directory)
-        self._bases = bases
+        self._bases, self._texts = bases, texts
         if self._earlier is not None or self.start is not None:
             self._check_comparable(*pipeline.planned(checkpoint, settings))
 
@@ -319,6 +341,10 @@ class CheckpointRun(GatedRun):
             return weights_report.header(self.checkpoint, len(self.gated))
         return notes.header(self.checkpoint, len(self.gated), self._settings)
 
+    def check_models(self, *, look: bool) -> None:
+        """Refuse a base model or a tokenizer that cannot be read; with ``look`` only what can be told at a glance."""
+        inputs.check_models(self.checkpoint, self._initial, self._settings, look=look)
+
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         try:
             with self._settings.ranks.joined() as ranks:
@@ -332,10 +358,10 @@ class CheckpointRun(GatedRun):
         except Exception as error:
             return MeasurementError(
                 f"{self.checkpoint.directory}: the measurement failed unexpectedly: {type(error).__name__}: {error}\n"
-                + "".join(traceback.format_exception(error))
+                + "".join(traceback.format_exception(error, chain=False))
             )
         finally:
-            self._bases = {}  # the last run to let go of what is shared frees it
+            self._bases, self._texts = {}, {}  # the last run to let go of what is shared frees it
 
     def _measured_here(self, progress: Callable[[int, int], None] | None) -> RunStats:
         checkpoint, settings, layers = self.checkpoint, self._settings, self.selected or set(self.gated)
@@ -349,6 +375,7 @@ class CheckpointRun(GatedRun):
                 progress,
                 self._bases,
                 self._initial,
+                self._texts,
             )
         if self._initial is None:
             return outcome
@@ -432,8 +459,12 @@ def read_run(file: Path) -> RunStats:
     return run
 
 
-def open_runs(settings: Settings) -> tuple[GatedRun, ...]:
+def open_runs(settings: Settings, texts: dict[str, str]) -> tuple[GatedRun, ...]:
     """Every checkpoint and every saved run that the settings name, read without torch.
+
+    Args:
+        settings: What is gated.
+        texts: Holds the texts where they were read before the measurement.
 
     Raises:
         CheckpointError: A directory is no checkpoint.
@@ -442,11 +473,36 @@ def open_runs(settings: Settings) -> tuple[GatedRun, ...]:
     """
     bases: Bases = {}
     runs = (
-        *(CheckpointRun(_opened(model), model_name(model), settings, bases) for model in settings.models),
+        *(CheckpointRun(_opened(model), model_name(model), settings, bases, texts) for model in settings.models),
         *(SavedRun(file, settings) for file in settings.stats),
     )
     _require_held(runs, settings)
     return runs
+
+
+def check_inputs(runs: Sequence[GatedRun], settings: Settings, texts: dict[str, str], *, look: bool) -> None:
+    """Refuse texts, base models and tokenizers that cannot be read, before any test asks for the measurement.
+
+    Args:
+        runs: What is gated.
+        settings: Which texts.
+        texts: Takes the texts, so that they are not read again.
+        look: Whether they are only looked for, as where tests are listed.
+
+    Raises:
+        CheckpointError: A base or a tokenizer cannot be read.
+        TextError: A text cannot be read.
+    """
+    measured = [run for run in runs if isinstance(run, CheckpointRun)]
+    # Several processes must first meet, to fail together.
+    if not measured or settings.weights_only or settings.ranks.size > 1:
+        return
+    if look:
+        inputs.sources(settings)
+    else:
+        texts |= inputs.read_texts(settings)
+    for run in measured:
+        run.check_models(look=look)
 
 
 def _require_held(runs: Sequence[GatedRun], settings: Settings) -> None:

@@ -17,6 +17,7 @@ class SharedOutcome:
         self._started = folder / f"{number}.started"
         self._measured = folder / f"{number}.json"
         self._failed = folder / f"{number}.failed"
+        self._teller = folder / f"{number}.teller"
 
     def get_or(self, measure: Callable[[], RunStats | NullspaceError]) -> RunStats | NullspaceError:
         """What was measured, or why not; ``measure`` is called where no process has begun to."""
@@ -48,3 +49,14 @@ class SharedOutcome:
         if self._measured.exists():
             return from_json(self._measured.read_text("utf-8"), str(self._measured))
         return MeasurementError(self._failed.read_text("utf-8")) if self._failed.exists() else None
+
+    def teller(self, test: str) -> str:
+        """The test that tells what went wrong, of all processes the first that asked to."""
+        try:
+            with self._teller.open("x", encoding="utf-8") as file:
+                file.write(test)
+        except FileExistsError:
+            return self._teller.read_text("utf-8")
+        except OSError:  # no room: better told by each process than by none
+            pass
+        return test

@@ -31,10 +31,7 @@ def load_tokenizer(directory: Path) -> Callable[[str], list[int]]:
     Raises:
         CheckpointError: There is no tokenizer, it needs code of its own, or it cannot be loaded.
     """
-    if directory.suffix == gguf.SUFFIX:
-        gguf.read_header(directory)
-    else:
-        _require_tokenizer(directory)
+    require_tokenizer(directory)
     try:
         return _fast(directory) if (directory / "tokenizer.json").is_file() else _slow(directory)
     except CheckpointError:
@@ -59,6 +56,14 @@ def tokenizer_hashes(directory: Path) -> dict[str, str]:
             with opened(directory / name, "the tokenizer") as (stream, _):
                 hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
+
+
+def check_tokenizer(directory: Path) -> None:
+    """Refuse what `load_tokenizer` refuses, as far as that can be told without `transformers`."""
+    if (directory / "tokenizer.json").is_file():
+        load_tokenizer(directory)
+    else:
+        require_tokenizer(directory)
 
 
 def _fast(directory: Path) -> Callable[[str], list[int]]:
@@ -98,8 +103,15 @@ def _slow(directory: Path) -> Callable[[str], list[int]]:
     return tokenize
 
 
-def _require_tokenizer(directory: Path) -> None:
-    """Refuse a directory without a tokenizer, or with one that only its own code can build."""
+def require_tokenizer(directory: Path) -> None:
+    """Refuse a directory without a tokenizer, or with one that only its own code can build; nothing is loaded.
+
+    Raises:
+        CheckpointError: It is so, or ``directory`` is a GGUF file that cannot be read.
+    """
+    if directory.suffix == gguf.SUFFIX:
+        gguf.read_header(directory)
+        return
     present = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
     config = directory / "tokenizer_config.json"
     if "tokenizer.json" in present:

@@ -37,14 +37,23 @@ def draw_windows(text: str, tokenize: Tokenize, *, count: int, seqlen: int, seed
     Raises:
         TextError: The text is too short for one window, or one comes out without tokens.
     """
+    require_length(text, seqlen)
     last = len(text) - seqlen - 1
-    if last < 0:
+    chosen = random.Random(seed)
+    return tuple(_window(text, tokenize, chosen.randint(0, last), seqlen) for _ in range(count))
+
+
+def require_length(text: str, seqlen: int) -> None:
+    """Refuse a text from which no window of ``seqlen`` tokens can be drawn.
+
+    Raises:
+        TextError: It is too short, whatever its tokens are.
+    """
+    if len(text) <= seqlen:
         raise TextError(
             f"the text has {len(text)} characters, and windows of {seqlen} tokens need at least "
             f"{seqlen + 1}; give a longer text or a smaller --nullspace-seqlen"
         )
-    chosen = random.Random(seed)
-    return tuple(_window(text, tokenize, chosen.randint(0, last), seqlen) for _ in range(count))
 
 
 def tokens_at(text: str, tokenize: Tokenize, start: int, seqlen: int) -> tuple[int, ...]:

@@ -1,10 +1,16 @@
 """What a user meets first: the help, a gate that was forgotten, and mistakes that are told once."""
 
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from pytest_nullspace.settings import PREFIX
 from pytest_nullspace.shell.options import OPTIONS
-from tests import tiny
+from tests import saved, tiny
 from tests.adapters import adapter
 from tests.plugin.conftest import Gate, Replay
 
@@ -54,20 +60,17 @@ def test_a_required_gate_that_was_forgotten_is_a_usage_error(
     )
 
 
-def test_what_pytest_tells_of_itself_needs_no_gate(pytester: pytest.Pytester) -> None:
-    """Where the ini file requires a gate, help, versions, markers and fixtures are shown all the same."""
-    pytester.makeini("[pytest]\nnullspace_require = true\n")
-    for asked in (
-        "--help",
-        "--version",
-        "-VV",
-        "--markers",
-        "--fixtures",
-        "--fixtures-per-test",
-        "--cache-show",
-        "--nullspace-explain=dead-layers",
-    ):
-        assert pytester.runpytest_subprocess(asked).ret in (0, pytest.ExitCode.NO_TESTS_COLLECTED), asked
+@pytest.mark.parametrize("ini", ["nullspace_require = true", "nullspace_model = not/there"])
+def test_what_pytest_tells_of_itself_needs_no_gate(pytester: pytest.Pytester, ini: str) -> None:
+    """Where the ini file requires a gate, or names a model that is not there, help, versions and markers are shown."""
+    pytester.makeini(f"[pytest]\n{ini}\n")
+    pytester.makepyfile(OWN)
+    for asked in ("--help", "-VV", "--markers", "--cache-show", "--nullspace-explain=dead-layers"):
+        assert pytester.runpytest_subprocess(asked).ret == 0, asked
+    for asked in ("--fixtures", "--fixtures-per-test"):  # what lies in a model's folder is collected under the gate
+        assert pytester.runpytest_subprocess(asked).ret == (0 if "require" in ini else 4), asked
+    for asked in ("-v", "--collect-only"):
+        assert pytester.runpytest_subprocess(asked, "test_what_pytest_tells_of_itself_needs_no_gate.py").ret == 4, asked
 
 
 def test_a_forgotten_gate_skips_the_users_tests_unless_one_is_required(pytester: pytest.Pytester) -> None:
@@ -100,3 +103,210 @@ def test_no_library_speaks_into_a_failing_test(pytester: pytest.Pytester, gate: 
     assert result.ret == 1
     assert "Captured" not in result.stdout.str()
     assert "Loading weights" not in result.stdout.str() + result.stderr.str()
+
+
+# --- what is wrong before anything is measured ----------------------------------------------------------------------
+
+
+def refused(result: pytest.RunResult, message: str) -> None:
+    """Hold that the run ended with one usage error that fits ``message``, and collected nothing."""
+    assert result.ret == pytest.ExitCode.USAGE_ERROR, result.stdout.str()
+    assert "collected" not in result.stdout.str()
+    lines = result.stderr.str().strip().splitlines()
+    assert len(lines) == 1, lines
+    assert re.fullmatch(f"ERROR: {message}", lines[0]), lines[0]
+
+
+ONCE = [(), ("-n", "2"), ("-p", "no:xdist")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("missing.txt", r".*missing\.txt: no such file or folder.*"),
+        ("rows.csv:body", r".*rows\.csv: has no column 'body'; its columns: text"),
+        ("empty.txt", r".*empty\.txt: holds no text"),
+        ("short.txt", r".*short\.txt: the text has 12 characters, and windows of 32 tokens need at least 33; .*"),
+        ("wikitext2", r"hub dataset Salesforce/wikitext .*: cannot be loaded: .*"),
+        ("hub:nobody/nothing", r"hub dataset nobody/nothing .*: cannot be loaded: .*"),
+    ],
+)
+def test_a_text_that_cannot_be_had_is_one_usage_error(
+    checkpoint: Path, gate: Gate, pytester: pytest.Pytester, text: str, message: str
+) -> None:
+    """Of either text all that can be told without torch is told once, before pytest collects."""
+    for name, content in (("rows.csv", "text\nword\n"), ("empty.txt", "\n \n"), ("short.txt", "a short text")):
+        (pytester.path / name).write_text(content)
+    pytester.makeconftest("import sys; sys.modules['torch'] = None")
+    for args in (
+        (f"--nullspace-calib-dataset={text}",),
+        (f"--nullspace-task-dataset={text}", "-n", "2"),
+        (f"--nullspace-calib-dataset={text}", "-p", "no:xdist"),
+    )[: 3 if text == "wikitext2" else 1]:
+        refused(gate(*args), message)
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.fixture(scope="module")
+def on_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny PEFT adapter and its base; to be copied, never changed."""
+    folder = tmp_path_factory.mktemp("on-base")
+    adapter(folder, tiny.llama(), r=4, target_modules=["q_proj"])
+    (folder / "text.txt").write_text(tiny.TEXT)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, r".*base_model_name_or_path: .*base is no directory, .*"),
+        (lambda base: (base / "config.json").unlink(), r".*base: is no base model: .*"),
+        (lambda base: (base / "config.json").write_text("{"), r".*base/config\.json: .*"),
+        (without_weights, r".*base: holds no base model that can be read, for no \*\.safetensors is in it; .*"),
+        (cut_short, r".*base/model\.safetensors: .*"),
+        (lambda base: (base / "tokenizer.json").unlink(), r".*base: no tokenizer lies in it .*"),
+        (lambda base: (base / "tokenizer.json").write_text("{}"), r".*base: its tokenizer cannot be loaded: .*"),
+    ],
+    ids=["gone", "no-config", "half-a-config", "no-weights", "half-the-weights", "no-tokenizer", "no-such-tokenizer"],
+)
+def test_a_base_that_cannot_be_read_is_one_usage_error(
+    on_base: Path, gate: Gate, pytester: pytest.Pytester, spoil: Callable[[Path], object], message: str
+) -> None:
+    """What is wrong with the base's files, or the tokenizer's, is told once, before torch is imported."""
+    shutil.copytree(on_base, pytester.path, dirs_exist_ok=True)
+    config = pytester.path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(on_base), str(pytester.path)))
+    spoil(pytester.path / "base")
+    pytester.makeconftest("import sys; sys.modules['torch'] = None")
+    refused(gate(model="adapter"), message)
+
+
+def test_an_option_that_names_no_base_and_a_start_that_is_none_are_usage_errors(
+    on_base: Path, gate: Gate, pytester: pytest.Pytester
+) -> None:
+    """What ``--nullspace-base`` and ``--nullspace-init`` name is looked at as well."""
+    shutil.copytree(on_base, pytester.path, dirs_exist_ok=True)
+    refused(gate("--nullspace-base=no/such/base", model="adapter"), r"--nullspace-base: no/such/base is no directory.*")
+    refused(gate("--nullspace-init=base", model="adapter"), r".*base.*")
+
+
+def test_listing_the_tests_looks_only_for_what_lies_here(on_base: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """--collect-only needs no network and no library, and still says that a text or a base is not there."""
+    shutil.copytree(on_base, pytester.path, dirs_exist_ok=True)
+    heavy = ("torch", "transformers", "datasets", "tokenizers", "pyarrow")
+    pytester.makeconftest("import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in heavy))
+    for text in ("text.txt", "wikitext2", "hub:nobody/nothing"):
+        listed = gate("--collect-only", "-q", f"--nullspace-calib-dataset={text}", model="adapter")
+        assert listed.ret == 0
+        assert sum("::" in line for line in listed.outlines) == 4
+    refused(gate("--collect-only", "--nullspace-calib-dataset=none.txt", model="adapter"), r".*none\.txt: no such .*")
+    assert gate("--collect-only", "--nullspace-base=nobody/nothing", model="adapter").ret == 0
+
+
+# --- what only loading shows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ONCE, ids=["alone", "parallel", "no-xdist"])
+def test_a_base_that_cannot_be_loaded_is_told_once_and_whole(
+    on_base: Path, gate: Gate, pytester: pytest.Pytester, mode: tuple[str, ...]
+) -> None:
+    """One test says what is wrong, the gate's others and the user's own that they wait for it; none shows a chain."""
+    shutil.copytree(on_base, pytester.path, dirs_exist_ok=True)
+    config = json.loads((pytester.path / "base" / "config.json").read_text())
+    (pytester.path / "base" / "config.json").write_text(json.dumps({**config, "model_type": "nosuch"}))
+    pytester.makepyfile(OWN)
+    result = gate(*mode, "--nullspace-base=base", model="adapter")
+    assert result.ret == 1
+    result.assert_outcomes(errors=4 + 3)
+    shown = result.stdout.str().partition("short test summary")[0]
+    assert shown.count("has no model_type 'nosuch' of its own") == 1
+    assert shown.count("not measured: see the first error of adapter") == 6
+    for word in ("During handling", "direct cause", "Traceback", "Captured"):
+        assert word not in shown
+
+
+TIMEOUT = """
+import signal
+import time
+
+import pytest
+import {module} as module
+
+
+def over(*_):
+    pytest.fail("Timeout (>1.0s) from a fake pytest-timeout.")
+
+
+def hangs(*_, **__):
+    open("began.log", "a").write("x")
+    signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    time.sleep(60)
+
+
+module.{function} = hangs
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "mode"),
+    [
+        ("pytest_nullspace.model", "import_libraries", ()),
+        ("pytest_nullspace.measuring.pipeline", "load_tokenizer", ("-n", "2")),
+        ("pytest_nullspace.measuring.pipeline", "load_tokenizer", ("-p", "no:xdist")),
+    ],
+    ids=["import", "parallel", "no-xdist"],
+)
+def test_a_timeout_within_the_measurement_ends_it_for_all(
+    checkpoint: Path, gate: Gate, pytester: pytest.Pytester, module: str, function: str, mode: tuple[str, ...]
+) -> None:
+    """Where a timeout plugin breaks off the measurement, or an import for it, no later test begins it again."""
+    pytester.makeconftest(TIMEOUT.format(module=module, function=function))
+    result = gate(*mode)
+    assert result.ret == 1
+    assert (pytester.path / "began.log").read_text() == "x"
+    result.assert_outcomes(errors=22)
+    shown = result.stdout.str().partition("short test summary")[0]
+    assert shown.count("E       Failed: Timeout (>1.0s) from a fake pytest-timeout.") == 1
+    assert (
+        shown.count("ft: the measurement was broken off by Failed: Timeout (>1.0s) from a fake pytest-timeout; ") == 1
+    )
+    assert shown.count("not measured: see the first error of ft") == 20
+
+
+# --- what was saved -------------------------------------------------------------------------------------------------
+
+
+def test_only_files_that_were_written_are_said_to_be_saved(
+    checkpoint: Path, gate: Gate, replay: Replay, pytester: pytest.Pytester
+) -> None:
+    """The last lines name each file of statistics that is there now, and none where nothing was measured."""
+
+    def told(result: pytest.RunResult) -> list[str]:
+        said = "nullspace: statistics saved to "
+        return [line.removeprefix(said) for line in result.outlines if line.startswith(said)]
+
+    saved.save(pytester.path / "other.json")
+    both = replay("--nullspace-stats=other.json", "--nullspace-save-stats=out-{model}.json", apart=True)
+    assert told(both) == [str(pytester.path / f"out-{name}.json") for name in ("stats", "other")]
+    assert all(Path(file).is_file() for file in told(both))
+    (pytester.path / "text.txt").write_text("a text that is short\n")
+    for args in (
+        ("--collect-only",),
+        ("-k", "no_such_test"),
+        ("--nullspace-seqlen=200",),
+        ("--nullspace-dtype=float16", "--nullspace-seqlen=8", "--nullspace-device=cuda:99"),
+    ):
+        result = gate("--nullspace-save-stats=none.json", *args)
+        assert result.ret != 0 or "--collect-only" in args
+        assert told(result) == []
+        assert not (pytester.path / "none.json").exists()

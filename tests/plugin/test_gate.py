@@ -676,10 +676,3 @@ def test_where_the_time_went_is_told_on_request(checkpoint: Path, gate: Gate) ->
     )
     gate(*LOOSE, "-vv").stdout.re_match_lines([line])
     gate(*LOOSE, "-v").stdout.no_re_match_line("start-up")
-
-
-def test_a_bad_text_is_told_before_torch_is_imported(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
-    """Whoever mistypes a text does not wait for libraries that are not needed to say so."""
-    pytester.makeconftest("import sys; sys.modules['torch'] = None")
-    gate(*LOOSE, "--nullspace-calib-dataset=none.txt").stdout.fnmatch_lines(["*none.txt: no such file or folder*"])
-    gate(*LOOSE).stdout.fnmatch_lines(["*import of torch halted*"])

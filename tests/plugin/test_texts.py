@@ -230,8 +230,8 @@ def test_a_bound_on_what_is_not_measured_is_refused(
 def test_a_missing_task_text_is_told_by_its_option(checkpoint: Path, gate: Gate) -> None:
     """The message names the option that is to blame."""
     result = gate("--nullspace-task-dataset=nowhere.txt")
-    assert result.ret == 1
-    result.stdout.fnmatch_lines(["*--nullspace-task-dataset=nowhere.txt: no such file or folder*"])
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--nullspace-task-dataset=nowhere.txt: no such file or folder*"])
 
 
 def test_windows_are_drawn_until_every_verdict_is_settled(gate: Gate, pytester: pytest.Pytester) -> None:

@@ -330,8 +330,8 @@ def test_a_broken_adapter_is_an_error_that_names_what_is_wrong(how: str, saved: 
         opened(saved)
     exit_code = 1
     try:
-        open_checkpoint(saved)
-    except CheckpointError:
+        base_of(open_checkpoint(saved), None)
+    except CheckpointError:  # told before pytest collects
         exit_code = 4
     said, _, _ = str(caught.value).replace(f"{saved.parent}/", "").partition(" from the hub:")
     row = next(line for line in TABLE.read_text("utf-8").splitlines() if line.startswith(f"| {how} |"))

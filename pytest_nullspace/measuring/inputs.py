@@ -1,0 +1,97 @@
+"""What a measurement needs beside its checkpoint: texts, base models and a tokenizer, read without torch.
+
+All of it is looked at before pytest collects, so that what is wrong is one usage error and not an error of each test.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pytest_nullspace.checkpoint import Checkpoint, gguf
+from pytest_nullspace.checkpoint.header import read_header, read_json_object
+from pytest_nullspace.checkpoint.hub import base_of, local_directory
+from pytest_nullspace.errors import CheckpointError, TextError
+from pytest_nullspace.settings import PREFIX, Settings
+from pytest_nullspace.text.choice import TokenizerChoice
+from pytest_nullspace.text.readers import read_text
+from pytest_nullspace.text.sources import OPTION, TASK_OPTION, Source, parse_source
+from pytest_nullspace.text.tokenizer import check_tokenizer, require_tokenizer
+from pytest_nullspace.text.windows import require_length
+
+Texts = Mapping[str, str]
+"""The texts of one run by what they are called in its statistics."""
+
+
+def sources(settings: Settings) -> dict[str, Source]:
+    """What the text options name; nothing is read.
+
+    Raises:
+        TextError: One names nothing that is there.
+    """
+    named = {"text": parse_source(settings.calib_dataset, settings.text_folder, OPTION)}
+    if settings.task_dataset is not None:
+        named["task_text"] = parse_source(settings.task_dataset, settings.task_folder, TASK_OPTION)
+    return named
+
+
+def read_texts(settings: Settings) -> Texts:
+    """The texts that the settings name.
+
+    Raises:
+        TextError: One cannot be had, or is shorter than a window of the length that was asked for.
+    """
+    texts = {what: read_text(source) for what, source in sources(settings).items()}
+    for what, source in sources(settings).items():
+        try:
+            require_length(texts[what], settings.seqlen or 0)
+        except TextError as error:
+            raise TextError(f"{source}: {error}") from None
+    return texts
+
+
+def is_base_read(checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None) -> bool:
+    """Whether a base model is read for ``checkpoint``: its own, or that with which drift compares it."""
+    return not checkpoint.carries_base or (settings.drift and initial is None and settings.base is not None)
+
+
+def check_models(checkpoint: Checkpoint, initial: Checkpoint | None, settings: Settings, *, look: bool) -> None:
+    """Refuse a base or a tokenizer that is not there or cannot be read.
+
+    Args:
+        checkpoint: What is to be measured.
+        initial: The checkpoint from which training started, if it is known.
+        settings: Which base, and what it is read for.
+        look: Whether nothing may be loaded but what lies here and is small, as where tests are only listed.
+
+    Raises:
+        CheckpointError: It is so.
+    """
+    base = _checked_base(checkpoint, settings, look) if is_base_read(checkpoint, settings, initial) else None
+    if initial is not None and not initial.carries_base and (settings.drift or checkpoint.carries_base):
+        _checked_base(initial, settings, look)
+    if base is not None or checkpoint.carries_base:
+        directory = TokenizerChoice.of(checkpoint.directory, base).used
+        if look:
+            require_tokenizer(directory)
+        else:
+            check_tokenizer(directory)
+
+
+def _checked_base(checkpoint: Checkpoint, settings: Settings, look: bool) -> Path | None:
+    """The base model of ``checkpoint``; None where it would first have to be downloaded."""
+    named = settings.base if settings.base is not None else checkpoint.base
+    if look and named and local_directory(named) is None:
+        return None
+    base = base_of(checkpoint, settings.base)
+    if base.is_file():
+        gguf.read_header(base)
+        return base
+    read_json_object(base / "config.json", "the base model's config")
+    weights = sorted(base.glob("*.safetensors"))
+    if not weights:
+        raise CheckpointError(
+            f"{base}: holds no base model that can be read, for no *.safetensors is in it; save it with "
+            f"safe_serialization=True, or give another by {PREFIX}base=DIR"
+        )
+    for file in weights:
+        read_header(file)
+    return base
