@@ -6,6 +6,7 @@ left float32's range, or ``Bx`` lost its digits to cancellation, and take it in 
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -125,6 +126,7 @@ class Recorder:
         down_ranks: How many directions the rows of its B span.
         rows: Which rows of the batch are whose.
         alone: Whether it takes a batch of one window to know this.
+        unplaced: Of each layer whose rows not even that tells apart, in how many windows.
     """
 
     def __init__(self, device: torch.device, windows: int) -> None:
@@ -133,6 +135,7 @@ class Recorder:
         self.by_octave: dict[str, Tensor] = {}
         self.down_ranks: dict[str, int] = {}
         self.rows, self.alone = Rows(), False
+        self.unplaced: Counter[str] = Counter()
         self._distinct: dict[tuple[str, bool], DistinctRows] = {}
         self._batch = Batch(torch.empty(0, 0), 0, None, [])
         self._layout: Layout | None = None
@@ -163,9 +166,11 @@ class Recorder:
     def end(self) -> bool:
         """Count the batch; False, and nothing counted, where `alone` the rows of one window could be told apart."""
         self._sum_held()
-        if self._unclear - {name for name, *_ in self._of_batch} and len(self._batch.tokens) > 1:
-            self.alone = True
-            return False
+        if unplaced := self._unclear - {name for name, *_ in self._of_batch}:
+            if len(self._batch.tokens) > 1:
+                self.alone = True
+                return False
+            self.unplaced.update(unplaced)
         first, of_tokens = self._batch.first, {name for name, whole, *_ in self._of_batch if whole}
         for name, whole, summed, apart in self._of_batch:
             # An expert may run more than once a forward. Beside the tokens a layer may read what is none: distances.

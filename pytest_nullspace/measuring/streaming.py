@@ -103,9 +103,13 @@ def measure(
                 progress(part.stop, len(windows))
             if settled is not None and part.stop < len(windows) and settled(figures()):
                 break
-    found = ranks.told("the distinct rows", recorder.distinct())
+    found = ranks.told("the distinct rows", (recorder.distinct(), recorder.unplaced))
     return tuple(
-        replace(layer, distinct_rows=together([of[layer.name] for of in found if layer.name in of], layer.in_features))
+        replace(
+            layer,
+            distinct_rows=together([of[layer.name] for of, _ in found if layer.name in of], layer.in_features),
+            unplaced=sum(of[layer.name] for _, of in found),
+        )
         for layer in figures()
     )
 

@@ -33,6 +33,7 @@ _KEYS = {
     "down_rank": "B_rank",
     "scale": "scale",
     "distinct_rows": "distinct_rows",
+    "unplaced": "unplaced_windows",
     "out_features": "out_features",
     "mean_leakage": "leakage",
     "chance": "leakage_chance",
@@ -41,11 +42,11 @@ _DERIVED_TOLERANCE = 1e-6
 _MARGINS, _TASK, _SPECTRUM = "margin_95", "task", "spectrum"
 SINK_ROWS, _WITHOUT_SINKS = "sink_rows", "without_sinks"
 
-_UNTOLD = ("down_rank", "distinct_rows", "scale")
+_UNTOLD = ("down_rank", "distinct_rows", "unplaced", "scale")
 """What older files do not tell."""
 _ABSENT_IN_REFERENCE: Mapping[str, int] = {"in_features": 0, "rank": 0, "out_features": 0}
 
-_COUNTS = ("rows", "in_features", "rank", "down_rank", "distinct_rows", "out_features")
+_COUNTS = ("rows", "in_features", "rank", "down_rank", "distinct_rows", "unplaced", "out_features")
 
 
 def _keys() -> dict[str, str]:

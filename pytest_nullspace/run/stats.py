@@ -22,6 +22,12 @@ times the median in most layers, and between 13 and 630 times in those where the
 UNREACHED = "no activation row reached it"
 """The defect of a layer whose weights are sound and whose activations the text does not tell."""
 
+UNPLACED = (
+    "not every row that it read is a token of the text, and which ones are cannot be told, as where a model pads its "
+    "windows; give a --nullspace-seqlen that it does not pad"
+)
+"""The defect of a layer that ran, but on rows of which nobody knows whose they are."""
+
 SCALE_ZERO = "its scale is 0: lora_alpha or an alpha_pattern is 0 in adapter_config.json"
 """Why an update is zero although its matrices are not."""
 
@@ -122,6 +128,7 @@ class LayerStats(_Ratios):
         down_rank: How many directions the rows of B span. None if never counted, which is taken as ``rank``.
         distinct_rows: How many rows of its input were unlike each other, ``in_features`` where as many or more. None if
             never counted.
+        unplaced: In how many windows it ran without its rows being counted, for nobody can tell which are tokens.
         margins: Half the width of each figure's confidence interval; empty if never estimated.
         task: The same layer on the task text, if that was measured too; what is here is then of the preserved text.
         spectrum: What the text would allow at best, if that was measured.
@@ -145,6 +152,7 @@ class LayerStats(_Ratios):
     base_weight_norm: float | None
     down_rank: int | None = None
     distinct_rows: int | None = None
+    unplaced: int = 0
     margins: Mapping[str, float] = field(default_factory=dict)
     task: "LayerStats | None" = None
     spectrum: Spectrum | None = None
@@ -235,6 +243,8 @@ class LayerStats(_Ratios):
             return "non-finite weights (NaN or infinity)"
         if self.down_rank == 0 or (self.down_rank is None and self.down_weight_norm == 0):
             return "its down projection B is zero, so nothing can reach it"
+        if self.unplaced:
+            return f"in {self.unplaced} windows {UNPLACED}"
         if not self.rows:
             return UNREACHED
         if self.task is not None and self.task.defect is not None:

@@ -11,11 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pytest_nullspace.judging.invariants import Expectations, judge
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.measuring.rows import Batch, Rows
 from pytest_nullspace.measuring.spectrum import spectrum
 from pytest_nullspace.measuring.streaming import draw_rows, measure
 from pytest_nullspace.model import AdaptedModel
-from pytest_nullspace.run.stats import LayerStats
+from pytest_nullspace.run.saved import from_json, to_json
+from pytest_nullspace.run.stats import UNPLACED, LayerStats, RunStats
 from tests.adapters import adapter
 from tests.unit.test_peft import EXACT, SMALL, figures, opened
 
@@ -35,6 +38,10 @@ def longformer() -> Any:
 def xlnet() -> Any:
     sizes = {"vocab_size": 128, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "initializer_range": 0.2}
     return transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes))
+
+
+SIDE = {"layers": 1, "attention_heads": 4, "ffn_dim": 48}
+"""Of each side of LED."""
 
 
 def deberta() -> Any:
@@ -124,6 +131,27 @@ def test_a_cap_draws_the_same_rows_whatever_the_layout(kind: str, tmp_path: Path
     alone = measure(adapted, TEXT, max_rows=30)
     assert all(0 < layer.rows <= 2 * 30 for layer in alone)
     agree(measure(adapted, TEXT, max_rows=30, batch_size=4), alone)
+
+
+def test_what_nobody_can_tell_to_be_tokens_is_refused_as_that(tmp_path: Path) -> None:
+    """LED embeds its padding apart: its layers ran, so no glob of unreached layers excuses them.
+
+    Windows as long as its attention window are not padded: of them every token is a row.
+    """
+    sizes = {"vocab_size": 128, "d_model": 32, "attention_window": WINDOW, "pad_token_id": 0}
+    sides = {f"{side}_{of}": n for side in ("encoder", "decoder") for of, n in SIDE.items()}
+    model = transformers.LEDForConditionalGeneration(transformers.LEDConfig(**sizes, **sides))
+    adapted = opened(adapter(tmp_path, model, "SEQ_2_SEQ_LM", r=4, target_modules=["fc1"]))[1]
+    whole = [window[:WINDOW] for window in TEXT]
+    assert [(layer.rows, layer.defect) for layer in measure(adapted, whole)] == [(6 * WINDOW, None)] * 2
+    for windows, unplaced in ((TEXT, 6), (TEXT[:2] + whole[2:], 2)):
+        decoder, encoder = measure(adapted, windows, batch_size=3)
+        assert (decoder.rows, decoder.defect) == (sum(map(len, windows)), None)
+        assert (encoder.rows, encoder.unplaced) == ((6 - unplaced) * WINDOW, unplaced)
+        verdict = judge(encoder, Expectations(unreached=("*",)))
+        assert (verdict.tier, verdict.summary) == (Tier.FAIL, f"in {unplaced} windows {UNPLACED}")
+        run = RunStats("m", "t", (decoder, encoder), 2)
+        assert [layer.unplaced for layer in from_json(to_json(run), "f").layers] == [0, unplaced]
 
 
 def test_as_many_windows_as_tokens_do_not_share_a_forward(tmp_path: Path) -> None:
