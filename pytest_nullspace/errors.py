@@ -11,6 +11,8 @@ Each message says what is wrong, where, and what to do. Warnings are `NullspaceW
 it a stranger's tensor name or the name of a file, no control character of it reaches a terminal.
 """
 
+from collections.abc import Iterable
+
 
 def escaped(text: str) -> str:
     """``text`` with everything but plain printable characters and ends of lines escaped."""
@@ -28,6 +30,12 @@ def printable(text: object, limit: int = 120) -> str:
 def quoted(text: object, limit: int = 120) -> str:
     """`printable` in quotes."""
     return f"'{printable(text, limit)}'"
+
+
+def some(names: Iterable[object], shown: int = 2) -> str:
+    """The first of ``names``, and how many they are where that is more."""
+    listed = [printable(name) for name in names]
+    return ", ".join(listed[:shown]) + (f" … ({len(listed)} in all)" if len(listed) > shown else "")
 
 
 def first_line(error: BaseException) -> str:

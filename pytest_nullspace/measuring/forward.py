@@ -7,8 +7,13 @@ from inspect import Parameter, signature
 import torch
 from torch import Tensor, nn
 
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 
+_OTHER_INPUTS = ("pixel_values", "input_features", "input_values", "audio_values")
+"""What a model that sees or hears reads beside token ids, or in place of them."""
 PROBE_TOKENS = 8
 """Tokens of the uncounted forward that finds out where a forward may end."""
 
@@ -37,6 +42,32 @@ def forwards(
         ends.enter_context(_stopping_after(decoder))
         ends.enter_context(_stopping_after(_last_block(decoder, layers, adapted, tokens[:PROBE_TOKENS])))
         yield forward
+
+
+def require_tokens_read(adapted: AdaptedModel, checkpoint: Checkpoint) -> None:
+    """Refuse a model that does not run on token ids alone, be it that it reads none or that it wants more than them.
+
+    Raises:
+        CheckpointError: It is one.
+    """
+    taken, main = signature(adapted.model.forward).parameters, getattr(adapted.model, "main_input_name", "input_ids")
+    others = [name for name in taken if name.startswith(_OTHER_INPUTS)]
+    if main == "input_ids" and not others:
+        return
+    wanted = others[0] if main == "input_ids" else main
+    told = (
+        f"{checkpoint.directory}: its base model, a {type(adapted.model).__name__}, reads {printable(wanted)} and does "
+        "not run on token ids alone; what it is adapted to cannot be measured on text"
+    )
+    if "input_ids" not in taken:
+        raise CheckpointError(told)
+    try:
+        with torch.inference_mode():
+            _forward(adapted, torch.zeros(1, 2, dtype=torch.long, device=adapted.device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each model complains in its own way that an input is missing
+        raise CheckpointError(told) from error
 
 
 class _PassedLastError(Exception):

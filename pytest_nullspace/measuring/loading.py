@@ -157,7 +157,7 @@ def true_base(
     Raises:
         OptionError: It cannot be had, or the model is none whose predictions can be compared.
     """
-    if adapted.is_encoder_decoder or not hasattr(adapted.model, "lm_head"):
+    if adapted.is_encoder_decoder or not _writes_text(adapted.model):
         raise OptionError(f"{PREFIX}drift: {checkpoint.directory} is no causal language model; leave the option out")
     if initial is not None:
         of_start = None if initial.carries_base else base_of(initial, settings.base)
@@ -184,6 +184,16 @@ def true_base(
         f"{PREFIX}drift: {checkpoint.directory} does not hold its base model, for with the adapter switched off its "
         f"weights are others; give the checkpoint from which training started by {PREFIX}init=DIR"
         + (f", or the base model by {PREFIX}base=DIR" if checkpoint.carries_base else "")
+    )
+
+
+def _writes_text(model: Any) -> bool:
+    """Whether a model predicts the next token; some have a head of another name than most."""
+    if hasattr(model, "lm_head"):
+        return True
+    is_decoder = getattr(getattr(model, "config", None), "is_decoder", True)
+    return bool(
+        is_decoder and hasattr(model, "can_generate") and model.can_generate() and model.get_output_embeddings()
     )
 
 

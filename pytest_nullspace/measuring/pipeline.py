@@ -73,6 +73,7 @@ def measure_checkpoint(
     clock.on("text")
 
     # Only now torch, for what is wrong with the text need not wait for it.
+    from pytest_nullspace.measuring.forward import require_tokens_read
     from pytest_nullspace.model import import_libraries
     from pytest_nullspace.model.spread import places
 
@@ -80,6 +81,7 @@ def measure_checkpoint(
     clock.on("imports")
     loaded = _loaded(checkpoint, settings, read.base, bases, initial)
     adapted = loaded.adapted
+    require_tokens_read(adapted, checkpoint)
     clock.on("model")
     seqlen = window_length(settings.seqlen, adapted.model)
     drawn = read.windows(settings, seqlen)
@@ -106,6 +108,7 @@ def measure_checkpoint(
         drift=moved,
         about={
             **of_checkpoint,
+            **about.of_model(adapted.kind, adapted.remarks),
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
             **about.of_texts(read.texts, run.read, seqlen),
             "tokenizer": read.tokenizer.told(read.texts, run.read, seqlen),

@@ -8,19 +8,10 @@ from typing import Any
 import transformers
 from transformers import CONFIG_MAPPING
 
-from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable, quoted, read_json_object
 from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.model.bounds import check_counts
 
-_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+_FLOATS = ("Infinity", "-Infinity", "NaN")
 
 
 def require_known(config: Mapping[str, Any], config_file: Path) -> None:
@@ -48,9 +39,18 @@ def known_config(base: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It cannot be read, or transformers itself has no code for it.
     """
-    config = read_json_object(base / "config.json", "the base model's config")
+    config: dict[str, Any] = with_floats(read_json_object(base / "config.json", "the base model's config"))
     require_known(config, base / "config.json")
     return config
+
+
+def with_floats(value: Any) -> Any:
+    """The JSON ``value`` with floats for what transformers puts as ``{"__float__": "NaN"}``, which JSON has not."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in _FLOATS:
+            return float(value["__float__"])
+        return {key: with_floats(inner) for key, inner in value.items()}
+    return [with_floats(inner) for inner in value] if isinstance(value, list) else value
 
 
 def own_code(base: Path) -> str:
@@ -58,28 +58,3 @@ def own_code(base: Path) -> str:
     if base.is_file() or not known_config(base).get("auto_map"):
         return ""
     return "; its auto_map names code of its own, which is never run, and that may be of another architecture"
-
-
-def class_of(checkpoint: Checkpoint, base: Path) -> Any:
-    """The class of transformers that builds ``base``: that of the adapter's task, else the one that its config names.
-
-    Raises:
-        CheckpointError: Its config cannot be read, asks for too much, or names no class of transformers' own.
-    """
-    if base.is_file():  # a GGUF file does not name the class, and most are of models that write text
-        return getattr(transformers, _CLASSES.get(str(checkpoint.config.get("task_type")), "AutoModelForCausalLM"))
-    config = known_config(base)
-    check_counts(config, base / "config.json")
-    named = config.get("architectures")
-    name = _CLASSES.get(str(checkpoint.config.get("task_type"))) or (
-        named[0] if isinstance(named, list) and named else ""
-    )
-    kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if name not in _CLASSES.values() and not (
-        isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-    ):
-        raise CheckpointError(
-            f"{base}: its architecture {quoted(name)} is not one of transformers' own; give another base by "
-            "--nullspace-base=DIR"
-        )
-    return kind

@@ -90,6 +90,8 @@ class AdaptedModel:
         device: Where its inputs go.
         take_off: Frees the base model for the next adapter, after which this one can no longer be used.
         switched_off: Within this context the model is its base; None where it would not be without its adapter.
+        kind: Its class and where that comes from, in words.
+        remarks: What was done to fit adapter and base, in sentences.
     """
 
     model: nn.Module
@@ -97,6 +99,8 @@ class AdaptedModel:
     device: torch.device
     take_off: Callable[[], object] = lambda: None
     switched_off: Callable[[], AbstractContextManager[nn.Module]] | None = None
+    kind: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def is_encoder_decoder(self) -> bool:

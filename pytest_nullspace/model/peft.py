@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -21,22 +20,16 @@ from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig
 
-from pytest_nullspace.checkpoint import Checkpoint, gguf
-from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_header, read_json_object, stamps
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.header import printable, stamps
 from pytest_nullspace.checkpoint.peft import FIELDS, PREFIX
-from pytest_nullspace.checkpoint.strangers import require_unwrapped
-from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.model.bounds import LEADS_TO_CODE, held_to, without
-from pytest_nullspace.model.known import class_of, known_config, own_code
+from pytest_nullspace.errors import CheckpointError, some
+from pytest_nullspace.model.bases import kind_of, load_base
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.stored import stored
 
-_QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
-"""The packages that read a base quantised so; of others transformers' message tells."""
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_SHOWN = 2
 
 
 def load(
@@ -51,13 +44,13 @@ def load(
     Raises:
         CheckpointError: The base cannot be loaded, or adapter and base do not match, tensor by tensor.
     """
-    kind = class_of(checkpoint, base)
+    kind = kind_of(checkpoint, base)
     replaced = tuple(checkpoint.config.get("modules_to_save") or ())
-    key = base.resolve(), stamps(base), device, dtype, kind, replaced
+    key = base.resolve(), stamps(base), device, dtype, kind.build, replaced
     model = bases.pop(key, None)
     if model is None:
         bases.clear()  # of the bases one is in memory at a time
-        model = _base_model(kind, base, dtype, replaced).to(device)
+        model = load_base(kind, base, dtype, replaced).to(device)
     untouched = _Untouched(model)
     # What is off is left out: an older PEFT does not know every field.
     fields = {key: value for key in FIELDS if (value := checkpoint.config.get(key)) is not None and value is not False}
@@ -89,7 +82,8 @@ def load(
 
     # What was written into the base's own tensors stays on, and an initialisation that changed the base is not undone.
     whole = checkpoint.changed_base is None and not is_written
-    return AdaptedModel(model, views, device, take_off, switched_off if whole else None)
+    told = f"{kind.build.__name__}, {kind.why}"
+    return AdaptedModel(model, views, device, take_off, switched_off if whole else None, told)
 
 
 def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Checkpoint | None) -> nn.Module:
@@ -98,8 +92,7 @@ def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Ch
     Raises:
         CheckpointError: It cannot be loaded.
     """
-    kind = transformers.AutoModelForCausalLM if adapter is None else class_of(adapter, base)
-    return _base_model(kind, base, dtype, ()).to(device).eval()
+    return load_base(kind_of(adapter, base), base, dtype).to(device).eval()
 
 
 class _Untouched:
@@ -147,70 +140,6 @@ def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _base_model(kind: Any, base: Path, dtype: torch.dtype, replaced: tuple[str, ...]) -> nn.Module:
-    try:
-        config, tensors, how = _from_gguf(base) if base.is_file() else _from_directory(base)
-        with held_to(tensors, base if base.is_file() else base / "config.json"):
-            model, report = kind.from_pretrained(
-                str(base.parent if base.is_file() else base),
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **how,
-            )
-    except CheckpointError:
-        raise
-    except ImportError as error:
-        method = None if base.is_file() else _quantiser(base)
-        if method is None:
-            raise
-        raise CheckpointError(
-            f"{base}: its weights are quantised by {printable(method)}, and what reads them is not installed: "
-            f"{printable(error, 300)}; pip install {_QUANTISERS.get(method, 'what it names')}"
-        ) from error
-    except Exception as error:  # transformers raises many kinds for a directory that it cannot load
-        raise CheckpointError(
-            f"{base}: transformers cannot load the base model: {printable(error, 300)}{own_code(base)}; save it "
-            "again with safe_serialization=True, or give another by --nullspace-base=DIR"
-        ) from error
-    missing = [key for key in sorted(report["missing_keys"]) if not any(part in replaced for part in key.split("."))]
-    if missing or report["mismatched_keys"]:
-        wrong = missing or [key for key, *_ in report["mismatched_keys"]]
-        raise CheckpointError(
-            f"{base}: its weights are not those of a whole {kind.__name__}: {_some(wrong)} have no tensor of their "
-            f"shape there{own_code(base)}"
-        )
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def _from_directory(base: Path) -> tuple[Any, list[TensorInfo], dict[str, Any]]:
-    """A saved base's config, its tensors, and what else ``from_pretrained`` is told."""
-    tensors = [tensor for file in sorted(base.glob("*.safetensors")) for tensor in read_header(file).values()]
-    require_unwrapped(base, (tensor.name for tensor in tensors))
-    fields = without(LEADS_TO_CODE, known_config(base))
-    config = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
-    return config, tensors, {"use_safetensors": True}
-
-
-def _from_gguf(file: Path) -> tuple[Any, list[TensorInfo], dict[str, Any]]:
-    """The same of a GGUF file, whose weights are taken out of their blocks: PEFT adapts plain layers."""
-    tensors = gguf.read_header(file)
-    # Of an absolute path transformers reads this very file, and not one of its name in the current folder.
-    how: dict[str, Any] = {"gguf_file": str(file.absolute())}
-    config = AutoConfig.from_pretrained(str(file.parent), **how, local_files_only=True, trust_remote_code=False)
-    if hasattr(transformers, "GgufConfig"):  # which else fetches kernels from the hub for what it keeps in blocks
-        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return config, [*tensors.values()], how
-
-
-def _quantiser(base: Path) -> str | None:
-    config = read_json_object(base / "config.json", "the base model's config").get("quantization_config")
-    return str(config.get("quant_method")) if isinstance(config, dict) else None
-
-
 def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
@@ -235,11 +164,11 @@ def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
     if lost and checkpoint.config.get("bias", "none") != "none":
         raise CheckpointError(
             f"{checkpoint.directory}: its config says that biases were trained, but the adapter does not hold "
-            f"{_some(lost)}; save the adapter again"
+            f"{some(lost)}; save the adapter again"
         )
     if result.unexpected_keys:
         raise CheckpointError(
-            f"{checkpoint.directory}: {_some(result.unexpected_keys)} have no place in the base model {base}, so PEFT "
+            f"{checkpoint.directory}: {some(result.unexpected_keys)} have no place in the base model {base}, so PEFT "
             "would leave them out; give the base that it was trained on by --nullspace-base=DIR, or save the adapter "
             "again"
         )
@@ -284,7 +213,7 @@ def _check_targets(checkpoint: Checkpoint, base: Path, found: dict[str, LoraLaye
         )
     if missing:
         raise CheckpointError(
-            f"{checkpoint.config_file}: the adapter holds {_some(missing)}, but its target_modules do not name them "
+            f"{checkpoint.config_file}: the adapter holds {some(missing)}, but its target_modules do not name them "
             f"in the base model {base}, so PEFT would leave them out; add them to target_modules"
         )
     bare = {name: module.parameter_name for name in saved if isinstance(module := found[name], ParamWrapper)}
@@ -299,14 +228,9 @@ def _check_targets(checkpoint: Checkpoint, base: Path, found: dict[str, LoraLaye
     unsaved = sorted(name for name in found if name not in saved and name not in covered)
     if unsaved:
         raise CheckpointError(
-            f"{checkpoint.config_file}: target_modules name {_some(unsaved)}, but the adapter holds no weights for "
+            f"{checkpoint.config_file}: target_modules name {some(unsaved)}, but the adapter holds no weights for "
             "them, so they would be measured with random ones; save the adapter again"
         )
-
-
-def _some(names: Iterable[object]) -> str:
-    listed = [printable(name) for name in names]
-    return ", ".join(listed[:_SHOWN]) + (f" … ({len(listed)} in all)" if len(listed) > _SHOWN else "")
 
 
 def _view(name: str, layer: Any) -> AdaptedLayer:

@@ -6,6 +6,7 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report import doubts
+from pytest_nullspace.report.model import remarks
 from pytest_nullspace.report.notes import (
     best_possible,
     drift,
@@ -57,6 +58,8 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
         lines += [f"{MARKS[Tier.WARN]} {escape(unjudged)}.", ""]
     if names := outside_of(run):
         lines += [f"{MARKS[Tier.WARN]} {escape(outside(names))}", ""]
+    for remark in remarks(run):
+        lines += [f"{MARKS[Tier.WARN]} {escape(remark)}.", ""]
     if run.complete:
         averages = judge_averages(run, expectations)
         lines += [] if averages.gated else ["The averages over all layers; no test judged them:", ""]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier, Verdict
-from pytest_nullspace.report import doubts, notes
+from pytest_nullspace.report import doubts, model, notes
 from pytest_nullspace.report.layout import Form, table, with_faults, wrapped
 from pytest_nullspace.report.words import (
     beside,
@@ -38,6 +38,7 @@ def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expe
     if reporter.verbosity > 0:
         for layer, verdict in zip(run.layers, verdicts, strict=True):
             write_lines(reporter, ((line, None) for line in block(layer, verdict)))
+        write_lines(reporter, ((line, None) for line in model.built_as(run)))
     if reporter.verbosity > 1 and (told := notes.time_spent(run)) is not None:
         write_lines(reporter, [(told, None)])
     write_lines(reporter, summary(run, verdicts, expectations, columns(reporter._tw)))
@@ -135,6 +136,7 @@ def summary(
         yield unjudged, Tier.WARN
     if names := notes.outside_of(run):
         yield notes.outside(names), Tier.WARN
+    yield from ((remark, Tier.WARN) for remark in model.remarks(run))
     yield from ((doubt, Tier.WARN) for doubt in doubts.all_of(verdicts, run, expectations))
     yield "", None
     yield from _table(run, verdicts, width)

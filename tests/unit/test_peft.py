@@ -642,7 +642,7 @@ def test_adapters_of_one_base_share_it_and_leave_it_untouched(
         loads.append(directory)
         return real(directory, **options)
 
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", counted)
+    monkeypatch.setattr(transformers.MixtralForCausalLM, "from_pretrained", counted)
     bases: dict[Any, nn.Module] = {}
     for _ in range(3):
         adapted = load_model(checkpoint, torch.device("cpu"), torch.float32, base, bases)

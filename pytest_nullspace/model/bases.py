@@ -1,0 +1,226 @@
+"""The base model of an adapter: which class of transformers it is, and the whole of it loaded."""
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig
+from transformers.models.auto.auto_factory import _get_model_class
+
+from pytest_nullspace.checkpoint import Checkpoint, gguf
+from pytest_nullspace.checkpoint.header import TensorInfo, printable, quoted, read_header, read_json_object
+from pytest_nullspace.checkpoint.strangers import require_unwrapped
+from pytest_nullspace.errors import CheckpointError, some
+from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
+from pytest_nullspace.model.known import known_config, own_code
+from pytest_nullspace.model.names import of_today
+
+_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
+"""The packages that read a base quantised so; of others transformers' message tells."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a base model is built as.
+
+    Attributes:
+        build: The class of transformers.
+        config: What it is built from; None where a GGUF file tells it.
+        why: Where the class comes from, in words.
+    """
+
+    build: Any
+    config: Any
+    why: str
+
+    def empty(self) -> nn.Module:
+        """The model without its numbers."""
+        with torch.device("meta"):
+            model = self.build._from_config(copy.deepcopy(self.config))
+        assert isinstance(model, nn.Module)
+        return model
+
+
+def kind_of(checkpoint: Checkpoint | None, base: Path) -> Kind:
+    """As what ``base`` is built: the first of the classes that may be meant in which the adapter's layers are.
+
+    They are that of the adapter's task, or for no adapter the one that writes text, that which the base's config
+    names, and that from which the adapter was saved. Vision-language models have no class that writes text alone, or
+    one without their tower, and are adapted in either shape.
+
+    Raises:
+        CheckpointError: Its config cannot be read or asks for too much, or transformers has no class of its own for it.
+    """
+    task = "CAUSAL_LM" if checkpoint is None else str(checkpoint.config.get("task_type"))
+    if base.is_file():  # a GGUF file does not name the class, and most are of models that write text
+        return Kind(getattr(transformers, _CLASSES.get(task, _CLASSES["CAUSAL_LM"])), None, f"of {base.name}")
+    fields = known_config(base)
+    check_counts(fields, base / "config.json")
+    tensors = _tensors(base)
+    with _told_of(base), held_to(tensors, base / "config.json"):
+        kinds = _kinds(checkpoint, task, fields, base)
+        if len(kinds) == 1 or checkpoint is None:
+            return kinds[0]
+        names = [layer.name for layer in checkpoint.layers]
+        held: list[tuple[int, int]] = []
+        for kind in kinds:
+            held.append(_held(kind, names))
+            if held[-1][0] == len(names):
+                return kind
+        return kinds[held.index(max(held))]
+
+
+def _kinds(checkpoint: Checkpoint | None, task: str, fields: Mapping[str, Any], base: Path) -> list[Kind]:
+    """The classes that may be meant, in order; never none."""
+    named, parent = fields.get("architectures"), None if checkpoint is None else checkpoint.config.get("auto_mapping")
+    first = named[0] if isinstance(named, list) and named else ""
+    adapted = parent.get("base_model_class") if isinstance(parent, Mapping) else None
+    described = without(LEADS_TO_CODE, fields)
+    config = AutoConfig.for_model(described.pop("model_type", ""), **described)
+    found = [
+        _of_task(task, config),
+        _named(first, config, "named by the base's architectures"),
+        _named(adapted, config, "named by the adapter's auto_mapping"),
+    ]
+    kinds = {kind.build: kind for kind in reversed(found) if kind is not None}
+    if not kinds:
+        raise CheckpointError(
+            f"{base}: its architecture {quoted(first)} is not one of transformers' own"
+            + (f", which have none of task_type {task} for its model_type either" if task in _CLASSES else "")
+            + "; give another base by --nullspace-base=DIR"
+        )
+    return list(reversed(kinds.values()))
+
+
+def _of_task(task: str, config: Any) -> Kind | None:
+    """The class that transformers has for ``task`` and this config, if any; some take a part of the config alone."""
+    if task not in _CLASSES:
+        return None
+    mapping = getattr(transformers, _CLASSES[task])._model_mapping
+    if type(config) not in mapping:
+        return None
+    build = _get_model_class(config, mapping)
+    part = config.sub_configs.get("text_config")
+    if part is not None and build.config_class is part:
+        packed, config = getattr(config, "quantization_config", None), config.get_text_config()
+        if packed is not None:
+            config.quantization_config = packed
+    return Kind(build, config, f"of task_type {task}")
+
+
+def _named(name: Any, config: Any, why: str) -> Kind | None:
+    """The class of that name, where transformers itself has it, for this config."""
+    build = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not (isinstance(build, type) and issubclass(build, transformers.PreTrainedModel)):
+        return None
+    return Kind(build, config, why) if getattr(build, "config_class", None) is type(config) else None
+
+
+def _held(kind: Kind, layers: Collection[str]) -> tuple[int, int]:
+    """How many of ``layers`` a model of that kind has, and how many under names of an older transformers."""
+    try:
+        model = kind.empty()
+    except CheckpointError:
+        raise
+    except Exception:  # what cannot be built is told when it is loaded
+        return 0, 0
+    modules = {name for name, _ in model.named_modules()}
+    return sum(name in modules for name in layers), sum(name in modules for name in of_today(model, layers).values())
+
+
+def load_base(kind: Kind, base: Path, dtype: torch.dtype, replaced: Collection[str] = ()) -> nn.Module:
+    """The whole base model, on the CPU.
+
+    Args:
+        kind: As what it is built.
+        base: Its directory or GGUF file.
+        dtype: In which precision.
+        replaced: The names of modules that need no weights, for the adapter brings them.
+
+    Raises:
+        CheckpointError: It cannot be loaded, or its weights are not those of a whole model of that kind.
+    """
+    with _told_of(base):
+        config, tensors, how = _from_gguf(base) if base.is_file() else _from_directory(kind, base)
+        with held_to(tensors, base if base.is_file() else base / "config.json"):
+            model, report = kind.build.from_pretrained(
+                str(base.parent if base.is_file() else base),
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **how,
+            )
+    missing = [key for key in sorted(report["missing_keys"]) if not any(part in replaced for part in key.split("."))]
+    if missing or report["mismatched_keys"]:
+        wrong = missing or [key for key, *_ in report["mismatched_keys"]]
+        raise CheckpointError(
+            f"{base}: its weights are not those of a whole {kind.build.__name__}: {some(wrong)} have no tensor of "
+            f"their shape there{own_code(base)}"
+        )
+    assert isinstance(model, nn.Module)
+    return model
+
+
+@contextmanager
+def _told_of(base: Path) -> Iterator[None]:
+    """Say in one sentence what transformers, which raises many kinds of errors, cannot load of ``base``."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ImportError as error:
+        method = None if base.is_file() else _quantiser(base)
+        if method is None:
+            raise
+        raise CheckpointError(
+            f"{base}: its weights are quantised by {printable(method)}, and what reads them is not installed: "
+            f"{printable(error, 300)}; pip install {_QUANTISERS.get(method, 'what it names')}"
+        ) from error
+    except Exception as error:
+        raise CheckpointError(
+            f"{base}: transformers cannot load the base model: {printable(error, 300)}{own_code(base)}; save it "
+            "again with safe_serialization=True, or give another by --nullspace-base=DIR"
+        ) from error
+
+
+def _tensors(base: Path) -> list[TensorInfo]:
+    return [tensor for file in sorted(base.glob("*.safetensors")) for tensor in read_header(file).values()]
+
+
+def _from_directory(kind: Kind, base: Path) -> tuple[Any, list[TensorInfo], dict[str, Any]]:
+    """A saved base's config, its tensors, and what else ``from_pretrained`` is told."""
+    tensors = _tensors(base)
+    require_unwrapped(base, (tensor.name for tensor in tensors))
+    return kind.config, tensors, {"use_safetensors": True}
+
+
+def _from_gguf(file: Path) -> tuple[Any, list[TensorInfo], dict[str, Any]]:
+    """The same of a GGUF file, whose weights are taken out of their blocks: PEFT adapts plain layers."""
+    tensors = gguf.read_header(file)
+    # Of an absolute path transformers reads this very file, and not one of its name in the current folder.
+    how: dict[str, Any] = {"gguf_file": str(file.absolute())}
+    config = AutoConfig.from_pretrained(str(file.parent), **how, local_files_only=True, trust_remote_code=False)
+    if hasattr(transformers, "GgufConfig"):  # which else fetches kernels from the hub for what it keeps in blocks
+        how["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return config, [*tensors.values()], how
+
+
+def _quantiser(base: Path) -> str | None:
+    config = read_json_object(base / "config.json", "the base model's config").get("quantization_config")
+    return str(config.get("quant_method")) if isinstance(config, dict) else None

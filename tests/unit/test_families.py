@@ -1,0 +1,178 @@
+"""Models that see or hear beside reading are built as what their adapter was trained on, and measured on text."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.measuring.forward import require_tokens_read
+from pytest_nullspace.measuring.loading import _writes_text
+from pytest_nullspace.measuring.streaming import measure
+from pytest_nullspace.model import load_model
+from pytest_nullspace.report.model import built_as, remarks
+from pytest_nullspace.run.stats import RunStats
+from tests import tiny
+from tests.adapters import adapter, change
+from tests.families import MAKERS, qwen3_5
+from tests.unit.test_peft import SMALL, WINDOWS, check_figures, opened
+
+# PEFT's own, while the tests make adapters with it.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+READS = r".*(language_model|text_model).*\.(q_proj|in_proj_qkv|gate_proj)"
+"""What of them reads text, as those write it who train such models."""
+QUICK = (
+    "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava", "mistral3", "idefics3", "paligemma", "glm4v", "lfm2_vl",
+    "qwen2_audio", "llama4",
+)  # fmt: skip
+
+
+def same_logits(directory: Path, adapted: Any, kind: type) -> None:
+    """The model as loaded gives what PEFT's own does on that class."""
+    base = kind.from_pretrained(directory.parent / "base", dtype=torch.float32)  # type: ignore[attr-defined]
+    theirs = peft.PeftModel.from_pretrained(base, directory).get_base_model().eval()
+    tokens = torch.tensor(WINDOWS)
+    with torch.inference_mode():
+        want, plain = (of(input_ids=tokens).logits for of in (theirs, kind.from_pretrained(directory.parent / "base")))  # type: ignore[attr-defined]
+        torch.testing.assert_close(adapted.model(input_ids=tokens).logits, want, rtol=1e-6, atol=1e-6)
+    assert (want - plain).abs().max() > 1e-3, "the adapter does something"
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_an_adapter_is_put_on_the_class_that_has_its_layers(family: str, tmp_path: Path) -> None:
+    """Saved as CAUSAL_LM, for which there is no class or one of another shape: figures and logits are PEFT's own."""
+    torch.manual_seed(0)
+    model = MAKERS[family]()
+    directory = adapter(tmp_path, model, r=4, target_modules=READS)
+    _, adapted = opened(directory)
+    assert type(adapted.model) is type(model)
+    check_figures(adapted)
+    same_logits(directory, adapted, type(model))
+    require_tokens_read(adapted, open_checkpoint(directory))
+    assert _writes_text(adapted.model)
+
+
+def test_both_shapes_of_one_base_are_measured_alike(tmp_path: Path) -> None:
+    """Qwen3.5 is adapted whole, and as the text model that its auto class gives: one update, the same figures."""
+    torch.manual_seed(0)
+    whole = adapter(
+        tmp_path, qwen3_5(), r=4, target_modules=["q_proj", "in_proj_qkv", "out_proj"], exclude_modules=".*visual.*"
+    )
+    text = adapter(
+        tmp_path / "text",
+        qwen3_5(),
+        r=4,
+        target_modules=["q_proj", "in_proj_qkv", "out_proj"],
+        exclude_modules=".*visual.*",
+    )
+
+    def as_text(tensors: dict[str, Any], config: dict[str, Any]) -> None:
+        config["base_model_name_or_path"] = str(tmp_path / "base")
+        for name in list(tensors):
+            tensors[name.replace("model.language_model.", "model.")] = tensors.pop(name)
+
+    change(text, as_text)
+    (_, one), (_, two) = opened(whole), opened(text)
+    assert one.kind == "Qwen3_5ForConditionalGeneration, named by the base's architectures"
+    assert two.kind == "Qwen3_5ForCausalLM, of task_type CAUSAL_LM"
+    by_name = {layer.name.replace("model.language_model.", "model."): layer for layer in measure(one, WINDOWS)}
+    for layer in measure(two, WINDOWS):
+        for figure in ("input_norm", "down_norm", "update_norm", "base_norm", "output_norm"):
+            assert getattr(layer, figure) == pytest.approx(getattr(by_name[layer.name], figure), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("task", "edit", "why"),
+    [
+        ("SEQ_2_SEQ_LM", {}, "named by the base's architectures"),
+        (None, {}, "named by the base's architectures"),
+        ("CAUSAL_LM", {}, "of task_type CAUSAL_LM"),
+        (None, {"architectures": None}, "named by the adapter's auto_mapping"),
+        ("SEQ_2_SEQ_LM", {"architectures": ["NoSuchModel"]}, "named by the adapter's auto_mapping"),
+    ],
+)
+def test_the_class_is_found_whatever_the_task_says(
+    task: str | None, edit: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    """A decoder's adapter with a wrong task, or on a base that names no class, is measured all the same."""
+    directory = adapter(tmp_path, tiny.llama(), None, r=4, target_modules=["q_proj"])
+    change(directory, lambda _, config: config.update(task_type=task))
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | edit))
+    _, adapted = opened(directory)
+    assert adapted.kind == f"LlamaForCausalLM, {why}"
+    same_logits(directory, adapted, transformers.LlamaForCausalLM)
+    told = RunStats("ft", "c4", (), 1, about={"model": {"class": adapted.kind, "remarks": ["a"]}})
+    assert list(built_as(told)) == [f"base model built as {adapted.kind}"]
+    assert remarks(told) == ["a"]
+
+
+def test_a_base_of_no_class_of_transformers_is_an_error(tmp_path: Path) -> None:
+    """A name that is none of transformers' models, be it that of a function there, is refused by name."""
+    directory = adapter(tmp_path, tiny.llama(), None, r=4, target_modules=["q_proj"])
+    change(directory, lambda _, config: config.update(task_type="SEQ_2_SEQ_LM", auto_mapping=None))
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["pipeline"]}))
+    with pytest.raises(
+        CheckpointError, match="its architecture 'pipeline' is not one of transformers' own, which have"
+    ):
+        load_model(directory)
+
+
+def test_a_float_that_json_cannot_write_is_read(tmp_path: Path) -> None:
+    """Mamba-2's limit of its time steps is infinite, which transformers writes in a way of its own."""
+    torch.manual_seed(0)
+    config = transformers.Mamba2Config(
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=8, head_dim=8, n_groups=1
+    )
+    directory = adapter(tmp_path, transformers.Mamba2ForCausalLM(config), r=4, target_modules=["in_proj"])
+    assert '"__float__"' in (tmp_path / "base" / "config.json").read_text()
+    _, adapted = opened(directory)
+    check_figures(adapted)
+    same_logits(directory, adapted, transformers.Mamba2ForCausalLM)
+
+
+def whisper() -> Any:
+    return transformers.WhisperForConditionalGeneration(
+        transformers.WhisperConfig(
+            vocab_size=128, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+            decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=32,
+            max_target_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
+        )
+    )  # fmt: skip
+
+
+def vit() -> Any:
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**{**SMALL, "intermediate_size": 48, "image_size": 16, "patch_size": 4})
+    )
+
+
+def clip() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config={**sizes, "vocab_size": 128}, vision_config={**sizes, "image_size": 16, "patch_size": 4}
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "reads"), [(whisper, "input_features"), (vit, "pixel_values"), (clip, "pixel_values")]
+)
+def test_a_model_that_does_not_run_on_text_is_refused_by_what_it_reads(make: Any, reads: str, tmp_path: Path) -> None:
+    """It is told in one sentence, before the pass, with the name of its input."""
+    torch.manual_seed(0)
+    model = make()
+    directory = adapter(
+        tmp_path, model, None, r=4, target_modules=["q_proj", "query"] if make is not vit else "all-linear"
+    )
+    checkpoint, adapted = opened(directory)
+    with pytest.raises(CheckpointError, match=f"a {type(model).__name__}, reads {reads} and does not run on token ids"):
+        require_tokens_read(adapted, checkpoint)
