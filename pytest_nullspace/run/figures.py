@@ -99,10 +99,10 @@ _MOST_SELECTIVE = 1e12
 
 def selectivity(preserved: Any, task: Any) -> float:
     """How many times larger the update is on the task text than on the preserved one, each beside ``‖W_res x‖``."""
-    if task is None or not task.forgetting:
+    if task is None or not 0 < task.forgetting < math.inf:
         return math.nan
-    times: float = task.forgetting / max(preserved.forgetting, task.forgetting / _MOST_SELECTIVE)
-    return times
+    times: float = task.forgetting / preserved.forgetting if preserved.forgetting else math.inf
+    return min(times, _MOST_SELECTIVE)
 
 
 _NATS = "nats a token"

@@ -124,6 +124,17 @@ def test_an_update_that_spares_the_preserved_text_wholly_is_most_selective() -> 
     """Nothing changed on the preserved text is a large finite selectivity, nothing on either text is no number."""
     assert dataclasses.replace(TWO_TEXTS, update_norm=0.0).selectivity == pytest.approx(1e12)
     assert math.isnan(dataclasses.replace(TWO_TEXTS, task=dataclasses.replace(LAYER, update_norm=0.0)).selectivity)
+    least = dataclasses.replace(LAYER, update_norm=1e-320)
+    assert dataclasses.replace(TWO_TEXTS, update_norm=0.0, task=least).selectivity == pytest.approx(1e12)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_selectivity_of_what_is_no_number_is_none(value: float) -> None:
+    """An update that is no number on one text is no ratio, nor an error, also where the other text's is zero."""
+    lost = dataclasses.replace(LAYER, update_norm=value)
+    for preserved in (TWO_TEXTS, dataclasses.replace(TWO_TEXTS, update_norm=0.0)):
+        assert math.isnan(dataclasses.replace(preserved, task=lost).selectivity)
+    assert not dataclasses.replace(lost, task=LAYER).selectivity > 0
 
 
 def test_a_layer_of_two_texts_survives_its_file() -> None:
