@@ -12,6 +12,12 @@ from pytest_nullspace.text.windows import Window
 DEFAULT_SEQLEN = 2048
 """Tokens a window, as in the reference, where the model allows as many."""
 
+LIMITS = (
+    "max_position_embeddings", "max_seq_len", "max_encoder_position_embeddings", "max_decoder_position_embeddings",
+)  # fmt: skip
+"""What configs call the number of tokens that a model takes: MPT's, and LED's for each of its sides, are not known to
+transformers by the first name."""
+
 TEXT_CONFIGS = ("text_config", "text_encoder", "decoder", "generator")
 """Where a model of several parts keeps the config of the one that reads text."""
 
@@ -30,8 +36,10 @@ def window_length(asked: int | None, model: Any) -> int:
     return asked
 
 
-def default_length(config: Mapping[str, Any]) -> int:
-    """The window of a model with this ``config.json``, as far as that tells before the model is there."""
+def default_length(config: Mapping[str, Any]) -> int | None:
+    """The window of a model with this ``config.json``; None where that does not tell before the model is there."""
+    if not any(isinstance(part, Mapping) and "max_position_embeddings" in part for part in _parts(config)):
+        return None  # GPT-J's calls it otherwise, and others have no limit
     limit = _of_text(config, "max_position_embeddings")
     return min(DEFAULT_SEQLEN, limit) if isinstance(limit, int) and limit > 0 else DEFAULT_SEQLEN
 
@@ -53,14 +61,15 @@ def require_known_tokens(windows: Sequence[Window], model: Any, checkpoint: Chec
 
 def _positions(model: Any) -> int | None:
     """How many tokens the model takes; None where it has no limit, which XLNet's config calls -1."""
-    limit = _of_text(model.config, "max_position_embeddings")
-    if limit is None or limit == -1:
-        return None
-    if not isinstance(limit, int) or limit < 1:
-        raise TextError(
-            f"config.json: max_position_embeddings must be a whole number from 1, not {printable(limit)}; mend it"
-        )
-    return limit - _skipped(model, limit)
+    limits = []
+    for name in LIMITS:
+        limit = _of_text(model.config, name)
+        if limit is None or limit == -1:
+            continue
+        if not isinstance(limit, int) or limit < 1:
+            raise TextError(f"config.json: {name} must be a whole number from 1, not {printable(limit)}; mend it")
+        limits.append(limit - _skipped(model, limit))
+    return min(limits, default=None)
 
 
 def _skipped(model: Any, limit: int) -> int:
@@ -74,9 +83,12 @@ def _skipped(model: Any, limit: int) -> int:
 
 def _of_text(config: Any, field: str) -> Any:
     """A field of the config, in the part of it that is of the text where it has such a part."""
+    return next((value for part in _parts(config) if (value := _field(part, field)) is not None), None)
 
-    def of(part: Any, name: str) -> Any:
-        return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
 
-    parts = [part for name in TEXT_CONFIGS if (part := of(config, name)) is not None]
-    return next((value for part in (*parts, config) if (value := of(part, field)) is not None), None)
+def _parts(config: Any) -> list[Any]:
+    return [part for name in TEXT_CONFIGS if (part := _field(config, name)) is not None] + [config]
+
+
+def _field(part: Any, name: str) -> Any:
+    return part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)

@@ -38,6 +38,24 @@ def xlnet() -> Any:
     return transformers.XLNetLMHeadModel(transformers.XLNetConfig(**sizes))
 
 
+def mpt() -> Any:
+    return transformers.MptForCausalLM(
+        transformers.MptConfig(vocab_size=160, d_model=32, n_heads=4, n_layers=1, max_seq_len=64)
+    )
+
+
+def led() -> Any:
+    sides = {
+        f"{side}_{of}": n
+        for side in ("encoder", "decoder")
+        for of, n in {"layers": 1, "attention_heads": 4, "ffn_dim": 48}.items()
+    }
+    positions = {"max_encoder_position_embeddings": 96, "max_decoder_position_embeddings": 48}
+    return transformers.LEDModel(
+        transformers.LEDConfig(vocab_size=160, d_model=32, attention_window=16, pad_token_id=1, **sides, **positions)
+    )
+
+
 def encoder(kind: str) -> Any:
     sizes = {**SMALL, "num_attention_heads": 4, "max_position_embeddings": 66, "pad_token_id": 1}
     return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes))
@@ -50,11 +68,23 @@ def encoder(kind: str) -> Any:
         (lambda: tiny.llama(max_position_embeddings=10**6), None),
         (gemma3, 256),
         (xlnet, None),
+        (mpt, 64),
+        (led, 48),
         (lambda: encoder("Bert"), 66),
         (lambda: encoder("Roberta"), 64),
         (lambda: encoder("XLMRoberta"), 64),
     ],
-    ids=["plain", "more than is asked for", "in text_config", "no limit is -1", "bert", "roberta", "xlm-roberta"],
+    ids=[
+        "plain",
+        "more than is asked for",
+        "in text_config",
+        "no limit is -1",
+        "mpt",
+        "led",
+        "bert",
+        "roberta",
+        "xlm-roberta",
+    ],
 )
 def test_a_window_is_as_long_as_the_model_takes(make: Any, longest: int | None) -> None:
     """Windows are as long as the model reads, wherever its config says so, and 2,048 tokens where it allows more."""
@@ -87,11 +117,12 @@ def test_a_limit_that_is_no_number_is_refused(value: object) -> None:
         ({"max_position_embeddings": -1}, DEFAULT_SEQLEN),
         ({"max_position_embeddings": None}, DEFAULT_SEQLEN),
         ({"text_config": "none", "max_position_embeddings": 64}, 64),
-        ({}, DEFAULT_SEQLEN),
+        ({}, None),
+        ({"n_positions": 64}, None),
     ],
 )
-def test_the_default_window_is_known_from_the_file(config: dict[str, Any], length: int) -> None:
-    """Before a model is loaded its config.json tells the window, in the part that is of the text."""
+def test_the_default_window_is_known_from_the_file(config: dict[str, Any], length: int | None) -> None:
+    """Before a model is loaded its config.json tells the window, in the part that is of the text, or nothing does."""
     assert default_length(config) == length
 
 
