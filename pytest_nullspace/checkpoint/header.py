@@ -43,6 +43,9 @@ MAX_JSON_BYTES = 100_000_000
 MAX_JSON_VALUES = 4_000_000
 """A header names about eight values a tensor; a million times ``[]`` takes twenty times the memory of its bytes."""
 
+MAX_NAME = 500
+"""Characters of a tensor's name; those of real models have up to 150."""
+
 AGAIN = "save or download it again"
 """How most messages of a file end."""
 
@@ -218,6 +221,8 @@ def _tensor(file: Path, name: str, entry: object, stamp: tuple[int, int]) -> Ten
     def wrong(what: str) -> CheckpointError:  # put into words only where needed: there may be a million tensors
         return CheckpointError(f"{file}: tensor {quoted(name)}: {what}")
 
+    if len(name) > MAX_NAME:
+        raise wrong(f"its name has {len(name):,} characters; at most {MAX_NAME} are read; {AGAIN}")
     if not isinstance(entry, dict):
         raise wrong(f"its header entry is not an object; {AGAIN}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")

@@ -8,6 +8,7 @@ than two dimensions) and on bare parameters (``target_parameters``), trained tok
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pytest_nullspace.checkpoint.header import (
     read_tensors,
 )
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec, Scale, in_model_order
+from pytest_nullspace.checkpoint.patterns import require_quick, table
 from pytest_nullspace.checkpoint.strangers import require_unwrapped
 from pytest_nullspace.errors import CheckpointError
 
@@ -55,6 +57,7 @@ def read(directory: Path) -> Checkpoint:
     require_unwrapped(directory, held)
     idle = unused(held, config)
     tensors = {name: tensor for name, tensor in held.items() if name not in idle}
+    require_quick(config, {name.removeprefix(PREFIX).partition(".lora_")[0] for name in tensors}, config_file)
     names = _layers(directory, tensors, config)
     layers = [_layer(directory, name, tensors, config, config_file) for name in names]
     covered = {f"{PREFIX}{name}.{part}" for name in names for part in (DOWN, UP)}
@@ -136,30 +139,6 @@ def _check_fields(config: Mapping[str, Any], config_file: Path) -> None:
             raise CheckpointError(
                 f"{config_file}: {field} must be {words}, not {printable(value)}; mend it or save the adapter again"
             )
-        patterns = value if field in ("rank_pattern", "alpha_pattern") else ()
-        if field in ("target_modules", "exclude_modules", "layers_pattern") and isinstance(value, str):
-            patterns = (value,)
-        for pattern in patterns or ():
-            if _is_slow(pattern):
-                raise CheckpointError(
-                    f"{config_file}: {field}: the regex {quoted(pattern)} repeats so much within itself that it could "
-                    "run for ever; write it with fewer repeats, or name the layers"
-                )
-
-
-_REPEAT = r"(?:[*+]|\{\d*,?\d*\}|(?<![(*+?}])\?)"
-_MOST_REPEATS = 6
-"""In one regex: each may multiply the time by the length of a layer's name."""
-
-
-def _is_slow(pattern: str) -> bool:
-    """Whether a stranger's regex could take exponential time: a group repeated, a back reference, many repeats."""
-    plain = re.sub(r"\\[^\d]", "x", re.sub(r"\\\\", "x", pattern))
-    return bool(
-        len(pattern) > 10_000
-        or re.search(r"\)[*+{]|\\\d|\(\?P=", plain)
-        or len(re.findall(_REPEAT, plain)) > _MOST_REPEATS
-    )
 
 
 def _changed_base(config: Mapping[str, Any]) -> str | None:
@@ -289,19 +268,7 @@ def _scale(name: str, rank: int, config: Mapping[str, Any], config_file: Path) -
 
 
 def pattern_value(pattern: object, layer: str, default: Any) -> Any:
-    """What ``rank_pattern`` or ``alpha_pattern`` gives a layer: the first key that is, as a regex, an end of its name.
-
-    The rule is PEFT's own, of ``peft.utils.other.get_pattern_key``.
-
-    Raises:
-        CheckpointError: A key is no regular expression.
-    """
-    if not isinstance(pattern, Mapping):
+    """What ``rank_pattern`` or ``alpha_pattern`` gives a layer, by the first key that fits its name."""
+    if not isinstance(pattern, Mapping) or (first := table(tuple(pattern)).first(layer)) is None:
         return default
-    for key, value in pattern.items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", layer):
-                return value
-        except re.error as error:
-            raise CheckpointError(f"{quoted(key)} in rank_pattern or alpha_pattern is no regex: {error}") from None
-    return default
+    return next(islice(pattern.values(), first, None))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable, stamps
+from pytest_nullspace.checkpoint.patterns import require_quick
 from pytest_nullspace.checkpoint.peft import FIELDS, PREFIX
 from pytest_nullspace.errors import CheckpointError, some
 from pytest_nullspace.model.bases import kind_of, load_base
@@ -54,6 +55,7 @@ def load(
     untouched = _Untouched(model)
     # What is off is left out: an older PEFT does not know every field.
     fields = {key: value for key in FIELDS if (value := checkpoint.config.get(key)) is not None and value is not False}
+    require_quick(checkpoint.config, [name for name, _ in model.named_modules()], checkpoint.config_file)
     try:
         wrapped: Any = get_peft_model(model, LoraConfig(**fields))
     except Exception as error:  # PEFT raises many kinds for a config that does not fit the model

@@ -13,7 +13,7 @@ from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
+from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint, patterns
 from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring.streaming import measure
@@ -694,3 +694,14 @@ def test_a_lora_null_directory_and_the_same_adapter_in_peft_give_the_same_figure
     for one, other in zip(measure(native, WINDOWS), measure(theirs, WINDOWS), strict=True):
         assert one.name == other.name
         assert figures(one) == pytest.approx(figures(other), rel=EXACT)
+
+
+def test_regexes_are_counted_again_on_the_names_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is quick on the layers of the file may not be on the many modules of the base, and never reaches PEFT."""
+    saved = adapter(tmp_path, tiny.llama(), target_modules=r"model\.layers\.1\..*(self_attn|mlp).*q_proj")
+    checkpoint = open_checkpoint(saved)
+    monkeypatch.setattr(patterns, "_COMPILING", 0)
+    monkeypatch.setattr(patterns, "MAX_STEPS", 20_000)
+    open_checkpoint(saved)
+    with pytest.raises(CheckpointError, match=r"target_modules: the regex .* could take too long on 46 names of up to"):
+        load_model(checkpoint, torch.device("cpu"), torch.float32, tmp_path / "base")
