@@ -3,7 +3,8 @@
 Per adapted layer: ``base_model.model.<layer>.lora_A.weight (r, in)`` and ``….lora_B.weight (out, r)``, with DoRA also
 ``….lora_magnitude_vector (out)``, with ``lora_bias`` also ``….lora_B.bias (out)``. Whatever else the file holds was
 trained too, and no layer test covers it: LoRA on embeddings (``lora_embedding_A``), on convolutions (matrices of more
-than two dimensions) and on bare parameters (``target_parameters``), trained tokens, biases, whole modules.
+than two dimensions), on bare parameters (``target_parameters``) and one LoRA for each expert, trained tokens, biases,
+whole modules.
 """
 
 import re
@@ -191,7 +192,7 @@ def _layers(directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[
             f"{directory}: tensor {quoted(named)} carries the adapter's name, which PEFT takes out when it saves, "
             "and would not find again; save the adapter with save_pretrained"
         )
-    names = {name for name in names if not _is_parameter(name, tensors, config)}
+    names = {name for name in names if not _is_parameter(name, tensors, config) and not _EXPERT.search(name)}
     if not names:
         held = f", only others such as {printable(min(tensors))}" if tensors else ""
         raise CheckpointError(
@@ -200,6 +201,10 @@ def _layers(directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[
             "that save_pretrained wrote"
         )
     return sorted(names)
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of one expert's layer: transformers 5 fuses the experts of a block, and PEFT their LoRAs."""
 
 
 def _is_convolution(tensor: TensorInfo) -> bool:

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable, stamps
 from pytest_nullspace.checkpoint.patterns import require_quick
-from pytest_nullspace.checkpoint.peft import FIELDS, PREFIX
+from pytest_nullspace.checkpoint.peft import FIELDS
 from pytest_nullspace.errors import CheckpointError, some
 from pytest_nullspace.model.bases import kind_of, load_base
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
+from pytest_nullspace.model.names import OLDER, Placed, are_older, placed
 from pytest_nullspace.model.stored import stored
 
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -59,16 +60,21 @@ def load(
     try:
         wrapped: Any = get_peft_model(model, LoraConfig(**fields))
     except Exception as error:  # PEFT raises many kinds for a config that does not fit the model
+        strange = {spec.name for spec in checkpoint.layers} - {name for name, _ in model.named_modules()}
+        cure = OLDER if are_older(model, strange) else "give the base that it was trained on by --nullspace-base=DIR"
         raise CheckpointError(
             f"{checkpoint.config_file}: PEFT cannot put this adapter on the base model {base}: "
-            f"{printable(error, 300)}; give the base that it was trained on by --nullspace-base=DIR"
+            f"{printable(error, 300)}; {cure}"
         ) from error
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    _check_targets(checkpoint, base, found, {name for name, _ in model.named_modules()})
+    at = placed(wrapped, checkpoint)
+    _check_targets(checkpoint, base, found, model, at)
     _fill(wrapped, checkpoint, base)
     is_written = untouched.is_written()
     model.to(device).eval()
-    views = {spec.name: _view(spec.name, found[spec.name]) for spec in checkpoint.layers}
+    views = {name: _view(name, found[place]) for name, place in at.layers.items()}
+    if at.remarks:
+        _require_scales(checkpoint, views)
     if checkpoint.changed_base is not None:
         _require_changed(checkpoint, base, views.values())
 
@@ -85,7 +91,7 @@ def load(
     # What was written into the base's own tensors stays on, and an initialisation that changed the base is not undone.
     whole = checkpoint.changed_base is None and not is_written
     told = f"{kind.build.__name__}, {kind.why}"
-    return AdaptedModel(model, views, device, take_off, switched_off if whole else None, told)
+    return AdaptedModel(model, views, device, take_off, switched_off if whole else None, told, at.remarks)
 
 
 def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Checkpoint | None) -> nn.Module:
@@ -202,10 +208,18 @@ def _lost_biases(wrapped: Any, tensors: Collection[str]) -> list[str]:
     ]
 
 
-def _check_targets(checkpoint: Checkpoint, base: Path, found: dict[str, LoraLayer], modules: Collection[str]) -> None:
-    saved = {spec.name for spec in checkpoint.layers}
+def _check_targets(
+    checkpoint: Checkpoint, base: Path, found: dict[str, LoraLayer], model: nn.Module, at: Placed
+) -> None:
+    saved = set(at.layers.values())
+    modules = {name for name, _ in model.named_modules()}
     missing = sorted(saved - set(found))
     strange = [name for name in missing if name not in modules]
+    if strange and are_older(model, strange):
+        raise CheckpointError(
+            f"{checkpoint.directory}: {len(strange)} of its layers, such as {printable(strange[0])}, are not in the "
+            f"base model {base} under these names, and PEFT does not map them: {OLDER}"
+        )
     if strange:
         raise CheckpointError(
             f"{checkpoint.directory}: {len(strange)} of its layers, such as {printable(strange[0])}, are not in the "
@@ -226,13 +240,21 @@ def _check_targets(checkpoint: Checkpoint, base: Path, found: dict[str, LoraLaye
             f"{printable(name)}, which no layer test covers, and without its module's name it looks like a linear "
             f"layer's; call it {printable(name.rpartition('.')[2])}.{printable(parameter)} there"
         )
-    covered = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in checkpoint.tensors}
-    unsaved = sorted(name for name in found if name not in saved and name not in covered)
+    unsaved = sorted(name for name in found if name not in saved and name not in at.modules)
     if unsaved:
         raise CheckpointError(
             f"{checkpoint.config_file}: target_modules name {some(unsaved)}, but the adapter holds no weights for "
             "them, so they would be measured with random ones; save the adapter again"
         )
+
+
+def _require_scales(checkpoint: Checkpoint, views: Mapping[str, AdaptedLayer]) -> None:
+    """Refuse layers whose own ``alpha_pattern`` was lost when their names were mapped: PEFT maps no names there."""
+    for spec in checkpoint.layers:
+        if spec.scale is not None and not math.isclose(spec.scale.value, views[spec.name].scale):
+            raise CheckpointError(
+                f"{checkpoint.config_file}: the lora_alpha of {printable(spec.name)} is told under that name, {OLDER}"
+            )
 
 
 def _view(name: str, layer: Any) -> AdaptedLayer:

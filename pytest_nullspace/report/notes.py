@@ -51,6 +51,7 @@ _KINDS = (
     (r"\.lora_magnitude_vector(\.weight)?", "DoRA magnitudes"),
     (r"\.lora_B\.bias", "LoRA biases"),
     (r"\.lora_embedding_[AB]", "LoRA matrices of embeddings"),
+    (r"\.experts\.\d+\..*\.lora_[AB]\.weight", "LoRA matrices of experts"),
     (r"\.lora_[AB]\.weight", "LoRA matrices of convolutions or bare parameters"),
     (r"\.trainable_tokens_delta", "trained tokens"),
     (r"\.bias", "biases"),
