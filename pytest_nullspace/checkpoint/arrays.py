@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}
 _CHUNK = 1 << 22
+_ROUNDED = 2.0**-20
+"""The share of a matrix that the rounding of its entries to float32 may have made."""
 
 
 def _raw(info: TensorInfo) -> "Array":
@@ -91,15 +93,31 @@ def relative(now: "Array", before: "Array") -> float:
 
 
 def largest_angle(down: "Array", start: "Array") -> float:
-    """The largest principal angle between two row spaces of equal rank, in degrees; exact also where it is small."""
+    """The largest principal angle between two row spaces, in degrees; exact also where it is small.
+
+    Of spaces of different dimensions it is 90: one has a direction that the other has nothing of.
+    """
     import numpy as np
 
     if np.array_equal(down, start):
         return 0.0
     if not (np.isfinite(down).all() and np.isfinite(start).all()):
         return math.nan
-    a, b = np.linalg.qr(start.T)[0], np.linalg.qr(down.T)[0]
+    a, b = _row_space(start), _row_space(down)
+    if a.shape != b.shape:
+        return 90.0
     common = a.T @ b
     cosine = float(np.linalg.svd(common, compute_uv=False).min())
     sine = float(np.linalg.norm(b - a @ common, 2))
     return math.degrees(math.atan2(sine, cosine))
+
+
+def _row_space(matrix: "Array") -> "Array":
+    """An orthonormal basis ``(in, rank)`` of what the rows ``(r, in)`` span, whatever their lengths."""
+    import numpy as np
+
+    lengths = np.linalg.norm(matrix, axis=1, keepdims=True)
+    basis, triangle = np.linalg.qr((matrix / np.where(lengths > 0, lengths, 1.0)).T)
+    turned, values, _ = np.linalg.svd(triangle)
+    spanned: Array = basis @ turned[:, values > values.max() * _ROUNDED]
+    return spanned

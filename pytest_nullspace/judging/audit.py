@@ -99,7 +99,7 @@ class Audit:
         decided: Why that one.
         layers: Each audited layer, in model order.
         others: The tensors outside the layers that moved, came or went.
-        compared: How many tensors outside the layers were compared.
+        compared: How many tensors outside the layers there are in one or both of the two.
     """
 
     initial: str
@@ -328,16 +328,15 @@ def _base_change(
 
 
 def _others(now: Mapping[Place, TensorInfo], before: Mapping[Place, TensorInfo]) -> tuple[list[Moved], int]:
-    moved, compared = [], 0
-    for place in sorted({place for place in (*now, *before) if not place[0]}):
+    moved, outside = [], sorted({place for place in (*now, *before) if not place[0]})
+    for place in outside:
         name = place[1]
         if not _both(now, before, place):
             moved.append(Moved(name, math.nan, "new" if place in now else "gone"))
             continue
-        compared += 1
         a, b = now[place], before[place]
         if a.shape != b.shape:
             moved.append(Moved(name, math.nan, f"shape {list(a.shape)}, was {list(b.shape)}"))
         elif not (far := change(a, b)) <= (SAME_DTYPE if a.dtype == b.dtype else OTHER_DTYPE):
             moved.append(Moved(name, far))
-    return moved, compared
+    return moved, len(outside)

@@ -246,6 +246,19 @@ def test_the_angle_is_the_one_that_was_turned(degrees: float) -> None:
     assert largest_angle(down, start) == pytest.approx(degrees, rel=1e-6, abs=1e-12)
 
 
+@pytest.mark.parametrize("last", ["a row", "a sum of others", "another twice", "zero"])
+def test_the_same_space_is_no_angle_away_however_its_rows_are_written(last: str) -> None:
+    """Rows that are scaled, mixed or made of others span what they did; a direction more or less is 90 degrees away."""
+    rng = np.random.default_rng(3)
+    start = rng.standard_normal((4, 32)).astype(np.float32).astype(float)
+    start[3] = {"a row": start[3], "a sum of others": start[0] + start[1], "another twice": 2 * start[0]}.get(last, 0.0)
+    mixed = np.linalg.qr(rng.standard_normal((4, 4)))[0] @ start
+    for down in (start * 2.0 ** np.array([[-40], [3], [27], [0]]), mixed.astype(np.float32).astype(float)):
+        assert largest_angle(down, start) < 1e-4
+    other = rng.standard_normal((4, 32))
+    assert (largest_angle(np.vstack((start[:3], other[:1])), start) == 90) == (last != "a row")
+
+
 def test_an_audit_survives_its_file(tmp_path: Path) -> None:
     """What is saved is read back the same, no number as no number; what is no audit is refused."""
     found = held(tmp_path, moved("model.norm.weight", 0.5))
