@@ -3,8 +3,9 @@
 import pytest
 
 from pytest_nullspace.errors import NullspaceError, escaped
+from pytest_nullspace.shell.asked import early_models, read_settings
 from pytest_nullspace.shell.fixtures import RUNS, nullspace_layer, nullspace_run, parametrize
-from pytest_nullspace.shell.options import add_options, early_models, read_settings
+from pytest_nullspace.shell.options import add_options
 
 __all__ = ["nullspace_layer", "nullspace_run"]
 

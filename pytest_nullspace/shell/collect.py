@@ -49,7 +49,7 @@ class CheckpointFile(pytest.File):
             yield kind.from_parent(self, name=name)
         if self.run.gates_all and not self.run.weights_only:
             yield ModelItem.from_parent(self, name=MODEL)
-        for name in self.run.missing:
+        for name in self.run.against.missing:
             yield MissingItem.from_parent(self, name=name)
         if self.run.has_audit:
             yield FrozenItem.from_parent(self, name=FROZEN)
@@ -150,12 +150,12 @@ class WeightsItem(LayerItem):
         """Fail where the weights show a fault, or moved and must not have; pass only with a warning."""
         run = self.parent.run
         outcome = run.measured()
-        weighed = run.told(outcome).weights
+        weighed = run.against.told(outcome).weights
         layer = None if weighed is None else weighed.layer(self.name)
         if layer is None:
             pytest.fail(f"{self.name} was not weighed", pytrace=False)
         self.record(gated_on="weights", down_norm=layer.down_norm, up_norm=layer.up_norm, rank_used=layer.rank_used)
-        if faults := run.weight_faults(outcome, layer):
+        if faults := run.against.weight_faults(outcome, layer):
             pytest.fail("\n".join(faults), pytrace=False)
         self.warn_of(STATEMENT, STATEMENT)  # a pass of weights alone is never without one
 
@@ -193,7 +193,7 @@ class FrozenItem(MeasuredItem):
     def runtest(self) -> None:
         """Fail where one did."""
         run = self.parent.run
-        audited = run.told(run.measured()).audit
+        audited = run.against.told(run.measured()).audit
         if audited is None:
             pytest.fail("the checkpoint was not held against its start", pytrace=False)
         self.record(compared=audited.compared, moved=len(audited.others))
@@ -206,7 +206,9 @@ class MissingItem(GateItem):
 
     def runtest(self) -> None:
         """Fail: what the earlier run gated is gated no more."""
-        pytest.fail(f"missing: only the earlier run {self.parent.run.earlier_file} has this layer", pytrace=False)
+        pytest.fail(
+            f"missing: only the earlier run {self.parent.run.against.earlier_file} has this layer", pytrace=False
+        )
 
 
 SCOPE = "scope"

@@ -21,10 +21,11 @@ from pytest_nullspace.report.layout import wrapped
 from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.settings import Settings, stats_file
+from pytest_nullspace.shell.asked import lists_only
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
-from pytest_nullspace.shell.options import lists_only
+from pytest_nullspace.shell.opening import check_inputs, open_runs
 from pytest_nullspace.shell.outputs import SUMMARY, check_outputs
-from pytest_nullspace.shell.runs import CheckpointRun, GatedRun, check_inputs, open_runs
+from pytest_nullspace.shell.runs import CheckpointRun, GatedRun
 
 _SHARED = "nullspace_shared_folder"
 
@@ -249,11 +250,11 @@ class Gate:
             outcome = run.peek()
             if outcome is not None:
                 terminalreporter.section(f"nullspace: {node_id(run.path, self._config.rootpath)}")
-                weighed = run.told(outcome).weights
+                weighed = run.against.told(outcome).weights
                 if weighed is None:
                     terminal.write(terminalreporter, outcome, run.expectations(outcome))
                 else:
-                    faults = partial(run.weight_faults, outcome)
+                    faults = partial(run.against.weight_faults, outcome)
                     every = terminalreporter.verbosity > 0
                     lines = weights.summary(
                         weighed,
@@ -278,11 +279,11 @@ class Gate:
 
 def _document(run: GatedRun, outcome: RunStats) -> str:
     """The Markdown report of one run."""
-    weighed, told = run.told(outcome).weights, [line for line, _ in notes(run, outcome)]
+    weighed, told = run.against.told(outcome).weights, [line for line, _ in notes(run, outcome)]
     expectations = run.expectations(outcome)
     if weighed is None:
         return markdown.report(outcome, expectations, told)
-    faults = partial(run.weight_faults, outcome)
+    faults = partial(run.against.weight_faults, outcome)
     return weights.markdown(outcome.model_path, weighed, faults, outcome.checkpoint_layers, told, expectations.gates)
 
 
@@ -299,14 +300,14 @@ def notes(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[s
     With ``every`` layer by layer where there is so much to say.
     """
     lines: list[tuple[str, Tier | None]] = []
-    audited, compared = run.told(outcome).audit, run.compared(outcome)
+    audited, compared = run.against.told(outcome).audit, run.against.compared(outcome)
     if audited is not None:
         lines += changes.audit_lines(audited)
-    if run.start is not None and run.start_file is not None:
+    if run.against.start is not None and run.against.start_file is not None:
         trained = run.expectations(outcome).stage is Stage.TRAINED
-        lines += changes.start_lines(run.start, run.start_file, outcome, trained, every)
-    if compared is not None and run.earlier_file is not None:
-        lines += changes.comparison(compared, run.earlier_file, run.missing)
+        lines += changes.start_lines(run.against.start, run.against.start_file, outcome, trained, every)
+    if compared is not None and run.against.earlier_file is not None:
+        lines += changes.comparison(compared, run.against.earlier_file, run.against.missing)
     return [*lines, *changes.diagnosis(run.diagnoses(outcome))]
 
 

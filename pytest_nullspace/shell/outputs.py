@@ -96,7 +96,9 @@ def _placed(config: "pytest.Config", name: str) -> Path:
 
 def _read(settings: Settings, runs: Sequence["GatedRun"], bases: Iterable[Path]) -> Iterator[_File]:
     yield from (_File(file, f"{PREFIX}stats") for file in settings.stats)
-    yield from (_File(run.earlier_file, f"{PREFIX}compare") for run in runs if run.earlier_file is not None)
+    yield from (
+        _File(run.against.earlier_file, f"{PREFIX}compare") for run in runs if run.against.earlier_file is not None
+    )
     yield from (_File(run.path, f"{PREFIX}model") for run in runs if run.path not in settings.stats)
     yield from (_File(base, f"{PREFIX}base") for base in bases)
     if settings.init is not None:

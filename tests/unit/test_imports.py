@@ -23,7 +23,7 @@ DOORS = {"measuring.pipeline", "measuring.loading", "measuring.measurement", "me
 """Those that reach them, inside functions only."""
 PYTEST = {"plugin", "shell.gate", "shell.collect", "shell.fixtures", "shell.progress"}
 """Those that import pytest."""
-PYTEST_TYPES = PYTEST | {"shell.options", "shell.outputs", "shell.values", "report.terminal"}
+PYTEST_TYPES = PYTEST | {"shell.asked", "shell.options", "shell.outputs", "shell.values", "report.terminal"}
 """Those that may name it for their types."""
 
 
@@ -76,7 +76,7 @@ def test_the_plugin_brings_nothing_but_its_options() -> None:
         "print(*sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    ours = ("errors", "plugin", "settings", "shell", "shell.fixtures", "shell.options", "shell.values")
+    ours = ("errors", "plugin", "settings", "shell", "shell.asked", "shell.fixtures", "shell.options", "shell.values")
     assert done.stdout.split() == ["pytest_nullspace", *(f"pytest_nullspace.{module}" for module in ours)]
 
 
@@ -96,7 +96,7 @@ ORDERS = {
     "judging": "verdicts invariants baseline start audit weights evidence tensors diagnosis",
     "text": "sources readers tokenizer windows",
     "measuring": "memory about distributed forward recorder streaming spectrum drift loading measurement pipeline",
-    "shell": "values options shared runs progress collect gate",
+    "shell": "values options asked shared once against runs opening outputs progress collect gate",
 }
 """Inside a wing, the modules whose order matters: none imports one that stands after it."""
 
@@ -108,6 +108,12 @@ def test_inside_a_wing_imports_go_one_way(within: str) -> None:
     assert set(order) <= set(sources())
     for place, module in enumerate(order):
         assert own(imports(sources()[module])).isdisjoint(order[place + 1 :]), module
+
+
+def test_no_module_and_no_function_is_too_long_to_be_read_at_once() -> None:
+    """No module has more than 400 lines, no function more than 60 without its docstring."""
+    assert {name: lines for name, lines in structure.module_lengths().items() if lines > 400} == {}
+    assert {name: lines for name, lines in structure.function_lengths().items() if lines > 60} == {}
 
 
 def test_what_holds_tensors_is_reached_through_its_doors() -> None:

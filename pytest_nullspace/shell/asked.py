@@ -1,0 +1,198 @@
+"""From pytest's options and ini file to `Settings`, refused where they do not go together.
+
+The command line wins over ini, ini over the default. Paths on the command line are relative to the folder in which
+pytest was started, paths in an ini file to that file.
+"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_nullspace.errors import OptionError
+from pytest_nullspace.settings import PREFIX, Settings, model_name, stats_file
+from pytest_nullspace.shell import values
+from pytest_nullspace.shell.options import OPTIONS, REQUIRE, Option
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def read_settings(config: "pytest.Config") -> Settings | None:
+    """What the command line and the ini file ask for; None where nothing is to be gated, and the plugin does nothing.
+
+    Raises:
+        OptionError: An option does not take its value; the message names both. Or nothing is to be gated, and must be.
+    """
+    if _only_explains(config):
+        return None
+    if not any(_given(config, option) for option in OPTIONS if option.name in ("model", "stats")):
+        if _read(config, REQUIRE) and not _shows_fixtures(config):
+            raise OptionError(f"{PREFIX}require: this run gates nothing; give {PREFIX}model=DIR or {PREFIX}stats=JSON")
+        return None
+    from pytest_nullspace.measuring.distributed import Ranks
+
+    read = {option.name: _read(config, option) for option in OPTIONS}
+    calib_dataset = read["calib-dataset"]
+    if isinstance(calib_dataset, str):
+        calib_dataset = (calib_dataset, config.invocation_params.dir)
+    settings = Settings(
+        models=read["model"],
+        stats=read["stats"],
+        base=read["base"],
+        calib_dataset=calib_dataset[0],
+        text_folder=calib_dataset[1],
+        calib_size=read["calib-size"][0],
+        calib_most=read["calib-size"][1],
+        task_dataset=read["task-dataset"][0] if read["task-dataset"] is not None else None,
+        task_folder=read["task-dataset"][1] if read["task-dataset"] is not None else Path(),
+        seqlen=read["seqlen"],
+        max_activation_samples=read["max-activation-samples"],
+        seed=read["seed"],
+        batch_size=read["batch-size"],
+        device=read["device"],
+        device_map=read["device-map"],
+        dtype=read["dtype"],
+        layers=read["layers"],
+        stage=read["stage"],
+        overrides=read["threshold"],
+        save_stats=read["save-stats"],
+        reports=read["report"],
+        ranks=Ranks.of(os.environ),
+        allow_unreached=read["allow-unreached"],
+        strict_scope=read["strict-scope"],
+        drift=read["drift"],
+        spectrum=read["spectrum"],
+        init=read["init"],
+        variant=read["variant"],
+        compare=read["compare"],
+        limits=read["compare-fail"],
+        allowed=read["compare-allow"],
+        weights_only=read["weights-only"],
+    )
+    _check_together(settings)
+    return settings
+
+
+def _only_explains(config: "pytest.Config") -> bool:
+    """Whether pytest shows its help, versions, markers or cache, for which nothing is collected."""
+    shown = config.option  # told as pytest tells, for what it does not show it runs
+    return bool(shown.help or shown.version > 1 or shown.markers or getattr(shown, "cacheshow", None))
+
+
+def _shows_fixtures(config: "pytest.Config") -> bool:
+    return bool(config.option.showfixtures or config.option.show_fixtures_per_test)
+
+
+def lists_only(config: "pytest.Config") -> bool:
+    """Whether pytest runs no test, but collects them to list them or their fixtures."""
+    return bool(config.option.collectonly) or _shows_fixtures(config)
+
+
+def _check_together(settings: Settings) -> None:
+    from pytest_nullspace.judging.invariants import Expectations, Stage
+
+    for name, paths in (("model", settings.models), ("stats", settings.stats)):
+        twice = next((path for i, path in enumerate(paths) if path in paths[:i]), None)
+        if twice is not None:
+            raise OptionError(f"{PREFIX}{name}: {twice} is given twice")
+    try:
+        Expectations(Stage(settings.stage), settings.overrides, variant=settings.variant)
+    except OptionError as error:
+        raise OptionError(f"{PREFIX}threshold: {error}") from None
+    if settings.ranks.size > 1 and not settings.models:
+        raise OptionError(
+            f"{PREFIX}stats: a saved run leaves nothing for {settings.ranks.size} processes to measure; gate it "
+            "without torchrun"
+        )
+    if settings.init_directory is not None and not settings.models:
+        raise OptionError(
+            f"{PREFIX}init: {settings.init} compares weights, and a saved run holds none; give the model as well, or a "
+            "saved run of the initial checkpoint"
+        )
+    if settings.device_map is not None and settings.ranks.size > 1:
+        raise OptionError(
+            f"{PREFIX}device-map: {settings.ranks.size} processes would each spread the model over the same devices; "
+            "run it without torchrun"
+        )
+    if settings.device_map is not None and settings.device != "auto":
+        raise OptionError(f"{PREFIX}device-map: chooses the devices itself; leave {PREFIX}device out")
+    _check_weights_only(settings)
+    _check_compare(settings)
+    for option, template in (("save-stats", settings.save_stats), ("compare", settings.compare)):
+        _check_apart(settings, option, template)
+
+
+def _check_weights_only(settings: Settings) -> None:
+    """Weights alone give no figures of activations, and a saved run holds no weights."""
+    needing = {
+        "stats": settings.stats,
+        "compare": settings.compare,
+        "init": settings.saved_init,
+        "drift": settings.drift,
+        "spectrum": settings.spectrum,
+    }
+    given = next((name for name, value in needing.items() if value), None)
+    if settings.weights_only and given is not None:
+        file = " with a saved run" if given == "init" else ""
+        raise OptionError(
+            f"{PREFIX}weights-only: measures no activations, and {PREFIX}{given}{file} is of them; leave one of the "
+            "two out"
+        )
+
+
+def _check_compare(settings: Settings) -> None:
+    from pytest_nullspace.judging.invariants import Expectations, Stage
+
+    allowed = settings.allowed if settings.saved_init is None else ()  # it allows of the saved start as well
+    for name, given in (("compare-fail", settings.limits), ("compare-allow", allowed)):
+        if given and settings.compare is None:
+            raise OptionError(f"{PREFIX}{name}: needs an earlier run to compare with; give it by {PREFIX}compare=JSON")
+    judged = [threshold.figure for threshold in Expectations(Stage(settings.stage)).thresholds("")]
+    unknown = next((limit.figure for limit in settings.limits if limit.figure not in judged), None)
+    if unknown is not None:
+        raise OptionError(
+            f"{PREFIX}compare-fail: no figure {unknown!r} is judged at stage {settings.stage}; "
+            f"there are {', '.join(judged)}"
+        )
+
+
+def _check_apart(settings: Settings, option: str, template: Path | None) -> None:
+    """Refuse a ``template`` that would name one file for several runs."""
+    names = [*(model_name(model) for model in settings.models), *(file.stem for file in settings.stats)]
+    if template is not None and len({stats_file(template, name) for name in names}) < len(names):
+        raise OptionError(
+            f"{PREFIX}{option}: {template} would be of several models at once; put {{model}} into its "
+            "name, and give models whose directories have different names"
+        )
+
+
+def early_models(config: "pytest.Config") -> list[Path]:
+    """The models' directories, as far as they can be told before pytest has read its options."""
+    said = getattr(config.known_args_namespace, "nullspace_model", None)
+    folder = config.invocation_params.dir
+    if said is None:
+        said, folder = config.getini("nullspace_model") or (), config.inipath.parent if config.inipath else folder
+    return [folder / text for text in said]
+
+
+def _given(config: "pytest.Config", option: Option) -> list[values.Given]:
+    said = config.getoption(option.dest)
+    if said is not None:
+        folder = config.invocation_params.dir
+        return [values.Given(text, folder, False) for text in (said if option.repeatable else [said])]
+    said = config.getini(option.dest)
+    folder = config.inipath.parent if config.inipath is not None else config.rootpath
+    lines = said if isinstance(said, list) else [said] if said else []
+    return [values.Given(text, folder, True) for text in lines]
+
+
+def _read(config: "pytest.Config", option: Option) -> Any:
+    found = []
+    for given in _given(config, option):
+        try:
+            found.append(option.read(given))
+        except OptionError as error:
+            raise OptionError(f"{option.dest if given.in_ini else option.flag}: {error}") from None
+    if option.repeatable:
+        return tuple(found)
+    return found[0] if found else option.default

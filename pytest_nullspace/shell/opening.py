@@ -1,0 +1,98 @@
+"""From settings to what is gated: every checkpoint and saved run, and what can be refused before any test runs."""
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
+from pytest_nullspace.checkpoint.header import quoted
+from pytest_nullspace.checkpoint.hub import downloaded
+from pytest_nullspace.errors import OptionError
+from pytest_nullspace.measuring import inputs
+from pytest_nullspace.measuring.loading import Bases
+from pytest_nullspace.run.figures import FIGURES
+from pytest_nullspace.settings import PREFIX, Settings, model_name
+from pytest_nullspace.shell.runs import CheckpointRun, GatedRun, SavedRun
+
+
+def open_runs(settings: Settings, texts: dict[str, str]) -> tuple[GatedRun, ...]:
+    """Every checkpoint and every saved run that the settings name, read without torch.
+
+    Args:
+        settings: What is gated.
+        texts: Holds the texts where they were read before the measurement.
+
+    Raises:
+        CheckpointError: A directory is no checkpoint.
+        StatsError: A file is no saved run.
+        OptionError: The option ``layers`` matches no layer of one, or a bound would hold nothing.
+    """
+    bases: Bases = {}
+    runs = (
+        *(CheckpointRun(_opened(model), model_name(model), settings, bases, texts) for model in settings.models),
+        *(SavedRun(file, settings) for file in settings.stats),
+    )
+    _require_held(runs, settings)
+    return runs
+
+
+def check_inputs(runs: Sequence[GatedRun], settings: Settings, texts: dict[str, str], *, look: bool) -> None:
+    """Refuse texts, base models and tokenizers that cannot be read, before any test asks for the measurement.
+
+    Args:
+        runs: What is gated.
+        settings: Which texts.
+        texts: Takes the texts, so that they are not read again.
+        look: Whether they are only looked for, as where tests are listed.
+
+    Raises:
+        CheckpointError: A base or a tokenizer cannot be read.
+        TextError: A text cannot be read.
+    """
+    measured = [run for run in runs if isinstance(run, CheckpointRun)]
+    # Several processes must first meet, to fail together.
+    if not measured or settings.weights_only or settings.ranks.size > 1:
+        return
+    if look:
+        inputs.sources(settings)
+    else:
+        texts |= inputs.read_texts(settings)
+    for run in measured:
+        run.check_models(look=look)
+
+
+def _require_held(runs: Sequence[GatedRun], settings: Settings) -> None:
+    """Refuse the user's bounds against which nothing would be held in any of the runs."""
+    for limit in settings.limits:
+        lacking = [run.unmeasured(limit.figure) for run in runs]
+        if None not in lacking:
+            raise _not_measured("compare-fail", limit.figure, lacking[0])
+    for override in settings.overrides:
+        telling = [run for run in runs if override.figure in run.figures]
+        if not telling:
+            raise _not_measured("threshold", override.figure, runs[0].path)
+        names = [name for run in telling for name in run.subjects(override.figure)]
+        # The layers that a run in part does not tell of may be what a line is for.
+        if all(run.tells_all for run in telling) and not any(fnmatchcase(name, override.layers) for name in names):
+            alike = {re.sub(r"\d+", "", name): name for name in reversed(names)}  # one of each block is enough
+            line = f"{override.layers} {override.figure} {override.passes:g} {override.fails:g}"
+            raise OptionError(
+                f"nullspace_threshold: {quoted(line)} would never apply: it matches no test of "
+                f"{', '.join(str(run.path) for run in telling)} that judges {override.figure}; the nearest are "
+                f"{', '.join(get_close_matches(override.layers, alike.values(), cutoff=0))}; mend it or leave it out"
+            )
+
+
+def _not_measured(option: str, figure: str, where: Path | None) -> OptionError:
+    record = FIGURES[figure]
+    needs = (("drift", record.of_predictions), ("task-dataset", record.needs_task))
+    by = " ".join(f"{PREFIX}{name}" for name, is_needed in needs if is_needed) or "this plugin"
+    return OptionError(
+        f"{PREFIX}{option}: {figure} is not measured of {where}; measure with {by}, or leave the bound out"
+    )
+
+
+def _opened(model: Path | str) -> Checkpoint:
+    return open_checkpoint(model if isinstance(model, Path) else downloaded(model, None, f"{PREFIX}model"))
