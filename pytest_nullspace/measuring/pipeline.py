@@ -73,7 +73,6 @@ def measure_checkpoint(
     clock.on("text")
 
     # Only now torch, for what is wrong with the text need not wait for it.
-    from pytest_nullspace.measuring.forward import require_tokens_read
     from pytest_nullspace.model import import_libraries
     from pytest_nullspace.model.spread import places
 
@@ -81,7 +80,6 @@ def measure_checkpoint(
     clock.on("imports")
     loaded = _loaded(checkpoint, settings, read.base, bases, initial)
     adapted = loaded.adapted
-    require_tokens_read(adapted, checkpoint)
     clock.on("model")
     seqlen = window_length(settings.seqlen, adapted.model)
     drawn = read.windows(settings, seqlen)
@@ -179,6 +177,8 @@ def _loaded(
     checkpoint: Checkpoint, settings: Settings, base: Path | None, bases: Bases | None, initial: Checkpoint | None
 ) -> _Loaded:
     """Load the model, and find what its predictions are held against."""
+    from pytest_nullspace.measuring.forward import require_tokens_read
+
     device = device_of(settings)
     dtype = dtype_of(settings.dtype, checkpoint, device, base)
     precision = str(dtype).removeprefix("torch.")
@@ -190,6 +190,7 @@ def _loaded(
         )
     ):
         adapted = load(checkpoint, settings, device, dtype, base, bases)
+    require_tokens_read(adapted, checkpoint)
     held_against = (
         true_base(adapted, checkpoint, initial, base, settings, adapted.device, dtype) if settings.drift else None
     )

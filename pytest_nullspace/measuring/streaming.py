@@ -103,6 +103,11 @@ def measure(
                 progress(part.stop, len(windows))
             if settled is not None and part.stop < len(windows) and settled(figures()):
                 break
+    return _with_rows(figures(), ranks, recorder)
+
+
+def _with_rows(layers: tuple[LayerStats, ...], ranks: Ranks, recorder: Recorder) -> tuple[LayerStats, ...]:
+    """The figures, with how many rows were distinct and how many had no place, over all processes."""
     found = ranks.told("the distinct rows", (recorder.distinct(), recorder.unplaced))
     return tuple(
         replace(
@@ -110,7 +115,7 @@ def measure(
             distinct_rows=together([of[layer.name] for of, _ in found if layer.name in of], layer.in_features),
             unplaced=sum(of[layer.name] for _, of in found),
         )
-        for layer in figures()
+        for layer in layers
     )
 
 
