@@ -39,6 +39,8 @@ def beside(of: LayerStats | RunStats, figure: str) -> str:
 
 
 _WITHOUT = "without sink rows"
+ALIKE = 0.05
+"""How near the two values lie that a reading need not tell apart; the block of each layer tells both."""
 
 
 def scanned_figure(of: LayerStats | RunStats, figure: str) -> str:
@@ -57,7 +59,7 @@ def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
     for finding in verdict.findings:
         figure = finding.threshold.figure
         value, other = _value(figure, finding.value), finding.without_sinks
-        if other is not None and other != finding.value:
+        if other is not None and (finding.decided_by_sinks or not math.isclose(other, finding.value, rel_tol=ALIKE)):
             value += f", {_value(figure, other)} {_WITHOUT}"
         told = f"{mark(verdict, finding.tier)} {FIGURES[figure].symbol} {value} ({finding.threshold.bound})"
         lenient = "" if finding.leniency is None else f"; {finding.leniency}"
