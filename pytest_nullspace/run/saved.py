@@ -23,7 +23,14 @@ SCHEMA_VERSION = 2
 WITHOUT_SCALE = 1
 """The version whose norm of A is without the scale."""
 MAX_BYTES = 100_000_000
-"""Of a file that is read: a hundred thousand layers."""
+"""Of a file that is read: a hundred thousand layers, or half as many with a task text and an audit."""
+MAX_VALUES = 4_000_000
+"""Of a file that is read, by its commas and brackets; one of ours has one in 26 bytes, so never more in `MAX_BYTES`.
+
+A value may take a hundred times the memory of its bytes, whatever key it stands under.
+"""
+MAX_KEYS = 100_000
+"""Of one object in it."""
 
 
 def to_json(run: RunStats) -> str:
@@ -155,10 +162,14 @@ def _text_drift(told: object, where: str) -> TextDrift:
 
 def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     """The object of ``pairs``, of which no two have one key: other readers would take the other value."""
+    if len(pairs) > MAX_KEYS:
+        raise StatsError(
+            f"{where}: has an object of more than {MAX_KEYS:,} keys, which no statistics file has; {AGAIN}"
+        )
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise StatsError(f"{where}: names {quoted(twice)} twice; {AGAIN}")
     return entries
 
@@ -174,6 +185,8 @@ def read(file: Path) -> RunStats:
             data = stream.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise StatsError(f"{file}: has more than {MAX_BYTES:,} bytes, which no statistics file has; {AGAIN}")
+        if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+            raise StatsError(f"{file}: has more than {MAX_VALUES:,} values, which no statistics file has; {AGAIN}")
         return from_json(data.decode("utf-8"), str(file))
     except OSError as error:
         raise StatsError(
