@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pytest_nullspace.errors import CheckpointError, some
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
 from pytest_nullspace.model.known import known_config, own_code
 from pytest_nullspace.model.names import of_today
+from pytest_nullspace.model.sizes import NOT_FITTED, Fitted, sizes_of
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -41,11 +42,13 @@ class Kind:
         build: The class of transformers.
         config: What it is built from; None where a GGUF file tells it.
         why: Where the class comes from, in words.
+        fitted: How its sizes differ from those that the base's config says.
     """
 
     build: Any
     config: Any
     why: str
+    fitted: Fitted = NOT_FITTED
 
     def empty(self) -> nn.Module:
         """The model without its numbers."""
@@ -73,15 +76,18 @@ def kind_of(checkpoint: Checkpoint | None, base: Path) -> Kind:
     tensors = _tensors(base)
     with _told_of(base), held_to(tensors, base / "config.json"):
         kinds = _kinds(checkpoint, task, fields, base)
-        if len(kinds) == 1 or checkpoint is None:
+        if checkpoint is None:
             return kinds[0]
+        if len(kinds) == 1:
+            return _fitted(kinds[0], checkpoint)
         names = [layer.name for layer in checkpoint.layers]
         held: list[tuple[int, int]] = []
         for kind in kinds:
             held.append(_held(kind, names))
             if held[-1][0] == len(names):
-                return kind
-        return kinds[held.index(max(held))]
+                break
+        kind = kinds[held.index(max(held))]
+        return _fitted(kind, checkpoint)
 
 
 def _kinds(checkpoint: Checkpoint | None, task: str, fields: Mapping[str, Any], base: Path) -> list[Kind]:
@@ -96,14 +102,17 @@ def _kinds(checkpoint: Checkpoint | None, task: str, fields: Mapping[str, Any], 
         _named(first, config, "named by the base's architectures"),
         _named(adapted, config, "named by the adapter's auto_mapping"),
     ]
-    kinds = {kind.build: kind for kind in reversed(found) if kind is not None}
+    kinds: dict[Any, Kind] = {}
+    for kind in found:
+        if kind is not None:
+            kinds.setdefault(kind.build, kind)
     if not kinds:
         raise CheckpointError(
             f"{base}: its architecture {quoted(first)} is not one of transformers' own"
             + (f", which have none of task_type {task} for its model_type either" if task in _CLASSES else "")
             + "; give another base by --nullspace-base=DIR"
         )
-    return list(reversed(kinds.values()))
+    return list(kinds.values())
 
 
 def _of_task(task: str, config: Any) -> Kind | None:
@@ -142,6 +151,18 @@ def _held(kind: Kind, layers: Collection[str]) -> tuple[int, int]:
     return sum(name in modules for name in layers), sum(name in modules for name in of_today(model, layers).values())
 
 
+def _fitted(kind: Kind, checkpoint: Checkpoint) -> Kind:
+    """``kind`` with as many labels and as large a vocabulary as the adapter was trained with."""
+    weights = [name for name in checkpoint.outside if ".lora_" not in name]
+    if not weights:
+        return kind
+    fitted = sizes_of(kind.empty(), checkpoint, weights)
+    config = copy.deepcopy(kind.config)
+    if fitted.labels is not None:
+        config.num_labels = fitted.labels
+    return replace(kind, config=config, fitted=fitted)
+
+
 def load_base(kind: Kind, base: Path, dtype: torch.dtype, replaced: Collection[str] = ()) -> nn.Module:
     """The whole base model, on the CPU.
 
@@ -164,11 +185,14 @@ def load_base(kind: Kind, base: Path, dtype: torch.dtype, replaced: Collection[s
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=kind.fitted.labels is not None,
                 **how,
             )
-    missing = [key for key in sorted(report["missing_keys"]) if not any(part in replaced for part in key.split("."))]
-    if missing or report["mismatched_keys"]:
-        wrong = missing or [key for key, *_ in report["mismatched_keys"]]
+            if kind.fitted.vocabulary is not None:  # of whose rows each comes from the adapter
+                model.resize_token_embeddings(kind.fitted.vocabulary, mean_resizing=False)
+    missing, mismatched = sorted(report["missing_keys"]), [key for key, *_ in report["mismatched_keys"]]
+    wrong = [key for key in (*missing, *mismatched) if not any(part in replaced for part in key.split("."))]
+    if wrong:
         raise CheckpointError(
             f"{base}: its weights are not those of a whole {kind.build.__name__}: {some(wrong)} have no tensor of "
             f"their shape there{own_code(base)}"

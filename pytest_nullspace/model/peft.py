@@ -48,7 +48,7 @@ def load(
     """
     kind = kind_of(checkpoint, base)
     replaced = tuple(checkpoint.config.get("modules_to_save") or ())
-    key = base.resolve(), stamps(base), device, dtype, kind.build, replaced
+    key = base.resolve(), stamps(base), device, dtype, kind.build, kind.fitted, replaced
     model = bases.pop(key, None)
     if model is None:
         bases.clear()  # of the bases one is in memory at a time
@@ -89,9 +89,12 @@ def load(
             yield model
 
     # What was written into the base's own tensors stays on, and an initialisation that changed the base is not undone.
-    whole = checkpoint.changed_base is None and not is_written
+    # Nor is a vocabulary that was resized the base's.
+    whole = checkpoint.changed_base is None and not is_written and kind.fitted.vocabulary is None
     told = f"{kind.build.__name__}, {kind.why}"
-    return AdaptedModel(model, views, device, take_off, switched_off if whole else None, told, at.remarks)
+    return AdaptedModel(
+        model, views, device, take_off, switched_off if whole else None, told, kind.fitted.remarks + at.remarks
+    )
 
 
 def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Checkpoint | None) -> nn.Module:
@@ -100,7 +103,13 @@ def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Ch
     Raises:
         CheckpointError: It cannot be loaded.
     """
-    return load_base(kind_of(adapter, base), base, dtype).to(device).eval()
+    kind = kind_of(adapter, base)
+    if adapter is not None and kind.fitted.vocabulary is not None:
+        raise CheckpointError(
+            f"{adapter.directory}: its vocabulary is not as large as that of the base {base}, so their predictions "
+            "cannot be compared; leave --nullspace-drift out"
+        )
+    return load_base(kind, base, dtype).to(device).eval()
 
 
 class _Untouched:

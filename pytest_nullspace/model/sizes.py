@@ -1,0 +1,89 @@
+"""Sizes that training changed: the labels of a head, and the rows of a vocabulary."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.checkpoint.peft import PREFIX
+from pytest_nullspace.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a base is built otherwise than its config says, as the adapter's own tensors tell.
+
+    Attributes:
+        labels: Of its head; None for those of the config.
+        vocabulary: Rows of its embeddings, to which they are resized; None for as many as they are.
+        remarks: The same in sentences.
+    """
+
+    labels: int | None = None
+    vocabulary: int | None = None
+    remarks: tuple[str, ...] = ()
+
+
+NOT_FITTED = Fitted()
+
+
+def sizes_of(model: Any, checkpoint: Checkpoint, weights: Collection[str]) -> Fitted:
+    """What sizes the adapter's whole ``weights`` have where ``model``, without numbers, has others.
+
+    Raises:
+        CheckpointError: The vocabulary was resized, and not all that it takes was saved.
+    """
+    places = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    other: dict[str, int] = {}
+    for name in weights:
+        place, shape = _place(name), checkpoint.tensors[name].shape
+        if place in places and shape and shape[0] != places[place][0] and shape[1:] == places[place][1:]:
+            other[place] = shape[0]
+    ends = _ends(model)
+    vocabulary = {name: rows for name, rows in other.items() if name in ends}
+    labels = {
+        name: rows for name, rows in other.items() if name not in ends and places[name][0] == model.config.num_labels
+    }
+    remarks = []
+    if len(set(labels.values())) == 1:
+        name = min(labels)
+        remarks.append(
+            f"built with {labels[name]} labels, as the adapter's {printable(name)} has, where the base's config says "
+            f"{places[name][0]}"
+        )
+    if vocabulary:
+        name = min(vocabulary)
+        is_whole = vocabulary.keys() == ends or vocabulary[name] < places[name][0] or _is_tied(model, ends)
+        if len(set(vocabulary.values())) > 1 or not is_whole:
+            lost = ", ".join(map(printable, sorted(ends - vocabulary.keys()))) or "another"
+            raise CheckpointError(
+                f"{checkpoint.directory}: its {printable(name)} is of a vocabulary of {vocabulary[name]}, the base "
+                f"has {places[name][0]}; but {lost} is not: the rows that training added are lost; save the adapter "
+                "with save_embedding_layers=True"
+            )
+        remarks.append(
+            f"the vocabulary of {places[name][0]} was resized to {vocabulary[name]}, as the adapter's "
+            f"{printable(name)} has"
+        )
+    return Fitted(
+        next(iter(labels.values())) if len(set(labels.values())) == 1 else None,
+        next(iter(vocabulary.values()), None),
+        tuple(remarks),
+    )
+
+
+def _place(name: str) -> str:
+    """Where a whole weight lies in the base; PEFT puts that of a module with LoRA one deeper."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def _ends(model: Any) -> frozenset[str]:
+    """The names of the weights that have a row for each token."""
+    ends = {id(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    return frozenset(f"{name}.weight" for name, module in model.named_modules() if id(module) in ends)
+
+
+def _is_tied(model: Any, ends: Collection[str]) -> bool:
+    """Whether the ends share one weight."""
+    return len(ends) < 2 or bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))

@@ -1,0 +1,142 @@
+"""Heads with other labels and vocabularies that grew or shrank: the base is built as in training, and that is told."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.model import load_model, load_plain
+from tests import tiny
+from tests.adapters import adapter, change
+from tests.unit.test_peft import SMALL, WINDOWS, check_figures, opened
+
+# PEFT's own, while the tests make adapters with it.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+CONFIG = {**SMALL, "intermediate_size": 48}
+
+
+def trained(folder: Path, base: Any, change: Callable[[Path], Any], task: str, **config: Any) -> tuple[Path, Any]:
+    """An adapter of ``base`` as ``change`` loads it from its directory, with that model, trained."""
+    torch.manual_seed(0)
+    base.save_pretrained(folder / "base")
+    tiny.tokenizer(folder / "base")
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(
+        change(folder / "base"), peft.LoraConfig(task_type=task, r=4, init_lora_weights=False, **config)
+    )
+    wrapped.peft_config["default"].base_model_name_or_path = str(folder / "base")
+    wrapped.save_pretrained(folder / "adapter")
+    return folder / "adapter", wrapped.eval()
+
+
+def same_logits(adapted: Any, wrapped: Any) -> None:
+    with torch.inference_mode():
+        theirs, ours = (model(input_ids=torch.tensor(WINDOWS)).logits for model in (wrapped, adapted.model))
+    assert theirs.abs().max() > 0.01
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "BertForPreTraining", "BertForSequenceClassification"])
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_the_adapters_head_says_how_many_labels(kind: str, task: str, tmp_path: Path) -> None:
+    """Whatever head the base was saved with, if any: logits are those that training had."""
+    auto = {"SEQ_CLS": "SequenceClassification", "TOKEN_CLS": "TokenClassification"}[task]
+    base = getattr(transformers, kind)(transformers.BertConfig(**CONFIG))
+    directory, wrapped = trained(
+        tmp_path,
+        base,
+        lambda folder: getattr(transformers, f"AutoModelFor{auto}").from_pretrained(
+            folder, num_labels=5, ignore_mismatched_sizes=True
+        ),
+        task,
+        target_modules=["query", "value"],
+    )
+    _, adapted = opened(directory)
+    same_logits(adapted, wrapped)
+    assert adapted.remarks == (
+        "built with 5 labels, as the adapter's classifier.bias has, where the base's config says 2",
+    )
+    check_figures(adapted)
+
+
+@pytest.mark.parametrize("rows", [131, 192, 120], ids=["grown", "padded", "shrunk"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]], ids=["attention", "embedding"])
+def test_the_adapters_embedding_says_how_large_the_vocabulary_is(
+    rows: int, tied: bool, targets: list[str], tmp_path: Path
+) -> None:
+    """The base is resized as training resized it, and its rows are the adapter's: logits are those of training."""
+
+    def resized(folder: Path) -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(rows)
+        return model
+
+    base = tiny.llama(tie_word_embeddings=tied)
+    directory, wrapped = trained(tmp_path, base, resized, "CAUSAL_LM", target_modules=targets)
+    if rows > 128 and not tied and "embed_tokens" in targets:  # of which PEFT does not save the head
+        with pytest.raises(CheckpointError, match="the rows that training added are lost"):
+            load_model(directory)
+        return
+    checkpoint, adapted = opened(directory)
+    config: Any = adapted.model.config
+    assert config.vocab_size == rows
+    same_logits(adapted, wrapped)
+    (told,) = adapted.remarks
+    assert told.startswith(f"the vocabulary of 128 was resized to {rows}, as the adapter's ")
+    assert adapted.switched_off is None
+    with pytest.raises(CheckpointError, match="vocabulary is not as large as that of the base"):
+        load_plain(tmp_path / "base", torch.device("cpu"), torch.float32, checkpoint)
+
+
+def test_a_head_that_was_not_saved_with_its_rows_is_an_error(tmp_path: Path) -> None:
+    """The new rows of an untied head would be random, so what is lost is named."""
+
+    def resized(folder: Path) -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(131)
+        return model
+
+    base = tiny.llama(tie_word_embeddings=False)
+    directory, _ = trained(tmp_path, base, resized, "CAUSAL_LM", target_modules=["q_proj"])
+    change(directory, lambda tensors, _: tensors.__delitem__("base_model.model.lm_head.weight"))
+    with pytest.raises(CheckpointError, match=r"vocabulary of 131, the base has 128; but lm_head\.weight is not"):
+        load_model(directory)
+
+
+def test_another_base_is_still_refused(tmp_path: Path) -> None:
+    """An embedding of another width is no vocabulary that grew."""
+    directory = adapter(tmp_path, tiny.llama(), r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    name = "base_model.model.model.embed_tokens.weight"
+    change(directory, lambda tensors, _: tensors.update({name: torch.zeros(131, 16)}))
+    with pytest.raises(
+        CheckpointError, match=r"embed_tokens.weight is \[131, 16\], and the base would take \[128, 32\]"
+    ):
+        load_model(directory)
+    assert open_checkpoint(directory).outside == (name,)
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "lora": {"target_modules": ["q_proj", "embed_tokens"]},
+    "modules": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [97, 101]}},
+}
+
+
+@pytest.mark.parametrize("flag", [True, False], ids=["tied", "apart"])
+@pytest.mark.parametrize("how", HOW)
+def test_an_adapter_of_tied_embeddings_is_loaded_as_peft_loads_it(how: str, flag: bool, tmp_path: Path) -> None:
+    """Trained whole, by LoRA or by token, with and without ``ensure_weight_tying``: logits are PEFT's own."""
+    directory = adapter(tmp_path, tiny.llama(), r=4, ensure_weight_tying=flag, **HOW[how])
+    checkpoint, adapted = opened(directory)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    same_logits(adapted, peft.PeftModel.from_pretrained(base, directory).eval())
+    assert sum("q_proj" in name for name in adapted.layers) == 3
+    assert any("embed_tokens" in name for name in checkpoint.outside)
