@@ -218,7 +218,8 @@ class Recorder:
                 self._forget_held()
 
     def _meet(self, watched: Watched, _: nn.Module, args: Any) -> None:
-        self._layout = self.rows.layout(args[0].shape, routed="expert" in watched.layer.name)
+        name = watched.layer.name
+        self._layout = self.rows.layout(args[0].shape, routed="expert" in name and "shared_expert" not in name)
 
     def _take(self, watched: Watched, _: nn.Module, args: Any, output: Tensor) -> None:
         x, layer, change = args[0], watched.layer, []

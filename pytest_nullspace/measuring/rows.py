@@ -104,11 +104,13 @@ class Rows:
     def _layout(self, shape: tuple[int, ...], routed: bool) -> Layout | None:
         windows, length = self._batch.tokens.shape
         match shape:
+            case (rows,) if routed:
+                return self._routed(rows)
             case (rows,):
                 for padded in self._lengths:
                     if rows == windows * padded:
                         return self._of_windows(padded, length)
-                return self._of_windows(1, 1) if rows == windows and not routed else self._routed(rows)
+                return self._of_windows(1, 1) if rows == windows else self._routed(rows)
             case (first, second):
                 if first == second == windows > 1:
                     return None
@@ -144,8 +146,10 @@ class Rows:
         share: Tensor = (rows // length * kept + rows % length * kept // length).unique()  # type: ignore[no-untyped-call]
         return Layout(size, numbers[share], tuple((share // kept).bincount(minlength=windows).tolist()), whole)
 
-    def _routed(self, rows: int) -> Layout:
-        """An expert sees only the rows that were routed to it: which came from which window is not known."""
+    def _routed(self, rows: int) -> Layout | None:
+        """An expert sees only the rows that were routed to it: which of several windows they are of nobody knows."""
+        if rows and len(self._batch.tokens) > 1:
+            return None
         if self._batch.rows is None or not rows:
             return Layout(rows, None, (rows,))
         share = (self._batch.rows * rows // self._batch.tokens.numel()).unique()  # type: ignore[no-untyped-call]

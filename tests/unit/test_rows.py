@@ -19,7 +19,7 @@ from pytest_nullspace.measuring.streaming import draw_rows, measure
 from pytest_nullspace.model import AdaptedModel
 from pytest_nullspace.run.saved import from_json, to_json
 from pytest_nullspace.run.stats import UNPLACED, LayerStats, RunStats
-from tests.adapters import adapter
+from tests.adapters import adapter, switch
 from tests.unit.test_peft import EXACT, SMALL, figures, opened
 
 # PEFT's own, while the tests make adapters with it.
@@ -122,6 +122,34 @@ def test_rows_are_the_tokens_of_their_windows(kind: str, tmp_path: Path) -> None
         assert [layer.input_norm, layer.down_norm] == pytest.approx(means, rel=EXACT)
     for batch_size in (2, 4, 6):
         agree(measure(adapted, TEXT, batch_size=batch_size), alone)
+
+
+@pytest.mark.parametrize("most", [None, 60])
+def test_the_margins_of_an_expert_do_not_depend_on_the_batch(most: int | None, tmp_path: Path) -> None:
+    """Whose rows were routed to it only one window tells, so where an expert is adapted each runs by itself."""
+    adapted = opened(adapter(tmp_path, switch(), "SEQ_2_SEQ_LM", r=4, target_modules=["wi"]))[1]
+    alone = measure(adapted, TEXT, batch_size=1, max_rows=most)
+    reached = [layer.name for layer in alone if layer.rows]
+    assert any(0 < layer.rows < len(TEXT) * LENGTH and ".experts." in layer.name for layer in alone)
+    for size in (2, 3, 6):
+        together = measure(adapted, TEXT, batch_size=size, max_rows=most)
+        assert [layer.name for layer in together if layer.rows] == reached
+        agree(*(tuple(layer for layer in of if layer.rows) for of in (alone, together)))
+
+
+def test_a_shared_expert_reads_every_token(tmp_path: Path) -> None:
+    """What is called an expert and shared by all tokens reads them as they lie, so windows share a forward."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = transformers.Qwen2MoeConfig(**LARGE, num_key_value_heads=2, **sizes, shared_expert_intermediate_size=16)
+    name = "model.layers.1.mlp.shared_expert.up_proj"
+    model = transformers.Qwen2MoeForCausalLM(config)
+    adapted = opened(adapter(tmp_path, model, r=4, target_modules=["shared_expert.up_proj"]))[1]
+    calls: list[int] = []
+    adapted.layers[name].layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    together = measure(adapted, TEXT, batch_size=3)
+    assert len(calls) == 2
+    assert [layer.rows for layer in together] == [len(TEXT) * LENGTH] * 2
+    agree(measure(adapted, TEXT, batch_size=1), together)
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
