@@ -55,12 +55,11 @@ def check_inputs(runs: Sequence[GatedRun], settings: Settings, texts: dict[str, 
     # Several processes must first meet, to fail together.
     if not measured or settings.weights_only or settings.ranks.size > 1:
         return
-    if look:
-        inputs.sources(settings)
-    else:
-        texts |= inputs.read_texts(settings)
+    inputs.sources(settings)
     for run in measured:
         run.check_models(look=look)
+    if not look:  # last, for it may take a while to have a text of the hub, or to learn that there is no network
+        texts |= inputs.read_texts(settings)
 
 
 def _require_held(runs: Sequence[GatedRun], settings: Settings) -> None:
