@@ -6,7 +6,7 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report import doubts
-from pytest_nullspace.report.model import remarks
+from pytest_nullspace.report.model import remarks, unreached
 from pytest_nullspace.report.notes import (
     best_possible,
     drift,
@@ -58,7 +58,7 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
         lines += [f"{MARKS[Tier.WARN]} {escape(unjudged)}.", ""]
     if names := outside_of(run):
         lines += [f"{MARKS[Tier.WARN]} {escape(outside(names))}", ""]
-    for remark in remarks(run):
+    for remark in (*remarks(run), *unreached(verdicts)):
         lines += [f"{MARKS[Tier.WARN]} {escape(remark)}.", ""]
     if run.complete:
         averages = judge_averages(run, expectations)

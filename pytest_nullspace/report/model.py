@@ -1,9 +1,12 @@
 """What a report tells of the model that was measured, beside its figures."""
 
-from collections.abc import Iterator
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.judging.verdicts import Verdict
+from pytest_nullspace.run.stats import UNREACHED, RunStats
 
 
 def built_as(run: RunStats) -> Iterator[str]:
@@ -18,3 +21,34 @@ def remarks(run: RunStats) -> list[str]:
     model = run.about.get("model")
     told = model.get("remarks") if isinstance(model, dict) else None
     return [printable(remark, 1000) for remark in told] if isinstance(told, list) else []
+
+
+_OTHERS = (("vision|visual|image", "images only"), ("audio|speech", "sound only"), ("", "no row of this text"))
+"""By what a subtree is reached, as its name tells; the first that fits."""
+
+
+def unreached(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """The parts of the model that no row reached, where they hold several layers, and how to allow them."""
+    lost = {verdict.subject for verdict in verdicts if verdict.defect == UNREACHED}
+    reached = {parent for verdict in verdicts if verdict.subject not in lost for parent in _parents(verdict.subject)}
+    parts: defaultdict[str, int] = defaultdict(int)
+    for name in lost:
+        parts[_part(name, reached)] += 1
+    for part, layers in sorted(parts.items()):
+        if layers > 1:
+            by = next(words for names, words in _OTHERS if re.search(names, part))
+            yield (
+                f"{layers} layers of {printable(part)} are reached by {by}; to allow them: "
+                f"--nullspace-allow-unreached='{printable(part)}.*'"
+            )
+
+
+def _parents(name: str) -> list[str]:
+    """The modules in which a layer lies, from the outermost, and itself."""
+    parts = name.split(".")
+    return [".".join(parts[: depth + 1]) for depth in range(len(parts))]
+
+
+def _part(name: str, reached: Collection[str]) -> str:
+    """The outermost module about the layer that holds no layer that was reached."""
+    return next(parent for parent in _parents(name) if parent not in reached)

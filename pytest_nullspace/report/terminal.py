@@ -136,7 +136,7 @@ def summary(
         yield unjudged, Tier.WARN
     if names := notes.outside_of(run):
         yield notes.outside(names), Tier.WARN
-    yield from ((remark, Tier.WARN) for remark in model.remarks(run))
+    yield from ((remark, Tier.WARN) for remark in (*model.remarks(run), *model.unreached(verdicts)))
     yield from ((doubt, Tier.WARN) for doubt in doubts.all_of(verdicts, run, expectations))
     yield "", None
     yield from _table(run, verdicts, width)

@@ -11,12 +11,13 @@ import transformers
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.judging.verdicts import Verdict
 from pytest_nullspace.measuring.forward import require_tokens_read
 from pytest_nullspace.measuring.loading import _writes_text
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import load_model
-from pytest_nullspace.report.model import built_as, remarks
-from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.report.model import built_as, remarks, unreached
+from pytest_nullspace.run.stats import UNREACHED, RunStats
 from tests import tiny
 from tests.adapters import adapter, change
 from tests.families import MAKERS, qwen3_5
@@ -176,3 +177,23 @@ def test_a_model_that_does_not_run_on_text_is_refused_by_what_it_reads(make: Any
     checkpoint, adapted = opened(directory)
     with pytest.raises(CheckpointError, match=f"a {type(model).__name__}, reads {reads} and does not run on token ids"):
         require_tokens_read(adapted, checkpoint)
+
+
+def test_a_part_that_text_does_not_reach_is_told_in_one_line() -> None:
+    """Several layers under one module become one line with the glob that allows them; a layer alone becomes none."""
+    tower = [
+        f"model.vision_tower.layers.{layer}.self_attn.{kind}" for layer in range(27) for kind in ("q_proj", "v_proj")
+    ]
+    other = ["model.audio_tower.layers.0.fc1", "model.audio_tower.layers.0.fc2", "model.text.layers.0.lost"]
+    read = [Verdict(f"model.text.layers.{layer}.q_proj", ()) for layer in range(2)]
+    told = list(unreached([*read, *(Verdict(name, (), UNREACHED) for name in (*tower, *other))]))
+    assert told == [
+        "2 layers of model.audio_tower are reached by sound only; to allow them: "
+        "--nullspace-allow-unreached='model.audio_tower.*'",
+        "54 layers of model.vision_tower are reached by images only; to allow them: "
+        "--nullspace-allow-unreached='model.vision_tower.*'",
+    ]
+    assert not list(unreached(read))
+    part = [Verdict(f"model.mlp.experts.{n}.wi", (), UNREACHED) for n in range(2)]
+    (line,) = unreached([*read, *part])
+    assert line.startswith("2 layers of model.mlp are reached by no row of this text")
