@@ -266,13 +266,15 @@ class Gate:
                     )
                     terminal.write_lines(terminalreporter, lines)
                 terminal.write_lines(terminalreporter, notes(run, outcome, every=terminalreporter.verbosity > 0))
-        for problem in self._problems:
-            terminalreporter.write_line(f"nullspace: NOT GATED: {problem}", red=True, bold=True)
+        while self._problems:
+            terminalreporter.write_line(f"nullspace: NOT GATED: {self._problems.pop(0)}", red=True, bold=True)
         for file in self._saved:
             terminalreporter.write_line(f"nullspace: statistics saved to {file}")
 
     def pytest_unconfigure(self) -> None:
-        """Remove what the processes shared."""
+        """Tell on stderr what no summary told (-p no:terminal); remove what the processes shared."""
+        for problem in self._problems if self._reports else ():
+            print(f"nullspace: NOT GATED: {problem}", file=sys.stderr)
         if self._folder is not None:
             self._folder.cleanup()
 

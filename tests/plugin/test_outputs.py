@@ -82,3 +82,17 @@ def test_devices_are_no_files(replay: Replay, monkeypatch: pytest.MonkeyPatch) -
     """What is thrown away twice is not one file."""
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", os.devnull)
     assert replay(f"--log-file={os.devnull}").ret == 0
+
+
+@pytest.mark.parametrize("quiet", [("-p", "no:terminal"), ("-p", "no:terminal", "-n", "2"), ()])
+def test_what_keeps_a_run_from_being_green_is_told_without_a_terminal(
+    replay: Replay, pytester: pytest.Pytester, quiet: tuple[str, ...]
+) -> None:
+    """Where no summary can tell why a run is not green, stderr does, once; where one does, stderr is silent."""
+    pytester.mkdir("taken.json")
+    result = replay(f"{SAVE}=taken.json", *quiet, apart=True)
+    assert result.ret == 1
+    told, silent = (result.stderr, result.stdout) if quiet else (result.stdout, result.stderr)
+    told.fnmatch_lines(["nullspace: NOT GATED: *taken.json: cannot be written: *"])
+    assert told.str().count("NOT GATED") == 1
+    assert "NOT GATED" not in silent.str()
