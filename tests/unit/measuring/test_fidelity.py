@@ -18,7 +18,7 @@ from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.model.spread import spread
 from tests import tiny
 from tests.adapters import adapter, switch
-from tests.unit.test_peft import ARCHITECTURES, EXACT, WINDOWS, check_figures, figures, opened
+from tests.unit.model.test_peft import ARCHITECTURES, EXACT, WINDOWS, check_figures, figures, opened
 
 # PEFT's own, while the tests make adapters with it.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -20,7 +20,7 @@ from pytest_nullspace.model import AdaptedModel
 from pytest_nullspace.run.saved import from_json, to_json
 from pytest_nullspace.run.stats import UNPLACED, LayerStats, RunStats
 from tests.adapters import adapter, switch
-from tests.unit.test_peft import EXACT, SMALL, figures, opened
+from tests.unit.model.test_peft import EXACT, SMALL, figures, opened
 
 # PEFT's own, while the tests make adapters with it.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -228,7 +228,7 @@ def rename(old: str, new: str) -> Callable[[dict[str, Tensor], dict[str, Any]], 
     return edit
 
 
-TABLE = Path(__file__).parents[2] / "docs/bad-days.md"
+TABLE = Path(__file__).parents[3] / "docs/bad-days.md"
 BROKEN: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str]] = {
     "another PEFT type": (
         lambda _, config: config.update(peft_type="LOHA"),

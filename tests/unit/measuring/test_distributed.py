@@ -13,13 +13,13 @@ import pytest
 from pytest_nullspace.errors import MeasurementError, OptionError
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
 
 
 def meet(size: int, port: int, *meetings: str) -> tuple[list[int], list[dict[str, Any]]]:
     """The exit code of each of ``size`` processes, and what each of them got from each meeting."""
-    command = [sys.executable, "-m", "tests.unit.ranks", *meetings]
+    command = [sys.executable, "-m", "tests.unit.measuring.ranks", *meetings]
     address = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(command, cwd=ROOT, env=os.environ | address | {"RANK": str(rank)}, stdout=subprocess.PIPE)

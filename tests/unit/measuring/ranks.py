@@ -1,4 +1,4 @@
-"""What `tests.unit.test_distributed` starts in several processes: meeting after meeting, and what each gave."""
+"""What the test of several processes starts in each: meeting after meeting, and what each gave."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def error() -> Any:
 def sinks() -> Any:
     """Windows in which rows outweigh all others, most of them those of the last process."""
     from pytest_nullspace.measuring.streaming import measure
-    from tests.unit.test_sinks import WINDOWS, load_sinks
+    from tests.unit.measuring.test_sinks import WINDOWS, load_sinks
 
     with TemporaryDirectory() as folder:
         found = measure(load_sinks(Path(folder)), WINDOWS, ranks=ME)

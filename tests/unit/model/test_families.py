@@ -21,7 +21,7 @@ from pytest_nullspace.run.stats import UNREACHED, RunStats
 from tests import tiny
 from tests.adapters import adapter, change
 from tests.families import MAKERS, qwen3_5
-from tests.unit.test_peft import SMALL, WINDOWS, check_figures, opened
+from tests.unit.model.test_peft import SMALL, WINDOWS, check_figures, opened
 
 # PEFT's own, while the tests make adapters with it.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

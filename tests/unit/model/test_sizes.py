@@ -14,7 +14,7 @@ from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model import load_model, load_plain
 from tests import tiny
 from tests.adapters import adapter, change
-from tests.unit.test_peft import SMALL, WINDOWS, check_figures, opened
+from tests.unit.model.test_peft import SMALL, WINDOWS, check_figures, opened
 
 # PEFT's own, while the tests make adapters with it.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -22,7 +22,7 @@ from tests import tiny
 from tests.adapters import adapter
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 3443586272\n"
-TABLE = Path(__file__).parents[2] / "docs/bad-days.md"
+TABLE = Path(__file__).parents[3] / "docs/bad-days.md"
 PEFT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "base_model_name_or_path": "base"}
 KEYS: dict[str, tuple[str, str]] = {
     "kohya.safetensors": ("lora_unet_down_blocks_0.lora_down.weight", "lora_te1_text_model.alpha"),

@@ -17,7 +17,7 @@ from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model.peft import _weight
 from tests import tiny
 from tests.adapters import adapter
-from tests.unit.test_peft import EXACT, WINDOWS, inputs_of, opened
+from tests.unit.model.test_peft import EXACT, WINDOWS, inputs_of, opened
 
 # The libraries' own, while the tests quantise with them.
 pytestmark = pytest.mark.filterwarnings("ignore")

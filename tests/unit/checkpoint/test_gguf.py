@@ -18,7 +18,7 @@ from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring.streaming import measure
 from tests import tiny
 from tests.adapters import adapter, change
-from tests.unit.test_peft import WINDOWS, check_figures, figures, opened
+from tests.unit.model.test_peft import WINDOWS, check_figures, figures, opened
 
 gguf = pytest.importorskip("gguf", reason="gguf, which reads GGUF files, is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")

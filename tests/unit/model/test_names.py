@@ -16,7 +16,7 @@ from pytest_nullspace.report.notes import outside
 from tests import tiny
 from tests.adapters import adapter, change
 from tests.families import llava, qwen2_5_vl
-from tests.unit.test_peft import WINDOWS, check_figures, opened
+from tests.unit.model.test_peft import WINDOWS, check_figures, opened
 
 # PEFT's own, while the tests make adapters with it.
 pytestmark = pytest.mark.filterwarnings(

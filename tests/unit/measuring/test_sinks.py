@@ -20,8 +20,8 @@ from pytest_nullspace.run.saved import from_json, to_json
 from pytest_nullspace.run.stats import SINK, LayerStats, RunStats, WithoutSinks
 from tests import tiny
 from tests.saved import LAYER
-from tests.unit.test_distributed import meet
-from tests.unit.test_measure import cached_rows, load
+from tests.unit.measuring.test_distributed import meet
+from tests.unit.measuring.test_measure import cached_rows, load
 
 PASS, WARN, FAIL = Tier
 DOWN = "model.layers.0.mlp.down_proj"

@@ -1,0 +1,1 @@
+"""Of `pytest_nullspace.run`."""
