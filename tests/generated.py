@@ -16,6 +16,20 @@ def options() -> str:
     return "\n".join(["| option | default | what it does |", "| --- | --- | --- |", *rows])
 
 
+FIRST = (
+    "model", "base", "calib-dataset", "task-dataset", "drift", "init", "calib-size", "threshold", "save-stats", "stats",
+    "require",
+)  # fmt: skip
+"""The options that one needs first."""
+
+
+def first_options() -> str:
+    """Those that one needs first, each with what its help says."""
+    known = {option.name: option for option in OPTIONS}
+    rows = (f"| {_written(known[name])} | {known[name].help.replace('|', chr(92) + '|')} |" for name in FIRST)
+    return "\n".join(["| option | what it does |", "| --- | --- |", *rows])
+
+
 def _written(option: Option) -> str:
     value = f"={option.metavar}" if option.metavar else ""
     return f"`{option.flag}{value}`" + (", repeatable" if option.repeatable else "")
@@ -87,7 +101,12 @@ def _tiers(stage: str, bounds: Bounds) -> str:
     )
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"options": options, "figures": figures, "figure pages": figure_pages}
+TABLES: Mapping[str, Callable[[], str]] = {
+    "options": options,
+    "first options": first_options,
+    "figures": figures,
+    "figure pages": figure_pages,
+}
 """Each table by the name that its place in a document has."""
 
 
