@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
-from pytest_nullspace.judging.verdicts import Tier
+from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import doubts
 from pytest_nullspace.report.model import remarks, unreached
 from pytest_nullspace.report.notes import (
@@ -19,6 +19,7 @@ from pytest_nullspace.report.notes import (
     texts,
     ungated,
 )
+from pytest_nullspace.report.page import Page, Row, kind
 from pytest_nullspace.report.words import MARKS, figures, mark, not_gated, reading
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.stats import RunStats
@@ -33,7 +34,12 @@ def escape(text: str) -> str:
 
 
 def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ()) -> str:
-    """A table of every layer and the averages, with the reading in words and ``notes`` below it."""
+    """A table of every layer and the averages, with the reading in words and ``notes`` above it."""
+    return page(run, expectations, notes).whole
+
+
+def page(run: RunStats, expectations: Expectations, notes: Iterable[str] = ()) -> Page:
+    """The same in its parts."""
     verdicts = [judge(layer, expectations) for layer in run.layers]
     lines = [
         f"## nullspace: {escape(run.model_path)}",
@@ -46,7 +52,7 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
         lines += [f"{MARKS[Tier.WARN]} {escape(told)}.", ""]
     if not run.layers and run.drift is None:
         lines += ["No layer was measured; what follows is read from the files.", ""]
-        return "\n".join([*lines, *(f"- {escape(note.strip())}" for note in notes)]) + "\n"
+        return Page("\n".join([*lines, *(f"- {escape(note.strip())}" for note in notes)]), ())
     absent = not_measured(run)
     if absent is not None:
         lines += [f"{absent}.", ""]
@@ -77,10 +83,16 @@ def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ())
     )  # a bare one would end the cell
     lines += ["", "| | layer | " + " | ".join(f"`{formula}`" for formula in formulas) + " | |"]
     lines += ["|---|---|" + "---:|" * len(run.expected) + "---|"]
+    rows = []
     for layer, verdict in zip(run.layers, verdicts, strict=True):
-        why = not_gated(verdict) if not verdict.gated else "" if verdict.tier is Tier.PASS else verdict.summary
-        lines.append(
-            f"| {mark(verdict)} | {escape(layer.name)} | {' | '.join(figures(layer, run.expected))} | {escape(why)} |"
-        )
-    lines.append("| | average | " + " | ".join(figures(run, run.expected)) + " | |")
-    return "\n".join(lines) + "\n"
+        cells = " | ".join(figures(layer, run.expected))
+        text = f"| {mark(verdict)} | {escape(layer.name)} | {cells} | {_why(verdict)} |"
+        rows.append(Row(kind(verdict.tier, verdict.gated), text))
+    return Page("\n".join(lines), rows, "| | average | " + " | ".join(figures(run, run.expected)) + " | |")
+
+
+def _why(verdict: Verdict) -> str:
+    """What stands beside the figures of a layer that did not simply pass."""
+    if not verdict.gated:
+        return escape(not_gated(verdict))
+    return "" if verdict.tier is Tier.PASS else escape(verdict.summary)

@@ -10,6 +10,7 @@ from pytest_nullspace.judging.weights import STATEMENT, LayerWeights, Weights
 from pytest_nullspace.report.layout import Form, table, with_faults
 from pytest_nullspace.report.markdown import escape
 from pytest_nullspace.report.notes import negative_scales, outside
+from pytest_nullspace.report.page import Page, Row, kind
 from pytest_nullspace.report.words import MARKS
 
 WORST_SHOWN = 5
@@ -76,15 +77,24 @@ def counted(weights: Weights, faults: Faults, of: int, gates: Gates = _all) -> s
 
 def markdown(title: str, weights: Weights, faults: Faults, of: int, notes: Sequence[str], gates: Gates = _all) -> str:
     """The same as Markdown, every layer."""
+    return page(title, weights, faults, of, notes, gates).whole
+
+
+def page(title: str, weights: Weights, faults: Faults, of: int, notes: Sequence[str], gates: Gates = _all) -> Page:
+    """The same in its parts."""
     lines = [f"## nullspace: {escape(title)}", "", f"{MARKS[Tier.WARN]} **{counted(weights, faults, of, gates)}**", ""]
     if (negative := negative_scales(weights.layers)) is not None:
         lines += [f"{MARKS[Tier.WARN]} {escape(negative)}", ""]
     lines += [f"- {escape(note.strip())}" for note in notes]
     lines += ["", "| | layer | " + " | ".join(_COLUMNS) + " | |", "|---|---|" + "---:|" * len(_COLUMNS) + "---|"]
+    rows = []
     for layer in weights.layers:
-        mark, wrong = _told(faults(layer), gates(layer.name))
-        lines.append(f"| {mark} | {escape(layer.name)} | {' | '.join(_cells(layer))} | {escape('; '.join(wrong))} |")
-    return "\n".join(lines) + "\n"
+        found = faults(layer)
+        mark, wrong = _told(found, gates(layer.name))
+        what = kind(Tier.FAIL if found else Tier.PASS, gates(layer.name))
+        cells = " | ".join(_cells(layer))
+        rows.append(Row(what, f"| {mark} | {escape(layer.name)} | {cells} | {escape('; '.join(wrong))} |"))
+    return Page("\n".join(lines), rows)
 
 
 def _cells(layer: LayerWeights) -> Sequence[str]:

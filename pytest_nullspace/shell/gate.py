@@ -18,13 +18,14 @@ from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report import changes, markdown, terminal, weights
 from pytest_nullspace.report.layout import wrapped
+from pytest_nullspace.report.page import Page, joined
 from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.settings import Settings, stats_file
 from pytest_nullspace.shell.asked import lists_only
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.shell.opening import check_inputs, open_runs
-from pytest_nullspace.shell.outputs import SUMMARY, check_outputs
+from pytest_nullspace.shell.outputs import append_step_summary, check_outputs
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun
 
 _SHARED = "nullspace_shared_folder"
@@ -68,6 +69,7 @@ class Gate:
         self._expected: list[str] = []
         self._judged: set[str] = set()
         self._problems: list[str] = []
+        self._no_room: str | None = None
         self._folder: TemporaryDirectory[str] | None = None
         shared = getattr(config, "workerinput", {}).get(_SHARED)
         if shared is not None:
@@ -237,10 +239,10 @@ class Gate:
                     file = stats_file(self.settings.save_stats, run.name)
                     saved.write(_diagnosed(run, outcome), file)
                     self._saved.append(file)
-            document = "\n".join(_document(run, outcome) for run, outcome in measured)
+            pages = [_page(run, outcome) for run, outcome in measured]
             for file in self.settings.reports:
-                saved.write_atomically(file, document)
-            _append_step_summary(document)
+                saved.write_atomically(file, joined(pages))
+            self._no_room = append_step_summary(pages)
         except NullspaceError as error:
             self._problems.append(str(error))
 
@@ -268,6 +270,8 @@ class Gate:
                 terminal.write_lines(terminalreporter, notes(run, outcome, every=terminalreporter.verbosity > 0))
         while self._problems:
             terminalreporter.write_line(f"nullspace: NOT GATED: {self._problems.pop(0)}", red=True, bold=True)
+        if self._no_room is not None:
+            terminalreporter.write_line(f"nullspace: {self._no_room}", yellow=True)
         for file in self._saved:
             terminalreporter.write_line(f"nullspace: statistics saved to {file}")
 
@@ -279,14 +283,14 @@ class Gate:
             self._folder.cleanup()
 
 
-def _document(run: GatedRun, outcome: RunStats) -> str:
+def _page(run: GatedRun, outcome: RunStats) -> Page:
     """The Markdown report of one run."""
     weighed, told = run.against.told(outcome).weights, [line for line, _ in notes(run, outcome)]
     expectations = run.expectations(outcome)
     if weighed is None:
-        return markdown.report(outcome, expectations, told)
+        return markdown.page(outcome, expectations, told)
     faults = partial(run.against.weight_faults, outcome)
-    return weights.markdown(outcome.model_path, weighed, faults, outcome.checkpoint_layers, told, expectations.gates)
+    return weights.page(outcome.model_path, weighed, faults, outcome.checkpoint_layers, told, expectations.gates)
 
 
 def _diagnosed(run: GatedRun, outcome: RunStats) -> RunStats:
@@ -311,15 +315,3 @@ def notes(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[s
     if compared is not None and run.against.earlier_file is not None:
         lines += changes.comparison(compared, run.against.earlier_file, run.against.missing)
     return [*lines, *changes.diagnosis(run.diagnoses(outcome))]
-
-
-def _append_step_summary(document: str) -> None:
-    """Show the report on the page of a GitHub Actions job, where pytest runs in one."""
-    file = os.environ.get(SUMMARY)
-    if not file or not document:
-        return
-    try:
-        with Path(file).open("a", encoding="utf-8") as summary:
-            summary.write(document + "\n")
-    except OSError as error:
-        raise NullspaceError(f"{SUMMARY}: {file} cannot be written: {error.strerror}") from None

@@ -11,7 +11,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_nullspace.errors import OptionError, TextError
+from pytest_nullspace.errors import NullspaceError, OptionError, TextError
+from pytest_nullspace.report.page import Page, fitted
 from pytest_nullspace.settings import PREFIX, Settings, stats_file
 from pytest_nullspace.text.sources import FileText, FolderText, parse_source
 
@@ -134,3 +135,31 @@ def _is_part(file: Path, folder: Path) -> bool:
     """Whether ``file`` lies within ``folder`` and has the name of what is read there."""
     within = Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)) and folder.is_dir()
     return within and any(fnmatchcase(file.name, pattern) for pattern in _READ)
+
+
+MOST_OF_SUMMARY = 2**20
+"""Bytes of a job's summary; a larger one GitHub does not show at all."""
+
+
+def append_step_summary(pages: Sequence[Page]) -> str | None:
+    """Show the reports on the page of a GitHub Actions job, where pytest runs in one, within what it may hold.
+
+    Returns:
+        What to say where there was no room for any.
+
+    Raises:
+        NullspaceError: The file of the summary cannot be written.
+    """
+    name = os.environ.get(SUMMARY)
+    if not name or not pages:
+        return None
+    try:
+        with Path(name).open("a", encoding="utf-8", errors="backslashreplace") as summary:
+            held = os.fstat(summary.fileno()).st_size
+            text = fitted(pages, MOST_OF_SUMMARY - held - 1)
+            summary.write(f"{text}\n" if text else "")
+    except OSError as error:
+        raise NullspaceError(f"{SUMMARY}: {name} cannot be written: {error.strerror}") from None
+    return (
+        None if text else f"{SUMMARY}: {name} holds {held:,} bytes of {MOST_OF_SUMMARY:,}, so no report is shown there"
+    )

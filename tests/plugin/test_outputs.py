@@ -1,10 +1,12 @@
 """No file is written twice in one run, and none that is read is replaced: both are refused before anything runs."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 
+from pytest_nullspace.shell import outputs
 from tests import saved
 from tests.plugin.conftest import Gate, Replay
 
@@ -96,3 +98,37 @@ def test_what_keeps_a_run_from_being_green_is_told_without_a_terminal(
     told.fnmatch_lines(["nullspace: NOT GATED: *taken.json: cannot be written: *"])
     assert told.str().count("NOT GATED") == 1
     assert "NOT GATED" not in silent.str()
+
+
+MANY = saved.run(*(f"model.layers.{i}.up_proj" for i in range(99, -1, -1)), down_norm=6.0)
+"""Of a hundred layers one fails, by its number the last."""
+
+
+@pytest.mark.parametrize("before", [0, 3000, 9500, 10_000])
+def test_the_jobs_summary_keeps_below_what_github_shows(
+    replay: Replay, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    """With what an earlier run wrote, and of two runs, the summary keeps within its bound, and says so if none fits."""
+    assert outputs.MOST_OF_SUMMARY == 2**20
+    monkeypatch.setattr(outputs, "MOST_OF_SUMMARY", 10_000)
+    for file in ("one.json", "two.json"):
+        saved.save(pytester.path / file, MANY)
+    summary = pytester.path / "summary"
+    summary.write_text("x" * before)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    result = replay("--nullspace-stats=two.json", f"{REPORT}=r.md", stats="one.json")
+    assert result.ret == 1
+    text, whole = summary.read_text(), (pytester.path / "r.md").read_text()
+    assert len(text.encode()) <= 10_000 < len(whole.encode())
+    assert text.startswith("x" * before)
+    assert text.count("Gated 100 of 100 layers") == (0 if before == 10_000 else 2)
+    assert ("so no report is shown there" in result.stdout.str()) is (before == 10_000)
+    assert whole.count("\n| ✓") == 2 * 99
+    if before == 0:
+        assert len(text.encode()) > 9000, "as many rows as fit"
+    if before < 9000:
+        rows = [line for line in text.splitlines() if line.startswith(("| ✗", "| ✓"))]
+        assert [line[:3] for line in rows].count("| ✗") == 2
+        assert rows[0].startswith("| ✗ | model\\.layers\\.99\\.up\\_proj |")
+        counted = sum(int(n) for n in re.findall(r"… and (\d+) more layers \(\1 passed\), for which there is no", text))
+        assert counted + len(rows) == 200
