@@ -116,7 +116,7 @@ def test_adapters_of_one_base_load_it_once(folder: Path, gate: Gate, pytester: p
         "real = s.measure_checkpoint\n"
         "def counted(*a):\n"
         "    import transformers\n"
-        "    kind = transformers.AutoModelForCausalLM\n"
+        "    kind = transformers.LlamaForCausalLM\n"
         "    load = transformers.LlamaForCausalLM.from_pretrained\n"
         "    kind.from_pretrained = lambda *a, **k: (open('loads.log', 'a').write('x'), load(*a, **k))[1]\n"
         "    return real(*a)\n"
