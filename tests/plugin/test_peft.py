@@ -140,8 +140,9 @@ def test_a_gguf_base_named_in_an_ini_file_lies_beside_it(
     (folder / "pytest.ini").write_text("[pytest]\nnullspace_base = base.gguf\n")
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
-    result = gate("--collect-only", model=str(folder / "adapter"))
-    assert f"nullspace: base model {folder / 'base.gguf'}, named by --nullspace-base" in result.outlines
+    result = gate(f"--nullspace-calib-dataset={folder / 'text.txt'}", model=str(folder / "adapter"))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: {folder / 'base.gguf'}: not a GGUF file: it does not begin with GGUF; *"])
 
 
 def test_a_tokenizer_other_than_the_base_s_is_told_in_every_report(folder: Path, gate: Gate) -> None:
