@@ -53,6 +53,8 @@ class Example:
         for name, text in {"pytest.ini": "[pytest]\n", **self.files}.items():
             (pytester.path / name).write_text(text, "utf-8")
         monkeypatch.setenv("COLUMNS", str(self.columns))
+        for name in ("CI", "BUILD_NUMBER"):  # where pytest cuts no line
+            monkeypatch.delenv(name, raising=False)
         result = pytester.runpytest_subprocess("-p", "no:randomly", "-p", "no:cacheprovider", *self.options)
         return Outcome(int(result.ret), _told("\n".join(result.outlines), pytester.path))
 
