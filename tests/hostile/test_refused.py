@@ -330,7 +330,7 @@ STATS: Mapping[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "another schema": (
         lambda document: document.update(schema="x\x1b[31m"),
-        r"*stats.json: of schema x\x1b[[]31m 1, not pytest-nullspace/run 1; measure again with this version",
+        r"*stats.json: of schema x\x1b[[]31m 2, not pytest-nullspace/run 2; measure again with this version",
     ),
     "a layer name with markup": (
         layer(layer_name="<b>"), "*stats.json: '<b>' is not the name of a layer; measure again"

@@ -98,9 +98,15 @@ def test_no_trap_in_an_adapter_or_its_base_is_sprung(gate: Gate, pytester: pytes
     """The same of a PEFT adapter and of the base model that its config names."""
     (pytester.path / "text.txt").write_text(tiny.TEXT)
     adapter = adapters.adapter(pytester.path, tiny.llama(), target_modules=["q_proj"], r=4)
+    plain = (adapter / "adapter_config.json").read_text()
     plant(adapter)
     plant(pytester.path / "base")
     before = left(pytester)
+    refused = gate(*LOOSE, model="adapter")
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(["ERROR: *adapter_config.json: megatron_config is set: *"])
+    (adapter / "adapter_config.json").write_text(plain)  # what is left are the files beside it, and one field
+    edit(adapter / "adapter_config.json", auto_mapping={"base_model_class": "Trap", "parent_library": "trap"})
     result = gate(*LOOSE, model="adapter")
     result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines(["nullspace: base model *base, named by adapter_config.json"])

@@ -161,7 +161,7 @@ ABSURD: Mapping[str, tuple[dict[str, Any], str]] = {
     "vocabulary": ({"vocab_size": 10**12}, "config.json: describes a model far larger than"),
     "width": ({"intermediate_size": 10**10}, "config.json: describes a model far larger than"),
     "wrong type": ({"hidden_size": "\x1b[31m"}, "config.json: transformers cannot build a causal 'llama' model"),
-    "no model": ({"model_type": "trap"}, "config.json: transformers cannot build a causal 'trap' model from it: "),
+    "no model": ({"model_type": "trap"}, " has no m"),
 }  # fmt: skip
 
 
@@ -176,7 +176,8 @@ def test_a_config_cannot_ask_for_more_than_the_files_hold(tmp_path: Path, case: 
             loaded(folder)
         assert message in str(caught.value)
         assert str(caught.value).isprintable()
-        assert "; give the config that was saved with" in str(caught.value)
+        cure = "convert" if case == "no model" else "; give the config that was saved with"
+        assert cure in str(caught.value)
     else:
         loaded(folder)
     assert time.perf_counter() - started < 20
