@@ -162,15 +162,15 @@ def _text_drift(told: object, where: str) -> TextDrift:
 
 def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     """The object of ``pairs``, of which no two have one key: other readers would take the other value."""
-    if len(pairs) > MAX_KEYS:
-        raise StatsError(
-            f"{where}: has an object of more than {MAX_KEYS:,} keys, which no statistics file has; {AGAIN}"
-        )
     entries = dict(pairs)
     if len(entries) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise StatsError(f"{where}: names {quoted(twice)} twice; {AGAIN}")
+    if len(pairs) > MAX_KEYS:
+        raise StatsError(
+            f"{where}: has an object of more than {MAX_KEYS:,} keys, which no statistics file has; {AGAIN}"
+        )
     return entries
 
 
