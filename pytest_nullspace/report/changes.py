@@ -12,6 +12,7 @@ from pytest_nullspace.judging.baseline import Change, Comparison
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.start import Start, quantities
 from pytest_nullspace.judging.verdicts import Tier
+from pytest_nullspace.run import texts
 from pytest_nullspace.run.figures import of_layers
 from pytest_nullspace.run.stats import RunStats
 
@@ -54,6 +55,28 @@ def start_lines(
             yield f"  {Change(quantity, before, now, True)} in the mean; by most: {most} in {printable(name)}", None
     for name, told in moves.items() if every else ():
         yield f"  {printable(name)}: {'; '.join(map(str, told))}", None
+
+
+def held_out(run: RunStats, start: Start | None) -> tuple[str, Tier | None]:
+    """Whether the text is one from which B may have been built, as far as the saved start tells."""
+    no_evidence = "the text that built B is no evidence of its null space"
+    digests = [] if start is None else [of.get("sha256") for of in texts.preserved(start.run.about).values()]
+    known = [digest for digest in digests if isinstance(digest, str)]
+    if start is None or not known:
+        return f"held out: unknown, for nothing tells from which text B was built; {no_evidence}", None
+    both = texts.shared(run.about, start.run.about)
+    if not both:
+        return f"held out: the saved start read another text (sha256 {', '.join(map(_digest, known))})", None
+    windows, named = "the same windows" if any(both.values()) else "other windows", ", ".join(map(_digest, both))
+    return (
+        f"in-sample: the saved start read {windows} of the same text (sha256 {named}); if B was "
+        f"built from it, gate on another one, with --nullspace-compare-allow=text: {no_evidence}",
+        Tier.WARN,
+    )
+
+
+def _digest(whole: str) -> str:
+    return printable(whole[:12])
 
 
 def _size(change: Change) -> tuple[float, float]:

@@ -87,11 +87,13 @@ def test_an_init_that_is_none_is_a_usage_error(start: Path, gate: Gate, replay: 
     )
 
 
+ZERO: dict[str, Any] = {"update_norm": 0.0, "up_weight_norm": 0.0}
+"""What a start has in place of an update."""
+
+
 def initial_run(file: Path, *names: str, **changes: Any) -> Path:
     """A saved run of the start of `tests.saved`'s."""
-    layers = [
-        dataclasses.replace(layer, update_norm=0.0, up_weight_norm=0.0, **changes) for layer in saved.run(*names).layers
-    ]
+    layers = [dataclasses.replace(layer, **ZERO, **changes) for layer in saved.run(*names).layers]
     return saved.save(file, dataclasses.replace(saved.run(), layers=tuple(layers), checkpoint_layers=len(layers)))
 
 
@@ -117,6 +119,40 @@ def test_two_saved_runs_are_held_against_each_other(replay: Replay, pytester: py
     bad.assert_outcomes(failed=1, passed=len(saved.NAMES))
     bad.stdout.fnmatch_lines([f"FAILED bad.json::{saved.NAMES[0]} - Failed: *‖B‖ 2 → 2.5 (+25.000%) since the start,*"])
     replay("--nullspace-init=init.json", "--nullspace-stage=init", stats="init.json").assert_outcomes(passed=10)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            {},
+            "in-sample: the saved start read the same windows of the same text (sha256 000000000000); if B was built*",
+        ),
+        ({"starts": [7]}, "in-sample: the saved start read other windows of the same text (sha256 000000000000); *"),
+        ({"sha256": "1" * 64}, "held out: the saved start read another text (sha256 111111111111)"),
+        (
+            None,
+            "held out: unknown, for nothing tells from which text B was built; the text that built B is no evidence *",
+        ),
+    ],
+)
+def test_a_text_that_the_start_was_measured_on_is_told(
+    text: dict[str, Any] | None, told: str, replay: Replay, pytester: pytest.Pytester
+) -> None:
+    """By the digest that the saved start tells, in-sample windows are told from held-out text, here and in Markdown."""
+    layers = tuple(dataclasses.replace(layer, **ZERO) for layer in saved.run().layers)
+    about = {key: value for key, value in saved.ABOUT.items() if key != "text"}
+    about |= {} if text is None else {"text": {**saved.ABOUT["text"], **text}}
+    saved.save(pytester.path / "init.json", dataclasses.replace(saved.run(), layers=layers, about=about))
+    allow = [f"--nullspace-compare-allow={what}" for what in ("text", "unrecorded")]
+    replay("--nullspace-init=init.json", "--nullspace-report=r.md", *allow).stdout.fnmatch_lines([told])
+    assert told[:9].replace("-", "\\-") in (pytester.path / "r.md").read_text()
+
+
+def test_without_a_start_it_is_unknown_whether_the_text_is_held_out(replay: Replay) -> None:
+    """Nothing tells then on which text B was built, which a report says where it is asked for everything."""
+    assert "held out: unknown" in replay("-v").stdout.str()
+    assert "held out: unknown" not in replay().stdout.str()
 
 
 def test_two_files_of_the_reference_are_held_against_each_other(replay: Replay, pytester: pytest.Pytester) -> None:
