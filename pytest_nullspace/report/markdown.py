@@ -1,11 +1,12 @@
 """The report as Markdown, for a job's summary page or a file."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier, Verdict
-from pytest_nullspace.report import doubts
+from pytest_nullspace.report import doubts, verdict
 from pytest_nullspace.report.model import remarks, unreached
 from pytest_nullspace.report.notes import (
     best_possible,
@@ -33,18 +34,30 @@ def escape(text: str) -> str:
     return shown
 
 
+def decided(decision: Decision) -> Iterator[str]:
+    """The verdict and what decided it."""
+    first, *rest = (line for line, _ in verdict.lines(decision))
+    yield f"**{escape(first)}**"
+    yield ""
+    yield from (f"- {escape(line)}" for line in rest)
+    yield ""
+
+
 def report(run: RunStats, expectations: Expectations, notes: Iterable[str] = ()) -> str:
     """A table of every layer and the averages, with the reading in words and ``notes`` above it."""
     return page(run, expectations, notes).whole
 
 
-def page(run: RunStats, expectations: Expectations, notes: Iterable[str] = ()) -> Page:
-    """The same in its parts."""
+def page(
+    run: RunStats, expectations: Expectations, notes: Iterable[str] = (), decision: Decision | None = None
+) -> Page:
+    """The same in its parts, the verdict first where there is one."""
     verdicts = [judge(layer, expectations) for layer in run.layers]
     lines = [
         f"## nullspace: {escape(run.model_path)}",
         "",
-        f"Gated {sum(verdict.gated for verdict in verdicts)} of {run.checkpoint_layers} layers on "
+        *(decided(decision) if decision is not None else ()),
+        f"Gated {sum(judged.gated for judged in verdicts)} of {run.checkpoint_layers} layers on "
         f"{escape(texts(run))}: **{tally(verdicts)}**.",
         "",
     ]
@@ -84,10 +97,10 @@ def page(run: RunStats, expectations: Expectations, notes: Iterable[str] = ()) -
     lines += ["", "| | layer | " + " | ".join(f"`{formula}`" for formula in formulas) + " | |"]
     lines += ["|---|---|" + "---:|" * len(run.expected) + "---|"]
     rows = []
-    for layer, verdict in zip(run.layers, verdicts, strict=True):
+    for layer, judged in zip(run.layers, verdicts, strict=True):
         cells = " | ".join(figures(layer, run.expected))
-        text = f"| {mark(verdict)} | {escape(layer.name)} | {cells} | {_why(verdict)} |"
-        rows.append(Row(kind(verdict.tier, verdict.gated), text))
+        text = f"| {mark(judged)} | {escape(layer.name)} | {cells} | {_why(judged)} |"
+        rows.append(Row(kind(judged.tier, judged.gated), text))
     return Page("\n".join(lines), rows, "| | average | " + " | ".join(figures(run, run.expected)) + " | |")
 
 

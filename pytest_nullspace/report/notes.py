@@ -118,9 +118,9 @@ def left_out(expectations: Expectations) -> str | None:
 
 
 def tally(verdicts: Sequence[Verdict]) -> str:
-    """How many tests of layers came to each tier."""
+    """How many tests of layers came to each tier, in other words than pytest counts its tests in."""
     tiers = [verdict.tier for verdict in verdicts if verdict.gated]
-    words = {Tier.PASS: "passed", Tier.WARN: "warned", Tier.FAIL: "failed"}
+    words = {Tier.PASS: "green", Tier.WARN: "to look at", Tier.FAIL: "red"}
     return ", ".join(f"{tiers.count(tier)} {word}" for tier, word in words.items())
 
 

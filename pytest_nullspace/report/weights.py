@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT, LayerWeights, Weights
 from pytest_nullspace.report.layout import Form, table, with_faults
-from pytest_nullspace.report.markdown import escape
+from pytest_nullspace.report.markdown import decided, escape
 from pytest_nullspace.report.notes import negative_scales, outside
 from pytest_nullspace.report.page import Page, Row, kind
 from pytest_nullspace.report.words import MARKS
@@ -80,9 +81,24 @@ def markdown(title: str, weights: Weights, faults: Faults, of: int, notes: Seque
     return page(title, weights, faults, of, notes, gates).whole
 
 
-def page(title: str, weights: Weights, faults: Faults, of: int, notes: Sequence[str], gates: Gates = _all) -> Page:
-    """The same in its parts."""
-    lines = [f"## nullspace: {escape(title)}", "", f"{MARKS[Tier.WARN]} **{counted(weights, faults, of, gates)}**", ""]
+def page(
+    title: str,
+    weights: Weights,
+    faults: Faults,
+    of: int,
+    notes: Sequence[str],
+    gates: Gates = _all,
+    decision: Decision | None = None,
+) -> Page:
+    """The same in its parts, the verdict first where there is one."""
+    verdict = () if decision is None else decided(decision)
+    lines = [
+        f"## nullspace: {escape(title)}",
+        "",
+        *verdict,
+        f"{MARKS[Tier.WARN]} **{counted(weights, faults, of, gates)}**",
+        "",
+    ]
     if (negative := negative_scales(weights.layers)) is not None:
         lines += [f"{MARKS[Tier.WARN]} {escape(negative)}", ""]
     lines += [f"- {escape(note.strip())}" for note in notes]

@@ -18,6 +18,7 @@ from pytest_nullspace.run.entries import AGAIN, SINK_ROWS, entry_of, is_count, l
 from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
 
 _DRIFT = "drift"
+_VERDICT = "verdict"
 SCHEMA = "pytest-nullspace/run"
 SCHEMA_VERSION = 2
 WITHOUT_SCALE = 1
@@ -33,9 +34,15 @@ MAX_KEYS = 100_000
 """Of one object in it."""
 
 
-def to_json(run: RunStats) -> str:
-    """The run as the text of a statistics file; the same run gives the same text."""
+def to_json(run: RunStats, verdict: Mapping[str, Any] | None = None) -> str:
+    """The run as the text of a statistics file; the same run gives the same text.
+
+    Args:
+        run: What was measured.
+        verdict: What came of it, to stand first for who reads no report. It is derived, so it is never read back.
+    """
     document = {
+        **({_VERDICT: verdict} if verdict is not None else {}),
         "model_path": run.model_path,
         "calib_dataset": run.calib_dataset,
         "num_layers": len(run.layers),
@@ -117,6 +124,7 @@ _NAMED = (
     "schema_version",
     "checkpoint_layers",
     "drift",
+    "verdict",
 )
 """The keys of a file that have a field of their own in a run."""
 
@@ -196,13 +204,13 @@ def read(file: Path) -> RunStats:
         raise StatsError(f"{file}: not JSON: not UTF-8 text (byte {error.start}); {AGAIN}") from None
 
 
-def write(run: RunStats, file: Path) -> None:
-    """Save the run so that ``file`` holds either its old content or all of the new.
+def write(run: RunStats, file: Path, verdict: Mapping[str, Any] | None = None) -> None:
+    """Save the run, and what came of it, so that ``file`` holds either its old content or all of the new.
 
     Raises:
         StatsError: It cannot be written; the old file is untouched.
     """
-    write_atomically(file, to_json(run))
+    write_atomically(file, to_json(run, verdict))
 
 
 def write_atomically(file: Path, text: str) -> None:

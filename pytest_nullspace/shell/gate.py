@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from pytest_nullspace.checkpoint.hub import local_directory
-from pytest_nullspace.errors import NullspaceError
+from pytest_nullspace.errors import NullspaceError, printable
+from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import DRIFT, Stage
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
-from pytest_nullspace.report import changes, markdown, terminal, weights
+from pytest_nullspace.report import changes, markdown, terminal, verdict, weights
 from pytest_nullspace.report.layout import wrapped
 from pytest_nullspace.report.page import Page, joined
 from pytest_nullspace.run import saved
@@ -24,6 +25,8 @@ from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.settings import Settings, stats_file
 from pytest_nullspace.shell.asked import lists_only
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
+from pytest_nullspace.shell.decided import decided
+from pytest_nullspace.shell.last import LastWord, record
 from pytest_nullspace.shell.opening import check_inputs, open_runs
 from pytest_nullspace.shell.outputs import append_step_summary, check_outputs
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun
@@ -69,6 +72,9 @@ class Gate:
         self._expected: list[str] = []
         self._judged: set[str] = set()
         self._problems: list[str] = []
+        self._failed: dict[str, str] = {}
+        self.decisions: dict[str, Decision] = {}
+        config.pluginmanager.register(LastWord(self.decisions), "nullspace-last-word")
         self._no_room: str | None = None
         self._folder: TemporaryDirectory[str] | None = None
         shared = getattr(config, "workerinput", {}).get(_SHARED)
@@ -180,9 +186,12 @@ class Gate:
         judged = report.failed or (report.when == "call" and (report.passed or hasattr(report, "wasxfail")))
         if judged:
             self._judged.add(report.nodeid)
+        if report.failed:
+            self._failed.setdefault(report.nodeid, printable(report.longreprtext.partition("\n")[0], 300))
         if report.failed and not self._reports and report.nodeid not in self._expected:
             print(f"nullspace: process {self.settings.ranks.rank}: FAILED {report.nodeid}", file=sys.stderr)
 
+    @pytest.hookimpl(tryfirst=True)  # before JUnit writes its file
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Save and report what was measured; a run that looks green without all having been judged is not."""
         if hasattr(session.config, "workerinput") or session.config.option.collectonly:
@@ -190,7 +199,11 @@ class Gate:
         for file, run in self._files.items():
             prefix = f"{node_id(file, self._config.rootpath)}::"
             run.judged = {name.removeprefix(prefix) for name in self._judged if name.startswith(prefix)}
+            failed = {name: told for name, told in self._failed.items() if name.startswith(prefix)}
+            where = node_id(run.path, self._config.rootpath)
+            self.decisions[where] = decided(run, {name.removeprefix(prefix): told for name, told in failed.items()})
         if self._reports:
+            record(session.config, self.decisions)
             self._write()
             self._state_what_was_not_measured()
         if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -237,14 +250,17 @@ class Gate:
             for run, outcome in measured:
                 if self.settings.save_stats is not None:
                     file = stats_file(self.settings.save_stats, run.name)
-                    saved.write(_diagnosed(run, outcome), file)
+                    saved.write(_diagnosed(run, outcome), file, self._decision(run).to_dict())
                     self._saved.append(file)
-            pages = [_page(run, outcome) for run, outcome in measured]
+            pages = [_page(run, outcome, self._decision(run)) for run, outcome in measured]
             for file in self.settings.reports:
                 saved.write_atomically(file, joined(pages))
             self._no_room = append_step_summary(pages)
         except NullspaceError as error:
             self._problems.append(str(error))
+
+    def _decision(self, run: GatedRun) -> Decision:
+        return self.decisions[node_id(run.path, self._config.rootpath)]
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the report of every checkpoint, then whatever keeps the run from being complete."""
@@ -252,6 +268,7 @@ class Gate:
             outcome = run.peek()
             if outcome is not None:
                 terminalreporter.section(f"nullspace: {node_id(run.path, self._config.rootpath)}")
+                terminal.write_lines(terminalreporter, verdict.lines(self._decision(run)))
                 weighed = run.against.told(outcome).weights
                 if weighed is None:
                     terminal.write(terminalreporter, outcome, run.expectations(outcome))
@@ -283,14 +300,14 @@ class Gate:
             self._folder.cleanup()
 
 
-def _page(run: GatedRun, outcome: RunStats) -> Page:
+def _page(run: GatedRun, outcome: RunStats, decision: Decision) -> Page:
     """The Markdown report of one run."""
     weighed, told = run.against.told(outcome).weights, [line for line, _ in notes(run, outcome)]
     expectations = run.expectations(outcome)
     if weighed is None:
-        return markdown.page(outcome, expectations, told)
-    faults = partial(run.against.weight_faults, outcome)
-    return weights.page(outcome.model_path, weighed, faults, outcome.checkpoint_layers, told, expectations.gates)
+        return markdown.page(outcome, expectations, told, decision)
+    faults, of = partial(run.against.weight_faults, outcome), outcome.checkpoint_layers
+    return weights.page(outcome.model_path, weighed, faults, of, told, expectations.gates, decision)
 
 
 def _diagnosed(run: GatedRun, outcome: RunStats) -> RunStats:

@@ -28,7 +28,7 @@ def test_one_test_per_layer_and_one_for_the_averages(checkpoint: Path, gate: Gat
             "runs/ft/config.json .*",
             "*nullspace: runs/ft*",
             "text text.txt: 2 windows, 64 tokens; cpu float32; *",
-            "gated 21 of 21 layers: 21 passed, 0 warned, 0 failed",
+            "gated 21 of 21 layers: 21 green, 0 to look at, 0 red",
             "*worst layers*||BX||/||X||*leakage / chance*",
             "*average*",
             "reading (averages over all layers):",
@@ -86,7 +86,7 @@ def test_an_id_copied_from_a_failed_line_runs_that_layer_alone(
     failed = [line.split()[1] for line in first.outlines if line.startswith("FAILED") and "down_proj" in line]
     again = gate("--rootdir", rootdir, *LOOSE, failed[0], model=str(checkpoint), quick=options)
     again.assert_outcomes(passed=1)
-    again.stdout.fnmatch_lines(["gated 1 of 21 layers: 1 passed, 0 warned, 0 failed"])
+    again.stdout.fnmatch_lines(["gated 1 of 21 layers: 1 green, 0 to look at, 0 red"])
 
 
 def test_two_ids_of_one_checkpoint_run_two_layers(checkpoint: Path, gate: Gate) -> None:
@@ -101,7 +101,7 @@ def test_the_averages_can_be_asked_for_alone(checkpoint: Path, gate: Gate) -> No
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(
         [
-            "gated 0 of 21 layers: 0 passed, 0 warned, 0 failed",
+            "gated 0 of 21 layers: 0 green, 0 to look at, 0 red",
             "judged: model alone; the tests of 21 measured layers were left out or not run, and none of them would *",
         ]
     )
@@ -111,7 +111,7 @@ def test_k_deselects_and_the_averages_go_with_the_rest(checkpoint: Path, gate: G
     """-k gates only the layers that it names; the averages exist only over all layers."""
     result = gate(*LOOSE, "-k", "model.layers.1.")
     result.assert_outcomes(passed=7, deselected=LAYERS + 1 - 7)
-    result.stdout.fnmatch_lines(["gated 7 of 21 layers: 7 passed*"])
+    result.stdout.fnmatch_lines(["gated 7 of 21 layers: 7 green*"])
     assert "reading" not in result.stdout.str()
 
 
@@ -294,7 +294,7 @@ def test_the_same_verdicts_and_figures_under_xdist_and_without(
     )
     result = gate(*LOOSE, *mode, "--nullspace-save-stats=stats.json")
     result.assert_outcomes(passed=LAYERS + 1)
-    result.stdout.fnmatch_lines(["gated 21 of 21 layers: 21 passed, 0 warned, 0 failed"])
+    result.stdout.fnmatch_lines(["gated 21 of 21 layers: 21 green, 0 to look at, 0 red"])
     assert (pytester.path / "measured.log").read_text() == "x"
     got = json.loads((pytester.path / "stats.json").read_text())["stats"][0]["BX_ratio"]
     assert got == pytest.approx(0.3, rel=0.5)
@@ -579,7 +579,7 @@ def test_progress_shows_on_a_terminal_and_leaves_no_trace(checkpoint: Path, pyte
     assert "nullspace: window 2 of 2" in shown
     after = shown.rpartition("nullspace: window 2 of 2")[2]
     assert "runs/ft/config.json " in after
-    assert "gated 21 of 21 layers: 21 passed" in after
+    assert "gated 21 of 21 layers: 21 green" in after
 
 
 NO_MEMORY = """

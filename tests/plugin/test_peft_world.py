@@ -83,7 +83,7 @@ def test_what_kept_the_facts_is_green_and_what_lost_them_is_red(made: Callable[[
     assert all(other.kept < null.kept - 0.5 for other in others)
     red = gate(BASE, "--tb=no", *(f"--nullspace-model={other.directory}" for other in others), model=None, quick=TEXT)
     assert red.ret == 1
-    assert judged("gated ", red) == ["gated 21 of 21 layers: 0 passed, 0 warned, 21 failed"] * 3
+    assert judged("gated ", red) == ["gated 21 of 21 layers: 0 green, 0 to look at, 21 red"] * 3
 
 
 @needs_attrs

@@ -22,13 +22,13 @@ def test_the_averages_alone_gate_no_layer(replay: Replay, pytester: pytest.Pytes
     assert result.ret == 0
     result.assert_outcomes(passed=1, deselected=0 if "::" in chosen[0] else 9)
     text = result.stdout.str()
-    assert "gated 0 of 9 layers: 0 passed, 0 warned, 0 failed" in text
+    assert "gated 0 of 9 layers: 0 green, 0 to look at, 0 red" in text
     assert ALONE.format("model") + f"such as {saved.NAMES[0]} (preservation 0.5625 > 0.5)" in text
     assert "✗" not in text
     assert text.count("✓") == 4, "the averages, and nothing else"
     assert text.count("  not gated, would fail: preservation 0.5625 > 0.5") == 2, "in its block and in the table"
     report = (pytester.path / "o.md").read_text()
-    assert "Gated 0 of 9 layers on text\\.txt: **0 passed, 0 warned, 0 failed**." in report
+    assert "Gated 0 of 9 layers on text\\.txt: **0 green, 0 to look at, 0 red**." in report
     assert "1 of them would have failed" in report
     assert report.count("| not gated |") == 8
     assert "| ✓ |" not in report
@@ -45,7 +45,7 @@ def test_averages_and_drift_that_no_test_judged_bear_no_mark(replay: Replay, pyt
     assert result.ret == 0
     result.stdout.fnmatch_lines(
         [
-            "gated 2 of 2 layers: 2 passed, 0 warned, 0 failed",
+            "gated 2 of 2 layers: 2 green, 0 to look at, 0 red",
             "  drift on the preserved text*",
             "*base: the base; no test judged this drift",
             "reading (averages over all layers; no test judged them):",
@@ -62,7 +62,7 @@ def test_a_run_that_stopped_gated_what_it_judged(replay: Replay, pytester: pytes
     result = replay("-x", stats="bad.json")
     assert result.ret == 1
     result.stdout.fnmatch_lines(
-        ["gated 1 of 9 layers: 0 passed, 0 warned, 1 failed", "the tests of 8 measured layers were *none of them*"]
+        ["gated 1 of 9 layers: 0 green, 0 to look at, 1 red", "the tests of 8 measured layers were *none of them*"]
     )
 
 
@@ -73,7 +73,7 @@ def test_layers_measured_for_a_users_test_are_not_gated(replay: Replay, pytester
     result = replay("-k", "test_run or layers.1.", stats="bad.json")
     assert result.ret == 0
     result.stdout.fnmatch_lines(
-        ["gated 3 of 9 layers: 3 passed, 0 warned, 0 failed", "the tests of 6 measured layers*1 of them would have*"]
+        ["gated 3 of 9 layers: 3 green, 0 to look at, 0 red", "the tests of 6 measured layers*1 of them would have*"]
     )
 
 

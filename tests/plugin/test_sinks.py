@@ -50,7 +50,7 @@ def test_a_ratio_that_sinks_alone_make_small_is_no_pass(spared: Path, gate: Gate
             "*NullspaceWarning: in the warn tier: preservation without sink rows >= 0.1*",
             "samples: 128, of which 2 sink rows (beyond 8 times the median norm, * of mean ||X||)",
             "  ||BX||/||X||: * ⚠  * without sink rows",
-            "gated 1 of 1 layers: 0 passed, 1 warned, 0 failed",
+            "gated 1 of 1 layers: 0 green, 1 to look at, 0 red",
             told,
             "⚠ ||BX||/||X|| *, * without sink rows (pass < 0.1, fail > 0.5): sink rows decide this; with them: *",
         ],

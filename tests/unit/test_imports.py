@@ -21,7 +21,7 @@ TENSORS = {
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {"measuring.pipeline", "measuring.loading", "measuring.measurement", "measuring.distributed"}
 """Those that reach them, inside functions only."""
-PYTEST = {"plugin", "shell.gate", "shell.collect", "shell.fixtures", "shell.progress"}
+PYTEST = {"plugin", "shell.gate", "shell.last", "shell.collect", "shell.fixtures", "shell.progress"}
 """Those that import pytest."""
 PYTEST_TYPES = PYTEST | {"shell.asked", "shell.options", "shell.outputs", "shell.values", "report.terminal"}
 """Those that may name it for their types."""

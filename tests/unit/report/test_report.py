@@ -113,7 +113,7 @@ def test_a_figure_that_is_not_judged_has_no_mark() -> None:
 def test_the_summary_counts_and_averages() -> None:
     """Layers are counted by tier, averages are shown below the table, and the reading follows."""
     lines = [line for line, _ in summary(run_of(EXAMPLE, LOST, WEAK))]
-    assert lines[0] == "gated 3 of 3 layers: 1 passed, 1 warned, 1 failed"
+    assert lines[0] == "gated 3 of 3 layers: 1 green, 1 to look at, 1 red"
     average = next(line for line in lines if line.startswith("  average"))
     mean = (0.123456 * 2 + 9.0) / 3 / 12.345678
     assert average.split()[1] == f"{mean:.3e}"
@@ -173,7 +173,7 @@ def test_an_incomplete_run_has_no_reading_of_averages() -> None:
 
 def test_a_run_of_no_layers_is_still_reported() -> None:
     """A statistics file without layers is told as one, not with a traceback."""
-    assert summary(run_of(of=3))[0][0] == "gated 0 of 3 layers: 0 passed, 0 warned, 0 failed"
+    assert summary(run_of(of=3))[0][0] == "gated 0 of 3 layers: 0 green, 0 to look at, 0 red"
     assert "Gated 0 of 3 layers" in markdown.report(run_of(of=3), TRAINED)
 
 
@@ -217,7 +217,7 @@ def test_blocks_are_printed_when_asked_for(
         patch.setattr(pytestconfig.option, "verbose", verbose)
         terminal.write(pytest.TerminalReporter(pytestconfig, out), run_of(EXAMPLE, LOST), TRAINED)
     assert out.getvalue().count("Layer: ") == blocks
-    assert "gated 2 of 2 layers: 1 passed, 0 warned, 1 failed" in out.getvalue()
+    assert "gated 2 of 2 layers: 1 green, 0 to look at, 1 red" in out.getvalue()
 
 
 # The reading
@@ -335,7 +335,7 @@ def test_the_markdown_counts_and_reads() -> None:
     """The counts and the reading in words stand above the table."""
     text = markdown.report(run_of(EXAMPLE, WEAK), TRAINED)
     assert "## nullspace: models/ft" in text
-    assert "Gated 2 of 2 layers on wikitext2: **1 passed, 1 warned, 0 failed**." in text
+    assert "Gated 2 of 2 layers on wikitext2: **1 green, 1 to look at, 0 red**." in text
     assert "- ✓ ||BX||/||X|| 1.00e-02 (pass &lt; 0.1, fail > 0.5): the null space is well kept" in text
     assert text.endswith("|\n")
 

@@ -1,0 +1,349 @@
+"""One verdict on a run, for who has to decide: the findings, faults and gaps of all its tests in a word and a sentence.
+
+Pure. What was not measured, not run or not complete is never safe.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pytest_nullspace.judging.evidence import Diagnosis
+from pytest_nullspace.judging.invariants import DRIFT, MODEL, Expectations, Stage, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
+from pytest_nullspace.run.stats import RunStats
+
+DECIDING = 3
+"""Reasons that are told of a verdict at most."""
+
+
+class Call(StrEnum):
+    """What to do with the adapter."""
+
+    SAFE = "SAFE"
+    LOOK = "LOOK"
+    STOP = "DO NOT DEPLOY"
+    NOT_GATED = "NOT GATED"
+
+    @property
+    def tier(self) -> Tier | None:
+        """The tier that it stands for; None where nothing was judged."""
+        return {Call.SAFE: Tier.PASS, Call.LOOK: Tier.WARN, Call.STOP: Tier.FAIL}.get(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One thing that decided.
+
+    Attributes:
+        words: What it is, for who knows no figure.
+        tier: Where it lies.
+        finding: The figure behind it; that of the worst layer where it is of layers. None for what is no figure.
+        subject: Of which layer, ``model`` or ``drift`` that is; empty for what is of the run.
+        layers: In how many layers it was found; 0 for what is not of layers.
+    """
+
+    words: str
+    tier: Tier
+    finding: Finding | None = None
+    subject: str = ""
+    layers: int = 0
+
+    @property
+    def headline(self) -> str:
+        """What is wrong in a few words; empty where nothing is, or where ``words`` say it."""
+        if self.finding is None or self.layers or self.tier is not Tier.FAIL:
+            return ""
+        threshold = self.finding.threshold
+        before_training = threshold.figure == "effectiveness" and threshold.lower_is_better
+        return "it holds an update before training" if before_training else _WRONG[threshold.figure]
+
+    @property
+    def detail(self) -> str:
+        """The figure with its margin and bound; empty where there is none."""
+        if self.finding is None:
+            return ""
+        threshold, value = self.finding.threshold, f"{self.finding.value:.3g}"
+        if self.finding.margin is not None:
+            value += f" ± {self.finding.margin:.2g}"
+        bound = threshold.fails if self.tier is Tier.FAIL else threshold.passes
+        of = f", {self.subject}" if self.layers else ""
+        return f"{threshold.figure} {value}, bound {bound:g}{of}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The reason as JSON holds it."""
+        told: dict[str, Any] = {"words": self.words, "tier": str(self.tier)}
+        if self.finding is not None:
+            finding = self.finding
+            told |= {"figure": finding.threshold.figure, "value": _number(finding.value)}
+            told |= {"margin": _number(finding.margin), **_bounds(finding.threshold), "subject": self.subject}
+        return {**told, "layers": self.layers} if self.layers else told
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The verdict on one run.
+
+    Attributes:
+        call: What to do.
+        reasons: What decided, the weightiest first, `DECIDING` at most.
+        causes: The mistakes behind it, by name.
+        thresholds: What the averages and the predictions were held against.
+    """
+
+    call: Call
+    reasons: tuple[Reason, ...]
+    causes: tuple[Diagnosis, ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
+
+    @property
+    def sentence(self) -> str:
+        """Why, in one sentence."""
+        first = self.reasons[0]
+        if self.call is Call.SAFE:
+            return ", ".join(reason.words.removeprefix("the ").replace(" is ", " ") for reason in self.reasons[:2])
+        return f"{first.headline}: {first.words}" if first.headline else first.words
+
+    @property
+    def more(self) -> str | None:
+        """The command that tells of the first cause; None where none was found."""
+        return self.causes[0].page if self.causes else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as JSON holds it, so that a program need not read a report."""
+        return {
+            "verdict": str(self.call),
+            "tier": None if self.call.tier is None else str(self.call.tier),
+            "sentence": self.sentence,
+            "figures": [reason.to_dict() for reason in self.reasons],
+            "thresholds": {threshold.figure: _bounds(threshold) for threshold in self.thresholds},
+            "causes": [{"cause": cause.cause, "more": cause.page} for cause in self.causes],
+        }
+
+
+def _bounds(threshold: Threshold) -> dict[str, Any]:
+    return {"pass": threshold.passes, "fail": threshold.fails, "lower_is_better": threshold.lower_is_better}
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def not_gated(why: str) -> Decision:
+    """The verdict where there is nothing to judge."""
+    return Decision(Call.NOT_GATED, (Reason(why, Tier.FAIL),))
+
+
+def decide(
+    run: RunStats,
+    expectations: Expectations,
+    causes: Sequence[Diagnosis] = (),
+    asked: Collection[str] | None = None,
+    failed: Mapping[str, str] | None = None,
+    unmeasured: str = "no layer was measured",
+) -> Decision:
+    """What to do with the adapter of which ``run`` tells.
+
+    Args:
+        run: What was measured of it.
+        expectations: What it was held against, and which tests came to a verdict.
+        causes: The mistakes that were found behind it.
+        asked: The names of all tests that it has; None for those that follow from ``run``.
+        failed: The names of the tests that failed, each with what it said; None for those that fail by their figures.
+        unmeasured: What is said where no layer was measured.
+    """
+    found = [verdict for verdict in _verdicts(run, expectations) if verdict.gated]
+    excused = [v for v in found if failed is not None and v.tier is Tier.FAIL and v.subject not in failed]
+    verdicts = [verdict for verdict in found if verdict not in excused] if excused else found
+    wrong = [*_found(verdicts, Tier.FAIL, len(run.layers)), *_other(verdicts, failed or {})]
+    thresholds = tuple(t for subject in (MODEL, DRIFT) for t in expectations.thresholds(subject))
+
+    def called(call: Call, reasons: Sequence[Reason]) -> Decision:
+        return Decision(call, tuple(reasons[:DECIDING]), tuple(causes), thresholds)
+
+    if wrong:
+        return called(Call.STOP, wrong)
+    if gaps := list(_gaps(run, expectations, asked, unmeasured)):
+        return called(Call.NOT_GATED, gaps)
+    doubts = [*_expected_to_fail(excused), *_found(verdicts, Tier.WARN, len(run.layers))]
+    doubts += _doubts(run, expectations, verdicts)
+    if doubts:
+        return called(Call.LOOK, doubts)
+    return called(Call.SAFE, [_of(verdict, finding, Tier.PASS) for verdict, finding in _kept(verdicts)])
+
+
+def _verdicts(run: RunStats, expectations: Expectations) -> Iterator[Verdict]:
+    """Those on the predictions, the averages and every layer, in this order, as that is how much they weigh."""
+    if run.drift is not None:
+        yield judge_drift(run.drift, expectations)
+    if run.complete and run.layers:
+        yield judge_averages(run, expectations)
+    yield from (judge(layer, expectations) for layer in run.layers)
+
+
+def _found(verdicts: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]:
+    """What lies in ``tier``: a reason for each figure of the predictions, and one for each figure of all layers."""
+    drift = [(v, f) for v in verdicts if v.subject == DRIFT for f in v.findings if f.tier is tier]
+    yield from (_of(v, f, tier) for v, f in sorted(drift, key=lambda pair: _WEIGHT.index(pair[1].threshold.figure)))
+    layers = [verdict for verdict in verdicts if verdict.subject not in (DRIFT, MODEL)]
+    yield from _said(layers, tier, of)
+    found: dict[str, list[tuple[Verdict, Finding]]] = {}
+    for verdict in layers:
+        for finding in verdict.findings if verdict.unjudged is None else ():
+            if finding.tier is tier:
+                found.setdefault(finding.threshold.figure, []).append((verdict, finding))
+    for figure, pairs in sorted(found.items(), key=lambda item: (-len(item[1]), _WEIGHT.index(item[0]))):
+        verdict, worst = max(pairs, key=lambda pair: pair[1].badness)
+        told = _LAYERS[figure] if tier is Tier.FAIL else f"lie between the bounds of {figure}"
+        many = f"{len(pairs)} of {of} layers"
+        yield Reason(f"{many} {told}", tier, worst, verdict.subject, len(pairs))
+    for verdict in verdicts:
+        if verdict.subject == MODEL and verdict.unjudged is None:
+            yield from (
+                _of(verdict, f, tier) for f in verdict.findings if f.tier is tier and f.threshold.figure not in found
+            )
+
+
+def _said(layers: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]:
+    """What was found of layers beside their figures, each phrase once."""
+    told: dict[str, list[str]] = {}
+    for verdict in layers:
+        excuse = [verdict.excuse] if verdict.excuse is not None and tier is Tier.WARN else []
+        wrong = [] if tier is Tier.WARN else [*([verdict.defect] if verdict.defect else []), *verdict.faults]
+        for phrase in (*excuse, *wrong):
+            told.setdefault(phrase, []).append(verdict.subject)
+    if len(told) > 1:
+        first, names = next(iter(told.items()))
+        count = len({name for of_phrase in told.values() for name in of_phrase})
+        yield Reason(
+            f"{count} of {of} layers are wrong beside their figures: {first} ({names[0]})", tier, None, names[0]
+        )
+    else:
+        for phrase, names in told.items():
+            yield Reason(f"{len(names)} of {of} layers: {phrase}", tier, None, names[0], len(names))
+
+
+def _other(verdicts: Iterable[Verdict], failed: Mapping[str, str]) -> Iterator[Reason]:
+    """The tests that failed by something else than the figures: what moved, what is missing, what broke."""
+    explained = {verdict.subject for verdict in verdicts if verdict.tier is Tier.FAIL}
+    told: dict[str, list[str]] = {}
+    for name, message in failed.items():
+        if name not in explained:
+            told.setdefault(message, []).append(name)
+    for message, names in told.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield Reason(f"the test {names[0]}{more} failed: {message}", Tier.FAIL)
+
+
+def _gaps(
+    run: RunStats, expectations: Expectations, asked: Collection[str] | None, unmeasured: str
+) -> Iterator[Reason]:
+    """What was not measured or not judged, though it belongs to the adapter."""
+    judged = expectations.judged
+    if not run.layers or not any(layer.rows for layer in run.layers):
+        yield Reason(unmeasured, Tier.FAIL)
+        return
+    if judged is not None and asked is not None and (left := [name for name in asked if name not in judged]):
+        yield Reason(f"only {len(asked) - len(left)} of {len(asked)} tests came to a verdict, not {left[0]}", Tier.FAIL)
+    if not run.complete:
+        yield Reason(f"only {len(run.layers)} of {run.checkpoint_layers} layers were measured", Tier.FAIL)
+
+
+def _expected_to_fail(verdicts: Sequence[Verdict]) -> Iterator[Reason]:
+    if verdicts:
+        names = verdicts[0].subject + (f" and {len(verdicts) - 1} more" if len(verdicts) > 1 else "")
+        yield Reason(f"{names} would fail, which a mark of your own expects", Tier.WARN)
+
+
+def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdict]) -> Iterator[Reason]:
+    """Why what passed is not safe yet."""
+    absent = [figure for figure in run.expected if figure in run.absent and figure not in expectations.left_out]
+    if absent:
+        yield Reason(f"not measured: {', '.join(absent)}", Tier.WARN)
+    if expectations.stage is Stage.TRAINED and run.drift is None:
+        yield Reason("predictions not held against the base's: add --nullspace-drift", Tier.WARN)
+    for verdict in verdicts:
+        for finding in verdict.findings if verdict.subject == DRIFT else ():
+            if finding.uncertain:
+                near = _of(verdict, finding, Tier.WARN)
+                yield Reason(f"{near.words}, but more text might change that", Tier.WARN, finding, DRIFT)
+
+
+def _kept(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Finding]]:
+    """The figures that tell best why a run is safe."""
+    whole = [(v, f) for v in verdicts if v.subject in (DRIFT, MODEL) for f in v.findings]
+    order = {name: place for place, name in enumerate(_TOLD_WHERE_SAFE)}
+    return sorted(whole, key=lambda pair: order.get(pair[1].threshold.figure, len(order)))
+
+
+def _of(verdict: Verdict, finding: Finding, tier: Tier) -> Reason:
+    return Reason(plain(finding.threshold.figure, finding.value), tier, finding, verdict.subject)
+
+
+def plain(figure: str, value: float) -> str:
+    """What a figure of the predictions, or an average over layers, says to who knows no figure."""
+    if not math.isfinite(value):
+        return f"{figure} is no number"
+    return _PLAIN[figure](value)
+
+
+def share(part: float) -> str:
+    """A share in per cent, in as many digits as people read."""
+    percent = 100 * part
+    return f"{percent:,.0f} %" if percent >= 10 else f"{percent:.2g} %"
+
+
+def times(ratio: float) -> str:
+    """How many times, likewise."""
+    return f"{ratio:,.0f} x" if ratio >= 10 else f"{ratio:.2g} x"
+
+
+def _likelier(text: str, nats: float) -> str:
+    """How much the probability of a token changed, where its mean logarithm rose by ``nats``."""
+    if nats < 0:
+        return f"the {text} text is {share(-math.expm1(nats))} less likely"
+    return f"the {text} text is {share(math.expm1(min(nats, 20.0)))} more likely"
+
+
+def against_chance(leakage: float) -> str:
+    """How a leakage lies to that of a random subspace."""
+    if leakage > 1:
+        return f"{times(leakage)} louder than chance"
+    return f"{times(1 / leakage)} quieter than chance" if leakage else "perfectly quiet"
+
+
+_PLAIN: Mapping[str, Callable[[float], str]] = {
+    "loss-rise": lambda value: _likelier("preserved", -value),
+    "divergence": lambda value: f"its predictions on the preserved text moved by {value:.2g} nats a token",
+    "task-gain": lambda value: _likelier("task", value),
+    "leakage": lambda value: f"on the preserved text its input space is {against_chance(value)}",
+    "preservation": lambda value: f"{share(value)} of the preserved text's activations reach it",
+    "effectiveness": lambda value: f"its update is {share(value)} of its input",
+    "contribution": lambda value: f"its update is {share(value)} of the layers' output",
+    "forgetting": lambda value: f"its update is {share(value)} of what the base computes on the preserved text",
+    "selectivity": lambda value: f"its update is {times(value)} as large on the task text as on the preserved one",
+}
+_WEIGHT = tuple(_PLAIN)
+"""The figures, those first that weigh most."""
+_TOLD_WHERE_SAFE = ("loss-rise", "task-gain", "divergence", "leakage")
+_FORGETS, _LOST, _IDLE = "it forgets", "its null space is lost", "it did not learn"
+_WRONG: Mapping[str, str] = {
+    "loss-rise": _FORGETS,
+    "divergence": _FORGETS,
+    "task-gain": _IDLE,
+    "leakage": _LOST,
+    "preservation": _LOST,
+    "effectiveness": _IDLE,
+    "contribution": _IDLE,
+    "forgetting": "its update is loud",
+    "selectivity": "it acts on what it should spare",
+}
+_LAYERS: Mapping[str, str] = {
+    "leakage": "have no null space of the preserved text",
+    "preservation": "let the preserved text in",
+    "effectiveness": "have an update that is not what this stage asks for",
+    "contribution": "have no effect on the output",
+    "forgetting": "change much of what the base computes on the preserved text",
+    "selectivity": "act more on the preserved text than on the task",
+}

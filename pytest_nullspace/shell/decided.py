@@ -1,0 +1,40 @@
+"""The one verdict on each run of the gate, from what was measured and what became of its tests."""
+
+from collections.abc import Mapping, Sequence
+
+from pytest_nullspace.judging.decision import Decision, decide, not_gated
+from pytest_nullspace.judging.invariants import DRIFT, MODEL
+from pytest_nullspace.judging.weights import STATEMENT
+from pytest_nullspace.shell.collect import FROZEN, SCOPE
+from pytest_nullspace.shell.runs import GatedRun
+
+
+def tests_of(run: GatedRun) -> Sequence[str]:
+    """The names of all tests that the run has, selected or not."""
+    single = (
+        (MODEL, run.gates_all and not run.weights_only),
+        (FROZEN, run.has_audit),
+        (DRIFT, run.has_drift),
+        (SCOPE, run.gates_scope),
+    )
+    return (*run.gated, *run.against.missing, *(name for name, has in single if has))
+
+
+def decided(run: GatedRun, failed: Mapping[str, str]) -> Decision:
+    """The verdict on one run, once all its tests have run.
+
+    Args:
+        run: What was gated.
+        failed: The names of its tests that failed, each with what it said.
+    """
+    outcome = run.peek()
+    if outcome is None:
+        return not_gated(max(failed.values(), key=len, default="not measured"))
+    return decide(
+        outcome,
+        run.expectations(outcome),
+        run.diagnoses(outcome),
+        tests_of(run),
+        failed,
+        STATEMENT if run.weights_only else "no layer was measured",
+    )

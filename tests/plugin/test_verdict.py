@@ -1,0 +1,84 @@
+"""The one verdict on a run, where it is read: first and last on the terminal, in Markdown, in JUnit and in JSON."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
+from tests import saved
+
+QUIET = ("-p", "no:randomly", "-p", "no:cacheprovider")
+
+
+def run(rise: float = 0.006, **changes: Any) -> RunStats:
+    drift = Drift("the base", TextDrift(480, 2.0, 2.0 + rise, rise / 2, 0.001, 0.0001), TextDrift(480, 3, 2, 0.5, 0, 0))
+    return dataclasses.replace(saved.run(**changes), drift=drift)
+
+
+def gate(pytester: pytest.Pytester, told: RunStats, *options: str) -> pytest.RunResult:
+    (pytester.path / "pytest.ini").write_text("[pytest]\n")
+    saved.save(pytester.path / "ft.json", told)
+    return pytester.runpytest_inprocess(*QUIET, "--nullspace-stats=ft.json", *options)
+
+
+def test_the_verdict_is_first_and_last_and_in_every_file(pytester: pytest.Pytester) -> None:
+    """One sentence opens the report and ends all output; Markdown, JUnit and JSON hold it as well."""
+    files = ("--nullspace-save-stats=out.json", "--nullspace-report=out.md", "--junit-xml=out.xml")
+    result = gate(pytester, run(0.3), *files)
+    said = "it forgets: the preserved text is 26 % less likely"
+    report = result.outlines.index(next(line for line in result.outlines if "= nullspace: ft.json =" in line))
+    assert result.outlines[report + 1] == result.outlines[-1] == f"verdict: DO NOT DEPLOY: {said}"
+    assert Path("out.md").read_text("utf-8").splitlines()[2] == f"**verdict: DO NOT DEPLOY: {said}**"
+    assert f'name="nullspace_verdict" value="DO NOT DEPLOY" /><property name="nullspace_why" value="{said}"' in (
+        Path("out.xml").read_text("utf-8")
+    )
+    text = Path("out.json").read_text("utf-8")
+    assert next(iter(json.loads(text))) == "verdict"
+    assert json.loads(text)["verdict"]["sentence"] == said
+
+
+def test_a_saved_verdict_is_never_believed(pytester: pytest.Pytester) -> None:
+    """A file that says it is safe is judged by its figures, and saved again with the verdict that follows."""
+    gate(pytester, run(0.3), "--nullspace-save-stats=out.json")
+    forged = json.loads(Path("out.json").read_text("utf-8"))
+    forged["verdict"] = {"verdict": "SAFE", "sentence": "trust me"}
+    Path("forged.json").write_text(json.dumps(forged), "utf-8")
+    result = pytester.runpytest_inprocess(*QUIET, "--nullspace-stats=forged.json", "--nullspace-save-stats=again.json")
+    assert "trust me" not in result.stdout.str()
+    assert json.loads(Path("again.json").read_text("utf-8"))["verdict"]["verdict"] == "DO NOT DEPLOY"
+
+
+def test_a_good_run_is_safe_and_a_part_of_it_is_not_gated(pytester: pytest.Pytester) -> None:
+    """The same figures: safe where every test ran, and not gated where some were left out."""
+    whole = gate(pytester, run())
+    whole.assert_outcomes(passed=11)
+    assert whole.outlines[-1] == "verdict: SAFE: preserved text 0.6 % less likely, task text 172 % more likely"
+    part = gate(pytester, run(), "-k", "layers.0.")
+    assert part.ret == 0
+    part.stdout.fnmatch_lines(["verdict: NOT GATED: only 3 of 11 tests came to a verdict, not*"])
+
+
+def test_pytests_own_exit_agrees_with_the_verdict(pytester: pytest.Pytester) -> None:
+    """Warnings that are errors, and an expected failure: what pytest says of the tests is what the verdict says."""
+    strict = gate(pytester, run(0.07), "-W", "error::pytest_nullspace.errors.NullspaceWarning")
+    assert strict.ret == 1
+    strict.stdout.fnmatch_lines(["verdict: DO NOT DEPLOY: *"])
+    (pytester.path / "conftest.py").write_text(
+        "import pytest\n"
+        "def pytest_collection_modifyitems(items):\n"
+        "    for item in items:\n"
+        "        if item.name == 'drift': item.add_marker(pytest.mark.xfail)\n"
+    )
+    expected = gate(pytester, run(0.3))
+    assert expected.ret == 0
+    expected.stdout.fnmatch_lines(["verdict: LOOK: drift would fail, which a mark of your own expects"])
+
+
+def test_the_workers_of_xdist_give_one_verdict(pytester: pytest.Pytester) -> None:
+    """Under -n the verdict is that of all tests, once first and once last."""
+    result = gate(pytester, run(0.3), "-n", "2")
+    assert result.outlines[-1] == "verdict: DO NOT DEPLOY: it forgets: the preserved text is 26 % less likely"
+    assert sum("verdict: DO NOT DEPLOY" in line for line in result.outlines) == 2

@@ -1,0 +1,146 @@
+"""The one verdict on a run: what decides it, in which words, and that nothing is safe that was not measured."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from pytest_nullspace.judging.decision import DECIDING, Call, Decision, decide, not_gated, plain
+from pytest_nullspace.judging.invariants import DRIFT, MODEL, Expectations, Stage
+from pytest_nullspace.run.figures import FIGURES
+from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
+from tests import saved
+
+ALL = (*saved.NAMES, MODEL, DRIFT)
+
+
+def drift(rise: float = 0.006, divergence: float = 0.001, gain: float = 0.4, margin: float = 0.0005) -> Drift:
+    preserved = TextDrift(480, 2.0, 2.0 + rise, divergence, margin, margin)
+    return Drift("the base", preserved, TextDrift(480, 3.0, 3.0 - gain, 0.5, 0.01, 0.02))
+
+
+def good(told: Drift | None = None, **changes: Any) -> RunStats:
+    return dataclasses.replace(saved.run(**changes), drift=told or drift())
+
+
+def verdict(run: RunStats, **given: object) -> Decision:
+    judged = given.pop("judged", None)
+    return decide(run, Expectations(judged=judged), **given)  # type: ignore[arg-type]
+
+
+def test_a_good_adapter_is_safe_and_says_what_it_kept_and_learned() -> None:
+    """Everything green and the predictions held: safe, with the two texts in plain words."""
+    told = verdict(good())
+    assert told.call is Call.SAFE
+    assert told.sentence == "preserved text 0.6 % less likely, task text 49 % more likely"
+    assert [reason.finding.threshold.figure for reason in told.reasons if reason.finding is not None] == [
+        "loss-rise",
+        "task-gain",
+        "divergence",
+    ]
+
+
+def test_what_forgets_is_not_to_be_deployed_and_the_predictions_are_told_before_the_layers() -> None:
+    """The rise of the loss leads, as the share of probability that a token lost; layers follow, grouped by figure."""
+    told = verdict(good(drift(0.3, 0.33), mean_leakage=0.9))
+    assert told.call is Call.STOP
+    assert told.sentence == "it forgets: the preserved text is 26 % less likely"
+    assert [reason.words for reason in told.reasons] == [
+        "the preserved text is 26 % less likely",
+        "its predictions on the preserved text moved by 0.33 nats a token",
+        "1 of 9 layers have no null space of the preserved text",
+    ]
+    assert told.reasons[0].detail == "loss-rise 0.3 ± 0.0005, bound 0.15"
+    assert told.reasons[2].detail == f"leakage 14.4, bound 0.75, {saved.NAMES[0]}"
+    assert len(told.reasons) <= DECIDING
+
+
+def test_what_was_not_measured_or_not_judged_is_never_safe() -> None:
+    """No predictions is a reason to look; a layer or a test that is lacking leaves the adapter ungated, by its name."""
+    assert verdict(saved.run()).call is Call.LOOK
+    assert "--nullspace-drift" in verdict(saved.run()).sentence
+    part = verdict(dataclasses.replace(good(), checkpoint_layers=10))
+    assert (part.call, part.sentence) == (Call.NOT_GATED, "only 9 of 10 layers were measured")
+    one = verdict(good(), judged={*ALL} - {saved.NAMES[4]}, asked=ALL)
+    assert one.call is Call.NOT_GATED
+    assert one.sentence == f"only 10 of 11 tests came to a verdict, not {saved.NAMES[4]}"
+    assert verdict(dataclasses.replace(saved.run(), layers=())).sentence == "no layer was measured"
+    assert not_gated("no room").to_dict()["tier"] is None
+    lacking = dataclasses.replace(
+        good(), layers=tuple(dataclasses.replace(x, mean_leakage=None) for x in good().layers)
+    )
+    assert (verdict(lacking).call, verdict(lacking).sentence) == (Call.LOOK, "not measured: leakage")
+
+
+def test_a_failure_weighs_more_than_a_gap() -> None:
+    """What failed is not to be deployed, however little of the rest was judged."""
+    judged = {saved.NAMES[0]}
+    told = verdict(good(mean_leakage=0.9), judged=judged, asked=ALL, failed={saved.NAMES[0]: "leakage 14.4 > 0.75"})
+    assert told.call is Call.STOP
+    assert told.sentence.startswith("1 of 9 layers have no null space")
+
+
+def test_a_test_that_failed_by_no_figure_is_told_by_its_message() -> None:
+    """What moved outside the layers, and a warning that was made an error, are failures of the adapter as well."""
+    told = verdict(good(), asked=(*ALL, "frozen"), failed={"frozen": "1 of 3 tensors outside the layers moved"})
+    assert told.call is Call.STOP
+    assert told.sentence == "the test frozen failed: 1 of 3 tensors outside the layers moved"
+
+
+def test_a_failure_that_a_mark_expects_is_one_to_look_at() -> None:
+    """The figures of an xfail test fail and its test does not: no reason to stop, and none to call it safe."""
+    told = verdict(good(mean_leakage=0.9), failed={MODEL: "leakage"})
+    assert told.call is Call.STOP
+    told = verdict(good(mean_leakage=0.9), failed={})
+    assert told.call is Call.LOOK
+    assert told.sentence == f"{MODEL} and 1 more would fail, which a mark of your own expects"
+
+
+def test_a_warning_and_predictions_near_a_bound_are_to_be_looked_at() -> None:
+    """Between the bounds, and on the pass side by less than the margin: both are told with their figures."""
+    assert verdict(good(drift(rise=0.07))).call is Call.LOOK
+    near = verdict(good(drift(divergence=0.0499)))
+    assert near.call is Call.LOOK
+    assert near.sentence.endswith("0.05 nats a token, but more text might change that")
+    loud = verdict(good(mean_leakage=0.04))
+    assert loud.sentence == "1 of 9 layers lie between the bounds of leakage"
+
+
+def test_defects_and_faults_are_told_once_with_their_number() -> None:
+    """Layers that hold NaN are one reason, whatever their number."""
+    told = verdict(good(output_norm=math.nan))
+    assert told.sentence == "1 of 9 layers: non-finite output (NaN or infinity)"
+
+
+def test_an_update_before_training_is_told_as_that() -> None:
+    """At the initial stage the figure of learning fails in the other direction."""
+    told = decide(saved.run(), Expectations(Stage.INIT))
+    assert told.sentence == ("9 of 9 layers have an update that is not what this stage asks for")
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+@pytest.mark.parametrize("value", [-40.0, -0.1, 0.0, 1e-9, 0.07, 1.0, 3.0, 1e6, math.nan, math.inf])
+def test_every_figure_has_plain_words_for_every_value(figure: str, value: float) -> None:
+    """No figure and no value is without words, and those of a number hold one."""
+    told = plain(figure, value)
+    assert told.isprintable()
+    assert math.isfinite(value) is not told.endswith("is no number")
+
+
+def test_json_holds_what_decided() -> None:
+    """Verdict, tier, thresholds, figures and causes stand there as numbers and words, what is no number as null."""
+    told = verdict(good(drift(math.nan, math.inf), mean_leakage=0.9)).to_dict()
+    assert (told["verdict"], told["tier"]) == ("DO NOT DEPLOY", "fail")
+    assert told["thresholds"]["loss-rise"] == {"pass": 0.05, "fail": 0.15, "lower_is_better": True}
+    assert told["figures"][0] == {
+        "words": "loss-rise is no number",
+        "tier": "fail",
+        "figure": "loss-rise",
+        "value": None,
+        "margin": 0.0005,
+        "pass": 0.05,
+        "fail": 0.15,
+        "lower_is_better": True,
+        "subject": "drift",
+    }
