@@ -25,6 +25,11 @@ class Clock:
         now = time.perf_counter()
         self.seconds[what], self._since = now - self._since, now
 
+    def within(self, what: str, seconds: float | None) -> None:
+        """So much of the last part went on this one, if it was done at all."""
+        if seconds is not None:
+            self.seconds[what] = seconds
+
     @property
     def rounded(self) -> dict[str, float]:
         """The seconds of each part, to milliseconds."""

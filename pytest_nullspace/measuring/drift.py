@@ -1,8 +1,10 @@
 """Functional drift: what the adapter makes of the base model's predictions, token by token.
 
-Both models read the same windows, one after the other; the predictions of one window are all that is kept.
+The adapted predictions are those of the forward that is measured; the base reads the same windows once more. The
+predictions of one batch are all that is kept.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
@@ -10,15 +12,66 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 
-from pytest_nullspace.measuring.distributed import ALONE, Ranks
+from pytest_nullspace.measuring.distributed import Ranks
+from pytest_nullspace.measuring.forward import run
 from pytest_nullspace.run.stats import TextDrift
 from pytest_nullspace.run.uncertainty import jackknife
 
 CHUNK = 64
-"""Rows whose predictions are compared at once, so that no second copy of a window's is made."""
+"""Rows whose predictions are compared at once, so that no second copy of a batch's is made."""
 
 Base = Callable[[], AbstractContextManager[nn.Module]]
 """Within the context the model that it gives is the base model."""
+
+
+class Predictions:
+    """The adapted model's predictions on one text, compared with the base model's batch by batch.
+
+    Attributes:
+        seconds: What the base's forwards and the comparisons took.
+    """
+
+    def __init__(self, base: Base, windows: int, place: torch.device) -> None:
+        """Begin with nothing compared.
+
+        Args:
+            base: Gives the base model.
+            windows: How many windows there are at most.
+            place: Where the base model takes its input.
+        """
+        self._base, self._place = base, place
+        self._by_window = torch.zeros(windows, 5, dtype=torch.float64)
+        self.seconds = 0.0
+
+    def compared(self, adapted: Tensor, tokens: Tensor) -> Tensor:
+        """Compare the predictions of one batch; nothing is counted yet.
+
+        Args:
+            adapted: The adapted model's logits, shape ``(b, length, vocabulary)``.
+            tokens: What it read, shape ``(b, length)``.
+
+        Returns:
+            Shape ``(b, 5)``, for `add`.
+        """
+        _wait(tokens.device)
+        start = time.perf_counter()
+        with self._base() as plain:
+            before = run(plain, tokens.to(self._place)).logits
+        found = torch.stack([_compared(*of) for of in zip(adapted, before, tokens, strict=True)]).cpu()
+        self.seconds += time.perf_counter() - start
+        return found
+
+    def add(self, first: int, compared: Tensor) -> None:
+        """Count a batch whose first window is the one of that number."""
+        self._by_window[first : first + len(compared)] = compared
+
+    def merge(self, ranks: Ranks, windows: range, read: Sequence[int]) -> None:
+        """Add what the other processes counted of ``windows``, of which this one has ``read`` some."""
+        ranks.add("the predictions", windows, read, self._by_window[windows.start : windows.stop])
+
+    def of(self, windows: int) -> TextDrift:
+        """Losses before and after, and the divergence, as means over the tokens of the first ``windows``."""
+        return _means(self._by_window[:windows])
 
 
 def drift(
@@ -26,39 +79,29 @@ def drift(
     base: Base,
     windows: Sequence[Sequence[int]],
     device: torch.device,
-    progress: Callable[[int, int], None] | None = None,
-    ranks: Ranks = ALONE,
     base_device: torch.device | None = None,
 ) -> TextDrift:
-    """Compare the adapted model's predictions with the base model's on one text.
+    """Compare two models' predictions on one text, where neither is measured beside.
 
     Args:
         model: A causal language model with its adapter on.
         base: Gives the base model.
         windows: Token ids of the text.
         device: Where the inputs of the adapted model go.
-        progress: Told how many windows of how many are done.
-        ranks: The processes that share the windows.
         base_device: Where the inputs of the base model go, if not to ``device``.
-
-    Returns:
-        Loss before and after, and the divergence, as means over tokens.
     """
-    by_window = torch.zeros(len(windows), 5, dtype=torch.float64)
-    share = ranks.share(range(len(windows)))
-    read = []
+    predictions = Predictions(base, len(windows), base_device or device)
     with torch.inference_mode():
-        for number in share:
-            tokens = torch.tensor([list(windows[number])], device=device)
-            adapted = model(input_ids=tokens, use_cache=False).logits[0]
-            with base() as plain:
-                before = plain(input_ids=tokens.to(base_device or device), use_cache=False).logits[0]
-            by_window[number] = _compared(adapted, before, tokens[0]).cpu()
-            read.append(number)
-            if progress is not None:
-                progress(min(ranks.size * len(read), len(windows)), len(windows))
-    ranks.add("the predictions", range(len(windows)), read, by_window)
-    return _means(by_window)
+        for number, window in enumerate(windows):
+            tokens = torch.tensor([list(window)], device=device)
+            predictions.add(number, predictions.compared(run(model, tokens).logits, tokens))
+    return predictions.of(len(windows))
+
+
+def _wait(device: torch.device) -> None:
+    """Wait for what ``device`` was given before, whose time is not that of what follows."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _compared(adapted: Tensor, before: Tensor, tokens: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from inspect import Parameter, signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
+from pytest_nullspace.model.layers import is_encoder_decoder
 
 _OTHER_INPUTS = ("pixel_values", "input_features", "input_values", "audio_values")
 """What a model that sees or hears reads beside token ids, or in place of them."""
@@ -20,8 +22,8 @@ PROBE_TOKENS = 8
 
 @contextmanager
 def forwards(
-    adapted: AdaptedModel, layers: Sequence[AdaptedLayer], tokens: Sequence[int]
-) -> Iterator[Callable[[Tensor], None]]:
+    adapted: AdaptedModel, layers: Sequence[AdaptedLayer], tokens: Sequence[int], *, whole: bool = False
+) -> Iterator[Callable[[Tensor], Any]]:
     """Within this context what is given runs the model on tokens ``(b, length)`` until all ``layers`` have run.
 
     It is always the whole model that is called, for a head's forward can shape what its decoder computes: Longformer's
@@ -31,16 +33,19 @@ def forwards(
         adapted: The model.
         layers: The layers that have to run.
         tokens: Some tokens of the text, of which a few are run to find out where the others may end.
+        whole: Whether a forward goes to its end, and gives the model's output.
     """
-    decoder = _decoder(adapted.model, layers)
 
-    def forward(batch: Tensor) -> None:
-        _forward(adapted, batch)
+    def forward(batch: Tensor) -> Any:
+        with suppress(_PassedLastError):
+            return run(adapted.model, batch)
 
     with ExitStack() as ends:
         ends.enter_context(torch.inference_mode())
-        ends.enter_context(_stopping_after(decoder))
-        ends.enter_context(_stopping_after(_last_block(decoder, layers, adapted, tokens[:PROBE_TOKENS])))
+        if not whole:
+            decoder = _decoder(adapted.model, layers)
+            ends.enter_context(_stopping_after(decoder))
+            ends.enter_context(_stopping_after(_last_block(decoder, layers, adapted, tokens[:PROBE_TOKENS])))
         yield forward
 
 
@@ -63,7 +68,7 @@ def require_tokens_read(adapted: AdaptedModel, checkpoint: Checkpoint) -> None:
         raise CheckpointError(told)
     try:
         with torch.inference_mode():
-            _forward(adapted, torch.zeros(1, 2, dtype=torch.long, device=adapted.device))
+            run(adapted.model, torch.zeros(1, 2, dtype=torch.long, device=adapted.device))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each model complains in its own way that an input is missing
@@ -81,16 +86,15 @@ def _decoder(model: nn.Module, layers: Sequence[AdaptedLayer]) -> nn.Module:
     return decoder if all(id(layer.layer) in inside for layer in layers) else model
 
 
-def _forward(adapted: AdaptedModel, tokens: Tensor) -> None:
-    """Run the model on ``tokens (b, length)``; an encoder-decoder reads them on both sides."""
+def run(model: nn.Module, tokens: Tensor) -> Any:
+    """What the model makes of ``tokens (b, length)``; an encoder-decoder reads them on both sides."""
     given = {"input_ids": tokens, "use_cache": False}
-    if adapted.is_encoder_decoder:
+    if is_encoder_decoder(model):
         given["decoder_input_ids"] = tokens
-    taken = signature(adapted.model.forward).parameters
+    taken = signature(model.forward).parameters
     if not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in taken.values()):
         given = {name: value for name, value in given.items() if name in taken}
-    with suppress(_PassedLastError):
-        adapted.model(**given)
+    return model(**given)
 
 
 def _last_block(
@@ -109,7 +113,8 @@ def _last_block(
     with ExitStack() as hooks:
         for block in holding.values():
             hooks.callback(block.register_forward_hook(lambda module, *_: ran.append(module)).remove)
-        _forward(adapted, torch.tensor([list(tokens)], device=adapted.device))
+        with suppress(_PassedLastError):
+            run(adapted.model, torch.tensor([list(tokens)], device=adapted.device))
     return ran[-1] if len(ran) == len(holding) == len(set(map(id, ran))) else None
 
 

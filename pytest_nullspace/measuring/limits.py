@@ -51,12 +51,18 @@ def require_known_tokens(windows: Sequence[Window], model: Any, checkpoint: Chec
         CheckpointError: There is one.
     """
     largest = max(max(window.tokens) for window in windows)
-    known = _of_text(model.config, "vocab_size")
-    if isinstance(known, int) and largest >= known:
+    known = vocabulary(model)
+    if known is not None and largest >= known:
         raise CheckpointError(
             f"{checkpoint.directory}: its tokenizer gives the token {largest}, but the model knows only {known}; save "
             "the base model's tokenizer into the directory"
         )
+
+
+def vocabulary(model: Any) -> int | None:
+    """How many tokens the model knows, as its config says; None where that does not tell."""
+    known = _of_text(model.config, "vocab_size")
+    return known if isinstance(known, int) else None
 
 
 def _positions(model: Any) -> int | None:

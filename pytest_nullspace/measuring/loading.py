@@ -152,7 +152,7 @@ def true_base(
     device: Any,
     dtype: Any,
 ) -> TrueBase:
-    """The true base model, found before anything is measured and loaded only after.
+    """The true base model, found before it is loaded.
 
     Raises:
         OptionError: It cannot be had, or the model is none whose predictions can be compared.

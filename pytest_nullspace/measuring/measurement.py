@@ -5,22 +5,26 @@ What holds tensors is imported inside functions.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages
+from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages, judge_drift
+from pytest_nullspace.measuring.limits import vocabulary
 from pytest_nullspace.measuring.loading import TrueBase, half_precision, one_of, shortage_told
-from pytest_nullspace.run.figures import of_layers, on_the_task
+from pytest_nullspace.run.figures import FIGURES, on_the_task
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.windows import Window
 
 if TYPE_CHECKING:
+    from pytest_nullspace.measuring.drift import Base, Predictions
     from pytest_nullspace.model import AdaptedModel
 
 CPU_TOKENS, GPU_TOKENS = 256, 16384
 """Tokens of the windows that share a forward. Below so many a CPU spends its time between the matrix products, beyond
 them little is gained (docs/cost.md); a GPU wants more, as far as they fit."""
+PREDICTED = 1 << 28
+"""Numbers that the predictions of a forward may be, where the base's are held against them."""
 
 Figures = tuple[LayerStats, ...]
 
@@ -28,6 +32,32 @@ Figures = tuple[LayerStats, ...]
 def with_task(preserved: Figures, task: Figures) -> Figures:
     """The figures of the preserved text, each layer's on the task text beside them."""
     return tuple(replace(layer, task=other) for layer, other in zip(preserved, task, strict=True))
+
+
+class HeldAgainst(NamedTuple):
+    """The base model, loaded, against whose predictions the adapter's are held.
+
+    Attributes:
+        name: What it is, in words.
+        base: Gives it.
+        place: Where it takes its input.
+    """
+
+    name: str
+    base: "Base"
+    place: Any
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, found: TrueBase, running: str) -> "HeldAgainst":
+        """Load what was ``found``, beside a model that is ``running`` already."""
+        with shortage_told(
+            lambda: (
+                f"{checkpoint.directory}: too little memory to load {found.name} beside the model for {PREFIX}drift, "
+                f"in {running}; "
+                + one_of(*half_precision(running, "take"), "take a machine with more", f"leave {PREFIX}drift out")
+            )
+        ):
+            return cls(found.name, *found.load())
 
 
 @dataclass(frozen=True)
@@ -42,7 +72,9 @@ class Measurement:
         seqlen: Tokens a window.
         running: Precision and device, in words.
         progress: Told how many windows of how many are done.
+        held_against: The true base, loaded, where its predictions are asked for.
         used: How many windows of each text were used, once it was read.
+        predictions: Those of each text, beside the base's.
     """
 
     checkpoint: Checkpoint
@@ -52,7 +84,9 @@ class Measurement:
     seqlen: int
     running: str
     progress: Callable[[int, int], None] | None
+    held_against: HeldAgainst | None = None
     used: dict[str, int] = field(default_factory=dict)
+    predictions: "dict[str, Predictions]" = field(default_factory=dict)
 
     @property
     def read(self) -> dict[str, Sequence[Window]]:
@@ -65,28 +99,35 @@ class Measurement:
 
     def figures(self, layers: Collection[str]) -> tuple[Figures, list[int]]:
         """Measure ``layers`` on each text; with the batch sizes, of which each but the first did not fit before it."""
-        device, settings, of = self.adapted.device, self.settings, len(self.checkpoint.layers)
-        batches = [settings.batch_size or _batch_size(self.seqlen, device)]
+        batches = [self.settings.batch_size or self._batch_size]
 
         def short() -> str:
             together = min(batches[-1], max(map(len, self.drawn.values())))
             lower = f"{PREFIX}seqlen or {PREFIX}batch-size" if together > 1 else f"{PREFIX}seqlen"
+            without = () if self.held_against is None else (f"leave {PREFIX}drift out",)
             return (
                 f"{self._short} in the pass of windows of {self.seqlen} tokens, {together} a forward, in "
-                f"{self.running}; {one_of(f'lower {lower}', *half_precision(self.running, 'take'))}"
+                f"{self.running}; {one_of(f'lower {lower}', *half_precision(self.running, 'take'), *without)}"
             )
 
         with shortage_told(short):
             if "task_text" not in self.drawn:
-                whole = of_layers()
-                return self._of("text", layers, batches, lambda own: _settled(own, of, settings, whole)), batches
+                return self._of("text", layers, batches, lambda own: self._settled(own, FIGURES)), batches
             # Each text is asked for what will be judged on it, and no more.
-            preserved = [figure for figure in of_layers() if figure not in on_the_task()]
-            own = self._of("text", layers, batches, lambda own: _settled(with_task(own, own), of, settings, preserved))
+            preserved = [figure for figure in FIGURES if figure not in on_the_task()]
+            own = self._of("text", layers, batches, lambda own: self._settled(with_task(own, own), preserved))
             task = self._of(
-                "task_text", layers, batches, lambda task: _settled(with_task(own, task), of, settings, on_the_task())
+                "task_text", layers, batches, lambda task: self._settled(with_task(own, task), on_the_task())
             )
             return with_task(own, task), batches
+
+    @property
+    def _batch_size(self) -> int:
+        """Windows a forward that suit the device; how many fit is found out by trying."""
+        tokens = CPU_TOKENS if self.adapted.device.type == "cpu" else GPU_TOKENS
+        if self.held_against is not None:
+            tokens = min(tokens, PREDICTED // (vocabulary(self.adapted.model) or 1))
+        return max(1, tokens // self.seqlen)
 
     def _of(
         self, what: str, layers: Collection[str], batches: list[int], settled: Callable[[Figures], bool]
@@ -97,6 +138,11 @@ class Measurement:
         # Of a text that ended early what was left out is not waited for.
         total -= sum(len(self.drawn[earlier]) - count for earlier, count in self.used.items())
         self.used[what] = len(self.drawn[what])
+        if self.held_against is not None:
+            from pytest_nullspace.measuring.drift import Predictions
+
+            _, base, place = self.held_against
+            self.predictions[what] = Predictions(base, len(self.drawn[what]), place)
 
         def tell(done: int, _: int) -> None:
             self.used[what] = done
@@ -114,6 +160,7 @@ class Measurement:
             progress=tell,
             ranks=self.settings.ranks,
             settled=None if self.settings.calib_size is not None else settled,
+            predictions=self.predictions.get(what),
         )
 
     def with_spectrum(self, figures: Figures) -> Figures:
@@ -135,60 +182,42 @@ class Measurement:
             )
         return tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
 
-    def drift(self, held_against: TrueBase) -> Drift:
-        """How far the predictions lie from the true base's, on each text."""
-        from pytest_nullspace.measuring.drift import drift
+    @property
+    def drift(self) -> Drift | None:
+        """How far the predictions lie from the true base's on each text that was read so far, if that is asked for."""
+        if self.held_against is None:
+            return None
+        found = {what: predictions.of(self.used[what]) for what, predictions in self.predictions.items()}
+        return Drift(self.held_against.name, found["text"], found.get("task_text"))
 
-        half = half_precision(self.running, "take")
-        with shortage_told(
-            lambda: (
-                f"{self._short} to load {held_against.name} beside the model for {PREFIX}drift, in {self.running}; "
-                + one_of(*half, "take a machine with more", f"leave {PREFIX}drift out")
-            )
-        ):
-            base, place = held_against.load()
-        with shortage_told(
-            lambda: (
-                f"{self._short} for both models' predictions of windows of {self.seqlen} tokens, in {self.running}; "
-                + one_of(f"lower {PREFIX}seqlen", *half, f"leave {PREFIX}drift out")
-            )
-        ):
-            found = {
-                what: drift(
-                    self.adapted.model,
-                    base,
-                    [window.tokens for window in windows],
-                    self.adapted.device,
-                    self.progress,
-                    self.settings.ranks,
-                    place,
-                )
-                for what, windows in self.read.items()
-            }
-        return Drift(held_against.name, found["text"], found.get("task_text"))
+    @property
+    def drift_seconds(self) -> float | None:
+        """What the base's forwards and the comparisons took of the pass."""
+        return sum(of.seconds for of in self.predictions.values()) if self.predictions else None
 
+    def _settled(self, figures: Figures, judged: Collection[str]) -> bool:
+        """Whether more text would change no verdict.
 
-def _settled(figures: Figures, of: int, settings: Settings, judged: Collection[str]) -> bool:
-    """Whether more text would change no verdict.
-
-    Args:
-        figures: Of the selected layers, so far.
-        of: How many layers the checkpoint has.
-        settings: What they are held against.
-        judged: The figures that are judged on the text.
-    """
-    expectations = Expectations(
-        Stage(settings.stage), settings.overrides, (), settings.allow_unreached, settings.variant, settings.drift
-    )
-    if any(not (layer.task or layer).rows and not expectations.excuses(layer) for layer in figures):
-        return False  # one row would give what has no figures yet, and so nothing uncertain, a verdict
-    run, verdicts = RunStats("", "", figures, of), [judge(layer, expectations) for layer in figures]
-    if run.complete:
-        verdicts.append(judge_averages(run, expectations))
-    findings = [finding for verdict in verdicts for finding in verdict.findings]
-    return not any(finding.uncertain for finding in findings if finding.threshold.figure in judged)
-
-
-def _batch_size(seqlen: int, device: Any) -> int:
-    """Windows a forward that suit ``device``; how many fit is found out by trying."""
-    return max(1, (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS) // seqlen)
+        Args:
+            figures: Of the selected layers, so far.
+            judged: The figures that are judged on the text.
+        """
+        settings, drift = self.settings, self.drift
+        expectations = Expectations(
+            Stage(settings.stage),
+            settings.overrides,
+            (),
+            settings.allow_unreached,
+            settings.variant,
+            drift is not None,
+        )
+        if any(not (layer.task or layer).rows and not expectations.excuses(layer) for layer in figures):
+            return False  # one row would give what has no figures yet, and so nothing uncertain, a verdict
+        run = RunStats("", "", figures, len(self.checkpoint.layers))
+        verdicts = [judge(layer, expectations) for layer in figures]
+        if run.complete:
+            verdicts.append(judge_averages(run, expectations))
+        if drift is not None:
+            verdicts.append(judge_drift(drift, expectations))
+        findings = [finding for verdict in verdicts for finding in verdict.findings]
+        return not any(finding.uncertain for finding in findings if finding.threshold.figure in judged)

@@ -21,7 +21,6 @@ from pytest_nullspace.measuring.inputs import Texts, is_base_read, read_texts
 from pytest_nullspace.measuring.limits import default_length, require_known_tokens, window_length
 from pytest_nullspace.measuring.loading import (
     Bases,
-    TrueBase,
     device_name,
     device_of,
     dtype_of,
@@ -31,7 +30,7 @@ from pytest_nullspace.measuring.loading import (
     shortage_told,
     true_base,
 )
-from pytest_nullspace.measuring.measurement import Measurement, with_task
+from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement, with_task
 from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory
 from pytest_nullspace.run.stats import LayerStats, RunStats
 from pytest_nullspace.settings import PREFIX, Settings
@@ -88,13 +87,13 @@ def measure_checkpoint(
     clock.on("windows")
     load_seconds = sum(clock.seconds.values())
 
-    run = Measurement(checkpoint, settings, adapted, drawn, seqlen, loaded.running, progress)
+    run = Measurement(checkpoint, settings, adapted, drawn, seqlen, loaded.running, progress, loaded.held_against)
     figures, batches = run.figures(layers)
     if settings.spectrum:
         figures = run.with_spectrum(figures)
-    moved = None if loaded.held_against is None else run.drift(loaded.held_against)
     adapted.take_off()
     clock.on("pass")
+    clock.within("drift", run.drift_seconds)
     of_checkpoint = about.of_checkpoint(checkpoint)
     clock.on("hashes")
     require_unchanged(read.stamps)
@@ -103,7 +102,7 @@ def measure_checkpoint(
         calib_dataset=settings.calib_dataset,
         layers=figures,
         checkpoint_layers=len(checkpoint.layers),
-        drift=moved,
+        drift=run.drift,
         about={
             **of_checkpoint,
             **about.of_model(adapted.kind, adapted.remarks),
@@ -162,13 +161,13 @@ class _Loaded(NamedTuple):
 
     Attributes:
         adapted: The model.
-        held_against: The true base, where its predictions are asked for.
+        held_against: The true base beside it, where its predictions are asked for.
         precision: In which numbers it runs.
         running: Precision and device, in words.
     """
 
     adapted: "AdaptedModel"
-    held_against: TrueBase | None
+    held_against: HeldAgainst | None
     precision: str
     running: str
 
@@ -176,7 +175,7 @@ class _Loaded(NamedTuple):
 def _loaded(
     checkpoint: Checkpoint, settings: Settings, base: Path | None, bases: Bases | None, initial: Checkpoint | None
 ) -> _Loaded:
-    """Load the model, and find what its predictions are held against."""
+    """Load the model, and what its predictions are held against."""
     from pytest_nullspace.measuring.forward import require_tokens_read
 
     device = device_of(settings)
@@ -191,10 +190,10 @@ def _loaded(
     ):
         adapted = load(checkpoint, settings, device, dtype, base, bases)
     require_tokens_read(adapted, checkpoint)
-    held_against = (
-        true_base(adapted, checkpoint, initial, base, settings, adapted.device, dtype) if settings.drift else None
-    )
-    return _Loaded(adapted, held_against, precision, running)
+    if not settings.drift:
+        return _Loaded(adapted, None, precision, running)
+    found = true_base(adapted, checkpoint, initial, base, settings, adapted.device, dtype)
+    return _Loaded(adapted, HeldAgainst.of(checkpoint, found, running), precision, running)
 
 
 def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, frozenset[str]]:

@@ -40,6 +40,9 @@ _APART = ("input", "down", "update", "base", "output")
 OCTAVES = (kernels.OCTAVES, 1 + len(_APART))
 """The shape of a layer's sums by octave: of rows, and of these norms."""
 
+_Take = Callable[[nn.Module, Any, Tensor], Tensor]
+"""What is taken of a module's output, in a forward hook on it."""
+
 
 @dataclass(frozen=True)
 class Watched:
@@ -122,7 +125,7 @@ class Recorder:
 
     Attributes:
         sums: For each layer the sums of each window, shape ``(windows, len(kernels.Sums))``.
-        by_octave: For each layer `kernels.sums_by_octave` of the windows since it was last cleared.
+        by_octave: For each layer `kernels.sums_by_octave` of the windows since they were last taken.
         down_ranks: How many directions the rows of its B span.
         rows: Which rows of the batch are whose.
         alone: Whether it takes a batch of one window to know this.
@@ -136,6 +139,7 @@ class Recorder:
         self.down_ranks: dict[str, int] = {}
         self.rows, self.alone = Rows(), False
         self.unplaced: Counter[str] = Counter()
+        self._is_silent = False
         self._distinct: dict[tuple[str, bool], DistinctRows] = {}
         self._batch = Batch(torch.empty(0, 0), 0, None, [])
         self._layout: Layout | None = None
@@ -179,10 +183,27 @@ class Recorder:
                 self.by_octave[name] += apart
         return True
 
+    def taken(self, windows: range) -> tuple[Tensor, Tensor]:
+        """The sums of these ``windows``, and those by octave since they were last taken: of each layer, on the CPU."""
+        sums = torch.stack([of[windows.start : windows.stop] for of in self.sums.values()]).cpu()
+        apart = torch.stack(list(self.by_octave.values())).cpu()
+        for cleared in self.by_octave.values():
+            cleared.zero_()
+        return sums, apart
+
     def distinct(self) -> dict[str, Tensor | None]:
         """What `DistinctRows.found` gives of the input of each layer to which rows came, as far as they are counted."""
         found = {rows: rows.found() for rows in set(self._distinct.values())}
         return {name: found[rows] for (name, _), rows in sorted(self._distinct.items(), key=lambda of: of[0])}
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Within this context nothing is taken: another model runs through the watched layers."""
+        self._is_silent = True
+        try:
+            yield
+        finally:
+            self._is_silent = False
 
     @contextmanager
     def watching(self, layers: Sequence[AdaptedLayer]) -> Iterator[None]:
@@ -207,7 +228,7 @@ class Recorder:
                     takes["base"] = self._product
                     takes["up" if layer.magnitude is None else "magnitude"] = self._output
                 for part, take in takes.items():
-                    handle = getattr(layer, part).register_forward_hook(partial(_keep, watched.seen, part, take))
+                    handle = getattr(layer, part).register_forward_hook(partial(self._keep, watched.seen, part, take))
                     hooks.callback(handle.remove)
                 handle = layer.layer.register_forward_hook(partial(self._take, watched))
                 hooks.callback(handle.remove)
@@ -217,11 +238,21 @@ class Recorder:
                 self._input = None
                 self._forget_held()
 
+    def _keep(
+        self, seen: dict[str, Tensor], part: str, take: _Take, module: nn.Module, args: Any, output: Tensor
+    ) -> None:
+        if not self._is_silent:
+            seen[part] = take(module, args, output)
+
     def _meet(self, watched: Watched, _: nn.Module, args: Any) -> None:
+        if self._is_silent:
+            return
         name = watched.layer.name
         self._layout = self.rows.layout(args[0].shape, routed="expert" in name and "shared_expert" not in name)
 
     def _take(self, watched: Watched, _: nn.Module, args: Any, output: Tensor) -> None:
+        if self._is_silent:
+            return
         x, layer, change = args[0], watched.layer, []
         if self._layout is None:
             self._unclear.add(layer.name)
@@ -347,11 +378,3 @@ def _loses_digits(down: Tensor, input_norms: Tensor, watched: Watched) -> bool:
 
 def _has_bias(module: nn.Module) -> bool:
     return isinstance(getattr(module, "bias", None), Tensor)
-
-
-_Take = Callable[[nn.Module, Any, Tensor], Tensor]
-"""What is taken of a module's output, in a forward hook on it."""
-
-
-def _keep(seen: dict[str, Tensor], part: str, take: _Take, module: nn.Module, args: Any, output: Tensor) -> None:
-    seen[part] = take(module, args, output)

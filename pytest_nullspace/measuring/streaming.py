@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from pytest_nullspace import kernels
 from pytest_nullspace.errors import MeasurementError
 from pytest_nullspace.measuring.distinct import together
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
+from pytest_nullspace.measuring.drift import Predictions
 from pytest_nullspace.measuring.forward import forwards
 from pytest_nullspace.measuring.recorder import OCTAVES, Recorder
 from pytest_nullspace.measuring.rows import Batch
@@ -38,6 +40,7 @@ def measure(
     settled: Callable[[tuple[LayerStats, ...]], bool] | None = None,
     ranks: Ranks = ALONE,
     shrunk: Callable[[int], None] | None = None,
+    predictions: Predictions | None = None,
 ) -> tuple[LayerStats, ...]:
     """Run ``windows`` through the model and take every figure of the chosen layers.
 
@@ -53,6 +56,7 @@ def measure(
         settled: Asked after `FIRST_ROUND` windows, and whenever they have doubled, whether the figures suffice.
         ranks: The processes that share the windows; each gets the figures of all.
         shrunk: Told the batch size after each halving.
+        predictions: Takes the predictions of each forward, which then goes to its end, beside the base model's.
 
     Returns:
         The figures in the model's order of layers, with margins from how they vary between windows. A layer that saw no
@@ -65,7 +69,7 @@ def measure(
     if not windows or not all(windows):
         raise MeasurementError("windows: there is none, or one without tokens; give at least one token id in each")
     chosen = [layer for name, layer in adapted.layers.items() if layers is None or name in layers]
-    if not chosen:
+    if not chosen and predictions is None:
         return ()
     drawn = draw_rows([len(window) for window in windows], max_rows, seed)
     recorder = Recorder(adapted.device, len(windows))
@@ -79,12 +83,13 @@ def measure(
         )
 
     watching = recorder.rows.watching(adapted.model), recorder.watching(chosen)
-    with forwards(adapted, chosen, windows[0]) as forward, watching[0], watching[1]:
+    running = forwards(adapted, chosen, windows[0], whole=predictions is not None)
+    with running as forward, watching[0], watching[1]:
         for part in _rounds(len(windows), settled is not None):
             share, done, told = ranks.share(part), 0, part.start
             while done < len(share):
                 batch = _batch(windows, share[done : done + batch_size], drawn, adapted.device)
-                if not _fits(recorder, forward, batch):
+                if not _fits(recorder, forward, batch, predictions):
                     batch_size = 1 if recorder.alone else len(batch.tokens) // 2
                     if shrunk is not None and not recorder.alone:
                         shrunk(batch_size)
@@ -93,12 +98,12 @@ def measure(
                 told = min(part.start + ranks.size * done, part.stop)
                 if progress is not None:
                     progress(told, len(windows))
-            added = torch.stack([recorder.sums[layer.name][part.start : part.stop] for layer in chosen]).cpu()
-            apart = torch.stack([recorder.by_octave[layer.name] for layer in chosen]).cpu()
-            for cleared in recorder.by_octave.values():
-                cleared.zero_()
-            ranks.add("the sums over windows", part, share[:done], added, apart)
-            sums, by_octave = torch.cat((sums, added), dim=1), by_octave + apart
+            if chosen:
+                added, apart = recorder.taken(part)
+                ranks.add("the sums over windows", part, share[:done], added, apart)
+                sums, by_octave = torch.cat((sums, added), dim=1), by_octave + apart
+            if predictions is not None:
+                predictions.merge(ranks, part, share[:done])
             if progress is not None and told < part.stop:
                 progress(part.stop, len(windows))
             if settled is not None and part.stop < len(windows) and settled(figures()):
@@ -127,14 +132,20 @@ def _rounds(windows: int, early: bool) -> Iterator[range]:
         first, last = last, 2 * last
 
 
-def _fits(recorder: Recorder, forward: Callable[[Tensor], None], batch: Batch) -> bool:
+def _fits(recorder: Recorder, forward: Callable[[Tensor], Any], batch: Batch, predictions: Predictions | None) -> bool:
     """Run and count ``batch``; False, nothing counted and its memory given back, where it must be a smaller one."""
+    compared = None
     try:
         recorder.start(batch)
-        forward(batch.tokens)
+        if predictions is None:
+            forward(batch.tokens)
+        else:
+            compared = _compared(recorder, forward, batch, predictions)
         if not recorder.end():
             recorder.forget()
             return False
+        if predictions is not None and compared is not None:
+            predictions.add(batch.first, compared)
     except torch.OutOfMemoryError:
         if len(batch.tokens) == 1:
             raise
@@ -144,6 +155,13 @@ def _fits(recorder: Recorder, forward: Callable[[Tensor], None], batch: Batch) -
     if batch.tokens.device.type != "cpu":  # only now that the exception, and the frames that it held, are gone
         getattr(torch, batch.tokens.device.type).empty_cache()
     return False
+
+
+def _compared(recorder: Recorder, forward: Callable[[Tensor], Any], batch: Batch, predictions: Predictions) -> Tensor:
+    """Run ``batch``, and hold its predictions against the base model's, which may run through the same layers."""
+    logits = forward(batch.tokens).logits
+    with recorder.silent():
+        return predictions.compared(logits, batch.tokens)
 
 
 def _stats(layer: AdaptedLayer, down_rank: int, by_window: Tensor, by_octave: Tensor) -> LayerStats:

@@ -105,4 +105,9 @@ class AdaptedModel:
     @property
     def is_encoder_decoder(self) -> bool:
         """Whether the model reads text on two sides."""
-        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+        return is_encoder_decoder(self.model)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether ``model`` reads text on two sides."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

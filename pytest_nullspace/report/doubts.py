@@ -70,9 +70,13 @@ def uncertain(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectat
     name, finding = max(findings, key=lambda pair: pair[1].badness)
     return (
         f"{told}, such as {printable(name)} ({finding.threshold.figure} {finding.value:.3g} ± {finding.margin:.2g}); "
-        f"about {half:.0f} windows would settle half of them"
-        + (", so raise N in --nullspace-calib-size=auto:N" if _is_auto(run) else ", or try --nullspace-calib-size=auto")
+        f"about {half:.0f} windows would settle half of them{_draw_more(run)}"
     )
+
+
+def _draw_more(run: RunStats) -> str:
+    """How more are drawn, of a run whose windows were drawn until every verdict was settled or were given."""
+    return ", so raise N in --nullspace-calib-size=auto:N" if _is_auto(run) else ", or try --nullspace-calib-size=auto"
 
 
 _ONE_WINDOW = "one window tells nothing of how the figures vary, so draw more by --nullspace-calib-size"
@@ -97,15 +101,13 @@ def uncertain_drift(run: RunStats, expectations: Expectations) -> str | None:
         if finding.margin is not None
     ]
     known = [count for count in needed if count is not None]
-    # The drift is taken after the pass, which alone decides when a text was drawn from enough.
-    late = "; --nullspace-calib-size=auto does not wait for the drift, so give a number" if _is_auto(run) else ""
     if len(known) < len(needed):
-        return f"{told}; no text would settle what lies on its bound{late}"
-    return f"{told}; about {max(known):,} windows would settle it{late}"
+        return f"{told}; no text would settle what lies on its bound"
+    return f"{told}; about {max(known):,} windows would settle it{_draw_more(run)}"
 
 
 def _is_auto(run: RunStats) -> bool:
-    """Whether windows were drawn until every verdict on a layer was settled."""
+    """Whether windows were drawn until every verdict was settled."""
     settings = run.about.get("settings")
     return isinstance(settings, dict) and settings.get("calib_size", 0) is None
 

@@ -186,9 +186,10 @@ def conditions(run: RunStats) -> str | None:
     try:
         seconds = run.about["measured"]["seconds"]
         of_task = f"task {_extent(run, 'task_dataset', 'task_text')}; " if run.has_task else ""
+        of_drift = f", {seconds['drift']:.1f} s of it the base's predictions" if "drift" in seconds else ""
         return (
             f"{_extent(run, None, 'text')}; {of_task}{printable(run.about['device'])} {printable(run.about['dtype'])}; "
-            f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s{_backed_off(run)}"
+            f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s{of_drift}{_backed_off(run)}"
         )
     except (KeyError, TypeError, ValueError, OverflowError):  # a file of another making may hold anything
         return None

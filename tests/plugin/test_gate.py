@@ -649,14 +649,14 @@ def full(*args, **more):
         ),
         (
             "pytest_nullspace.measuring.drift",
-            "drift",
-            "for both models' predictions of windows of 32 tokens, in float32 on cpu; lower --nullspace-seqlen, take "
+            "_compared",
+            "in the pass of windows of 32 tokens, 1 a forward, in float32 on cpu; lower --nullspace-seqlen, take "
             "--nullspace-dtype=bfloat16, or leave --nullspace-drift out",
         ),
     ],
     ids=["spectrum", "load", "drift"],
 )
-def test_memory_that_lacks_after_the_pass_is_told_with_its_own_cure(
+def test_memory_that_lacks_is_told_with_its_own_cure(
     module: str, function: str, told: str, checkpoint: Path, gate: Gate, pytester: pytest.Pytester
 ) -> None:
     """Spectrum and drift, and the base that drift loads, each say what was too much and what helps there."""

@@ -95,7 +95,7 @@ ORDERS = {
     "run": "figures texts stats uncertainty entries saved",
     "judging": "verdicts invariants baseline start audit weights evidence tensors diagnosis",
     "text": "sources readers tokenizer windows",
-    "measuring": "memory about distributed forward recorder streaming spectrum drift loading measurement pipeline",
+    "measuring": "memory about distributed forward drift recorder streaming spectrum loading measurement pipeline",
     "shell": "values options asked shared once against runs opening outputs progress collect gate",
 }
 """Inside a wing, the modules whose order matters: none imports one that stands after it."""

@@ -1,7 +1,7 @@
 """The predictions against the base model's: what serves as the base, and where the two models begin."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measuring import loading
-from pytest_nullspace.measuring.drift import drift
+from pytest_nullspace.measuring.drift import Predictions, drift
+from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from tests import tiny
 from tests.adapters import adapter, change
@@ -49,6 +50,61 @@ def test_each_model_gets_the_tokens_where_it_begins(adapted: AdaptedModel) -> No
     want = drift(adapted.model, lambda: nullcontext(base), WINDOWS, CPU)
     assert drift(adapted.model, lambda: nullcontext(elsewhere), WINDOWS, CPU, base_device=META) == want
     assert want.divergence > 0
+
+
+@pytest.fixture(params=["LoRA-Null", "PEFT"])
+def switchable(request: pytest.FixtureRequest, tmp_path: Path) -> AdaptedModel:
+    """A tiny model of either format that is its base with the adapter switched off."""
+    if request.param == "PEFT":
+        directory = adapter(tmp_path, tiny.llama(), r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+        return load_model(open_checkpoint(directory), CPU, torch.float32, tmp_path / "base")
+    return load_model(open_checkpoint(tiny.lora_null(tmp_path / "ft")), CPU, torch.float32)
+
+
+def test_the_pass_gives_the_predictions_and_the_base_reads_each_batch_once(switchable: AdaptedModel) -> None:
+    """With drift a batch costs one forward of each model; the layers' figures are the same to the last digit."""
+    windows = [list(range(3, 40)), list(range(60, 97)), list(range(20, 57)), list(range(60, 100))]
+    base = switchable.switched_off
+    assert base is not None
+    alone = measure(switchable, windows, batch_size=2)
+    forwards: list[int] = []
+    handle = switchable.model.register_forward_hook(lambda _, __, output: forwards.append(len(output.logits)))
+    predictions = Predictions(base, len(windows), CPU)
+    assert measure(switchable, windows, batch_size=2, predictions=predictions) == alone
+    assert forwards == [2, 2, 1, 1, 1, 1]
+    handle.remove()
+    found, want = predictions.of(len(windows)), drift(switchable.model, base, windows, CPU)
+    assert found.divergence > 1e-6
+    for figure in ("tokens", "base_loss", "adapted_loss", "divergence", "divergence_margin"):
+        assert getattr(found, figure) == pytest.approx(getattr(want, figure), rel=1e-5), figure
+    assert predictions.seconds > 0
+
+
+def test_a_batch_without_memory_for_its_predictions_is_counted_once(switchable: AdaptedModel) -> None:
+    """Where the base's forward is refused, half as many windows are read, and nothing is added twice."""
+    base, taken = switchable.switched_off, []
+    assert base is not None
+
+    @contextmanager
+    def small() -> Iterator[nn.Module]:
+        def refuse(_: nn.Module, __: Any, given: Any) -> None:
+            taken.append(len(given["input_ids"]))
+            if taken[-1] > 1:
+                raise torch.OutOfMemoryError("no memory")
+
+        with base() as model:
+            handle = model.register_forward_pre_hook(refuse, with_kwargs=True)
+            try:
+                yield model
+            finally:
+                handle.remove()
+
+    windows = [list(range(first, first + 30)) for first in (3, 20, 40, 60)]
+    predictions, sizes = Predictions(small, 4, CPU), list[int]()
+    found = measure(switchable, windows, batch_size=4, predictions=predictions, shrunk=sizes.append)
+    assert found == measure(switchable, windows)
+    assert (taken, sizes) == ([4, 2, 1, 1, 1, 1], [2, 1])
+    assert predictions.of(4) == drift(switchable.model, base, windows, CPU)
 
 
 @pytest.mark.parametrize("which", ["start", "base"])

@@ -13,6 +13,7 @@ from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.measurement import Figures
 from pytest_nullspace.measuring.pipeline import measure_checkpoint
+from pytest_nullspace.run.stats import TextDrift
 from pytest_nullspace.settings import Settings
 from tests import saved, tiny
 
@@ -101,3 +102,15 @@ def test_the_averages_are_settled_too_where_they_are_judged(asked: Asked) -> Non
     (settled,) = asked()
     assert not settled(figures)
     assert settled(figures[:20])
+
+
+@pytest.mark.parametrize("sure", [True, False])
+def test_the_drift_is_settled_too_where_it_is_judged(sure: bool, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A figure of the drift that more text might change prolongs the pass of the text on which it is judged."""
+    margin = 0.0 if sure else 1.0
+    near = TextDrift(480, 2.0, 2.01, 0.01, margin, margin)
+    monkeypatch.setattr("pytest_nullspace.measuring.drift.Predictions.of", lambda *_: near)
+    preserved, task = asked(drift=True, task_dataset="text.txt")
+    assert (preserved(layers()), task(layers())) == (sure, sure)
+    (alone,) = asked(drift=True)
+    assert alone(layers()) is sure
