@@ -90,6 +90,11 @@ class Settings:
     weights_only: bool = False
 
     @property
+    def most_windows(self) -> int:
+        """Windows to draw from each text at most."""
+        return self.calib_most if self.calib_size is None else self.calib_size
+
+    @property
     def saved_init(self) -> Path | None:
         """The saved run of the initial checkpoint, where ``init`` is one."""
         return self.init if self.init is not None and (self.init.suffix == ".json" or self.init.is_file()) else None

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.measuring.written import Written
 from pytest_nullspace.settings import Settings
 from pytest_nullspace.text.windows import Window, distinct_rows, text_hash
 
@@ -65,8 +66,13 @@ def of_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def of_texts(texts: Mapping[str, str], read: Mapping[str, Sequence[Window]], seqlen: int) -> dict[str, Any]:
-    """Each text that was read, and the windows of it that were used."""
+def of_texts(
+    texts: Mapping[str, str],
+    read: Mapping[str, Sequence[Window]],
+    seqlen: int,
+    written: Mapping[str, Written],
+) -> dict[str, Any]:
+    """Each text that was read, the windows of it that were used, and of what the base wrote whence it comes."""
     return {
         what: {
             "sha256": text_hash(texts[what]),
@@ -75,6 +81,7 @@ def of_texts(texts: Mapping[str, str], read: Mapping[str, Sequence[Window]], seq
             "tokens": sum(len(window.tokens) for window in windows),
             "distinct": distinct_rows(windows),
             "starts": [window.start for window in windows],
+            **({"written": written[what].about} if what in written else {}),
         }
         for what, windows in read.items()
     }

@@ -13,7 +13,7 @@ from pytest_nullspace.errors import CheckpointError, TextError
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.choice import TokenizerChoice
 from pytest_nullspace.text.readers import read_text
-from pytest_nullspace.text.sources import OPTION, TASK_OPTION, Source, parse_source
+from pytest_nullspace.text.sources import OPTION, TASK_OPTION, SelfText, Source, parse_source
 from pytest_nullspace.text.tokenizer import check_tokenizer, require_tokenizer
 from pytest_nullspace.text.windows import require_length
 
@@ -21,7 +21,7 @@ Texts = Mapping[str, str]
 """The texts of one run by what they are called in its statistics."""
 
 
-def sources(settings: Settings) -> dict[str, Source]:
+def sources(settings: Settings) -> dict[str, Source | SelfText]:
     """What the text options name; nothing is read.
 
     Raises:
@@ -34,13 +34,14 @@ def sources(settings: Settings) -> dict[str, Source]:
 
 
 def read_texts(settings: Settings) -> Texts:
-    """The texts that the settings name.
+    """The texts that the settings name, but what the base writes, which must first be loaded.
 
     Raises:
         TextError: One cannot be had, or is shorter than a window of the length that was asked for.
     """
-    texts = {what: read_text(source) for what, source in sources(settings).items()}
-    for what, source in sources(settings).items():
+    given = {what: source for what, source in sources(settings).items() if not isinstance(source, SelfText)}
+    texts = {what: read_text(source) for what, source in given.items()}
+    for what, source in given.items():
         try:
             require_length(texts[what], settings.seqlen or 0)
         except TextError as error:

@@ -1,6 +1,6 @@
 """What a model can read: how long a window may be, and which tokens it knows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pytest_nullspace.checkpoint import Checkpoint
@@ -40,17 +40,17 @@ def default_length(config: Mapping[str, Any]) -> int | None:
     """The window of a model with this ``config.json``; None where that does not tell before the model is there."""
     if not any(isinstance(part, Mapping) and "max_position_embeddings" in part for part in _parts(config)):
         return None  # GPT-J's calls it otherwise, and others have no limit
-    limit = _of_text(config, "max_position_embeddings")
+    limit = of_text(config, "max_position_embeddings")
     return min(DEFAULT_SEQLEN, limit) if isinstance(limit, int) and limit > 0 else DEFAULT_SEQLEN
 
 
-def require_known_tokens(windows: Sequence[Window], model: Any, checkpoint: Checkpoint) -> None:
+def require_known_tokens(texts: Iterable[Sequence[Window]], model: Any, checkpoint: Checkpoint) -> None:
     """Refuse tokens that the model has no embedding for.
 
     Raises:
         CheckpointError: There is one.
     """
-    largest = max(max(window.tokens) for window in windows)
+    largest = max(max(window.tokens) for windows in texts for window in windows)
     known = vocabulary(model)
     if known is not None and largest >= known:
         raise CheckpointError(
@@ -61,7 +61,7 @@ def require_known_tokens(windows: Sequence[Window], model: Any, checkpoint: Chec
 
 def vocabulary(model: Any) -> int | None:
     """How many tokens the model knows, as its config says; None where that does not tell."""
-    known = _of_text(model.config, "vocab_size")
+    known = of_text(model.config, "vocab_size")
     return known if isinstance(known, int) else None
 
 
@@ -69,7 +69,7 @@ def _positions(model: Any) -> int | None:
     """How many tokens the model takes; None where it has no limit, which XLNet's config calls -1."""
     limits = []
     for name in LIMITS:
-        limit = _of_text(model.config, name)
+        limit = of_text(model.config, name)
         if limit is None or limit == -1:
             continue
         if not isinstance(limit, int) or limit < 1:
@@ -87,7 +87,7 @@ def _skipped(model: Any, limit: int) -> int:
     return 0
 
 
-def _of_text(config: Any, field: str) -> Any:
+def of_text(config: Any, field: str) -> Any:
     """A field of the config, in the part of it that is of the text where it has such a part."""
     return next((value for part in _parts(config) if (value := _field(part, field)) is not None), None)
 

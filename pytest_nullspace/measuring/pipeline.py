@@ -5,7 +5,7 @@ The parts that hold tensors are reached from here and from `loading` alone, and 
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +17,7 @@ from pytest_nullspace.judging.audit import Audit, audit
 from pytest_nullspace.judging.weights import STATEMENT, weigh
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
-from pytest_nullspace.measuring.inputs import Texts, is_base_read, read_texts
+from pytest_nullspace.measuring.inputs import Texts, is_base_read, read_texts, sources
 from pytest_nullspace.measuring.limits import default_length, require_known_tokens, window_length
 from pytest_nullspace.measuring.loading import (
     Bases,
@@ -32,11 +32,13 @@ from pytest_nullspace.measuring.loading import (
 )
 from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement, with_task
 from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory
+from pytest_nullspace.measuring.written import Request, Written, base_sha256, had, require_base
 from pytest_nullspace.run.stats import LayerStats, RunStats
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.choice import TokenizerChoice
-from pytest_nullspace.text.tokenizer import load_tokenizer
-from pytest_nullspace.text.windows import Tokenize, Window, draw_windows
+from pytest_nullspace.text.sources import SelfText
+from pytest_nullspace.text.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_hashes
+from pytest_nullspace.text.windows import Window, draw_windows, windows_at
 
 if TYPE_CHECKING:
     from pytest_nullspace.model import AdaptedModel
@@ -81,9 +83,9 @@ def measure_checkpoint(
     adapted = loaded.adapted
     clock.on("model")
     seqlen = window_length(settings.seqlen, adapted.model)
+    read = read.with_written(checkpoint, settings, loaded, seqlen)
     drawn = read.windows(settings, seqlen)
-    for windows in drawn.values():
-        require_known_tokens(windows, adapted.model, checkpoint)
+    require_known_tokens(drawn.values(), adapted.model, checkpoint)
     clock.on("windows")
     load_seconds = sum(clock.seconds.values())
 
@@ -107,7 +109,7 @@ def measure_checkpoint(
             **of_checkpoint,
             **about.of_model(adapted.kind, adapted.remarks),
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
-            **about.of_texts(read.texts, run.read, seqlen),
+            **about.of_texts(read.texts, run.read, seqlen, read.written),
             "tokenizer": read.tokenizer.told(read.texts, run.read, seqlen),
             "settings": about.of_settings(settings),
             "device": places(adapted),
@@ -128,13 +130,15 @@ class _Read:
         texts: Each text, by what it is.
         tokenizer: The tokenizers at hand, and the one that is used.
         tokenize: What that makes of a text.
+        written: The texts among them that the base wrote.
     """
 
     base: Path | None
     stamps: Stamps
     texts: Texts
     tokenizer: TokenizerChoice
-    tokenize: Tokenize
+    tokenize: LoadedTokenizer
+    written: Mapping[str, Written] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None, texts: Texts | None) -> "_Read":
@@ -147,11 +151,25 @@ class _Read:
         tokenizer = TokenizerChoice.of(checkpoint.directory, base)
         return cls(base, held, texts or read_texts(settings), tokenizer, load_tokenizer(tokenizer.used))
 
+    def with_written(self, checkpoint: Checkpoint, settings: Settings, loaded: "_Loaded", seqlen: int) -> "_Read":
+        """The same with what the base writes itself, where that is asked for.
+
+        Raises:
+            NullspaceError: The base cannot be had, or writes too little.
+        """
+        asked = [what for what, source in sources(settings).items() if isinstance(source, SelfText)]
+        if not asked:
+            return self
+        text = _written(self, checkpoint, settings, loaded, seqlen)
+        texts = {what: text.text if what in asked else self.texts[what] for what in sources(settings)}
+        return replace(self, texts=texts, written=dict.fromkeys(asked, text))
+
     def windows(self, settings: Settings, seqlen: int) -> dict[str, Sequence[Window]]:
-        """The windows of each text that may be used."""
-        count = settings.calib_most if settings.calib_size is None else settings.calib_size
+        """The windows of each text that may be used: drawn from it, or the stretches in which the base wrote it."""
         return {
-            what: draw_windows(text, self.tokenize, count=count, seqlen=seqlen, seed=settings.seed)
+            what: windows_at(text, self.tokenize, self.written[what].starts, seqlen)
+            if what in self.written
+            else draw_windows(text, self.tokenize, count=settings.most_windows, seqlen=seqlen, seed=settings.seed)
             for what, text in self.texts.items()
         }
 
@@ -194,6 +212,44 @@ def _loaded(
         return _Loaded(adapted, None, precision, running)
     found = true_base(adapted, checkpoint, initial, base, settings, adapted.device, dtype)
     return _Loaded(adapted, HeldAgainst.of(checkpoint, found, running), precision, running)
+
+
+def _written(read: _Read, checkpoint: Checkpoint, settings: Settings, loaded: _Loaded, seqlen: int) -> Written:
+    """What the base writes itself, as it is kept or now."""
+    from pytest_nullspace.measuring.writing import first_token, stretches
+
+    adapted = loaded.adapted
+    require_base(adapted, checkpoint)
+    switched_off = adapted.switched_off
+    assert switched_off is not None
+    request = Request(
+        base_sha256(checkpoint, read.base),
+        tokenizer_hashes(read.tokenizer.used),
+        settings.most_windows,
+        seqlen,
+        settings.seed,
+        loaded.precision,
+        adapted.device.type,
+    )
+
+    def write() -> Sequence[str]:
+        with switched_off() as base:
+            return stretches(
+                base,
+                read.tokenize.decode,
+                adapted.device,
+                count=request.windows,
+                seqlen=seqlen,
+                seed=settings.seed,
+            )
+
+    with shortage_told(
+        lambda: (
+            f"{checkpoint.directory}: too little memory to have the base write texts of {seqlen} tokens in "
+            f"{loaded.running}; " + one_of(f"lower {PREFIX}seqlen", *half_precision(loaded.running, "take"))
+        )
+    ):
+        return had(request, write, first_token(adapted.model))
 
 
 def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, frozenset[str]]:

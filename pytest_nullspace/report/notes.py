@@ -1,10 +1,10 @@
 """What is to be said of a run beside its figures, once, for every format."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
@@ -203,7 +203,14 @@ def _backed_off(run: RunStats) -> str:
 def _extent(run: RunStats, name: str | None, what: str) -> str:
     text = run.about[what]
     named = run.calib_dataset if name is None else run.about[name]
-    return f"text {printable(named, 1000)}: {text['windows']:,} windows, {text['tokens']:,} tokens"
+    return f"text {printable(named, 1000)}: {text['windows']:,} windows, {text['tokens']:,} tokens{_written(text)}"
+
+
+def _written(text: Mapping[str, Any]) -> str:
+    """That the base wrote it, and what that cost; nothing of other texts."""
+    if not isinstance(told := text.get("written"), Mapping):
+        return ""
+    return " (written by the base before)" if told["was_kept"] else f" (written by the base in {told['seconds']:.1f} s)"
 
 
 _START_UP = ("text", "imports", "model", "windows")

@@ -72,11 +72,15 @@ OPTIONS = (
         "calib-dataset",
         "TEXT",
         "The text whose knowledge must survive: wikitext2, c4, ptb, triviaqa, nqopen, a .txt, .jsonl, .json, .csv or "
-        ".parquet file, a folder saved by datasets, or hub:owner/name[:config[:split[:column]]].",
+        ".parquet file, a folder saved by datasets, hub:owner/name[:config[:split[:column]]], or self: what the base "
+        "writes.",
         lambda given: (values.text(given), given.folder),
         default="wikitext2",
         more="Of a table `FILE:column` names the column, of a folder `DIR:split:column`. A part left empty is "
-        "the default one.",
+        "the default one. `self` is text that the base model, its adapter switched off, writes itself from the "
+        "token that begins a text, at temperature 1, seeded by `--nullspace-seed`; it is kept in the user's cache "
+        "folder by the base's digest and the settings, and the saved run names the file, which is a text that can "
+        "be given elsewhere. A file or folder of a name that stands for a text is given as `./self`.",
     ),
     Option(
         "task-dataset",

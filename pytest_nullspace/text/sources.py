@@ -8,6 +8,8 @@ from pathlib import Path
 from pytest_nullspace.errors import TextError, printable
 
 OPTION, TASK_OPTION = "--nullspace-calib-dataset", "--nullspace-task-dataset"
+SELF = "self"
+"""What stands for a text that the base model writes itself."""
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 """The kinds of files that can be read."""
 _HUB_SPEC = re.compile(
@@ -74,6 +76,14 @@ class HubText:
         return f"hub dataset {self.repo} ({', '.join(filter(None, (self.config, self.split)))})"
 
 
+@dataclass(frozen=True)
+class SelfText:
+    """What the base model writes itself, once it is loaded."""
+
+    def __str__(self) -> str:
+        return SELF
+
+
 Source = FileText | FolderText | HubText
 
 NAMED_SETS: Mapping[str, HubText] = {
@@ -93,14 +103,14 @@ NAMED_SETS: Mapping[str, HubText] = {
 """The calibration sets of the reference under their present hub names, train split."""
 
 
-def parse_source(spec: str, folder: Path = Path(), option: str = OPTION) -> Source:
+def parse_source(spec: str, folder: Path = Path(), option: str = OPTION) -> Source | SelfText:
     """What ``spec`` describes; nothing is read, only looked whether a path exists.
 
-    A named set wins over a file or folder of its name, which must be written ``./name``.
+    A named set, and ``self``, wins over a file or folder of its name, which must be written ``./name``.
 
     Args:
-        spec: A named set, ``FILE[:column]``, ``DIR[:split[:column]]`` or ``hub:owner/name[:config[:split[:column]]]``;
-            a part left empty is the default one.
+        spec: A named set, ``self``, ``FILE[:column]``, ``DIR[:split[:column]]`` or
+            ``hub:owner/name[:config[:split[:column]]]``; a part left empty is the default one.
         folder: The folder to which a path is relative.
         option: Where it was given, for messages.
 
@@ -109,6 +119,13 @@ def parse_source(spec: str, folder: Path = Path(), option: str = OPTION) -> Sour
     """
     if spec in NAMED_SETS:
         return NAMED_SETS[spec]
+    if spec == SELF and option == OPTION:
+        return SelfText()
+    if spec == SELF:
+        raise TextError(
+            f"{option}={SELF}: the base model writes what it knows, which is no text of the task; give that "
+            f"(a folder of this name as ./{SELF})"
+        )
     if spec.startswith("hub:"):
         return _parse_hub(spec, option)
     path, selectors = _split_path(spec, folder, option)
@@ -156,7 +173,8 @@ def _exists(path: Path) -> bool:
 
 
 def _refusal(option: str, spec: str, reason: str) -> TextError:
+    words = ", ".join((*NAMED_SETS, SELF) if option == OPTION else NAMED_SETS)
     return TextError(
-        f"{option}={printable(spec)}: {reason}. It takes {', '.join(NAMED_SETS)}, a file ({' '.join(SUFFIXES)}; "
+        f"{option}={printable(spec)}: {reason}. It takes {words}, a file ({' '.join(SUFFIXES)}; "
         "FILE:column), a folder saved by datasets (DIR:split:column), or hub:owner/name[:config[:split[:column]]]."
     )

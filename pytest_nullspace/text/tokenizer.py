@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,31 @@ MAX_TOKENIZER_BYTES = 200_000_000
 """Ten times the largest vocabulary that models have."""
 
 
-def load_tokenizer(directory: Path) -> Callable[[str], list[int]]:
-    """The tokenizer that lies in ``directory``, as a function from a text to its ids with the default special tokens.
+Spans = list[tuple[int, int]]
+"""Of each token the characters of the text from which it comes, the first and the one after the last."""
+
+
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer, called with a text for its ids with the default special tokens.
+
+    Attributes:
+        encode: The ids of a text.
+        decode: The text of ids, special tokens left out.
+        spans: Of each id of a text the characters that it stands for; None where the tokenizer does not tell.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    spans: Callable[[str], Spans | None]
+
+    def __call__(self, text: str) -> list[int]:
+        """The ids of ``text``."""
+        return self.encode(text)
+
+
+def load_tokenizer(directory: Path) -> LoadedTokenizer:
+    """The tokenizer that lies in ``directory``.
 
     ``directory`` may also be a GGUF file, which holds its own.
 
@@ -66,7 +90,7 @@ def check_tokenizer(directory: Path) -> None:
         require_tokenizer(directory)
 
 
-def _fast(directory: Path) -> Callable[[str], list[int]]:
+def _fast(directory: Path) -> LoadedTokenizer:
     from tokenizers import Tokenizer
 
     with opened(directory / "tokenizer.json", "the tokenizer") as (stream, status):
@@ -80,14 +104,22 @@ def _fast(directory: Path) -> Callable[[str], list[int]]:
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
-    def tokenize(text: str) -> list[int]:
+    def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text).ids
         return ids
 
-    return tokenize
+    def decode(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(list(ids))
+        return text
+
+    def spans(text: str) -> Spans:
+        found: Spans = tokenizer.encode(text).offsets
+        return found
+
+    return LoadedTokenizer(encode, decode, spans)
 
 
-def _slow(directory: Path) -> Callable[[str], list[int]]:
+def _slow(directory: Path) -> LoadedTokenizer:
     from transformers import AutoTokenizer
 
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(directory)}
@@ -95,12 +127,22 @@ def _slow(directory: Path) -> Callable[[str], list[int]]:
         place = {"pretrained_model_name_or_path": str(directory.parent), "gguf_file": str(directory.absolute())}
     tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
 
-    def tokenize(text: str) -> list[int]:
+    def encode(text: str) -> list[int]:
         # Quiet, because a text longer than the model's context is cut to a window afterwards.
         ids: list[int] = tokenizer(text, verbose=False).input_ids
         return ids
 
-    return tokenize
+    def decode(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def spans(text: str) -> Spans | None:
+        if not tokenizer.is_fast:
+            return None
+        found: Spans = tokenizer(text, verbose=False, return_offsets_mapping=True).offset_mapping
+        return found
+
+    return LoadedTokenizer(encode, decode, spans)
 
 
 def require_tokenizer(directory: Path) -> None:

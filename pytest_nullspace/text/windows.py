@@ -43,6 +43,15 @@ def draw_windows(text: str, tokenize: Tokenize, *, count: int, seqlen: int, seed
     return tuple(_window(text, tokenize, chosen.randint(0, last), seqlen) for _ in range(count))
 
 
+def windows_at(text: str, tokenize: Tokenize, starts: Sequence[int], seqlen: int) -> tuple[Window, ...]:
+    """The windows that begin at these characters of ``text``, likewise.
+
+    Raises:
+        TextError: One comes out without tokens.
+    """
+    return tuple(_window(text, tokenize, start, seqlen) for start in starts)
+
+
 def require_length(text: str, seqlen: int) -> None:
     """Refuse a text from which no window of ``seqlen`` tokens can be drawn.
 

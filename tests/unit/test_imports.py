@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
     "kernels", "model", "measuring.distinct", "measuring.drift", "measuring.forward", "measuring.recorder",
-    "measuring.rows", "measuring.spectrum", "measuring.streaming",
+    "measuring.rows", "measuring.spectrum", "measuring.streaming", "measuring.writing",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {"measuring.pipeline", "measuring.loading", "measuring.measurement", "measuring.distributed"}
@@ -95,7 +95,10 @@ ORDERS = {
     "run": "figures texts stats uncertainty entries saved",
     "judging": "verdicts invariants baseline start audit weights evidence tensors diagnosis",
     "text": "sources readers tokenizer windows",
-    "measuring": "memory about distributed forward drift recorder streaming spectrum loading measurement pipeline",
+    "measuring": (
+        "memory written about distributed forward drift recorder streaming spectrum writing loading measurement "
+        "pipeline"
+    ),
     "shell": "values options asked shared once against runs opening outputs progress collect gate",
 }
 """Inside a wing, the modules whose order matters: none imports one that stands after it."""

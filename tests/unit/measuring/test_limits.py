@@ -130,9 +130,9 @@ def test_the_default_window_is_known_from_the_file(config: dict[str, Any], lengt
 def test_a_token_that_the_model_does_not_know_is_refused(make: Any, tmp_path: Path) -> None:
     """The tokenizer of another model is told by its first token too many, wherever the config holds the vocabulary."""
     checkpoint, model = open_checkpoint(tiny.lora_null(tmp_path)), make()
-    require_known_tokens([Window(0, (1, 159))], model, checkpoint)
+    require_known_tokens([[Window(0, (1, 159))]], model, checkpoint)
     with pytest.raises(CheckpointError, match="gives the token 160, but the model knows only 160"):
-        require_known_tokens([Window(0, (1, 2)), Window(9, (160, 3))], model, checkpoint)
+        require_known_tokens([[Window(0, (1, 2)), Window(9, (160, 3))]], model, checkpoint)
 
 
 def based(folder: Path, stored: torch.dtype, of_adapter: torch.dtype) -> Path:

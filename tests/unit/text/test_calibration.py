@@ -16,12 +16,20 @@ from hypothesis import strategies as st
 
 from pytest_nullspace.errors import CheckpointError, TextError
 from pytest_nullspace.text.readers import read_text
-from pytest_nullspace.text.sources import NAMED_SETS, FileText, FolderText, HubText, parse_source
+from pytest_nullspace.text.sources import (
+    NAMED_SETS,
+    FileText,
+    FolderText,
+    HubText,
+    SelfText,
+    Source,
+    parse_source,
+)
 from pytest_nullspace.text.tokenizer import load_tokenizer
 from pytest_nullspace.text.windows import CONTEXT, Window, distinct_rows, draw_windows, text_hash
 
 TAKES = (
-    "It takes wikitext2, c4, ptb, triviaqa, nqopen, a file (.txt .jsonl .json .csv .parquet; FILE:column), "
+    "It takes wikitext2, c4, ptb, triviaqa, nqopen, self, a file (.txt .jsonl .json .csv .parquet; FILE:column), "
     "a folder saved by datasets (DIR:split:column), or hub:owner/name[:config[:split[:column]]]."
 )
 
@@ -35,6 +43,13 @@ def refused(call: Callable[[], Any], error: type[Exception] = TextError) -> str:
         call()
     assert type(caught.value) is error
     return str(caught.value)
+
+
+def named(spec: str, folder: Path = Path()) -> Source:
+    """What ``spec`` names, which must be there to be read."""
+    source = parse_source(spec, folder)
+    assert not isinstance(source, SelfText)
+    return source
 
 
 def words(text: str) -> list[int]:
@@ -83,6 +98,22 @@ class TestSource:
         (tmp_path / "ptb").mkdir()
         assert parse_source("ptb", tmp_path) is NAMED_SETS["ptb"]
         assert parse_source("./ptb", tmp_path) == FolderText(tmp_path / "ptb")
+
+    def test_self_wins_over_a_folder_of_its_name(self, tmp_path: Path) -> None:
+        """What the base writes is meant by ``self`` alone; a folder of this name is written ./self."""
+        (tmp_path / "self").mkdir()
+        (tmp_path / "self.txt").touch()
+        assert parse_source("self", tmp_path) == SelfText()
+        assert parse_source("./self", tmp_path) == FolderText(tmp_path / "self")
+        assert parse_source("self.txt", tmp_path) == FileText(tmp_path / "self.txt")
+
+    def test_the_task_is_nothing_that_the_base_writes(self) -> None:
+        """The word is refused as a task text, with how a folder of its name is given."""
+        message = refused(lambda: parse_source("self", option="--nullspace-task-dataset"))
+        assert message.startswith(
+            "--nullspace-task-dataset=self: the base model writes what it knows, which is no text"
+        )
+        assert message.endswith("as ./self)")
 
     @pytest.mark.parametrize(
         ("spec", "source"),
@@ -319,17 +350,17 @@ class TestFolders:
     )
     def test_a_saved_folder_gives_its_texts(self, spec: str, text: str, saved: Path) -> None:
         """The split defaults to train, rows keep the order that was saved, nulls are passed over."""
-        assert read_text(parse_source(spec, saved)) == text
+        assert read_text(named(spec, saved)) == text
 
     def test_a_missing_split_is_refused_with_those_there_are(self, saved: Path) -> None:
         """The message lists the splits that could have been asked for."""
-        assert refused(lambda: read_text(parse_source("splits:dev", saved))) == (
+        assert refused(lambda: read_text(named("splits:dev", saved))) == (
             f"{saved / 'splits'}: has no split 'dev'; its splits: train, test"
         )
 
     def test_a_single_set_has_no_splits(self, saved: Path) -> None:
         """A split of a set that has none is refused rather than ignored."""
-        assert refused(lambda: read_text(parse_source("single:train:body", saved))) == (
+        assert refused(lambda: read_text(named("single:train:body", saved))) == (
             f"{saved / 'single'}: has no splits; leave 'train' out, as in single::column"
         )
 
@@ -345,7 +376,7 @@ class TestFolders:
 
         rows = datasets.Dataset.from_dict({"a": ["x"], "b": ["y"]})
         datasets.DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "two"))
-        assert refused(lambda: read_text(parse_source("two:test", tmp_path))) == (
+        assert refused(lambda: read_text(named("two:test", tmp_path))) == (
             f"{tmp_path / 'two'}: say which column holds the text, as in two:test:column; its columns: a, b"
         )
 
@@ -431,7 +462,7 @@ class TestHub:
             return datasets.Dataset.from_dict({"question": ["é one", None, "two"], "text": ["é one", None, "two"]})
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        assert read_text(parse_source(spec)) == "é one\n\ntwo"
+        assert read_text(named(spec)) == "é one\n\ntwo"
         assert calls == [asked]
 
     def test_an_undecided_column_is_named_in_full(self, monkeypatch: pytest.MonkeyPatch) -> None:
