@@ -43,6 +43,7 @@ class Settings:
         ranks: The processes that a launcher started to measure together.
         init: The checkpoint from which training started, or a saved run of it.
         variant: What training might move: ``auto`` or one of `pytest_nullspace.audit.VARIANTS`.
+        profile: By what each run is judged: ``auto`` or one of `pytest_nullspace.judging.profiles.Profile`.
         compare: An earlier run to hold each run against; ``{model}`` stands for the run's name.
         limits: How much worse than there a figure may be.
         allowed: The differences between the two runs that are allowed.
@@ -81,6 +82,7 @@ class Settings:
     device_map: Mapping[int | str, int] | None = None
     init: Path | None = None
     variant: str = "auto"
+    profile: str = "auto"
     compare: Path | None = None
     limits: "tuple[Limit, ...]" = ()
     allowed: tuple[str, ...] = ()

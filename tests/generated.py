@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from pytest_nullspace.judging.profiles import CONTRIBUTES, OF_AVERAGES, OF_LAYERS, STAND_IN
 from pytest_nullspace.run.figures import FIGURES, Bounds, Figure, Text
 from pytest_nullspace.shell.options import OPTIONS, Option
 
@@ -86,12 +87,27 @@ def _page(figure: Figure) -> str:
     ]
     if figure.sink_free:
         told.append("Where sink rows decide it, it is told without them as well, and does not pass.")
-    if figure.left_out_of:
-        told.append(f"Shown and not judged of variant {', '.join(figure.left_out_of)}, which promises nothing of it.")
+    told.append(_decides(figure))
     rows = [_tiers("after training", figure.trained)]
     rows.append(_tiers("before", figure.init) if figure.init else "| before | not judged | | |")
     table = ["| | passes | warns | fails |", "| --- | --- | --- | --- |", *rows]
     return "\n".join([f"## {figure.name}", "", *told, "", *table])
+
+
+def _decides(figure: Figure) -> str:
+    """In which profiles it decides."""
+    if figure.of_predictions:
+        return "It decides in every profile, where the drift is judged."
+    layers = [f"`{profile}`" for profile, names in OF_LAYERS.items() if figure.name in names]
+    alone = [f"`{profile}`" for profile, names in OF_AVERAGES.items() if figure.name in names - OF_LAYERS[profile]]
+    told = [f"in each layer and in the averages by the profiles {', '.join(layers)}"] if layers else []
+    if alone:
+        told.append(
+            f"in the averages alone by {', '.join(alone)}, with the bounds {' and '.join(map(str, CONTRIBUTES))}"
+        )
+    if figure.name in STAND_IN:
+        told.append("in the averages where no test judges the drift")
+    return f"It decides {'; '.join(told)}." if told else "It is shown, and decides only where a bound is given for it."
 
 
 def _tiers(stage: str, bounds: Bounds) -> str:

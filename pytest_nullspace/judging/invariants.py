@@ -1,19 +1,19 @@
 """The invariants: which figure may lie where, and the verdict on a layer or on the averages of a run. Pure.
 
 The default thresholds are those of the reference script, and leakage against chance beside them: a random subspace
-can pass ``‖BX‖/‖X‖ < 0.1``, but never ``leakage / chance < 0.5``. Where a task text was measured too, the update must
-be larger there than on the preserved text, and may be small in a single layer if it is not in the whole model.
+can pass ``‖BX‖/‖X‖ < 0.1``, but never ``leakage / chance < 0.5``. Which of them decide is in
+`pytest_nullspace.judging.profiles`.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 
 from pytest_nullspace.errors import OptionError
+from pytest_nullspace.judging.profiles import CONTRIBUTES, Chosen, Profile, decides
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
-from pytest_nullspace.run.figures import FIGURES
+from pytest_nullspace.run.figures import FIGURES, of_layers
 from pytest_nullspace.run.stats import UNREACHED, Drift, LayerStats, RunStats
 
 
@@ -36,6 +36,8 @@ def defaults(stage: Stage, of_predictions: bool = False) -> tuple[Threshold, ...
 
 DRIFT = "drift"
 """The name of the item that judges them."""
+MODEL = "model"
+"""The name of the item that judges the averages of all layers."""
 
 
 def lower_is_better(figure: str, stage: Stage) -> bool:
@@ -67,9 +69,8 @@ class Expectations:
         overrides: Bounds set by the user; of several that fit a layer the last holds.
         checks: What each layer is held against beside the thresholds.
         unreached: Globs of the layers that no activation row need reach.
-        variant: What the adapter was said to be; plain LoRA (``lora``) promises no null space.
-        drift_judged: Whether what the preserved text lost is judged itself, so that `forgetting`, which stands for it
-            and also counts what an adapter held when it was initialised, only warns.
+        chosen: By which profile it is judged, and why; without one every figure decides.
+        drift_judged: Whether what the preserved text lost is judged itself, so that nothing need stand in for it.
         judged: The names of the tests that came to a verdict; None for all.
     """
 
@@ -77,7 +78,7 @@ class Expectations:
     overrides: Sequence[Override] = ()
     checks: Sequence[Check] = ()
     unreached: Sequence[str] = ()
-    variant: str = "auto"
+    chosen: Chosen | None = None
     drift_judged: bool = False
     judged: Collection[str] | None = None
 
@@ -85,10 +86,6 @@ class Expectations:
         """Refuse overrides of figures that this stage does not judge, and bounds that cannot be."""
         judged = {threshold.figure: threshold for of in (False, True) for threshold in defaults(self.stage, of)}
         for override in self.overrides:
-            if override.figure in self.left_out:
-                raise OptionError(
-                    f"{override.figure} is not judged of variant {self.variant}; leave one of the two out"
-                )
             if override.figure not in judged:
                 raise OptionError(
                     f"no figure {override.figure!r} is judged at stage {self.stage}; there are {', '.join(judged)}"
@@ -96,9 +93,19 @@ class Expectations:
             judged[override.figure].replaced(override.passes, override.fails)
 
     @property
+    def profile(self) -> Profile | None:
+        """By what it is judged."""
+        return None if self.chosen is None else self.chosen.profile
+
+    @property
     def left_out(self) -> tuple[str, ...]:
-        """The figures that are shown and not judged, because the adapter promises nothing of them."""
-        return tuple(name for name, figure in FIGURES.items() if self.variant in figure.left_out_of)
+        """The figures that a single layer shows and is not judged by."""
+        return tuple(name for name in of_layers() if not self._decides(name, ""))
+
+    def _decides(self, figure: str, test: str) -> bool:
+        """Whether a figure decides in the test of that name: by the profile, or because a bound was given for it."""
+        given = any(o.figure == figure and fnmatchcase(test, o.layers) for o in self.overrides)
+        return given or decides(figure, self.profile, test == MODEL, self.drift_judged)
 
     def gates(self, test: str) -> bool:
         """Whether the test of that name, a layer's, ``model`` or ``drift``, came to a verdict."""
@@ -106,9 +113,13 @@ class Expectations:
 
     def thresholds(self, layer: str) -> tuple[Threshold, ...]:
         """The thresholds that hold for the layer of that name (``model`` for the averages, ``drift`` for the drift)."""
-        left_out = self.left_out
-        held = (t for t in defaults(self.stage, layer == DRIFT) if t.figure not in left_out)
-        return tuple(self._overridden(threshold, layer) for threshold in held)
+        held = (t for t in defaults(self.stage, layer == DRIFT) if self._decides(t.figure, layer))
+        return tuple(self._overridden(self._of_profile(threshold), layer) for threshold in held)
+
+    def _of_profile(self, threshold: Threshold) -> Threshold:
+        if threshold.figure != "contribution" or self.profile in (None, Profile.REFERENCE):
+            return threshold
+        return threshold.replaced(*CONTRIBUTES)
 
     def excuses(self, layer: LayerStats) -> bool:
         """Whether nothing but that no row reached ``layer`` is wrong with it, and none had to."""
@@ -127,23 +138,12 @@ def judge(layer: LayerStats, expectations: Expectations) -> Verdict:
         verdict = Verdict(layer.name, (), excuse=f"{UNREACHED}, which is allowed")
     else:
         verdict = _judge(layer.name, layer, expectations, layer.defect)
-    if layer.task is not None:
-        # With a task text at hand a single layer may contribute little, as long as the averages do not.
-        why = "the averages are judged themselves"
-        verdict = replace(verdict, findings=tuple(_softened(f, "contribution", why) for f in verdict.findings))
     faults = tuple(fault for check in expectations.checks for fault in check(layer))
     return replace(verdict, faults=faults, gated=expectations.gates(layer.name))
 
 
-def _softened(finding: Finding, figure: str, why: str) -> Finding:
-    """The finding as one that only warns where it fails by ``figure``, unless that is no number."""
-    if finding.threshold.figure != figure or not math.isfinite(finding.value):
-        return finding
-    return replace(finding, tier=Tier.WARN if finding.tier is Tier.FAIL else finding.tier, softened=why)
-
-
-MODEL = "model"
-"""The name of the item that judges the averages of all layers."""
+FORGOT = "what it forgot was not measured: no test judged the drift of its predictions"
+"""Why averages that promise no null space do not pass alone."""
 
 
 def judge_averages(run: RunStats, expectations: Expectations) -> Verdict:
@@ -154,7 +154,9 @@ def judge_averages(run: RunStats, expectations: Expectations) -> Verdict:
         defect = f"only {len(run.layers)} of {run.checkpoint_layers} layers were measured"
     elif defective:
         defect = f"{len(defective)} of {len(run.layers)} layers could not be judged, {defective[0]} among them"
-    return _judge(MODEL, run, expectations, defect)
+    verdict = _judge(MODEL, run, expectations, defect)
+    unknown = expectations.profile is Profile.LORA and expectations.stage is Stage.TRAINED
+    return replace(verdict, doubt=FORGOT) if unknown and not expectations.drift_judged else verdict
 
 
 def judge_drift(drift: Drift, expectations: Expectations) -> Verdict:
@@ -184,19 +186,20 @@ def passes(run: RunStats, expectations: Expectations) -> bool:
 
 def _judge(subject: str, of: LayerStats | RunStats, expectations: Expectations, defect: str | None) -> Verdict:
     value = of.mean if isinstance(of, RunStats) else of.figure
+    to_the_letter = expectations.profile is Profile.REFERENCE
     findings = tuple(
-        _finding(value(figure), threshold, of.margin(figure), value(figure, sinks=False))
+        _finding(value(figure), threshold, of.margin(figure), value(figure, sinks=False), to_the_letter)
         for threshold in expectations.thresholds(subject)
         if (figure := threshold.figure) in of.measured
     )
-    if expectations.drift_judged:
-        findings = tuple(_softened(finding, "forgetting", "the drift is judged itself") for finding in findings)
     return Verdict(subject, findings, defect, gated=expectations.gates(subject))
 
 
-def _finding(value: float, threshold: Threshold, margin: float | None, without_sinks: float) -> Finding:
-    """The reference's figure decides, but it does not pass where a few rows alone make it pass."""
+def _finding(
+    value: float, threshold: Threshold, margin: float | None, without_sinks: float, to_the_letter: bool
+) -> Finding:
+    """A figure whose own value decides, but does not pass where a few rows alone make it pass, unless to the letter."""
     tier = threshold.tier(value)
-    if tier is Tier.PASS and threshold.tier(without_sinks) is not Tier.PASS:
+    if not to_the_letter and tier is Tier.PASS and threshold.tier(without_sinks) is not Tier.PASS:
         tier = Tier.WARN
     return Finding(value, threshold, tier, margin, without_sinks=without_sinks)

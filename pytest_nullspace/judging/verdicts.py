@@ -77,7 +77,6 @@ class Finding:
         threshold: What it is held against.
         tier: Where it lies; a warning where it passes and what it is without sink rows does not.
         margin: How far it may lie from what more text would give; None if that was never estimated.
-        softened: Why it only warns beyond the bound of the fail tier; None where it fails there.
         without_sinks: What it is without sink rows; None if it has no part in them.
     """
 
@@ -85,15 +84,6 @@ class Finding:
     threshold: Threshold
     tier: Tier
     margin: float | None = None
-    softened: str | None = None
-
-    @property
-    def leniency(self) -> str | None:
-        """That the value fails its bound and only warns, and why; None where its tier is that of its bounds."""
-        if self.softened is None or self.threshold.tier(self.value) is not Tier.FAIL:
-            return None
-        return f"fails its bound; only warns, as {self.softened}"
-
     without_sinks: float | None = None
 
     @property
@@ -109,14 +99,14 @@ class Finding:
             return False
         ends = self.value - self.margin, self.value + self.margin
         passes = {self.threshold.tier(end) is Tier.PASS for end in ends}
-        fails = {self.threshold.tier(end) is Tier.FAIL for end in ends if self.softened is None}
+        fails = {self.threshold.tier(end) is Tier.FAIL for end in ends}
         return not math.isfinite(self.margin) or len(passes) > 1 or len(fails) > 1
 
     @property
     def distance(self) -> float:
         """How far the value lies from the nearest bound that parts two tiers."""
         from_pass, from_fail = (abs(self.value - bound) for bound in (self.threshold.passes, self.threshold.fails))
-        return min(from_pass, from_fail) if self.softened is None else from_pass
+        return min(from_pass, from_fail)
 
     @property
     def badness(self) -> float:
@@ -137,7 +127,7 @@ class Finding:
         told = f"{self.threshold.figure} {self._against(self.value)}"
         if self.without_sinks is not None and self.decided_by_sinks:
             told += f", but {self._against(self.without_sinks)} without sink rows"
-        return told + self._leniency
+        return told
 
     def _against(self, value: float) -> str:
         """``value`` and its bound, such as ``0.61 > 0.5``."""
@@ -152,11 +142,7 @@ class Finding:
         value, of = self.value, ""
         if self.without_sinks is not None and self.threshold.tier(value) is Tier.PASS and self.decided_by_sinks:
             value, of = self.without_sinks, " without sink rows"
-        return f"{self.threshold.figure}{of} {self._sign(value)} {self._bound(value):g}{self._leniency}"
-
-    @property
-    def _leniency(self) -> str:
-        return "" if self.leniency is None else f" ({self.leniency})"
+        return f"{self.threshold.figure}{of} {self._sign(value)} {self._bound(value):g}"
 
     def _bound(self, value: float) -> float:
         """The bound that ``value`` missed, or that of the pass tier."""
@@ -189,6 +175,7 @@ class Verdict:
         defect: Why nothing could be judged, or None.
         faults: What fails it beside its findings, in phrases.
         excuse: Why no figure had to be judged, or None.
+        doubt: Why it cannot pass by its figures alone, or None.
         gated: Whether a test came to it; otherwise it is what a test would have said.
     """
 
@@ -197,6 +184,7 @@ class Verdict:
     defect: str | None = None
     faults: tuple[str, ...] = ()
     excuse: str | None = None
+    doubt: str | None = None
     gated: bool = True
 
     @property
@@ -208,7 +196,7 @@ class Verdict:
             return Tier.WARN
         if not self.findings:
             return Tier.FAIL
-        return Tier.worst(finding.tier for finding in self.findings)
+        return Tier.worst([*(finding.tier for finding in self.findings), *([Tier.WARN] if self.doubt else [])])
 
     @property
     def unjudged(self) -> str | None:
@@ -227,10 +215,12 @@ class Verdict:
         if self.defect is not None:
             return self.defect
         told = [*(str(finding) for finding in self.findings if finding.tier is self.tier), *self.faults]
-        return ", ".join(told) or self.excuse or ""
+        doubt = [self.doubt] if self.doubt is not None and self.tier is Tier.WARN else []
+        return ", ".join([*told, *doubt]) or self.excuse or ""
 
     @property
     def warning(self) -> str:
         """Why it is in the warn tier, in words that are the same for all subjects alike."""
         told = [finding.condition for finding in self.findings if finding.tier is Tier.WARN]
+        told += [self.doubt] if self.doubt is not None else []
         return self.excuse or f"in the warn tier: {', '.join(told)}"

@@ -37,10 +37,15 @@ class Clock:
         return {what: round(took, 3) for what, took in self.seconds.items()}
 
 
+def of_format(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells by which profile it is judged."""
+    return {"format": checkpoint.format, "init_lora_weights": checkpoint.config.get("init_lora_weights")}
+
+
 def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """What its files are, by name and by hash."""
     return {
-        "format": checkpoint.format,
+        **of_format(checkpoint),
         "base": checkpoint.base,
         "outside": list(checkpoint.outside),
         "weights_sha256": hashes(checkpoint),

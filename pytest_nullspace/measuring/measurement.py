@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.profiles import choose
+from pytest_nullspace.measuring.about import of_format
 from pytest_nullspace.measuring.limits import vocabulary
 from pytest_nullspace.measuring.loading import TrueBase, half_precision, one_of, shortage_told
 from pytest_nullspace.run.figures import FIGURES, on_the_task
@@ -203,17 +205,17 @@ class Measurement:
             judged: The figures that are judged on the text.
         """
         settings, drift = self.settings, self.drift
+        run = RunStats("", "", figures, len(self.checkpoint.layers), of_format(self.checkpoint))
         expectations = Expectations(
             Stage(settings.stage),
             settings.overrides,
             (),
             settings.allow_unreached,
-            settings.variant,
+            choose(run, settings.profile, settings.variant),
             drift is not None,
         )
         if any(not (layer.task or layer).rows and not expectations.excuses(layer) for layer in figures):
             return False  # one row would give what has no figures yet, and so nothing uncertain, a verdict
-        run = RunStats("", "", figures, len(self.checkpoint.layers))
         verdicts = [judge(layer, expectations) for layer in figures]
         if run.complete:
             verdicts.append(judge_averages(run, expectations))

@@ -11,11 +11,11 @@ from pytest_nullspace.report.model import remarks, unreached
 from pytest_nullspace.report.notes import (
     best_possible,
     drift,
-    left_out,
     negative_scales,
     not_measured,
     outside,
     outside_of,
+    profile,
     tally,
     texts,
     ungated,
@@ -72,9 +72,8 @@ def page(
     negative = negative_scales(run.layers)
     if negative is not None:
         lines += [f"{MARKS[Tier.WARN]} {escape(negative)}.", ""]
-    unjudged = left_out(expectations)
-    if unjudged is not None:
-        lines += [f"{MARKS[Tier.WARN]} {escape(unjudged)}.", ""]
+    if (by := profile(expectations)) is not None:
+        lines += [f"{escape(by[0].upper() + by[1:])}.", ""]
     if names := outside_of(run):
         lines += [f"{MARKS[Tier.WARN]} {escape(outside(names))}", ""]
     for remark in (*remarks(run), *unreached(verdicts)):

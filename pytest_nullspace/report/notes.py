@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations
+from pytest_nullspace.judging.profiles import WORDS, Profile
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.judging.weights import LayerWeights
 from pytest_nullspace.report.words import colour, mark
@@ -106,15 +107,14 @@ def negative_scales(layers: Sequence[LayerStats] | Sequence[LayerWeights]) -> st
     )
 
 
-def left_out(expectations: Expectations) -> str | None:
-    """Which figures are shown and were not judged, and why; None if all were."""
-    if not expectations.left_out:
+def profile(expectations: Expectations) -> str | None:
+    """By what the run is judged, why, and how to say otherwise where that was guessed; None where nobody chose."""
+    chosen = expectations.chosen
+    if chosen is None:
         return None
-    named = ", ".join(FIGURES[figure].symbol for figure in expectations.left_out)
-    return (
-        f"not judged: {named}, as plain LoRA (--nullspace-variant={expectations.variant}) promises no null space; "
-        "a small ||BX||/||X|| alone is none"
-    )
+    guessed = chosen.profile is Profile.LORA and not chosen.why.startswith("as --")
+    other = "; was one meant, --nullspace-profile=nullspace judges it" if guessed else ""
+    return f"judged by {WORDS[chosen.profile]} (profile {chosen.profile}: {chosen.why}){other}"
 
 
 def tally(verdicts: Sequence[Verdict]) -> str:

@@ -131,9 +131,8 @@ def summary(
     negative = notes.negative_scales(run.layers)
     if negative is not None:
         yield negative, Tier.WARN
-    unjudged = notes.left_out(expectations)
-    if unjudged is not None:
-        yield unjudged, Tier.WARN
+    if (profile := notes.profile(expectations)) is not None:
+        yield profile, None
     if names := notes.outside_of(run):
         yield notes.outside(names), Tier.WARN
     yield from ((remark, Tier.WARN) for remark in (*model.remarks(run), *model.unreached(verdicts)))

@@ -62,8 +62,9 @@ def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
         if other is not None and (finding.decided_by_sinks or not math.isclose(other, finding.value, rel_tol=ALIKE)):
             value += f", {_value(figure, other)} {_WITHOUT}"
         told = f"{mark(verdict, finding.tier)} {FIGURES[figure].symbol} {value} ({finding.threshold.bound})"
-        lenient = "" if finding.leniency is None else f"; {finding.leniency}"
-        yield f"{told}: {_meaning(finding)}{lenient}", colour(verdict, finding.tier)
+        yield f"{told}: {_meaning(finding)}", colour(verdict, finding.tier)
+    if verdict.doubt is not None:
+        yield f"{mark(verdict, Tier.WARN)} {verdict.doubt}", colour(verdict, Tier.WARN)
 
 
 def _value(figure: str, value: float) -> str:

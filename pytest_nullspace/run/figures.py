@@ -52,7 +52,6 @@ class Figure:
         needs_task: Whether it is judged only beside a task text.
         trained: Its bounds after training.
         init: Its bounds before training; None where it is not judged then.
-        left_out_of: The variants that promise nothing of it.
         sink_free: Whether it is a ratio of mean norms, so that a few rows can decide it and its value without them is
             told as well.
         key: Its key in a layer's entry of a saved run; empty where it is not in one.
@@ -72,7 +71,6 @@ class Figure:
     text: Text = Text.PRESERVED
     of_predictions: bool = False
     needs_task: bool = False
-    left_out_of: tuple[str, ...] = ()
     sink_free: bool = False
     key: str = ""
     follows: str = ""
@@ -131,7 +129,7 @@ _DIVERGED = Bounds(
     0.15,
     True,
     (
-        "the predictions are what they were",
+        "the predictions hardly changed",
         "the predictions changed noticeably",
         "the predictions changed much: expect the model to have forgotten",
     ),
@@ -221,7 +219,6 @@ FIGURES: dict[str, Figure] = {
             meaning="How much of a row lies in the space of B: 1 as in a random space, 0 in a perfect null space.",
             trained=_QUIET,
             init=_QUIET,
-            left_out_of=("lora",),
             key="leakage_over_chance",
             follows="leakage / leakage_chance",
         ),
@@ -230,16 +227,16 @@ FIGURES: dict[str, Figure] = {
             short="forget.",
             symbol="||ABX||/||WX||",
             formula="mean ‖ABX‖ / mean ‖WX‖",
-            meaning="The update's size on the preserved text beside what it is added to.",
+            meaning="The update's size on the preserved text beside what it is added to; not what was forgotten.",
             needs_task=True,
             trained=Bounds(
                 0.1,
                 0.125,
                 True,
                 (
-                    "the preserved text is hardly changed",
-                    "the preserved text is changed noticeably; measure what the model still knows",
-                    "the preserved text is changed much: expect the model to have forgotten",
+                    "the update is small beside the layers' outputs; that tells little of what the model forgot",
+                    "the update is noticeable beside the layers' outputs; measure what the model forgot by the drift",
+                    "the update is large beside the layers' outputs: expect the model to have forgotten",
                 ),
             ),
             sink_free=True,

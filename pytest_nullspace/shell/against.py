@@ -13,6 +13,7 @@ from pytest_nullspace.judging.baseline import COMPARED, Comparison, Difference, 
 from pytest_nullspace.judging.diagnosis import diagnose
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import Check, Expectations, Stage, passes
+from pytest_nullspace.judging.profiles import Chosen, choose
 from pytest_nullspace.judging.start import Start, unpaired
 from pytest_nullspace.judging.weights import LayerWeights, Weights
 from pytest_nullspace.run.saved import read
@@ -95,8 +96,14 @@ class Against:
             checks.append(lambda layer: start.check(layer, trained=stage is Stage.TRAINED))
         drifted = drift_selected and outcome.drift is not None
         return Expectations(
-            stage, settings.overrides, checks, settings.allow_unreached, settings.variant, drifted, judged
+            stage, settings.overrides, checks, settings.allow_unreached, self._chosen(outcome), drifted, judged
         )
+
+    def _chosen(self, outcome: RunStats) -> Chosen:
+        """By what the outcome is judged."""
+        begun = self.told(outcome).audit or self.start
+        start = None if begun is None else (begun.variant, begun.decided)
+        return choose(outcome, self._settings.profile, self._settings.variant, start)
 
     def compared(self, outcome: RunStats) -> Comparison | None:
         """The outcome against the earlier run, if there is one that compares."""

@@ -64,6 +64,7 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         spectrum=read["spectrum"],
         init=read["init"],
         variant=read["variant"],
+        profile=read["profile"],
         compare=read["compare"],
         limits=read["compare-fail"],
         allowed=read["compare-allow"],
@@ -96,7 +97,7 @@ def _check_together(settings: Settings) -> None:
         if twice is not None:
             raise OptionError(f"{PREFIX}{name}: {twice} is given twice")
     try:
-        Expectations(Stage(settings.stage), settings.overrides, variant=settings.variant)
+        Expectations(Stage(settings.stage), settings.overrides)
     except OptionError as error:
         raise OptionError(f"{PREFIX}threshold: {error}") from None
     if settings.ranks.size > 1 and not settings.models:

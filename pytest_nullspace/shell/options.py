@@ -187,8 +187,18 @@ OPTIONS = (
         "What training may move: v2 the up matrices alone, v1 and lora both; auto decides from the initial weights.",
         values.one_of("auto", "v1", "v2", "lora"),
         default="auto",
-        more="`lora` promises no null space: where it is said outright, leakage is shown, not judged, and the "
-        "report says so.",
+        more="Where the profile is `auto`, `lora` gives the profile `lora`, and the others `nullspace`.",
+    ),
+    Option(
+        "profile",
+        "PROFILE",
+        "By what the adapter is judged: nullspace (its null space, what it forgets and learned), lora (what it forgets "
+        "and learned), or reference (the reference script's three ratios); auto decides and says why.",
+        values.one_of("auto", "reference", "nullspace", "lora"),
+        default="auto",
+        more="auto: a LoRA-Null directory promises a null space; a PEFT adapter does where its start, the rows of "
+        "`lora_A` or the measured leakage say so, and none where its config names another initialisation. A figure for "
+        "which `--nullspace-threshold` gives a bound decides in each profile.",
     ),
     Option(
         "compare",

@@ -45,7 +45,6 @@ mean norms over 100 rows: ||X|| 8, ||BX|| 8, ||ABX|| 0.5, ||W_residual X|| 7.5, 
 ✗ ||BX||/||X|| 1.00e+00 (pass < 0.1, fail > 0.5): the null space is lost: B reads what this text uses; was B \
 trained, or is this other data?
 ✓ ||ABX||/||X|| 6.25e-02 (pass > 0.0001, fail < 1e-06): the adapter learned: A moved from zero to a meaningful value
-✓ ||ABX||/||output|| 5.00% (pass > 0.01, fail < 0.001): a clear effect on the output
 ✗ leakage / chance 1.44e+01 (pass < 0.5, fail > 0.75): not a null space of this text: 14.4 times louder than \
 a random subspace
 _________________________________ layer model __________________________________
@@ -54,7 +53,7 @@ leakage 1.614 > 0.75
 averages over 9 layers
 ⚠ ||BX||/||X|| 1.39e-01 (pass < 0.1, fail > 0.5): the null space is degraded, but acceptable
 ✓ ||ABX||/||X|| 6.25e-02 (pass > 0.0001, fail < 1e-06): the adapter learned: A moved from zero to a meaningful value
-✓ ||ABX||/||output|| 5.00% (pass > 0.01, fail < 0.001): a clear effect on the output
+✓ ||ABX||/||output|| 5.00% (pass > 0.0005, fail < 0.0002): a clear effect on the output
 ✗ leakage / chance 1.61e+00 (pass < 0.5, fail > 0.75): not a null space of this text: 1.6 times louder than a \
 random subspace
 ============================ nullspace: stats.json =============================
@@ -65,6 +64,8 @@ verdict: DO NOT DEPLOY: 1 of 9 layers have no null space of the preserved
 ✗ 1 of 9 layers let the preserved text in (preservation 1, bound 0.5,
   model.layers.0.self_attn.q_proj)
 gated 9 of 9 layers: 8 green, 0 to look at, 1 red
+judged by its null space, what it forgets and what it learned (profile
+  nullspace: a LoRA-Null directory)
 sink rows: this run does not tell of them, so a few rows may decide its
   ratios
 
@@ -81,7 +82,7 @@ reading (averages over all layers):
   degraded, but acceptable
 ✓ ||ABX||/||X|| 6.25e-02 (pass > 0.0001, fail < 1e-06): the adapter learned:
   A moved from zero to a meaningful value
-✓ ||ABX||/||output|| 5.00% (pass > 0.01, fail < 0.001): a clear effect on
+✓ ||ABX||/||output|| 5.00% (pass > 0.0005, fail < 0.0002): a clear effect on
   the output
 ✗ leakage / chance 1.61e+00 (pass < 0.5, fail > 0.75): not a null space of
   this text: 1.6 times louder than a random subspace

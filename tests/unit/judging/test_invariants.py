@@ -240,33 +240,6 @@ def test_a_good_layer_passes_in_every_figure() -> None:
     assert {f.threshold.figure: f.value for f in verdict.findings} == {f: GOOD.figure(f) for f in GOOD.measured}
 
 
-def test_with_a_task_text_one_layer_may_contribute_little_and_the_model_may_not() -> None:
-    """Little contribution on the task text warns in a layer and fails the averages; nothing learned fails."""
-    faint = dataclasses.replace(GOOD, update_norm=5e-4 * GOOD.output_norm)
-    alone = judge(faint, TRAINED)
-    with_task = dataclasses.replace(GOOD, update_norm=1e-5 * GOOD.output_norm, task=faint)
-    assert alone.tier is FAIL
-    assert judge(with_task, TRAINED).tier is WARN
-    assert judge_averages(RunStats("m", "t", (with_task,), 1), TRAINED).tier is FAIL
-    dead = dataclasses.replace(with_task, task=dataclasses.replace(faint, update_norm=0.0))
-    assert judge(dead, TRAINED).tier is FAIL
-
-
-def test_where_drift_is_judged_forgetting_only_warns() -> None:
-    """What stands for a loss on the preserved text fails nothing where that loss is judged, unless it is no number."""
-    task = dataclasses.replace(GOOD, update_norm=20.0)
-    for norm, tiers in ((5.0, (FAIL, WARN)), (math.nan, (FAIL, FAIL))):
-        layer = dataclasses.replace(GOOD, update_norm=norm, task=task)
-        run = RunStats("m", "t", (layer,), 1)
-        for judged, tier in zip((False, True), tiers, strict=True):
-            for verdict in (
-                judge(layer, Expectations(drift_judged=judged)),
-                judge_averages(run, Expectations(drift_judged=judged)),
-            ):
-                assert {f.tier for f in verdict.findings if f.threshold.figure == "forgetting"} <= {tier}
-                assert verdict.tier is tier
-
-
 def test_a_verdict_whose_margin_reaches_over_a_bound_is_uncertain() -> None:
     """Uncertain is what another tier lies within the margin of, and whatever has an infinite margin."""
     threshold = next(t for t in TRAINED.thresholds("x") if t.figure == "preservation")
@@ -362,25 +335,6 @@ def test_averages_of_an_incomplete_or_defective_run_fail() -> None:
     defective = judge_averages(RunStats("m", "t", (layer(name="a"), layer(name="b", rows=0)), 2), TRAINED)
     assert (defective.tier, defective.summary) == (FAIL, "1 of 2 layers could not be judged, b among them")
     assert judge_averages(RunStats("m", "t", (), 0), TRAINED).tier is FAIL
-
-
-def test_plain_lora_is_not_judged_by_leakage() -> None:
-    """What promises no null space is held against every other figure, in its layers and averages, at each stage."""
-    loud = layer(mean_leakage=0.09)
-    for stage in Stage:
-        left = {t.figure for t in Expectations(stage).thresholds("x")} - {"leakage"}
-        assert {t.figure for t in Expectations(stage, variant="lora").thresholds("x")} == left
-    lora = Expectations(variant="lora")
-    assert (judge(loud, lora).tier, judge(layer(down_norm=9.0), lora).tier) == (PASS, FAIL)
-    assert judge_averages(RunStats("m", "t", (loud,), 1), lora).tier is PASS
-    for variant in ("auto", "v1", "v2"):
-        assert judge(loud, Expectations(variant=variant)).tier is FAIL
-
-
-def test_a_bound_on_what_is_not_judged_is_refused() -> None:
-    """Bounds on leakage beside plain LoRA are an error: one of the two would be ignored."""
-    with pytest.raises(OptionError, match=r"^leakage is not judged of variant lora; leave one of the two out$"):
-        Expectations(overrides=[Override("*", "leakage", 0.1, 0.2)], variant="lora")
 
 
 def test_bounds_are_told_in_words() -> None:

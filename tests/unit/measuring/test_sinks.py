@@ -207,7 +207,6 @@ def test_each_ratio_has_its_value_without_sinks_and_leakage_is_its_own() -> None
         "selectivity": pytest.approx(1e-5 / 7.5 / 0.2),
     }
     assert all(found(layer, figure).tier is WARN for figure in layer.measured if figure != "leakage")
-    assert found(layer, "forgetting").leniency is None
 
 
 def test_averages_are_taken_without_sinks_where_a_layer_has_any() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_drift
-from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report import doubts, markdown, notes, terminal, words
 from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
 from tests import saved
@@ -66,41 +66,6 @@ def test_drift_that_is_not_judged_has_no_mark() -> None:
         None,
     )
     assert base == ("  base: the base", None)
-
-
-def test_a_bound_that_only_warns_says_so_beside_its_mark() -> None:
-    """Where drift is judged forgetting fails its bound and warns; the reading, the verdict and the warning tell why."""
-    layer = next(layer for layer in saved.full().layers if layer.task is not None)
-    loud = dataclasses.replace(layer, base_norm=layer.update_norm / 0.649)
-    for expectations, mark in ((Expectations(drift_judged=True), "⚠"), (TRAINED, "✗")):
-        verdict = judge(loud, expectations)
-        finding = next(f for f in verdict.findings if f.threshold.figure == "forgetting")
-        (line,) = [line for line, _ in words.reading(verdict) if "||ABX||/||WX||" in line]
-        softened = "fails its bound; only warns, as the drift is judged itself"
-        assert line.startswith(f"{mark} ||ABX||/||WX|| 6.49e-01 (pass < 0.1, fail > 0.125): ")
-        assert line.endswith(softened) is expectations.drift_judged
-        assert str(finding) == f"forgetting 0.649 > 0.125{f' ({softened})' if expectations.drift_judged else ''}"
-        assert finding.condition == str(finding).replace(" 0.649", "")
-
-
-def test_a_single_layer_beside_a_task_text_says_why_it_only_warns() -> None:
-    """Contribution below its bound warns in one layer, as the averages are judged themselves, and says it."""
-    layer = next(layer for layer in saved.full().layers if layer.task is not None)
-    assert layer.task is not None
-    quiet = dataclasses.replace(layer, task=dataclasses.replace(layer.task, update_norm=layer.task.output_norm * 1e-4))
-    (line,) = [line for line, _ in words.reading(judge(quiet, TRAINED)) if "||ABX||/||output||" in line]
-    assert line.startswith("⚠ ")
-    assert line.endswith("; fails its bound; only warns, as the averages are judged themselves")
-
-
-def test_only_bounds_that_part_two_tiers_make_a_verdict_uncertain() -> None:
-    """A finding that cannot fail is settled on both sides of the fail bound, and near the pass bound it is not."""
-    threshold = Threshold("forgetting", 0.1, 0.125, lower_is_better=True)
-    for value, uncertain, distance in ((0.124, False, 0.024), (0.101, True, 0.001)):
-        finding = Finding(value, threshold, Tier.WARN, 0.005, "the drift is judged itself")
-        assert finding.uncertain is uncertain
-        assert finding.distance == pytest.approx(distance)
-    assert Finding(0.124, threshold, Tier.WARN, 0.005).uncertain
 
 
 @pytest.mark.parametrize(

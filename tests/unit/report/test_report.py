@@ -4,7 +4,6 @@ import dataclasses
 import io
 import math
 import re
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from pytest_nullspace.checkpoint import Checkpoint, LayerSpec
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages
+from pytest_nullspace.judging.profiles import Chosen, Profile
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report import doubts, markdown, notes, terminal, words
 from pytest_nullspace.run.figures import beside_a_task, of_layers
@@ -340,18 +340,20 @@ def test_the_markdown_counts_and_reads() -> None:
     assert text.endswith("|\n")
 
 
-def test_what_is_not_judged_is_told_and_does_not_look_green() -> None:
-    """Leakage of plain LoRA stays in the tables, has no mark and no reading, and a yellow line says why."""
-    lora = Expectations(variant="lora")
+def test_what_does_not_decide_is_shown_and_does_not_look_green() -> None:
+    """Leakage of plain LoRA stays in the tables, has no mark and no reading, and a line says by what it is judged."""
+    lora = Expectations(chosen=Chosen(Profile.LORA, "no null space was measured: 16 of chance"), drift_judged=True)
     lines = summary(run_of(LOST), lora)
-    told = "not judged: leakage / chance, as plain LoRA (--nullspace-variant=lora) promises no null space; *"
-    assert [tier for line, tier in lines if fnmatchcase(line, told)] == [Tier.WARN]
+    told = (
+        "judged by what it forgets and what it learned, for it promises no null space (profile lora: no null space was "
+        "measured: 16 of chance); was one meant, --nullspace-profile=nullspace judges it"
+    )
+    assert (told, None) in lines
     assert not any("leakage" in line and "✓" in line for line, _ in lines)
-    assert any(line.startswith("✗ model.layers.1") and "1.600e+01" in line for line, _ in lines)
+    assert any(line.startswith("✓ model.layers.1") and "1.600e+01" in line for line, _ in lines)
     assert next(line for line in terminal.block(LOST, judge(LOST, lora)) if "leakage" in line).endswith("1.600e+01")
-    text = markdown.report(run_of(LOST), lora)
-    assert "⚠ not judged: leakage / chance, as plain LoRA" in text.replace("\\", "")
-    assert "not judged" not in markdown.report(run_of(LOST), TRAINED)
+    assert told[1:] in markdown.report(run_of(LOST), lora).replace("\\", "")
+    assert "judged by" not in markdown.report(run_of(LOST), TRAINED)
 
 
 @pytest.mark.parametrize(
