@@ -186,6 +186,8 @@ def _found(verdicts: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]
     """What lies in ``tier``: a reason for each figure of the predictions, and one for each figure of all layers."""
     drift = [(v, f) for v in verdicts if v.subject == DRIFT for f in v.findings if f.tier is tier]
     yield from (_of(v, f, tier) for v, f in sorted(drift, key=lambda pair: _WEIGHT.index(pair[1].threshold.figure)))
+    if tier is Tier.FAIL:
+        yield from (Reason(fault, tier, None, DRIFT) for v in verdicts if v.subject == DRIFT for fault in v.faults)
     layers = [verdict for verdict in verdicts if verdict.subject not in (DRIFT, MODEL)]
     yield from _said(layers, tier, of)
     found: dict[str, list[tuple[Verdict, Finding]]] = {}

@@ -72,6 +72,7 @@ class Expectations:
         chosen: By which profile it is judged, and why; without one every figure decides.
         drift_judged: Whether what the preserved text lost is judged itself, so that nothing need stand in for it.
         judged: The names of the tests that came to a verdict; None for all.
+        drift_faults: What fails the drift beside its thresholds, in phrases.
     """
 
     stage: Stage = Stage.TRAINED
@@ -81,6 +82,7 @@ class Expectations:
     chosen: Chosen | None = None
     drift_judged: bool = False
     judged: Collection[str] | None = None
+    drift_faults: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Refuse overrides of figures that this stage does not judge, and bounds that cannot be."""
@@ -170,6 +172,7 @@ def judge_drift(drift: Drift, expectations: Expectations) -> Verdict:
             if threshold.figure in figures
             for value, margin in [figures[threshold.figure]]
         ),
+        faults=tuple(expectations.drift_faults),
         gated=expectations.gates(DRIFT),
     )
 

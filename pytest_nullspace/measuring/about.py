@@ -11,7 +11,7 @@ from typing import Any
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.measuring.written import Written
 from pytest_nullspace.settings import Settings
-from pytest_nullspace.text.windows import Window, distinct_rows, text_hash
+from pytest_nullspace.text.windows import Window, distinct_rows, text_hash, windows_hash
 
 
 class Clock:
@@ -87,6 +87,7 @@ def of_texts(
             "distinct": distinct_rows(windows),
             "starts": [window.start for window in windows],
             **({"written": written[what].about} if what in written else {}),
+            "windows_sha256": windows_hash(windows),
         }
         for what, windows in read.items()
     }

@@ -7,6 +7,7 @@ predictions of one batch are all that is kept.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.forward import run
 from pytest_nullspace.run.stats import TextDrift
 from pytest_nullspace.run.uncertainty import jackknife
+from pytest_nullspace.run.windows import OF_PREDICTIONS, ByWindow
 
 CHUNK = 64
 """Rows whose predictions are compared at once, so that no second copy of a batch's is made."""
@@ -127,7 +129,7 @@ def _means(by_window: Tensor) -> TextDrift:
     whole = by_window.sum(dim=0)
     base, adapted, divergence = means(whole)
     without = [means(whole - window) for window in by_window]
-    return TextDrift(
+    found = TextDrift(
         tokens=int(whole[0]),
         base_loss=base,
         adapted_loss=adapted,
@@ -135,3 +137,6 @@ def _means(by_window: Tensor) -> TextDrift:
         loss_margin=jackknife([after - before for before, after, _ in without]),
         divergence_margin=jackknife([value for *_, value in without]),
     )
+    rows, scored, *summed = by_window.T.tolist()
+    sums = dict(zip(("base_loss", "adapted_loss", "divergence"), summed, strict=True))
+    return replace(found, by_window=ByWindow.of(OF_PREDICTIONS, found, (rows, scored), sums))

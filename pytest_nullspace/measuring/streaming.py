@@ -20,6 +20,7 @@ from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.run.stats import SINK, LayerStats, WithoutSinks
 from pytest_nullspace.run.uncertainty import margins
+from pytest_nullspace.run.windows import OF_LAYER, ByWindow
 
 FIRST_ROUND = 16
 """Windows after which a pass may end early, and again whenever they have doubled."""
@@ -195,7 +196,14 @@ def _stats(layer: AdaptedLayer, down_rank: int, by_window: Tensor, by_octave: Te
         found,
         margins=margins([stats(whole - window) for window in seen]),
         without_sinks=_without_sinks(found, by_octave),
+        by_window=_kept(found, by_window),
     )
+
+
+def _kept(found: LayerStats, by_window: Tensor) -> ByWindow | None:
+    summed = kernels.Sums(*by_window.T.tolist())._asdict()
+    sums = {name: summed[name.removeprefix("mean_").removesuffix("_norm")] for name in OF_LAYER.over}
+    return ByWindow.of(OF_LAYER, found, (summed["rows"], summed["directed"]), sums)
 
 
 def _without_sinks(found: LayerStats, by_octave: Tensor) -> WithoutSinks:

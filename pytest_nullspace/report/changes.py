@@ -20,17 +20,40 @@ MOVED_SHOWN = 5
 
 
 def comparison(compared: Comparison, against: Path, missing: Sequence[str]) -> Iterator[tuple[str, Tier | None]]:
-    """How the run compares with an earlier one: what fails, then each figure where it became worse by most."""
+    """How the run compares with an earlier one: what fails, then each figure that changed.
+
+    On the same windows by how much and with which margin, else where it became worse by most; what did not change once.
+    """
     worse = [name for name, told in compared.regressions.items() if told]
+    of = len(compared.regressions)
+    unchanged = compared.is_none and not missing
     yield (
-        f"against {printable(against, 1000)}: {len(worse)} of {len(compared.regressions)} layers are worse than allowed"
-        + (f", {len(missing)} of its layers are missing" if missing else ""),
-        Tier.FAIL if worse or missing else None,
+        f"against {printable(against, 1000)}: {len(worse)} of {of} layers are worse than allowed"
+        + (f", {len(missing)} of its layers are missing" if missing else "")
+        + ("; no change" if unchanged else "")
+        + ("" if compared.unpaired is None else f"; unpaired: {compared.unpaired}"),
+        Tier.FAIL if worse or missing or compared.drift_regressions else None,
     )
+    if unchanged:
+        return
+    still = []
     for figure in of_layers():
         worst = compared.worst(figure)
-        if worst is not None:
-            yield f"  largest change for the worse: {worst[1]} in {printable(worst[0])}", None
+        if worst is None:
+            continue
+        name, change = worst
+        mean = next((told for told in compared.averages if told.figure == figure), None)
+        if change.margin is None or mean is None:
+            yield f"  largest change for the worse: {change} in {printable(name)}", None
+        elif change.is_none and mean.is_none:
+            still.append(figure)
+        else:
+            count = compared.worse(figure)
+            most = f"; most: {change} in {printable(name)}" if count else ""
+            yield f"  {mean} in the mean; beyond its margin worse in {count} of {of} layers{most}", None
+    if still:
+        yield f"  no change: {', '.join(still)}", None
+    yield from ((f"  {change}", None) for change in compared.drift)
 
 
 def start_lines(

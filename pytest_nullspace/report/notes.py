@@ -178,6 +178,7 @@ def drift(told: Drift, verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
             ),
             None if tier is None else colour(verdict, tier),
         )
+    yield from ((f"{mark(verdict)} drift: {fault}", colour(verdict)) for fault in verdict.faults)
     yield f"  base: {printable(told.base, 1000)}{'' if verdict.gated else '; no test judged this drift'}", None
 
 

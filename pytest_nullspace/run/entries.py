@@ -8,12 +8,14 @@ from typing import Any
 from pytest_nullspace.errors import StatsError, printable
 from pytest_nullspace.run.figures import FIGURES, Text, of_layers, of_one_text
 from pytest_nullspace.run.stats import LayerStats, Spectrum, WithoutSinks
+from pytest_nullspace.run.windows import OF_LAYER, ByWindow
 
 AGAIN = "measure again"
 
 _NOT_MEASURED = "not measured"
 """What a file holds for a norm that a quantised weight does not give; ``null`` is what is not finite."""
-_MEASURED = tuple(name for name in LayerStats.__slots__ if name not in ("margins", "task", "spectrum", "without_sinks"))
+_APART = ("margins", "task", "spectrum", "without_sinks", "by_window")
+_MEASURED = tuple(name for name in LayerStats.__slots__ if name not in _APART)
 _NORMS = WithoutSinks.__slots__[1:]
 
 # Our field -> the key in the file; the figures' are in their records. Many are the reference's own.
@@ -41,6 +43,7 @@ _KEYS = {
 _DERIVED_TOLERANCE = 1e-6
 _MARGINS, _TASK, _SPECTRUM = "margin_95", "task", "spectrum"
 SINK_ROWS, _WITHOUT_SINKS = "sink_rows", "without_sinks"
+BY_WINDOW = "by_window"
 
 _UNTOLD = ("down_rank", "distinct_rows", "unplaced", "scale")
 """What older files do not tell."""
@@ -81,6 +84,8 @@ def entry_of(layer: LayerStats) -> dict[str, Any]:
         }
     if layer.margins:
         entry[_MARGINS] = {figure: plain(layer.margins[figure]) for figure in of_layers() if figure in layer.margins}
+    if layer.by_window is not None:
+        entry[BY_WINDOW] = layer.by_window.encoded()
     if layer.task is not None:
         entry[_TASK] = entry_of(layer.task)
     if layer.spectrum is not None:
@@ -145,6 +150,9 @@ def layer_of(entry: object, where: str) -> LayerStats:
             "no more than either are counted; the file was edited or damaged, so measure again"
         )
     _check_derived(entry, layer, where)
+    if BY_WINDOW in entry:
+        kept = ByWindow.decoded(OF_LAYER, entry[BY_WINDOW], layer, f"{where}: {BY_WINDOW}")
+        layer = replace(layer, by_window=kept)
     return layer if SINK_ROWS not in entry else replace(layer, without_sinks=_without_sinks(entry, layer, where))
 
 

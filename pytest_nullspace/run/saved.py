@@ -9,16 +9,28 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pytest_nullspace.errors import StatsError, printable, quoted
-from pytest_nullspace.run.entries import AGAIN, SINK_ROWS, entry_of, is_count, layer_of, number, plain, what_is_told
+from pytest_nullspace.run.entries import (
+    AGAIN,
+    BY_WINDOW,
+    SINK_ROWS,
+    entry_of,
+    is_count,
+    layer_of,
+    number,
+    plain,
+    what_is_told,
+)
 from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
+from pytest_nullspace.run.windows import OF_PREDICTIONS, ByWindow
 
 _DRIFT = "drift"
 _VERDICT = "verdict"
+_OF_TEXT = tuple(name for name in TextDrift.__slots__ if name != BY_WINDOW)
 SCHEMA = "pytest-nullspace/run"
 SCHEMA_VERSION = 2
 WITHOUT_SCALE = 1
@@ -139,11 +151,12 @@ def _about(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain_drift(drift: Drift) -> dict[str, Any]:
     texts = {"preserved": drift.preserved, "task": drift.task}
-    return {"base": drift.base} | {
-        name: {key: plain(value) for key, value in asdict(text).items()}
-        for name, text in texts.items()
-        if text is not None
-    }
+    return {"base": drift.base} | {name: _plain_text_drift(text) for name, text in texts.items() if text is not None}
+
+
+def _plain_text_drift(text: TextDrift) -> dict[str, Any]:
+    told = {name: plain(getattr(text, name)) for name in _OF_TEXT}
+    return told if text.by_window is None else told | {BY_WINDOW: text.by_window.encoded()}
 
 
 def _drift(told: object, where: str) -> Drift:
@@ -160,12 +173,16 @@ def _text_drift(told: object, where: str) -> TextDrift:
     if not isinstance(told, dict) or not is_count(told.get("tokens")):
         raise StatsError(f"{where}: tokens must be a whole number from 0; {AGAIN}")
     values: dict[str, Any] = {"tokens": told["tokens"]}
-    for name in TextDrift.__slots__[1:]:
+    for name in _OF_TEXT[1:]:
         # A margin that is infinite, and a loss that is no number, are null in the file.
         absent = math.inf if name.endswith("margin") else math.nan
         value = told.get(name)
         values[name] = absent if value is None and name in told else number(value, f"{where}: {name}")
-    return TextDrift(**values)
+    drift = TextDrift(**values)
+    if BY_WINDOW not in told:
+        return drift
+    kept = ByWindow.decoded(OF_PREDICTIONS, told[BY_WINDOW], drift, f"{where}: {BY_WINDOW}")
+    return replace(drift, by_window=kept)
 
 
 def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from pytest_nullspace.run.figures import FIGURES, Text, beside_a_task, of_layers, selectivity
+from pytest_nullspace.run.windows import ByWindow
 
 SINK = 8
 """A row is a sink where its norm is beyond so many times the median norm of its layer's rows.
@@ -134,6 +135,7 @@ class LayerStats(_Ratios):
         spectrum: What the text would allow at best, if that was measured.
         without_sinks: What the mean norms are without the sink rows. None if never measured.
         scale: What the update is multiplied with, as PEFT's alpha / r. None if the file does not tell.
+        by_window: The mean norms and the leakage of each window; None if they were not kept.
     """
 
     name: str
@@ -158,6 +160,7 @@ class LayerStats(_Ratios):
     spectrum: Spectrum | None = None
     without_sinks: WithoutSinks | None = None
     scale: float | None = None
+    by_window: ByWindow | None = None
 
     @property
     def chance(self) -> float:
@@ -271,6 +274,7 @@ class TextDrift:
         divergence: Mean Kullback-Leibler divergence from the base model's predictions to the adapted one's, in nats.
         loss_margin: How far the change of loss may lie from what more text would give.
         divergence_margin: The same of the divergence.
+        by_window: Losses and divergence of each window; None if they were not kept.
     """
 
     tokens: int
@@ -279,6 +283,7 @@ class TextDrift:
     divergence: float
     loss_margin: float
     divergence_margin: float
+    by_window: ByWindow | None = None
 
     @property
     def loss_change(self) -> float:

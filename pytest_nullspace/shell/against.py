@@ -9,7 +9,7 @@ from pytest_nullspace.checkpoint.header import quoted
 from pytest_nullspace.checkpoint.layers import is_layer_name
 from pytest_nullspace.errors import OptionError, StatsError
 from pytest_nullspace.judging.audit import Audit
-from pytest_nullspace.judging.baseline import COMPARED, Comparison, Difference, compare, incomparable, regressions
+from pytest_nullspace.judging.baseline import COMPARED, Comparison, Difference, compare, incomparable
 from pytest_nullspace.judging.diagnosis import diagnose
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import Check, Expectations, Stage, passes
@@ -54,6 +54,7 @@ class Against:
         self.start_file = settings.saved_init
         self.start = self._saved_start(layers)
         self._told: Told | None = None
+        self._held: tuple[RunStats, Comparison] | None = None
 
     def _saved_start(self, layers: Sequence[str]) -> Start | None:
         file = self.start_file
@@ -68,8 +69,11 @@ class Against:
 
     def unmeasured(self, figure: str) -> Path | None:
         """Where ``figure``, which is measured here, lacks to be compared with the earlier run; None if it does not."""
-        earlier = () if self.earlier is None else self.earlier.layers
-        return None if any(figure in layer.measured for layer in earlier) else self.earlier_file
+        if self.earlier is None:
+            return self.earlier_file
+        drift = () if self.earlier.drift is None else self.earlier.drift.figures
+        measured = figure in drift or any(figure in layer.measured for layer in self.earlier.layers)
+        return None if measured else self.earlier_file
 
     def told(self, outcome: RunStats) -> Told:
         """What the outcome tells beside its figures, read once, for each of its layers asks."""
@@ -85,18 +89,25 @@ class Against:
             drift_selected: Whether the drift has a test.
             judged: The names of the tests that came to a verdict, once all have run.
         """
-        settings, earlier, audited = self._settings, self.earlier, self.told(outcome).audit
+        settings, compared, audited = self._settings, self._compared(outcome), self.told(outcome).audit
         stage = Stage(settings.stage)
         checks: list[Check] = []
-        if earlier is not None:
-            checks.append(lambda layer: regressions(layer, earlier, settings.limits, stage))
+        if compared is not None:
+            checks.append(lambda layer: compared.regressions[layer.name])
         if audited is not None:
             checks.append(lambda layer: audited.check(layer, trained=stage is Stage.TRAINED))
         if (start := self.start) is not None:
             checks.append(lambda layer: start.check(layer, trained=stage is Stage.TRAINED))
         drifted = drift_selected and outcome.drift is not None
         return Expectations(
-            stage, settings.overrides, checks, settings.allow_unreached, self._chosen(outcome), drifted, judged
+            stage,
+            settings.overrides,
+            checks,
+            settings.allow_unreached,
+            self._chosen(outcome),
+            drifted,
+            judged,
+            () if compared is None else compared.drift_regressions,
         )
 
     def _chosen(self, outcome: RunStats) -> Chosen:
@@ -107,9 +118,17 @@ class Against:
 
     def compared(self, outcome: RunStats) -> Comparison | None:
         """The outcome against the earlier run, if there is one that compares."""
-        if self.earlier is None or self._refused(outcome, self.earlier):
+        refused = self.earlier is not None and self._refused(outcome, self.earlier)
+        return None if refused else self._compared(outcome)
+
+    def _compared(self, outcome: RunStats) -> Comparison | None:
+        """The outcome against the earlier run, held window by window once, for each of its layers asks."""
+        if self.earlier is None:
             return None
-        return compare(outcome, self.earlier, self._settings.limits, Stage(self._settings.stage))
+        if self._held is None or self._held[0] is not outcome:
+            compared = compare(outcome, self.earlier, self._settings.limits, Stage(self._settings.stage))
+            self._held = outcome, compared
+        return self._held[1]
 
     def diagnoses(self, outcome: RunStats, expected: Expectations) -> list[Diagnosis]:
         """The causes of what is wrong with a trained adapter; an initial one has none yet."""

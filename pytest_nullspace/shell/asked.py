@@ -142,13 +142,14 @@ def _check_weights_only(settings: Settings) -> None:
 
 
 def _check_compare(settings: Settings) -> None:
-    from pytest_nullspace.judging.invariants import Expectations, Stage
+    from pytest_nullspace.judging.invariants import DRIFT, Expectations, Stage
 
     allowed = settings.allowed if settings.saved_init is None else ()  # it allows of the saved start as well
     for name, given in (("compare-fail", settings.limits), ("compare-allow", allowed)):
         if given and settings.compare is None:
             raise OptionError(f"{PREFIX}{name}: needs an earlier run to compare with; give it by {PREFIX}compare=JSON")
-    judged = [threshold.figure for threshold in Expectations(Stage(settings.stage)).thresholds("")]
+    expected = Expectations(Stage(settings.stage))
+    judged = [threshold.figure for of in ("", DRIFT) for threshold in expected.thresholds(of)]
     unknown = next((limit.figure for limit in settings.limits if limit.figure not in judged), None)
     if unknown is not None:
         raise OptionError(

@@ -205,7 +205,9 @@ OPTIONS = (
         "JSON",
         "Hold each layer against an earlier run; {model} in the name stands for the run's.",
         values.path,
-        more="Layers that are new or missing fail. The earlier file is never written.",
+        more="Layers that are new or missing fail. The earlier file is never written. Where both read the very same "
+        "windows the difference has a margin of its own, far smaller than two that are taken one by one: worse by "
+        "0.004 ± 0.001. A run that an older version saved is compared without.",
     ),
     Option(
         "compare-fail",

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import sys
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,3 +97,14 @@ def distinct_rows(windows: Sequence[Window]) -> int:
 def text_hash(text: str) -> str:
     """The SHA-256 of ``text`` as UTF-8, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def windows_hash(windows: Sequence[Window]) -> str:
+    """The SHA-256 of the token ids of all ``windows``, in hexadecimal: two runs that share it read the very same."""
+    digest = hashlib.sha256()
+    for window in windows:
+        tokens = array("q", (len(window.tokens), *window.tokens))
+        if sys.byteorder == "big":
+            tokens.byteswap()
+        digest.update(tokens.tobytes())
+    return digest.hexdigest()

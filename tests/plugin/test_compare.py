@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from tests import saved
+from tests import saved, tiny
 from tests.plugin.conftest import LOOSE, Gate, Replay
 
 LAYERS = len(saved.NAMES)
@@ -28,8 +29,8 @@ def test_an_equal_run_passes_and_the_baseline_stays_as_it_was(
     result.assert_outcomes(passed=LAYERS + 1)
     result.stdout.fnmatch_lines(
         [
-            "against *before.json: 0 of 9 layers are worse than allowed",
-            "  largest change for the worse: preservation 0.03125 → 0.03125 (+0.000%) in model.layers.*",
+            "against *before.json: 0 of 9 layers are worse than allowed; no change; unpaired: the earlier run does not "
+            "tell what each window gave",
         ]
     )
     assert "0 of 9 layers are worse than allowed" in (pytester.path / "r.md").read_text()
@@ -171,7 +172,8 @@ def test_a_measured_run_is_compared_too(checkpoint: Path, gate: Gate) -> None:
     assert gate(*LOOSE, "--nullspace-save-stats=before.json").ret == 0
     again = gate(*LOOSE, *AGAINST, "-n", "2")
     again.assert_outcomes(passed=21 + 1)
-    again.stdout.fnmatch_lines(["against *before.json: 0 of 21 layers are worse than allowed"])
+    again.stdout.fnmatch_lines(["against *before.json: 0 of 21 layers are worse than allowed; no change"])
+    assert again.stdout.str().count("no change") == 1
     other = gate(*LOOSE, *AGAINST, "--nullspace-seed=7", "-k", "layers.0.")
     assert other.ret == pytest.ExitCode.USAGE_ERROR
     text = (checkpoint.parents[1] / "text.txt").read_text()
@@ -208,4 +210,28 @@ def test_what_is_known_early_is_refused_before_the_pass(
     ranks = gate("--nullspace-calib-size=16", "--nullspace-seqlen=32", *against)
     ranks.stderr.fnmatch_lines(
         ["ERROR: --nullspace-compare: not comparable: rank (model.layers.0.self_attn.q_proj: 4, *"]
+    )
+
+
+def test_on_the_same_windows_a_change_is_told_with_its_own_margin(
+    checkpoint: Path, gate: Gate, pytester: pytest.Pytester
+) -> None:
+    """A louder B fails its layer by the difference and its margin, and so do the predictions that changed by it."""
+    drift = ("--nullspace-drift", "--nullspace-base=base", "--nullspace-threshold=divergence:9:9")
+    tiny.llama().save_pretrained(pytester.path / "base")
+    file = checkpoint / "model.safetensors"
+
+    def louder(times: float) -> None:
+        tensors = load_file(file)
+        save_file({name: t * times if name.endswith("BLinear.weight") else t for name, t in tensors.items()}, file)
+
+    louder(0.1)  # so that the base is not drowned
+    gate(*LOOSE, *drift, "--nullspace-save-stats=before.json")
+    louder(1.5)
+    result = gate(*LOOSE, *drift, *AGAINST, "--nullspace-compare-fail=divergence:1e-9")
+    result.stdout.fnmatch_lines(
+        [
+            f"*{Q0} - Failed: preservation *(+50.000%), worse by * ± *: more than the 5% allowed*",
+            "*drift - Failed: divergence * → * (*%), worse by * ± *: more than the 1e-09 allowed*",
+        ]
     )

@@ -92,7 +92,7 @@ def test_every_wing_imports_what_architecture_says() -> None:
 
 ORDERS = {
     "checkpoint": "header layers arrays gguf lora_null peft hub",
-    "run": "figures texts stats uncertainty entries saved",
+    "run": "figures texts windows stats uncertainty paired entries saved",
     "judging": "verdicts invariants baseline start audit weights evidence tensors diagnosis",
     "text": "sources readers tokenizer windows",
     "measuring": (

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ from hypothesis import strategies as st
 
 from pytest_nullspace.judging.baseline import COMPARED, Change, Limit, compare, incomparable
 from pytest_nullspace.judging.invariants import Stage
+from pytest_nullspace.report.changes import comparison
 from pytest_nullspace.run.figures import of_layers
-from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.run.stats import Drift, LayerStats, RunStats, TextDrift
+from pytest_nullspace.run.uncertainty import jackknife
+from pytest_nullspace.run.windows import OF_LAYER, OF_PREDICTIONS, ByWindow
 from tests import saved
 
 TRAINED, INIT = Stage
@@ -94,6 +98,98 @@ def test_the_worst_layer_of_each_figure_is_found() -> None:
     assert (worst[0], worst[1].now) == (Q0, 0.0625)
     lacking = [dataclasses.replace(layer, mean_leakage=None) for layer in EARLIER.layers]
     assert compare(EARLIER, dataclasses.replace(EARLIER, layers=tuple(lacking)), [], TRAINED).worst("leakage") is None
+
+
+def windowed(down: float, digest: str = "w", wobble: float = 0.1) -> RunStats:
+    """A run that kept its four windows, of which two are louder, with this ``‖Bx‖`` in its first layer."""
+    counts = [25.0] * 4
+    shares = {"down_norm": (1 - wobble, 1 + wobble, 1 - wobble, 1 + wobble), "input_norm": (0.9, 1.1, 1.1, 0.9)}
+    layers = []
+    for layer in saved.run(down_norm=down).layers:
+        sums = {name: [25 * getattr(layer, name) * s for s in shares.get(name, (1,) * 4)] for name in OF_LAYER.over}
+        layers.append(dataclasses.replace(layer, by_window=ByWindow.of(OF_LAYER, layer, (counts, counts), sums)))
+    about = {**saved.ABOUT, "text": {**saved.ABOUT["text"], "windows_sha256": digest}}
+    return dataclasses.replace(EARLIER, layers=tuple(layers), about=about)
+
+
+def left_out(layer: LayerStats) -> list[LayerStats]:
+    """The layer without each of its windows in turn."""
+    assert layer.by_window is not None
+    parts: list[Any] = [*layer.by_window.left_out()]
+    return [dataclasses.replace(layer, **means) for means in parts]
+
+
+def told(now: RunStats, before: RunStats, *limits: Limit) -> list[str]:
+    """The lines of the report."""
+    return [line for line, _ in comparison(compare(now, before, limits, TRAINED), Path("b.json"), ())]
+
+
+def test_on_the_same_windows_the_difference_is_judged_with_its_own_margin() -> None:
+    """By how much and with which margin; the failure says so, and where more windows might change it."""
+    before, now = windowed(0.25), windowed(0.28)
+    compared = compare(now, before, [Limit("preservation", 0.05, True)], TRAINED)
+    change = next(change for change in compared.changes[Q0] if change.figure == "preservation")
+    assert change.margin is not None
+    own = jackknife([layer.preservation for layer in left_out(now.layers[0])])
+    assert change.margin == pytest.approx(own * 0.03 / 0.28, rel=1e-4)
+    phrase = f"preservation 0.03125 → 0.035 (+12.000%), worse by 0.0038 ± {change.margin:.2g}"
+    assert compared.regressions[Q0] == (f"{phrase}: more than the 5% allowed",)
+    (near,) = compare(now, before, [Limit("preservation", 0.0035, False)], TRAINED).regressions[Q0]
+    assert near == f"{phrase}: more than the 0.0035 allowed, though within its margin: more windows would tell"
+    assert compare(now, before, [Limit("preservation", 0.13, True)], TRAINED).regressions[Q0] == ()
+    lines = told(now, before)
+    assert lines[0] == "against b.json: 0 of 9 layers are worse than allowed"
+    assert lines[1].startswith("  preservation 0.03125 → 0.03167 (+1.333%), worse by 0.00042 ± ")
+    assert lines[1].endswith(f" in the mean; beyond its margin worse in 1 of 9 layers; most: {phrase} in {Q0}")
+    assert lines[2:] == ["  no change: effectiveness, contribution, leakage"]
+
+
+def test_runs_that_are_identical_say_no_change_once() -> None:
+    """Nothing changed, be it paired or not: one line, and no limit, not even none at all, fails it."""
+    none = [Limit(figure, 0, True) for figure in of_layers()]
+    rounded = [dataclasses.replace(x, down_norm=x.down_norm * (1 + 1e-6)) for x in windowed(0.25).layers]
+    for now in (windowed(0.25), dataclasses.replace(windowed(0.25), layers=tuple(rounded))):
+        assert told(now, windowed(0.25), *none) == ["against b.json: 0 of 9 layers are worse than allowed; no change"]
+        assert not any(compare(now, windowed(0.25), none, TRAINED).regressions.values())
+    assert told(EARLIER, EARLIER) == [
+        "against b.json: 0 of 9 layers are worse than allowed; no change; unpaired: the earlier run does not tell what "
+        "each window gave"
+    ]
+
+
+def test_other_windows_are_not_paired_and_that_is_said_once() -> None:
+    """Where the windows differ or were not kept the comparison is what it was, and one line says so."""
+    for before, why in ((windowed(0.25, "other"), "the windows of the text are not the same"),
+                        (EARLIER, "the earlier run does not tell what each window gave")):  # fmt: skip
+        lines = told(windowed(0.28), before)
+        assert lines[0] == f"against b.json: 0 of 9 layers are worse than allowed; unpaired: {why}"
+        assert lines[1] == f"  largest change for the worse: preservation 0.03125 → 0.035 (+12.000%) in {Q0}"
+        assert not any("±" in line or "unpaired" in line for line in lines[1:])
+    (fault,) = compare(windowed(0.28), EARLIER, [Limit("preservation", 0.05, True)], TRAINED).regressions[Q0]
+    assert fault == "preservation 0.03125 → 0.035 (+12.000%) is worse by more than 5%"
+
+
+def test_the_predictions_are_compared_as_well() -> None:
+    """A limit on a figure of the drift fails the drift, with the margin of the difference where it has one."""
+
+    def run(adapted: float) -> RunStats:
+        found = TextDrift(40, 2.0, adapted, 0.02, 0.1, 0.1)
+        sums = {
+            "base_loss": [36.0, 36.0],
+            "adapted_loss": [18 * adapted - 1, 18 * adapted + 1],
+            "divergence": [0.1, 0.7],
+        }
+        kept = ByWindow.of(OF_PREDICTIONS, found, ([20.0, 20.0], [18.0, 18.0]), sums)
+        return dataclasses.replace(windowed(0.25), drift=Drift("b", dataclasses.replace(found, by_window=kept)))
+
+    compared = compare(run(2.05), run(2.01), [Limit("loss-rise", 0.01, False)], TRAINED)
+    assert [str(change) for change in compared.drift] == [
+        "divergence 0.02 → 0.02 (+0.000%), no change",
+        f"loss-rise 0.01 → 0.05 (+400.000%), worse by 0.04 ± {compared.drift[1].margin:.2g}",
+    ]
+    assert compared.drift[1].margin == pytest.approx(0, abs=1e-6)  # both windows rose alike
+    assert compared.drift_regressions == (f"{compared.drift[1]}: more than the 0.01 allowed",)
+    assert compare(run(2.01), run(2.01), [Limit("loss-rise", 0, False)], TRAINED).is_none
 
 
 @given(before=st.floats(0, 1e6), now=st.floats(0, 1e6), more=st.floats(0, 1e6), limit=st.floats(0, 10))

@@ -144,3 +144,10 @@ def test_json_holds_what_decided() -> None:
         "lower_is_better": True,
         "subject": "drift",
     }
+
+
+def test_predictions_that_are_worse_than_an_earlier_run_allows_are_not_to_be_deployed() -> None:
+    """What fails the test `drift` beside its bounds is a reason of its own, as what fails a layer is."""
+    told = decide(good(), Expectations(drift_faults=["divergence 0.01 → 0.02 is worse by more than 5%"]))
+    assert told.call is Call.STOP
+    assert told.sentence == "divergence 0.01 → 0.02 is worse by more than 5%"
