@@ -87,7 +87,7 @@ class Decision:
 
     Attributes:
         call: What to do.
-        reasons: What decided, the weightiest first, `DECIDING` at most.
+        reasons: All that speaks for it, the weightiest first.
         causes: The mistakes behind it, by name.
         thresholds: What the averages and the predictions were held against.
     """
@@ -96,6 +96,11 @@ class Decision:
     reasons: tuple[Reason, ...]
     causes: tuple[Diagnosis, ...] = ()
     thresholds: tuple[Threshold, ...] = ()
+
+    @property
+    def deciding(self) -> tuple[Reason, ...]:
+        """The reasons that are told where there is little room."""
+        return self.reasons[:DECIDING]
 
     @property
     def sentence(self) -> str:
@@ -116,7 +121,7 @@ class Decision:
             "verdict": str(self.call),
             "tier": None if self.call.tier is None else str(self.call.tier),
             "sentence": self.sentence,
-            "figures": [reason.to_dict() for reason in self.reasons],
+            "figures": [reason.to_dict() for reason in self.deciding],
             "thresholds": {threshold.figure: _bounds(threshold) for threshold in self.thresholds},
             "causes": [{"cause": cause.cause, "more": cause.page} for cause in self.causes],
         }
@@ -160,7 +165,7 @@ def decide(
     thresholds = tuple(t for subject in (MODEL, DRIFT) for t in expectations.thresholds(subject))
 
     def called(call: Call, reasons: Sequence[Reason]) -> Decision:
-        return Decision(call, tuple(reasons[:DECIDING]), tuple(causes), thresholds)
+        return Decision(call, tuple(reasons), tuple(causes), thresholds)
 
     if wrong:
         return called(Call.STOP, wrong)
@@ -317,7 +322,7 @@ def against_chance(leakage: float) -> str:
 
 _PLAIN: Mapping[str, Callable[[float], str]] = {
     "loss-rise": lambda value: _likelier("preserved", -value),
-    "divergence": lambda value: f"its predictions on the preserved text moved by {value:.2g} nats a token",
+    "divergence": lambda value: f"predictions moved by {value:.2g} nats a token",
     "task-gain": lambda value: _likelier("task", value),
     "leakage": lambda value: f"on the preserved text its input space is {against_chance(value)}",
     "preservation": lambda value: f"{share(value)} of the preserved text's activations reach it",

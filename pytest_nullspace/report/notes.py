@@ -196,6 +196,19 @@ def conditions(run: RunStats) -> str | None:
         return None
 
 
+def measured_on(run: RunStats) -> str | None:
+    """The same in few words: the texts stand in the header."""
+    try:
+        seconds, of = run.about["measured"]["seconds"], ("text", "task_text") if run.has_task else ("text",)
+        tokens = " and ".join(f"{run.about[what]['tokens']:,}" for what in of)
+        return (
+            f"{tokens} tokens; {printable(run.about['device'])} {printable(run.about['dtype'])}; "
+            f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s{_backed_off(run)}"
+        )
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
 def _backed_off(run: RunStats) -> str:
     asked, *halved = run.about["measured"].get("batch_sizes") or [1]
     return f"; no memory for {asked:d} windows a forward, so {halved[-1]:d}" if halved else ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier, Verdict
-from pytest_nullspace.report import doubts, model, notes
+from pytest_nullspace.report import brief, doubts, model, notes, verdict
 from pytest_nullspace.report.layout import Form, table, with_faults, wrapped
 from pytest_nullspace.report.words import (
     beside,
@@ -27,21 +27,34 @@ if TYPE_CHECKING:
     import pytest
     from _pytest._io import TerminalWriter
 
+    from pytest_nullspace.judging.decision import Decision
+
 WORST_SHOWN = 5
+BLOCKS = 2
+"""The verbosity beyond which each layer has its block."""
 WIDTH = 60
 MARGIN = 4
 
 
-def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expectations) -> None:
-    """Print the report of one checkpoint: with ``-v`` a block for each layer, with ``-vv`` where the time went."""
+def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expectations, decision: "Decision") -> None:
+    """Print the report of one checkpoint in brief, its verdict first.
+
+    With ``-v`` it is whole and has a row for each layer, with ``-vv`` it tells where the time went, with ``-vvv`` it
+    shows the reference's block for each layer.
+    """
     verdicts = [judge(layer, expectations) for layer in run.layers]
-    if reporter.verbosity > 0:
-        for layer, verdict in zip(run.layers, verdicts, strict=True):
-            write_lines(reporter, ((line, None) for line in block(layer, verdict)))
-        write_lines(reporter, ((line, None) for line in model.built_as(run)))
+    width = columns(reporter._tw)
+    if reporter.verbosity <= 0:
+        write_lines(reporter, brief.summary(run, verdicts, expectations, decision, width))
+        return
+    write_lines(reporter, verdict.lines(decision))
+    if reporter.verbosity > BLOCKS:
+        for layer, judged in zip(run.layers, verdicts, strict=True):
+            write_lines(reporter, ((line, None) for line in block(layer, judged)))
+    write_lines(reporter, ((line, None) for line in model.built_as(run)))
     if reporter.verbosity > 1 and (told := notes.time_spent(run)) is not None:
         write_lines(reporter, [(told, None)])
-    write_lines(reporter, summary(run, verdicts, expectations, columns(reporter._tw)))
+    write_lines(reporter, summary(run, verdicts, expectations, width, len(verdicts)))
 
 
 def columns(writer: "TerminalWriter") -> int:
@@ -108,37 +121,31 @@ def _figure_line(layer: LayerStats, figure: str, marks: Mapping[str, str]) -> st
 
 
 def summary(
-    run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations, width: float = math.inf
+    run: RunStats,
+    verdicts: Sequence[Verdict],
+    expectations: Expectations,
+    width: float = math.inf,
+    shown: int = WORST_SHOWN,
 ) -> Iterator[tuple[str, Tier | None]]:
-    """The lines of the summary, each with the tier that colours it, the table as ``width`` columns show it."""
+    """The lines of the whole summary, each with the tier that colours it.
+
+    Args:
+        run: What was measured.
+        verdicts: On each of its layers.
+        expectations: What it was held against.
+        width: Columns of the terminal.
+        shown: How many layers have a row, the worst first.
+    """
     conditions = notes.conditions(run)
     if conditions is not None:
         yield conditions, None
-    gated = [verdict.tier for verdict in verdicts if verdict.gated]
-    in_part = [Tier.WARN] if len(gated) < run.checkpoint_layers else []
-    yield (
-        f"gated {len(gated)} of {run.checkpoint_layers} layers: {notes.tally(verdicts)}",
-        Tier.worst([*gated, *in_part]),
-    )
-    if (told := notes.ungated(verdicts, expectations)) is not None:
-        yield told, Tier.WARN
+    yield from brief.counted(run, verdicts, expectations)
     if not run.layers and run.drift is None:
-        yield "no layer was measured; what follows is read from the files", Tier.WARN
         return
-    absent = notes.not_measured(run)
-    if absent is not None:
-        yield absent, Tier.WARN
-    negative = notes.negative_scales(run.layers)
-    if negative is not None:
-        yield negative, Tier.WARN
-    if (profile := notes.profile(expectations)) is not None:
-        yield profile, None
-    if names := notes.outside_of(run):
-        yield notes.outside(names), Tier.WARN
-    yield from ((remark, Tier.WARN) for remark in (*model.remarks(run), *model.unreached(verdicts)))
+    yield from brief.cautions(run, verdicts, expectations)
     yield from ((doubt, Tier.WARN) for doubt in doubts.all_of(verdicts, run, expectations))
     yield "", None
-    yield from _table(run, verdicts, width)
+    yield from _table(run, verdicts, width, shown)
     for line in notes.best_possible(run):
         yield line, None
     if run.drift is not None:
@@ -151,9 +158,9 @@ def summary(
         yield from reading(averages)
 
 
-def _table(run: RunStats, verdicts: Sequence[Verdict], width: float) -> Iterator[tuple[str, Tier | None]]:
+def _table(run: RunStats, verdicts: Sequence[Verdict], width: float, shown: int) -> Iterator[tuple[str, Tier | None]]:
     ordered = sorted(zip(run.layers, verdicts, strict=True), key=lambda pair: pair[1].severity, reverse=True)
-    worst = ordered[:WORST_SHOWN]
+    worst = ordered[:shown]
     rows: list[LayerStats | RunStats] = [*(layer for layer, _ in worst), run]
     exact = [figures(row, run.expected) for row in rows]
     short = [[scanned_figure(row, figure) for figure in run.expected] for row in rows]
@@ -163,10 +170,10 @@ def _table(run: RunStats, verdicts: Sequence[Verdict], width: float) -> Iterator
         Form(run.expected, short),
         Form([figure.short or figure.name for figure in judged], short),
     )
-    names = [*(f"{mark(verdict)} {printable(layer.name)}" for layer, verdict in worst), "  average"]
+    names = [*(f"{mark(judged_as)} {printable(layer.name)}" for layer, judged_as in worst), "  average"]
     title, *lines = table("worst layers" if len(ordered) > len(worst) else "layers", names, forms, width)
     yield title, None
-    for line, (_, verdict) in zip(lines, worst, strict=False):
-        tier = None if verdict.tier is Tier.PASS else colour(verdict)
-        yield from ((told, tier) for told in with_faults(line, faults(verdict), width))
+    for line, (_, judged_as) in zip(lines, worst, strict=False):
+        tier = None if judged_as.tier is Tier.PASS else colour(judged_as)
+        yield from ((told, tier) for told in with_faults(line, faults(judged_as), width))
     yield lines[-1], None

@@ -3,24 +3,45 @@
 from collections.abc import Iterator
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.decision import Decision
-from pytest_nullspace.judging.verdicts import Tier
+from pytest_nullspace.judging.decision import Decision, Reason
+from pytest_nullspace.judging.verdicts import Finding, Tier
 from pytest_nullspace.report.words import MARKS
+
+GROUPS_SHOWN = 4
 
 
 def lines(decision: Decision) -> Iterator[tuple[str, Tier | None]]:
-    """The verdict, what decided, and where to read on, each with the tier that colours it."""
+    """The verdict, what decided it in groups, and where to read on."""
     yield f"verdict: {decision.call}: {printable(decision.sentence, 1000)}", decision.call.tier or Tier.FAIL
-    for reason in decision.reasons:
-        if reason.detail:
-            yield (
-                f"{MARKS[reason.tier]} {printable(reason.words, 1000)} ({printable(reason.detail, 1000)})",
-                reason.tier,
-            )
+    shown = decision.reasons[:GROUPS_SHOWN]
+    for reason in shown:
+        if reason.finding is not None:
+            yield f"{MARKS[reason.tier]} {_group(reason) if reason.layers else _figure(reason)}", reason.tier
         elif reason is not decision.reasons[0]:
             yield f"{MARKS[reason.tier]} {printable(reason.words, 1000)}", reason.tier
+    if len(decision.reasons) > len(shown) and decision.call.tier is not Tier.PASS:
+        yield f"  ... and {len(decision.reasons) - len(shown)} more (all with -v)", None
     for cause in decision.causes:
         yield f"cause: {cause.cause}; more: {cause.page}", None
+
+
+def _figure(reason: Reason) -> str:
+    assert reason.finding is not None
+    return f"{in_short(reason.finding, reason.tier)}: {printable(reason.words, 1000)}"
+
+
+def _group(reason: Reason) -> str:
+    assert reason.finding is not None
+    figure, value = reason.finding.threshold.figure, reason.finding.value
+    return f"{figure}: {reason.layers:,} layers, worst {printable(reason.subject)} {value:.3g}"
+
+
+def in_short(finding: Finding, tier: Tier) -> str:
+    """A figure with its margin, and the bound that it is held against."""
+    threshold, margin = finding.threshold, "" if finding.margin is None else f" ± {finding.margin:.2g}"
+    bound = threshold.fails if tier is Tier.FAIL else threshold.passes
+    sign = "<" if (finding.value < bound) else ">"
+    return f"{threshold.figure} {finding.value:.3g}{margin} {sign} {bound:g}"
 
 
 def last(decision: Decision, name: str | None) -> str:

@@ -74,7 +74,8 @@ class Gate:
         self._problems: list[str] = []
         self._failed: dict[str, str] = {}
         self.decisions: dict[str, Decision] = {}
-        config.pluginmanager.register(LastWord(self.decisions), "nullspace-last-word")
+        prefixes = {self._where(run): f"{node_id(run.file, config.rootpath)}::" for run in self.runs}
+        config.pluginmanager.register(LastWord(self.decisions, prefixes), "nullspace-last-word")
         self._no_room: str | None = None
         self._folder: TemporaryDirectory[str] | None = None
         shared = getattr(config, "workerinput", {}).get(_SHARED)
@@ -200,8 +201,9 @@ class Gate:
             prefix = f"{node_id(file, self._config.rootpath)}::"
             run.judged = {name.removeprefix(prefix) for name in self._judged if name.startswith(prefix)}
             failed = {name: told for name, told in self._failed.items() if name.startswith(prefix)}
-            where = node_id(run.path, self._config.rootpath)
-            self.decisions[where] = decided(run, {name.removeprefix(prefix): told for name, told in failed.items()})
+            self.decisions[self._where(run)] = decided(
+                run, {name.removeprefix(prefix): told for name, told in failed.items()}
+            )
         if self._reports:
             record(session.config, self.decisions)
             self._write()
@@ -260,21 +262,26 @@ class Gate:
             self._problems.append(str(error))
 
     def _decision(self, run: GatedRun) -> Decision:
-        return self.decisions[node_id(run.path, self._config.rootpath)]
+        return self.decisions[self._where(run)]
+
+    def _where(self, run: GatedRun) -> str:
+        """How reports name what is gated."""
+        return node_id(run.path, self._config.rootpath)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the report of every checkpoint, then whatever keeps the run from being complete."""
         for run in self.runs:
             outcome = run.peek()
             if outcome is not None:
-                terminalreporter.section(f"nullspace: {node_id(run.path, self._config.rootpath)}")
-                terminal.write_lines(terminalreporter, verdict.lines(self._decision(run)))
+                terminalreporter.ensure_newline()
+                terminalreporter.section(f"nullspace: {self._where(run)}")
+                every = terminalreporter.verbosity > 0
                 weighed = run.against.told(outcome).weights
                 if weighed is None:
-                    terminal.write(terminalreporter, outcome, run.expectations(outcome))
+                    terminal.write(terminalreporter, outcome, run.expectations(outcome), self._decision(run))
                 else:
+                    terminal.write_lines(terminalreporter, verdict.lines(self._decision(run)))
                     faults = partial(run.against.weight_faults, outcome)
-                    every = terminalreporter.verbosity > 0
                     lines = weights.summary(
                         weighed,
                         faults,
@@ -284,7 +291,9 @@ class Gate:
                         run.expectations(outcome).gates,
                     )
                     terminal.write_lines(terminalreporter, lines)
-                terminal.write_lines(terminalreporter, notes(run, outcome, every=terminalreporter.verbosity > 0))
+                terminal.write_lines(terminalreporter, notes(run, outcome, every))
+                if every:
+                    terminal.write_lines(terminalreporter, changes.diagnosis(run.diagnoses(outcome)))
         while self._problems:
             terminalreporter.write_line(f"nullspace: NOT GATED: {self._problems.pop(0)}", red=True, bold=True)
         if self._no_room is not None:
@@ -302,7 +311,8 @@ class Gate:
 
 def _page(run: GatedRun, outcome: RunStats, decision: Decision) -> Page:
     """The Markdown report of one run."""
-    weighed, told = run.against.told(outcome).weights, [line for line, _ in notes(run, outcome)]
+    lines = [*notes(run, outcome), *changes.diagnosis(run.diagnoses(outcome))]
+    weighed, told = run.against.told(outcome).weights, [line for line, _ in lines]
     expectations = run.expectations(outcome)
     if weighed is None:
         return markdown.page(outcome, expectations, told, decision)
@@ -318,7 +328,7 @@ def _diagnosed(run: GatedRun, outcome: RunStats) -> RunStats:
 
 
 def notes(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[str, Tier | None]]:
-    """What a report says below the figures, in lines: the run against its start and an earlier one, and the causes.
+    """What a report says below the figures, in lines: the run against its start and an earlier one.
 
     With ``every`` layer by layer where there is so much to say.
     """
@@ -333,4 +343,4 @@ def notes(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[s
         lines.append(changes.held_out(outcome, run.against.start))
     if compared is not None and run.against.earlier_file is not None:
         lines += changes.comparison(compared, run.against.earlier_file, run.against.missing)
-    return [*lines, *changes.diagnosis(run.diagnoses(outcome))]
+    return lines

@@ -1,19 +1,31 @@
-"""What the gate does to pytest's own summary: the verdict is the last line of all, and stands in JUnit's file."""
+"""What the gate does to pytest's own summary: its failures are told once for all layers, and the verdict comes last."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 from _pytest.junitxml import xml_key
 
+from pytest_nullspace.errors import NullspaceWarning
 from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.report import terminal, verdict
 
+_FAILED = "error", "failed"
+"""How the terminal calls tests that did not pass."""
+LISTED = 3
+"""Tests of a run of the gate that the list of failed ones names at most."""
+
 
 class LastWord:
-    """A plugin whose hooks wrap those of pytest's terminal."""
+    """A plugin whose hooks wrap those of pytest's terminal.
 
-    def __init__(self, decisions: Mapping[str, Decision]) -> None:
-        self._decisions = decisions
+    The report of a run groups its failures. So pytest shows no block for each of them, and lists a few; with ``-v`` all
+    are shown. What it counts, and what every other plugin sees, is left as it is.
+    """
+
+    def __init__(self, decisions: Mapping[str, Decision], prefixes: Mapping[str, str]) -> None:
+        """Take the verdicts, by name, and how the ids of each run's tests begin; both are filled in later."""
+        self._decisions, self._prefixes = decisions, prefixes
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)  # around the terminal's, which ends with pytest's counts
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, None, None]:
@@ -24,6 +36,85 @@ class LastWord:
             for name, decision in self._decisions.items():
                 of = name if len(self._decisions) > 1 else None
                 terminal.write_lines(reporter, [(verdict.last(decision, of), decision.call.tier)])
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
+        """Within the hook the terminal's own sections leave out what is told elsewhere."""
+        left_out = 0 if terminalreporter.verbosity > 0 else self._shorten(terminalreporter)
+        yield
+        if left_out:
+            terminalreporter.write_line(f"... and {left_out:,} more (all with -v)")
+
+    def _shorten(self, reporter: pytest.TerminalReporter) -> int:
+        """Have the terminal leave out what is told elsewhere; how many tests its list of failed ones will lack."""
+        failed = self._failed(reporter)
+        whole = {report.nodeid for report in _unlike(report for report in failed if not self._is_told(report))}
+        named = whole.union(*(self._listed(name, failed) for name in self._decisions))
+
+        def shows(ids: Collection[str]) -> Callable[[Any], bool]:
+            return lambda report: not self._is_ours(report) or report.nodeid in ids
+
+        for section in ("summary_errors", "summary_failures"):
+            _wrap(reporter, section, _FAILED, shows(whole))
+        _wrap(reporter, "summary_warnings", ("warnings",), lambda told: not self._is_our_warning(told))
+        if not reporter.hasopt("f") or _asked_for_all(reporter):
+            return 0
+        _wrap(reporter, "short_test_summary", _FAILED, shows(named))
+        return sum(report.nodeid not in named for report in failed)
+
+    def _is_ours(self, report: Any) -> bool:
+        return isinstance(report, pytest.TestReport) and report.nodeid.startswith(tuple(self._prefixes.values()))
+
+    def _is_told(self, report: pytest.TestReport) -> bool:
+        """Whether the report of the run tells of it: what failed by a figure or by its weights."""
+        return report.when == "call" and any(name in ("tier", "gated_on") for name, _ in report.user_properties)
+
+    def _is_our_warning(self, told: Any) -> bool:
+        ours = (told.nodeid or "").startswith(tuple(self._prefixes.values()))
+        return ours and f"{NullspaceWarning.__name__}: " in told.message
+
+    def _failed(self, reporter: pytest.TerminalReporter) -> list[pytest.TestReport]:
+        return [report for what in _FAILED for report in reporter.stats.get(what, ()) if self._is_ours(report)]
+
+    def _listed(self, name: str, failed: Sequence[pytest.TestReport]) -> Sequence[str]:
+        """The ids of one run's tests that are listed: of each group of failures the worst, then the first."""
+        prefix = self._prefixes[name]
+        here = [report.nodeid for report in failed if report.nodeid.startswith(prefix)]
+        worst = [f"{prefix}{reason.subject}" for reason in self._decisions[name].reasons]
+        return list(dict.fromkeys([*(test for test in worst if test in {*here}), *here[:LISTED]]))[:LISTED]
+
+
+def _unlike(reports: Iterable[pytest.TestReport]) -> Iterator[pytest.TestReport]:
+    """The first of those that say the same."""
+    told: set[str] = set()
+    for report in reports:
+        if report.longreprtext not in told:
+            told.add(report.longreprtext)
+            yield report
+
+
+def _asked_for_all(reporter: pytest.TerminalReporter) -> bool:
+    """Whether the list of all failed tests was asked for by name, as ``-rf`` and ``-rA`` do."""
+    asked = reporter.config.option.reportchars
+    return "A" in asked or (asked != "fE" and "f" in asked)
+
+
+def _wrap(
+    reporter: pytest.TerminalReporter, section: str, categories: Sequence[str], shown: Callable[[Any], bool]
+) -> None:
+    """Have one of the terminal's sections see of its reports those alone of which ``shown`` is true."""
+    own = getattr(reporter, section, None)
+    if own is not None:  # else a terminal of another making, which has sections of its own
+
+        def seeing() -> None:
+            held = {what: reporter.stats[what] for what in categories if what in reporter.stats}
+            try:
+                reporter.stats.update({what: list(filter(shown, told)) for what, told in held.items()})
+                own()
+            finally:
+                reporter.stats.update(held)
+
+        setattr(reporter, section, seeing)
 
 
 def record(config: pytest.Config, decisions: Mapping[str, Decision]) -> None:

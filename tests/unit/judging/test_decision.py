@@ -48,7 +48,7 @@ def test_what_forgets_is_not_to_be_deployed_and_the_predictions_are_told_before_
     assert told.sentence == "it forgets: the preserved text is 26 % less likely"
     assert [reason.words for reason in told.reasons] == [
         "the preserved text is 26 % less likely",
-        "its predictions on the preserved text moved by 0.33 nats a token",
+        "predictions moved by 0.33 nats a token",
         "1 of 9 layers have no null space of the preserved text",
     ]
     assert told.reasons[0].detail == "loss-rise 0.3 ± 0.0005, bound 0.15"

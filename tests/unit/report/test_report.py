@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_nullspace.checkpoint import Checkpoint, LayerSpec
+from pytest_nullspace.judging.decision import decide
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages
 from pytest_nullspace.judging.profiles import Chosen, Profile
 from pytest_nullspace.judging.verdicts import Tier
@@ -207,15 +208,16 @@ def test_a_summary_of_a_foreign_file_is_not_stopped_by_what_it_lacks() -> None:
         assert summary(dataclasses.replace(run_of(EXAMPLE), about=about))[0][0].startswith("gated")
 
 
-@pytest.mark.parametrize(("verbose", "blocks"), [(0, 0), (1, 2)])
+@pytest.mark.parametrize(("verbose", "blocks"), [(0, 0), (1, 0), (2, 0), (3, 2)])
 def test_blocks_are_printed_when_asked_for(
     pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch, verbose: int, blocks: int
 ) -> None:
-    """The real terminal reporter prints the summary always, and a block for each layer with ``-v``."""
+    """The real terminal reporter prints the summary always, and a block for each layer with ``-vvv``."""
     out = io.StringIO()
     with monkeypatch.context() as patch:
         patch.setattr(pytestconfig.option, "verbose", verbose)
-        terminal.write(pytest.TerminalReporter(pytestconfig, out), run_of(EXAMPLE, LOST), TRAINED)
+        run = run_of(EXAMPLE, LOST)
+        terminal.write(pytest.TerminalReporter(pytestconfig, out), run, TRAINED, decide(run, TRAINED))
     assert out.getvalue().count("Layer: ") == blocks
     assert "gated 2 of 2 layers: 1 green, 0 to look at, 1 red" in out.getvalue()
 

@@ -1,0 +1,97 @@
+"""The report on the terminal in few lines, whatever the number of layers: what decided, and where to read on."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.judging.decision import Decision, plain
+from pytest_nullspace.judging.invariants import Expectations, judge_drift
+from pytest_nullspace.judging.verdicts import Tier, Verdict
+from pytest_nullspace.report import doubts, model, notes, verdict
+from pytest_nullspace.report.layout import Form, table, with_faults
+from pytest_nullspace.report.words import colour, faults, mark, scanned_figure
+from pytest_nullspace.run.stats import LayerStats, RunStats
+
+WORST_SHOWN = 3
+COLUMNS_LEAST = 3
+Line = tuple[str, Tier | None]
+
+
+def summary(
+    run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations, decision: Decision, width: float
+) -> Iterator[Line]:
+    """The lines of the summary, each with the tier that colours it; ``-v`` shows all of what they tell the first of."""
+    yield from verdict.lines(decision)
+    yield from _predictions(run, expectations, decision)
+    if (told := notes.measured_on(run)) is not None:
+        yield told, None
+    yield from counted(run, verdicts, expectations)
+    yield from cautions(run, verdicts, expectations)
+    yield from ((_first(doubt), Tier.WARN) for doubt in doubts.all_of(verdicts, run, expectations))
+    if run.layers:
+        yield "", None
+        yield from _table(run, verdicts, decision, width)
+
+
+def counted(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations) -> Iterator[Line]:
+    """How many layers came to which tier, and which did not."""
+    gated = [verdict.tier for verdict in verdicts if verdict.gated]
+    in_part = [Tier.WARN] if len(gated) < run.checkpoint_layers else []
+    told = f"gated {len(gated)} of {run.checkpoint_layers} layers: {notes.tally(verdicts)}"
+    yield told, Tier.worst([*gated, *in_part])
+    if (left := notes.ungated(verdicts, expectations)) is not None:
+        yield left, Tier.WARN
+    if not run.layers and run.drift is None:
+        yield "no layer was measured; what follows is read from the files", Tier.WARN
+
+
+def cautions(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations) -> Iterator[Line]:
+    """What lies outside of what was judged, and what is unusual in it."""
+    told = notes.not_measured(run), notes.negative_scales(run.layers)
+    yield from ((line, Tier.WARN) for line in told if line is not None)
+    if (profile := notes.profile(expectations)) is not None:
+        yield profile, None
+    if names := notes.outside_of(run):
+        yield notes.outside(names), Tier.WARN
+    yield from ((remark, Tier.WARN) for remark in (*model.remarks(run), *model.unreached(verdicts)))
+
+
+def _predictions(run: RunStats, expectations: Expectations, decision: Decision) -> Iterator[Line]:
+    """The figures of the predictions that did not decide."""
+    if run.drift is None:
+        return
+    judged = judge_drift(run.drift, expectations)
+    shown = decision.reasons[: verdict.GROUPS_SHOWN]
+    told = [reason.finding.threshold.figure for reason in shown if reason.finding is not None]
+    for finding in judged.findings:
+        figure = finding.threshold.figure
+        if figure not in told:
+            words = f"{verdict.in_short(finding, finding.tier)}: {plain(figure, finding.value)}"
+            yield f"{mark(judged, finding.tier)} {words}", colour(judged, finding.tier)
+
+
+def _first(doubt: str) -> str:
+    """What is in doubt, without the example and the remedy."""
+    return re.split(r", such as |; | \(", doubt, maxsplit=1)[0]
+
+
+def _table(run: RunStats, verdicts: Sequence[Verdict], decision: Decision, width: float) -> Iterator[Line]:
+    """The worst layers, in the figures that decided before the others, as many as there is room for by their names."""
+    ordered = sorted(zip(run.layers, verdicts, strict=True), key=lambda pair: pair[1].severity, reverse=True)
+    worst = [pair for pair in ordered if pair[1].tier is not Tier.PASS][:WORST_SHOWN] or ordered[:1]
+    rows: list[LayerStats | RunStats] = [*(layer for layer, _ in worst), run]
+    findings = [reason.finding for reason in decision.reasons if reason.finding is not None]
+    first = [finding.threshold.figure for finding in findings if finding.threshold.figure in run.expected]
+    figures = list(dict.fromkeys([*first, *run.expected]))
+    least = min(COLUMNS_LEAST, len(figures))
+    forms = [
+        Form(figures[:count], [[scanned_figure(row, figure) for figure in figures[:count]] for row in rows])
+        for count in range(len(figures), least - 1, -1)
+    ]
+    names = [*(f"{mark(judged)} {printable(layer.name)}" for layer, judged in worst), "  average"]
+    title, *lines = table("worst layers" if len(ordered) > len(worst) else "layers", names, forms, width)
+    yield title, None
+    for line, (_, judged) in zip(lines, worst, strict=False):
+        tier = None if judged.tier is Tier.PASS else colour(judged)
+        yield from ((told, tier) for told in with_faults(line, faults(judged), width))
+    yield lines[-1], None
