@@ -269,7 +269,7 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
     if absent:
         yield Reason(f"not measured: {', '.join(absent)}", Tier.WARN)
     if expectations.stage is Stage.TRAINED and run.drift is None:
-        yield Reason("predictions not held against the base's: add --nullspace-drift", Tier.WARN)
+        yield Reason("predictions were not compared: add --nullspace-drift", Tier.WARN)
     for verdict in verdicts:
         for finding in verdict.findings if verdict.subject == DRIFT else ():
             if finding.uncertain:
@@ -347,7 +347,7 @@ _WRONG: Mapping[str, str] = {
     "selectivity": "it acts on what it should spare",
 }
 _LAYERS: Mapping[str, str] = {
-    "leakage": "have no null space of the preserved text",
+    "leakage": "have no null space",
     "preservation": "let the preserved text in",
     "effectiveness": "have an update that is not what this stage asks for",
     "contribution": "have no effect on the output",

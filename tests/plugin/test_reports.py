@@ -37,61 +37,24 @@ collected 10 items
 
 stats.json F........F                                                    [100%]
 
-=================================== FAILURES ===================================
-____________________ layer model.layers.0.self_attn.q_proj _____________________
-preservation 1 > 0.5, leakage 14.4 > 0.75
-
-mean norms over 100 rows: ||X|| 8, ||BX|| 8, ||ABX|| 0.5, ||W_residual X|| 7.5, ||output|| 10
-✗ ||BX||/||X|| 1.00e+00 (pass < 0.1, fail > 0.5): the null space is lost: B reads what this text uses; was B \
-trained, or is this other data?
-✓ ||ABX||/||X|| 6.25e-02 (pass > 0.0001, fail < 1e-06): the adapter learned: A moved from zero to a meaningful value
-✗ leakage / chance 1.44e+01 (pass < 0.5, fail > 0.75): not a null space of this text: 14.4 times louder than \
-a random subspace
-_________________________________ layer model __________________________________
-leakage 1.614 > 0.75
-
-averages over 9 layers
-⚠ ||BX||/||X|| 1.39e-01 (pass < 0.1, fail > 0.5): the null space is degraded, but acceptable
-✓ ||ABX||/||X|| 6.25e-02 (pass > 0.0001, fail < 1e-06): the adapter learned: A moved from zero to a meaningful value
-✓ ||ABX||/||output|| 5.00% (pass > 0.0005, fail < 0.0002): a clear effect on the output
-✗ leakage / chance 1.61e+00 (pass < 0.5, fail > 0.75): not a null space of this text: 1.6 times louder than a \
-random subspace
 ============================ nullspace: stats.json =============================
-verdict: DO NOT DEPLOY: 1 of 9 layers have no null space of the preserved
-  text
-✗ 1 of 9 layers have no null space of the preserved text (leakage 14.4,
-  bound 0.75, model.layers.0.self_attn.q_proj)
-✗ 1 of 9 layers let the preserved text in (preservation 1, bound 0.5,
-  model.layers.0.self_attn.q_proj)
+verdict: DO NOT DEPLOY: 1 of 9 layers have no null space
+✗ leakage: 1 layer, worst model.layers.0.self_attn.q_proj 14.4
+✗ preservation: 1 layer, worst model.layers.0.self_attn.q_proj 1
 gated 9 of 9 layers: 8 green, 0 to look at, 1 red
 judged by its null space, what it forgets and what it learned (profile
   nullspace: a LoRA-Null directory)
 sink rows: this run does not tell of them, so a few rows may decide its
   ratios
 
-  worst layers                     preserv. effect. contrib. leakage
-✗ model.layers.0.self_attn.q_proj         1  0.0625      5 %    14.4
-✓ model.layers.0.mlp.up_proj         0.0312  0.0625      5 %   0.016
-✓ model.layers.0.mlp.down_proj       0.0312  0.0625      5 %   0.016
-✓ model.layers.1.self_attn.q_proj    0.0312  0.0625      5 %   0.016
-✓ model.layers.1.mlp.up_proj         0.0312  0.0625      5 %   0.016
-  average                             0.139  0.0625      5 %    1.61
-
-reading (averages over all layers):
-⚠ ||BX||/||X|| 1.39e-01 (pass < 0.1, fail > 0.5): the null space is
-  degraded, but acceptable
-✓ ||ABX||/||X|| 6.25e-02 (pass > 0.0001, fail < 1e-06): the adapter learned:
-  A moved from zero to a meaningful value
-✓ ||ABX||/||output|| 5.00% (pass > 0.0005, fail < 0.0002): a clear effect on
-  the output
-✗ leakage / chance 1.61e+00 (pass < 0.5, fail > 0.75): not a null space of
-  this text: 1.6 times louder than a random subspace
+  worst layers                     leakage preservation effectiveness
+✗ model.layers.0.self_attn.q_proj     14.4            1        0.0625
+  average                             1.61        0.139        0.0625
 =========================== short test summary info ============================
 FAILED stats.json::model.layers.0.self_attn.q_proj - Failed: preservation 1 >...
 FAILED stats.json::model - Failed: leakage 1.614 > 0.75
 ========================= 2 failed, 8 passed in 0s ==========================
-verdict: DO NOT DEPLOY: 1 of 9 layers have no null space of the preserved
-  text
+verdict: DO NOT DEPLOY: 1 of 9 layers have no null space
 """
 
 

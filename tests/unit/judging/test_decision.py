@@ -34,7 +34,7 @@ def test_a_good_adapter_is_safe_and_says_what_it_kept_and_learned() -> None:
     told = verdict(good())
     assert told.call is Call.SAFE
     assert told.sentence == "preserved text 0.6 % less likely, task text 49 % more likely"
-    assert [reason.finding.threshold.figure for reason in told.reasons if reason.finding is not None] == [
+    assert [reason.finding.threshold.figure for reason in told.deciding if reason.finding is not None] == [
         "loss-rise",
         "task-gain",
         "divergence",
@@ -49,7 +49,7 @@ def test_what_forgets_is_not_to_be_deployed_and_the_predictions_are_told_before_
     assert [reason.words for reason in told.reasons] == [
         "the preserved text is 26 % less likely",
         "predictions moved by 0.33 nats a token",
-        "1 of 9 layers have no null space of the preserved text",
+        "1 of 9 layers have no null space",
     ]
     assert told.reasons[0].detail == "loss-rise 0.3 ± 0.0005, bound 0.15"
     assert told.reasons[2].detail == f"leakage 14.4, bound 0.75, {saved.NAMES[0]}"
