@@ -17,7 +17,7 @@ from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import DRIFT, Stage
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
-from pytest_nullspace.report import changes, markdown, terminal, verdict, weights
+from pytest_nullspace.report import changes, html, markdown, terminal, verdict, weights
 from pytest_nullspace.report.layout import wrapped
 from pytest_nullspace.report.page import Page, joined
 from pytest_nullspace.run import saved
@@ -256,10 +256,18 @@ class Gate:
                     self._saved.append(file)
             pages = [_page(run, outcome, self._decision(run)) for run, outcome in measured]
             for file in self.settings.reports:
-                saved.write_atomically(file, joined(pages))
+                saved.write_atomically(file, self._html(measured) if file.suffix == ".html" else joined(pages))
             self._no_room = append_step_summary(pages)
         except NullspaceError as error:
             self._problems.append(str(error))
+
+    def _html(self, measured: Sequence[tuple[GatedRun, RunStats]]) -> str:
+        return html.page(
+            [
+                html.sheet(run.name, outcome, run.expectations(outcome), self._decision(run), changed(run, outcome))
+                for run, outcome in measured
+            ]
+        )
 
     def _decision(self, run: GatedRun) -> Decision:
         return self.decisions[self._where(run)]
@@ -332,6 +340,11 @@ def notes(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[s
 
     With ``every`` layer by layer where there is so much to say.
     """
+    return [*changed(run, outcome, every), *changes.diagnosis(run.diagnoses(outcome))]
+
+
+def changed(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[str, Tier | None]]:
+    """The run against its start and an earlier one, likewise."""
     lines: list[tuple[str, Tier | None]] = []
     audited, compared = run.against.told(outcome).audit, run.against.compared(outcome)
     if audited is not None:

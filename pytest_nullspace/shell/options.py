@@ -243,7 +243,14 @@ OPTIONS = (
         values.path,
         more="A superset of the reference script's file.",
     ),
-    Option("report", "FILE.md", "Write the report as Markdown.", values.report, repeatable=True),
+    Option(
+        "report",
+        "FILE",
+        "Write the report as Markdown into a FILE that ends in .md, or as one page with charts into FILE.html.",
+        values.report,
+        repeatable=True,
+        more="The page needs no network, and no script to be read.",
+    ),
     Option(
         "allow-unreached",
         "GLOB",

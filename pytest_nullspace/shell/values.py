@@ -142,8 +142,8 @@ def truth(given: Given) -> bool:
 def report(given: Given) -> Path:
     """A file for a report, whose suffix says of which kind."""
     file = path(given)
-    if file.suffix != ".md":
-        raise OptionError(f"takes a file that ends in .md, not {quoted(given.text)}")
+    if file.suffix not in (".md", ".html"):
+        raise OptionError(f"takes a file that ends in .md or .html, not {quoted(given.text)}")
     return file
 
 
