@@ -33,7 +33,8 @@ def _figure(reason: Reason) -> str:
 def _group(reason: Reason) -> str:
     assert reason.finding is not None
     figure, value = reason.finding.threshold.figure, reason.finding.value
-    return f"{figure}: {reason.layers:,} layer{'s' if reason.layers > 1 else ''}, worst {printable(reason.subject)} {value:.3g}"
+    many = f"{reason.layers:,} layer{'s' if reason.layers > 1 else ''}"
+    return f"{figure}: {many}, worst {printable(reason.subject)} {value:.3g}"
 
 
 def in_short(finding: Finding, tier: Tier) -> str:
