@@ -52,7 +52,8 @@ class Settings:
         calib_most: Windows to draw from each text at most, where their number is not given.
         weights_only: Whether the weights alone are gated, and no text is run.
         allow_unreached: Globs of the layers that no activation row need reach.
-        drift: Whether the predictions are held against the base model's.
+        drift: Whether the predictions are held against the base model's; None for where that can be had without
+            loading another model.
         spectrum: Whether the best that any subspace could do is reported.
         strict_scope: Whether a trained tensor that no layer test covers is a failure.
     """
@@ -77,7 +78,7 @@ class Settings:
     ranks: "Ranks"
     allow_unreached: tuple[str, ...] = ()
     strict_scope: bool = False
-    drift: bool = False
+    drift: bool | None = False
     spectrum: bool = False
     device_map: Mapping[int | str, int] | None = None
     init: Path | None = None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pytest_nullspace.judging.profiles import CONTRIBUTES, OF_AVERAGES, OF_LAYERS, STAND_IN
 from pytest_nullspace.run.figures import FIGURES, Bounds, Figure, Text
+from pytest_nullspace.settings import PREFIX
 from pytest_nullspace.shell.options import OPTIONS, Option
 
 ROOT = Path(__file__).parents[1]
@@ -33,12 +34,13 @@ def first_options() -> str:
 
 def _written(option: Option) -> str:
     value = f"={option.metavar}" if option.metavar else ""
-    return f"`{option.flag}{value}`" + (", repeatable" if option.repeatable else "")
+    off = f", `{PREFIX}{option.off}`" if option.off else ""
+    return f"`{option.flag}{value}`{off}" + (", repeatable" if option.repeatable else "")
 
 
 def _default(option: Option) -> str:
     if option.switch:
-        return "off"
+        return "auto" if option.off else "off"
     return f"`{option.default}`" if isinstance(option.default, str | int) else "–"
 
 
@@ -57,7 +59,7 @@ def figures() -> str:
 
 def _when(figure: Figure) -> str:
     """What it is judged beside."""
-    needs = {"`--nullspace-drift`": figure.of_predictions, "a task text": figure.needs_task}
+    needs = {"drift": figure.of_predictions, "a task text": figure.needs_task}
     needed = " and ".join(name for name, is_needed in needs.items() if is_needed)
     return f"with {needed}: " if needed else ""
 

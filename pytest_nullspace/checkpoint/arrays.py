@@ -49,6 +49,18 @@ def read_tensor(info: TensorInfo) -> "Array":
     return _floats(_raw(info), info.dtype).reshape(info.shape)
 
 
+ORTHONORMAL = 1e-2
+"""How far ``B Bᵀ`` may lie from the identity, in any element; half precision rounds."""
+
+
+def is_orthonormal(info: TensorInfo) -> bool:
+    """Whether its rows are."""
+    import numpy as np
+
+    rows = read_tensor(info)
+    return bool(np.abs(rows @ rows.T - np.eye(len(rows))).max() <= ORTHONORMAL)
+
+
 def norm(info: TensorInfo) -> float:
     """The Frobenius norm of a tensor, without all of it in float64 at once."""
     raw, count = _raw(info), math.prod(info.shape)

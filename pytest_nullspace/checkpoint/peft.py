@@ -9,7 +9,7 @@ whole modules.
 
 import re
 from collections.abc import Callable, Mapping
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,23 @@ def read(directory: Path) -> Checkpoint:
         base_revision=config.get("revision"),
         changed_base=_changed_base(config),
     )
+
+
+_OF_ADAPTER = (".lora_", ".trainable_tokens_delta")
+
+
+def writes_into_base(checkpoint: Checkpoint) -> list[str]:
+    """The tensors of the adapter that are the base's own: PEFT writes them there, and no switch takes them out again.
+
+    Of whole modules it keeps those of the base beside them.
+    """
+    whole = tuple(checkpoint.config.get("modules_to_save") or ())  # PEFT takes whatever ends so
+
+    def is_kept_beside(name: str) -> bool:
+        return any(path.endswith(whole) for path in accumulate(name.split("."), "{}.{}".format))
+
+    own = (name for name in checkpoint.outside if not any(part in name for part in _OF_ADAPTER))
+    return [name for name in own if not (whole and is_kept_beside(name))]
 
 
 def _is_number(value: object) -> bool:

@@ -21,15 +21,11 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self._since = time.perf_counter()
 
-    def on(self, what: str) -> None:
-        """All since the last part ended went on this one."""
+    def on(self, what: str, **within: float | None) -> None:
+        """All since the last part ended went on this one; ``within`` it, so much on what is named, if it was done."""
         now = time.perf_counter()
         self.seconds[what], self._since = now - self._since, now
-
-    def within(self, what: str, seconds: float | None) -> None:
-        """So much of the last part went on this one, if it was done at all."""
-        if seconds is not None:
-            self.seconds[what] = seconds
+        self.seconds |= {part: seconds for part, seconds in within.items() if seconds is not None}
 
     @property
     def rounded(self) -> dict[str, float]:

@@ -4,11 +4,15 @@ All of it is looked at before pytest collects, so that what is wrong is one usag
 """
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pytest_nullspace.checkpoint import Checkpoint, gguf
-from pytest_nullspace.checkpoint.header import read_header, read_json_object
+from pytest_nullspace.checkpoint.arrays import is_orthonormal
+from pytest_nullspace.checkpoint.header import printable, read_header, read_json_object
 from pytest_nullspace.checkpoint.hub import base_of, local_directory
+from pytest_nullspace.checkpoint.lora_null import DOWN
+from pytest_nullspace.checkpoint.peft import writes_into_base
 from pytest_nullspace.errors import CheckpointError, TextError
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.choice import TokenizerChoice
@@ -51,7 +55,44 @@ def read_texts(settings: Settings) -> Texts:
 
 def is_base_read(checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None) -> bool:
     """Whether a base model is read for ``checkpoint``: its own, or that with which drift compares it."""
-    return not checkpoint.carries_base or (settings.drift and initial is None and settings.base is not None)
+    return not checkpoint.carries_base or (bool(settings.drift) and initial is None and settings.base is not None)
+
+
+NOT_AT_HAND = f"the model with its adapter switched off is not the base, or writes no text; {PREFIX}drift tells more"
+_ANYWAY = f"{PREFIX}drift with {PREFIX}init=DIR, from which training started, measures it"
+
+
+def why_no_drift(checkpoint: Checkpoint, settings: Settings) -> str | None:
+    """Why the predictions are not held against the base's where nobody said that they shall; None where they are.
+
+    They are where the model with its adapter switched off is the base and predicts the next token, as far as the files
+    tell of the adapter alone.
+    """
+    if settings.profile == "reference":
+        return f"{PREFIX}profile=reference is the script to the letter, which has none; {PREFIX}drift adds it"
+    if not all(fnmatchcase(layer.name, settings.layers) for layer in checkpoint.layers):
+        return f"only a part of the layers is gated; {PREFIX}drift measures it"
+    if checkpoint.carries_base:
+        if is_orthonormal(checkpoint.tensors[f"{checkpoint.layers[0].name}.{DOWN}"]):
+            return None
+        return (
+            "the rows of B are not orthonormal, so that with the adapter switched off the weights may not be those of "
+            f"the base; {_ANYWAY}"
+        )
+    if checkpoint.config.get("task_type") != "CAUSAL_LM" and not _of_text_writer(checkpoint):
+        return "it is no causal language model"
+    if checkpoint.changed_base is not None:
+        return f"its initialisation changed the base's weights; {_ANYWAY}"
+    if written := writes_into_base(checkpoint):
+        return f"it holds weights of the base itself, such as {printable(written[0])}; {PREFIX}drift loads that again"
+    return None
+
+
+def _of_text_writer(checkpoint: Checkpoint) -> bool:
+    """Whether an adapter that names no task was saved from a class that writes text."""
+    parent = checkpoint.config.get("auto_mapping")
+    adapted = str(parent.get("base_model_class")) if isinstance(parent, Mapping) else ""
+    return checkpoint.config.get("task_type") is None and adapted.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def check_models(checkpoint: Checkpoint, initial: Checkpoint | None, settings: Settings, *, look: bool) -> None:

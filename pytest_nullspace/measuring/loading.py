@@ -157,7 +157,7 @@ def true_base(
     Raises:
         OptionError: It cannot be had, or the model is none whose predictions can be compared.
     """
-    if adapted.is_encoder_decoder or not _writes_text(adapted.model):
+    if not _is_compared(adapted):
         raise OptionError(f"{PREFIX}drift: {checkpoint.directory} is no causal language model; leave the option out")
     if initial is not None:
         of_start = None if initial.carries_base else base_of(initial, settings.base)
@@ -177,14 +177,25 @@ def true_base(
             return lambda: nullcontext(model), place
 
         return TrueBase(f"the base {base}", plain)
-    switched_off = adapted.switched_off
-    if switched_off is not None:
-        return TrueBase("the model with its adapter switched off", lambda: (switched_off, adapted.device))
+    if (at_hand := base_at_hand(adapted)) is not None:
+        return at_hand
     raise OptionError(
         f"{PREFIX}drift: {checkpoint.directory} does not hold its base model, for with the adapter switched off its "
         f"weights are others; give the checkpoint from which training started by {PREFIX}init=DIR"
         + (f", or the base model by {PREFIX}base=DIR" if checkpoint.carries_base else "")
     )
+
+
+def base_at_hand(adapted: "AdaptedModel") -> TrueBase | None:
+    """The base model where it is there without loading another, and its predictions can be compared."""
+    switched_off = adapted.switched_off
+    if switched_off is None or not _is_compared(adapted):
+        return None
+    return TrueBase("the model with its adapter switched off", lambda: (switched_off, adapted.device))
+
+
+def _is_compared(adapted: "AdaptedModel") -> bool:
+    return not adapted.is_encoder_decoder and _writes_text(adapted.model)
 
 
 def _writes_text(model: Any) -> bool:

@@ -106,7 +106,7 @@ class Measurement:
         def short() -> str:
             together = min(batches[-1], max(map(len, self.drawn.values())))
             lower = f"{PREFIX}seqlen or {PREFIX}batch-size" if together > 1 else f"{PREFIX}seqlen"
-            without = () if self.held_against is None else (f"leave {PREFIX}drift out",)
+            without = () if self.held_against is None else (f"give {PREFIX}no-drift",)
             return (
                 f"{self._short} in the pass of windows of {self.seqlen} tokens, {together} a forward, in "
                 f"{self.running}; {one_of(f'lower {lower}', *half_precision(self.running, 'take'), *without)}"

@@ -17,10 +17,11 @@ from pytest_nullspace.judging.audit import Audit, audit
 from pytest_nullspace.judging.weights import STATEMENT, weigh
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
-from pytest_nullspace.measuring.inputs import Texts, is_base_read, read_texts, sources
+from pytest_nullspace.measuring.inputs import NOT_AT_HAND, Texts, is_base_read, read_texts, sources
 from pytest_nullspace.measuring.limits import default_length, require_known_tokens, window_length
 from pytest_nullspace.measuring.loading import (
     Bases,
+    base_at_hand,
     device_name,
     device_of,
     dtype_of,
@@ -33,7 +34,7 @@ from pytest_nullspace.measuring.loading import (
 from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement, with_task
 from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory
 from pytest_nullspace.measuring.written import Request, Written, base_sha256, had, require_base
-from pytest_nullspace.run.stats import LayerStats, RunStats
+from pytest_nullspace.run.stats import WITHOUT_DRIFT, LayerStats, RunStats
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.choice import TokenizerChoice
 from pytest_nullspace.text.sources import SelfText
@@ -94,8 +95,7 @@ def measure_checkpoint(
     if settings.spectrum:
         figures = run.with_spectrum(figures)
     adapted.take_off()
-    clock.on("pass")
-    clock.within("drift", run.drift_seconds)
+    clock.on("pass", drift=run.drift_seconds)
     of_checkpoint = about.of_checkpoint(checkpoint)
     clock.on("hashes")
     require_unchanged(read.stamps)
@@ -108,6 +108,7 @@ def measure_checkpoint(
         about={
             **of_checkpoint,
             **about.of_model(adapted.kind, adapted.remarks),
+            **({WITHOUT_DRIFT: NOT_AT_HAND} if settings.drift is None and run.drift is None else {}),
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
             **about.of_texts(read.texts, run.read, seqlen, read.written),
             "tokenizer": read.tokenizer.told(read.texts, run.read, seqlen),
@@ -208,9 +209,13 @@ def _loaded(
     ):
         adapted = load(checkpoint, settings, device, dtype, base, bases)
     require_tokens_read(adapted, checkpoint)
-    if not settings.drift:
+    found = None
+    if settings.drift:
+        found = true_base(adapted, checkpoint, initial, base, settings, adapted.device, dtype)
+    elif settings.drift is None:
+        found = base_at_hand(adapted)
+    if found is None:
         return _Loaded(adapted, None, precision, running)
-    found = true_base(adapted, checkpoint, initial, base, settings, adapted.device, dtype)
     return _Loaded(adapted, HeldAgainst.of(checkpoint, found, running), precision, running)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.arrays import ORTHONORMAL
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, quoted
 from pytest_nullspace.checkpoint.lora_null import BIAS, PROTECT_DOWN
 from pytest_nullspace.errors import CheckpointError
@@ -70,9 +71,6 @@ class AdaptedLinear(nn.Module):
         protect_down = stored(self.PBLinear, "weight").to("cpu", torch.float64)
         return down - (down @ protect_up) @ protect_down
 
-
-ORTHONORMAL = 1e-2
-"""How far ``B Bᵀ`` may lie from the identity, in any element; half precision rounds."""
 
 _PARAMETER_OF = {"weight_residual": "residual.weight", BIAS: "bias"}
 """Names in the files that differ from the names in `AdaptedLinear`."""

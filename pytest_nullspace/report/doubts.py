@@ -124,8 +124,13 @@ def _windows(run: RunStats, figure: str) -> int:
 def all_of(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> Iterator[str]:
     """What keeps the figures from being trusted as they stand."""
     told = uncertain(verdicts, run, expectations), uncertain_drift(run, expectations), few_rows(run), repeated(run)
-    first = without_scale(run), other_tokenizer(run), sinks(verdicts, run)
+    first = without_drift(run), without_scale(run), other_tokenizer(run), sinks(verdicts, run)
     yield from (doubt for doubt in (*first, *told) if doubt is not None)
+
+
+def without_drift(run: RunStats) -> str | None:
+    """Why no drift was measured, where nobody had left it out; None if it was."""
+    return None if run.without_drift is None else f"drift not measured: {printable(run.without_drift, 1000)}"
 
 
 def without_scale(run: RunStats) -> str | None:

@@ -187,10 +187,9 @@ def conditions(run: RunStats) -> str | None:
     try:
         seconds = run.about["measured"]["seconds"]
         of_task = f"task {_extent(run, 'task_dataset', 'task_text')}; " if run.has_task else ""
-        of_drift = f", {seconds['drift']:.1f} s of it the base's predictions" if "drift" in seconds else ""
         return (
             f"{_extent(run, None, 'text')}; {of_task}{printable(run.about['device'])} {printable(run.about['dtype'])}; "
-            f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s{of_drift}{_backed_off(run)}"
+            f"loaded in {seconds['load']:.1f} s, pass {_passed(seconds)}{_backed_off(run)}"
         )
     except (KeyError, TypeError, ValueError, OverflowError):  # a file of another making may hold anything
         return None
@@ -203,10 +202,15 @@ def measured_on(run: RunStats) -> str | None:
         tokens = " and ".join(f"{run.about[what]['tokens']:,}" for what in of)
         return (
             f"{tokens} tokens; {printable(run.about['device'])} {printable(run.about['dtype'])}; "
-            f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s{_backed_off(run)}"
+            f"loaded in {seconds['load']:.1f} s, pass {_passed(seconds)}{_backed_off(run)}"
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _passed(seconds: Mapping[str, float]) -> str:
+    """How long the pass took, and how much of it the base's predictions."""
+    return f"{seconds['pass']:.1f} s" + (f" ({seconds['drift']:.1f} s for the base)" if "drift" in seconds else "")
 
 
 def _backed_off(run: RunStats) -> str:

@@ -33,6 +33,10 @@ SCALE_ZERO = "its scale is 0: lora_alpha or an alpha_pattern is 0 in adapter_con
 """Why an update is zero although its matrices are not."""
 
 
+WITHOUT_DRIFT = "without_drift"
+"""Where a run tells why its predictions were not held against the base's, although nobody had left that out."""
+
+
 @dataclass(frozen=True, slots=True)
 class Spectrum:
     """What the preserved text would allow at best in one layer.
@@ -340,6 +344,12 @@ class RunStats:
     checkpoint_layers: int
     about: Mapping[str, Any] = field(default_factory=dict)
     drift: Drift | None = None
+
+    @property
+    def without_drift(self) -> str | None:
+        """Why the predictions were not held against the base's, where that was neither demanded nor left out."""
+        why = self.about.get(WITHOUT_DRIFT)
+        return None if why is None or self.drift is not None else str(why)
 
     def layer(self, name: str) -> LayerStats | None:
         """The layer of that name, if it was measured."""

@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 
 class Option(NamedTuple):
-    """A row of the table: how an option is called, read and explained; ``more`` stands in docs/options.md alone."""
+    """A row of the table: how an option is called, read and explained; ``more`` stands in docs/options.md alone.
+
+    ``off`` is what the switch that turns it off is called, of one that is neither on nor off unless somebody says so.
+    """
 
     name: str
     metavar: str
@@ -20,6 +23,7 @@ class Option(NamedTuple):
     default: Any = None
     repeatable: bool = False
     switch: bool = False
+    off: str = ""
     more: str = ""
 
     @property
@@ -151,15 +155,16 @@ OPTIONS = (
     Option(
         "drift",
         "",
-        "Add the test `drift`: how far the predictions on the preserved text lie from the base model's, and how much "
-        "the task text gained.",
-        values.truth,
-        default=False,
+        "Demand the test `drift`, or leave it out: how far the predictions on the preserved text lie from the base "
+        "model's, and how much the task text gained. By itself it is there where the model with its adapter switched "
+        "off is the base.",
+        values.auto_or_truth,
         switch=True,
-        more="The base is the checkpoint of `--nullspace-init=DIR`, else, for a checkpoint that carries its "
-        "base, that of `--nullspace-base`, else the adapter switched off where that is the base, else, for "
-        "a PEFT adapter that holds weights of the base itself (saved embeddings, biases), that base "
-        "loaded once more. Where none can be had it is refused before the pass.",
+        off="no-drift",
+        more="In ini auto, true or false. Where it is demanded, the base is the checkpoint of "
+        "`--nullspace-init=DIR`, else, for a checkpoint that carries its base, that of `--nullspace-base`, else the "
+        "adapter switched off where that is the base, else, for a PEFT adapter that holds weights of the base itself "
+        "(saved embeddings, biases), that base loaded once more. Where none can be had it is refused before the pass.",
     ),
     Option(
         "spectrum",
@@ -279,6 +284,9 @@ def add_options(parser: "pytest.Parser") -> None:
         shown = text.replace("%", "%%")  # argparse formats the help of options, pytest prints that of ini keys as it is
         if option.switch:
             group.addoption(option.flag, dest=option.dest, action="store_const", const="true", default=None, help=shown)
+            if option.off:
+                off, told = PREFIX + option.off, f"Leave out what {option.flag} demands."
+                group.addoption(off, dest=option.dest, action="store_const", const="false", default=None, help=told)
         else:
             group.addoption(
                 option.flag,

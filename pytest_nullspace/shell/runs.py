@@ -20,7 +20,7 @@ from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.report import notes
 from pytest_nullspace.report import weights as weights_report
 from pytest_nullspace.run.figures import FIGURES, of_predictions
-from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.run.stats import WITHOUT_DRIFT, RunStats
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.shell.against import Against, read_run
 from pytest_nullspace.shell.once import MeasuredOnce
@@ -143,6 +143,8 @@ class CheckpointRun(GatedRun):
         self.checkpoint = checkpoint
         self._initial = None if settings.init_directory is None else open_checkpoint(settings.init_directory)
         self._bases, self._texts = bases, texts
+        asked = settings.drift is None and not settings.weights_only
+        self._without_drift = inputs.why_no_drift(checkpoint, settings) if asked else None
         if self.against.earlier is not None or self.against.start is not None:
             self.against.check_comparable(*pipeline.planned(checkpoint, settings))
 
@@ -154,7 +156,7 @@ class CheckpointRun(GatedRun):
     @property
     def figures(self) -> Collection[str]:
         """What the settings ask for."""
-        has_task, has_drift = self._settings.task_dataset is not None, self._settings.drift
+        has_task, has_drift = self._settings.task_dataset is not None, self.has_drift
         return [
             name
             for name, figure in FIGURES.items()
@@ -168,8 +170,11 @@ class CheckpointRun(GatedRun):
 
     @property
     def has_drift(self) -> bool:
-        """Whether the predictions are held against the base model's."""
-        return self._settings.drift
+        """Whether the predictions are held against the base model's, as far as that is known yet."""
+        asked, outcome = self._settings.drift, self.peek()
+        if asked is not None or self.weights_only:
+            return bool(asked)
+        return self._without_drift is None and (outcome is None or outcome.without_drift is None)
 
     @property
     def gates_all(self) -> bool:
@@ -223,6 +228,8 @@ class CheckpointRun(GatedRun):
                 self._initial,
                 self._texts,
             )
+        if self._without_drift is not None:
+            outcome = replace(outcome, about={**outcome.about, WITHOUT_DRIFT: self._without_drift})
         if self._initial is None:
             return outcome
         audited = pipeline.audit_checkpoint(checkpoint, self._initial, settings, layers)
@@ -264,8 +271,8 @@ class SavedRun(GatedRun):
 
     @property
     def has_drift(self) -> bool:
-        """Whether the saved run tells of the predictions."""
-        return self._saved.drift is not None
+        """Whether the saved run tells of the predictions, and they are to be judged."""
+        return self._saved.drift is not None and self._settings.drift is not False
 
     @property
     def has_audit(self) -> bool:

@@ -139,6 +139,16 @@ def truth(given: Given) -> bool:
     return given.text.lower() == "true"
 
 
+def auto_or_truth(given: Given) -> bool | None:
+    """True or false; None for ``auto``."""
+    if given.text.lower() == "auto":
+        return None
+    try:
+        return truth(given)
+    except OptionError:
+        raise OptionError(f"takes auto, true or false, not {quoted(given.text)}") from None
+
+
 def report(given: Given) -> Path:
     """A file for a report, whose suffix says of which kind."""
     file = path(given)

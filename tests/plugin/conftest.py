@@ -34,12 +34,18 @@ def checkpoint(made: Path, pytester: pytest.Pytester) -> Path:
 
 @pytest.fixture
 def gate(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Gate:
-    """Run pytest with the quick text options and a model, ``runs/ft`` unless told otherwise."""
+    """Run pytest with the quick text options and a model, ``runs/ft`` unless told otherwise.
+
+    Without drift unless ``auto`` is said or it is asked for: most tests are of something else.
+    """
     monkeypatch.setenv("COLUMNS", "400")  # so that no line of the summary is cut
 
-    def run(*args: str, model: str | None = "runs/ft", quick: tuple[str, ...] = QUICK) -> pytest.RunResult:
+    def run(
+        *args: str, model: str | None = "runs/ft", quick: tuple[str, ...] = QUICK, auto: bool = False
+    ) -> pytest.RunResult:
         models = () if model is None else (f"--nullspace-model={model}",)
-        return pytester.runpytest_subprocess("-p", "no:randomly", *models, *quick, *args)
+        drift = () if auto else ("--nullspace-no-drift",)
+        return pytester.runpytest_subprocess("-p", "no:randomly", *models, *drift, *quick, *args)
 
     return run
 

@@ -104,4 +104,4 @@ def test_the_tests_of_the_readme_run(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(test_own=code)
     result = pytester.runpytest_subprocess("--nullspace-model=runs/ft", "--nullspace-task-dataset=task.txt")
     assert result.ret == 0, result.outlines
-    result.assert_outcomes(passed=21 + 1 + 22)
+    result.assert_outcomes(passed=21 + 1 + 23)

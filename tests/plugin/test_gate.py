@@ -651,7 +651,7 @@ def full(*args, **more):
             "pytest_nullspace.measuring.drift",
             "_compared",
             "in the pass of windows of 32 tokens, 1 a forward, in float32 on cpu; lower --nullspace-seqlen, take "
-            "--nullspace-dtype=bfloat16, or leave --nullspace-drift out",
+            "--nullspace-dtype=bfloat16, or give --nullspace-no-drift",
         ),
     ],
     ids=["spectrum", "load", "drift"],

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,13 +117,8 @@ def test_a_base_that_cannot_be_had_is_refused(gate: Gate, pytester: pytest.Pytes
     plain.save_pretrained(pytester.path / "base")
     tiny.tokenizer(pytester.path / "base")
 
-    def oblique(tensors: dict[str, torch.Tensor], _: object) -> None:
-        for name in tensors:
-            if name.endswith("BLinear.weight"):
-                tensors[name] = 2 * tensors[name]
-
-    tiny.lora_null(pytester.path / "v1", change=oblique)
-    tiny.lora_null(pytester.path / "start", up_scale=0.0, change=oblique)
+    tiny.lora_null(pytester.path / "v1", change=oblique("proj"))
+    tiny.lora_null(pytester.path / "start", up_scale=0.0, change=oblique("proj"))
     refused = gate("--nullspace-drift", "-k", "drift", model="v1")
     assert refused.ret == 1
     refused.stdout.fnmatch_lines(
@@ -133,6 +129,77 @@ def test_a_base_that_cannot_be_had_is_refused(gate: Gate, pytester: pytest.Pytes
         result = gate("--nullspace-drift", base, *loose, model="v1")
         assert result.ret == 0, result.outlines
         result.stdout.fnmatch_lines([f"  base: the {base[12:16].replace('init', 'start')}*"])
+
+
+def oblique(*layers: str) -> Callable[[dict[str, torch.Tensor], object], None]:
+    """An edit that leaves B no orthonormal rows in the layers whose names end so."""
+
+    def edit(tensors: dict[str, torch.Tensor], _: object) -> None:
+        for name in tensors:
+            if name.endswith(tuple(f"{layer}.BLinear.weight" for layer in layers)):
+                tensors[name] = 2 * tensors[name]
+
+    return edit
+
+
+FREE = tuple(
+    f"--nullspace-threshold={f}" for f in ("divergence:9:9", "loss-rise:9:9", "leakage:99:99", "preservation:9:9")
+)
+
+
+@pytest.mark.parametrize(
+    ("ini", "asked", "tests"),
+    [
+        ("", (), 23),
+        ("auto", (), 23),
+        ("true", (), 23),
+        ("false", (), 22),
+        ("true", ("--nullspace-no-drift",), 22),
+        ("false", ("--nullspace-drift",), 23),
+        ("", ("--nullspace-layers=*_proj", "--nullspace-profile=reference"), 22),
+        ("", ("--nullspace-layers=*.q_proj",), 3),
+    ],
+)
+def test_drift_is_there_where_the_adapter_switched_off_is_the_base(
+    ini: str, asked: tuple[str, ...], tests: int, checkpoint: Path, gate: Gate, pytester: pytest.Pytester
+) -> None:
+    """Unasked the test is there, unless by the script to the letter or of a part of the layers; a word decides."""
+    (pytester.path / "pytest.ini").write_text(f"[pytest]\n{ini and f'nullspace_drift = {ini}'}\n")
+    result = gate("--collect-only", "-q", *asked, auto=True)
+    assert len([line for line in result.outlines if "::" in line]) == tests
+    assert any(line.endswith("::drift") for line in result.outlines) == (tests == 23)
+
+
+def test_a_word_that_drift_does_not_take_is_refused(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """The ini key takes three words, and says which."""
+    (pytester.path / "pytest.ini").write_text("[pytest]\nnullspace_drift = perhaps\n")
+    result = gate(auto=True)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: nullspace_drift: takes auto, true or false, not 'perhaps'"])
+
+
+@pytest.mark.parametrize(
+    ("layers", "outcomes", "why"),
+    [
+        (("proj",), {"passed": 22}, "the rows of B are not orthonormal*--nullspace-drift with --nullspace-init=DIR*"),
+        (("1.mlp.up_proj",), {"passed": 22, "skipped": 1}, "the model with its adapter switched off is not the base*"),
+    ],
+    ids=["told by the files", "told once loaded"],
+)
+def test_drift_that_cannot_be_had_is_left_out_with_a_line(
+    layers: tuple[str, ...], outcomes: dict[str, int], why: str, gate: Gate, pytester: pytest.Pytester
+) -> None:
+    """Where nobody demanded it a base that is not at hand fails nothing, and terminal, Markdown and file say why."""
+    (pytester.path / "text.txt").write_text(tiny.TEXT)
+    tiny.lora_null(pytester.path / "ft", change=oblique(*layers))
+    result = gate(*FREE[2:], "--nullspace-report=r.md", "--nullspace-save-stats=s.json", model="ft", auto=True)
+    result.assert_outcomes(**outcomes)
+    assert result.ret == 0, result.outlines
+    result.stdout.fnmatch_lines([f"drift not measured: {why}"])
+    assert "drift not measured: " in (pytester.path / "r.md").read_text()
+    assert "drift" not in json.loads((pytester.path / "s.json").read_text())
+    alone = gate(*FREE, "-k", "drift", model="ft", auto=True)
+    assert alone.ret != 0
 
 
 NOTHING_MEASURED = """

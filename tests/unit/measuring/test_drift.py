@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measuring import loading
 from pytest_nullspace.measuring.drift import Predictions, drift
+from pytest_nullspace.measuring.inputs import why_no_drift
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from tests import tiny
@@ -178,7 +179,9 @@ def test_drift_is_that_of_two_models_loaded_apart(kind: str, tmp_path: Path) -> 
         change(directory, edit)
     checkpoint, base = open_checkpoint(directory), tmp_path / "base"
     adapted = load_model(checkpoint, CPU, torch.float32, base)
-    settings: Any = SimpleNamespace(device_map=None, base=None)
+    settings: Any = SimpleNamespace(device_map=None, base=None, layers="*", profile="auto")
+    assert (why_no_drift(checkpoint, settings) is None) == (served != "base"), "its files alone tell it"
+    assert (loading.base_at_hand(adapted) is None) == (served == "base")
     held_against = loading.true_base(adapted, checkpoint, None, base, settings, CPU, torch.float32)
     assert held_against.name == ("the model with its adapter switched off" if served != "base" else f"the base {base}")
     model, place = held_against.load()
