@@ -55,6 +55,7 @@ class Settings:
         drift: Whether the predictions are held against the base model's; None for where that can be had without
             loading another model.
         spectrum: Whether the best that any subspace could do is reported.
+        suggest: Whether the largest scale of the update is looked for whose predictions pass.
         strict_scope: Whether a trained tensor that no layer test covers is a failure.
     """
 
@@ -80,6 +81,7 @@ class Settings:
     strict_scope: bool = False
     drift: bool | None = False
     spectrum: bool = False
+    suggest: bool = False
     device_map: Mapping[int | str, int] | None = None
     init: Path | None = None
     variant: str = "auto"

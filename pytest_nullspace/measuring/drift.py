@@ -59,7 +59,7 @@ class Predictions:
         start = time.perf_counter()
         with self._base() as plain:
             before = run(plain, tokens.to(self._place)).logits
-        found = torch.stack([_compared(*of) for of in zip(adapted, before, tokens, strict=True)]).cpu()
+        found = torch.stack([compared(*of) for of in zip(adapted, before, tokens, strict=True)]).cpu()
         self.seconds += time.perf_counter() - start
         return found
 
@@ -106,7 +106,7 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _compared(adapted: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
+def compared(adapted: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
     """Tokens predicted from, tokens scored, and sums of base loss, adapted loss and divergence, shape ``(5,)``."""
     sums = torch.zeros(3, dtype=torch.float64, device=tokens.device)
     targets = torch.cat((tokens[1:], tokens.new_full((1,), -100)))  # nothing follows the last token

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.profiles import choose
+from pytest_nullspace.judging.remedy import KEY as SUGGESTION
 from pytest_nullspace.measuring.about import of_format
 from pytest_nullspace.measuring.limits import vocabulary
 from pytest_nullspace.measuring.loading import TrueBase, half_precision, one_of, shortage_told
@@ -192,6 +193,25 @@ class Measurement:
         found = {what: predictions.of(self.used[what]) for what, predictions in self.predictions.items()}
         return Drift(self.held_against.name, found["text"], found.get("task_text"))
 
+    def suggestion(self, figures: Figures) -> dict[str, Any]:
+        """The largest scale of the update whose predictions pass, as a run tells it; nothing where they pass already.
+
+        Nor where it was not asked for, or nothing was trained yet.
+        """
+        drift, wanted = self.drift, self.settings.suggest and self.settings.stage == Stage.TRAINED
+        if drift is None or self.held_against is None or not wanted:
+            return {}
+        from pytest_nullspace.measuring.scaling import Scales, remedy
+
+        _, base, place = self.held_against
+        names = {"text": "preserved", "task_text": "task"}
+        texts = {names[what]: [window.tokens for window in windows] for what, windows in self.read.items()}
+        short = f"{self._short} for the predictions at other scales, in {self.running}; "
+        with shortage_told(lambda: short + one_of(f"lower {PREFIX}seqlen", f"leave {PREFIX}suggest out")):
+            scales = Scales(self.adapted, base, place, texts, self.settings.ranks)
+            found = remedy(self.checkpoint, drift, self._expected(figures, drift), scales)
+        return {} if found is None else {SUGGESTION: found.to_dict()}
+
     @property
     def drift_seconds(self) -> float | None:
         """What the base's forwards and the comparisons took of the pass."""
@@ -204,16 +224,9 @@ class Measurement:
             figures: Of the selected layers, so far.
             judged: The figures that are judged on the text.
         """
-        settings, drift = self.settings, self.drift
-        run = RunStats("", "", figures, len(self.checkpoint.layers), of_format(self.checkpoint))
-        expectations = Expectations(
-            Stage(settings.stage),
-            settings.overrides,
-            (),
-            settings.allow_unreached,
-            choose(run, settings.profile, settings.variant),
-            drift is not None,
-        )
+        drift = self.drift
+        expectations = self._expected(figures, drift)
+        run = RunStats("", "", figures, len(self.checkpoint.layers))
         if any(not (layer.task or layer).rows and not expectations.excuses(layer) for layer in figures):
             return False  # one row would give what has no figures yet, and so nothing uncertain, a verdict
         verdicts = [judge(layer, expectations) for layer in figures]
@@ -223,3 +236,11 @@ class Measurement:
             verdicts.append(judge_drift(drift, expectations))
         findings = [finding for verdict in verdicts for finding in verdict.findings]
         return not any(finding.uncertain for finding in findings if finding.threshold.figure in judged)
+
+    def _expected(self, figures: Figures, drift: Drift | None) -> Expectations:
+        """What the selected layers are held against, whose figures decide by what."""
+        settings = self.settings
+        run = RunStats("", "", figures, len(self.checkpoint.layers), of_format(self.checkpoint))
+        chosen = choose(run, settings.profile, settings.variant)
+        stage = Stage(settings.stage)
+        return Expectations(stage, settings.overrides, (), settings.allow_unreached, chosen, drift is not None)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import Stamps, TensorInfo, read_tensors, require_unchanged, stamps
@@ -91,11 +91,7 @@ def measure_checkpoint(
     load_seconds = sum(clock.seconds.values())
 
     run = Measurement(checkpoint, settings, adapted, drawn, seqlen, loaded.running, progress, loaded.held_against)
-    figures, batches = run.figures(layers)
-    if settings.spectrum:
-        figures = run.with_spectrum(figures)
-    adapted.take_off()
-    clock.on("pass", drift=run.drift_seconds)
+    figures, batches, suggested = _passed(run, layers, clock)
     of_checkpoint = about.of_checkpoint(checkpoint)
     clock.on("hashes")
     require_unchanged(read.stamps)
@@ -109,6 +105,7 @@ def measure_checkpoint(
             **of_checkpoint,
             **about.of_model(adapted.kind, adapted.remarks),
             **({WITHOUT_DRIFT: NOT_AT_HAND} if settings.drift is None and run.drift is None else {}),
+            **suggested,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
             **about.of_texts(read.texts, run.read, seqlen, read.written),
             "tokenizer": read.tokenizer.told(read.texts, run.read, seqlen),
@@ -119,6 +116,21 @@ def measure_checkpoint(
             "measured": about.of_machine(device_name(adapted.device), batches, load_seconds, clock),
         },
     )
+
+
+def _passed(
+    run: Measurement, layers: Collection[str], clock: Clock
+) -> tuple[tuple[LayerStats, ...], list[int], dict[str, Any]]:
+    """All that the model is there for, and off it goes: figures, batch sizes, and what is suggested."""
+    figures, batches = run.figures(layers)
+    if run.settings.spectrum:
+        figures = run.with_spectrum(figures)
+    clock.on("pass", drift=run.drift_seconds)
+    suggested = run.suggestion(figures)
+    run.adapted.take_off()
+    if suggested:
+        clock.on("suggestion")
+    return figures, batches, suggested
 
 
 @dataclass(frozen=True)

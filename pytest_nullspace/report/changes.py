@@ -10,6 +10,7 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.audit import Audit
 from pytest_nullspace.judging.baseline import Change, Comparison
 from pytest_nullspace.judging.evidence import Diagnosis
+from pytest_nullspace.judging.remedy import Remedy
 from pytest_nullspace.judging.start import Start, quantities
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.run import texts
@@ -137,6 +138,13 @@ def moved(audited: Audit) -> str:
     others = sorted(audited.others, key=lambda other: (not math.isnan(other.change), -other.change))
     told = "; ".join(map(str, others[:MOVED_SHOWN])) + ("; …" if len(others) > MOVED_SHOWN else "")
     return f"{len(others)} of {audited.compared} tensors outside the layers moved" + (f": {told}" if told else "")
+
+
+def remedy(run: RunStats) -> Iterator[tuple[str, Tier | None]]:
+    """What would make it pass, where that was looked for."""
+    found = Remedy.of(run.about)
+    if found is not None:
+        yield f"suggestion: {found}", None
 
 
 def diagnosis(causes: Sequence[Diagnosis]) -> Iterator[tuple[str, Tier | None]]:

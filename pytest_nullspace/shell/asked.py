@@ -60,8 +60,9 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         ranks=Ranks.of(os.environ),
         allow_unreached=read["allow-unreached"],
         strict_scope=read["strict-scope"],
-        drift=read["drift"],
+        drift=read["suggest"] or read["drift"],
         spectrum=read["spectrum"],
+        suggest=read["suggest"],
         init=read["init"],
         variant=read["variant"],
         profile=read["profile"],
@@ -109,6 +110,11 @@ def _check_together(settings: Settings) -> None:
         raise OptionError(
             f"{PREFIX}init: {settings.init} compares weights, and a saved run holds none; give the model as well, or a "
             "saved run of the initial checkpoint"
+        )
+    if settings.suggest and not settings.models:
+        raise OptionError(
+            f"{PREFIX}suggest: asks the model for its predictions at other scales, and a saved run holds none; give "
+            "the model as well"
         )
     if settings.device_map is not None and settings.ranks.size > 1:
         raise OptionError(

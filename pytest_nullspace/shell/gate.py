@@ -358,4 +358,4 @@ def changed(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple
         lines.append(changes.held_out(outcome, run.against.start))
     if compared is not None and run.against.earlier_file is not None:
         lines += changes.comparison(compared, run.against.earlier_file, run.against.missing)
-    return lines
+    return [*lines, *changes.remedy(outcome)]

@@ -175,6 +175,17 @@ OPTIONS = (
         switch=True,
     ),
     Option(
+        "suggest",
+        "",
+        "Where the predictions do not pass, look for the largest scale of the update that does, by some more forwards: "
+        "lora_alpha 20 in place of 32.",
+        values.truth,
+        default=False,
+        switch=True,
+        more="With it goes `--nullspace-drift`. Of a LoRA-Null directory it is every `ALinear.weight` that is "
+        "scaled. What starts with a part of W (PiSSA, CorDA, OLoRA, LoRA-Null v1) cannot be scaled so, which is said.",
+    ),
+    Option(
         "init",
         "DIR or JSON",
         "Hold every tensor against the checkpoint in DIR, from which training started, or norms and figures against "

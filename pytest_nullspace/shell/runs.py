@@ -15,6 +15,7 @@ from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionErro
 from pytest_nullspace.judging.audit import Audit
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import DRIFT, MODEL, Expectations
+from pytest_nullspace.judging.remedy import Remedy
 from pytest_nullspace.measuring import inputs, pipeline
 from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.report import notes
@@ -241,7 +242,7 @@ class SavedRun(GatedRun):
 
     def __init__(self, file: Path, settings: Settings) -> None:
         self._saved = read_run(file)
-        self._audited = Audit.of(self._saved.about, str(file))
+        self._audited, _ = Audit.of(self._saved.about, str(file)), Remedy.of(self._saved.about, str(file))
         names = [layer.name for layer in self._saved.layers]
         if settings.strict_scope and (self._saved.about.get("base") is None or "outside" not in self._saved.about):
             raise OptionError(

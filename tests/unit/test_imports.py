@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
     "kernels", "model", "measuring.distinct", "measuring.drift", "measuring.forward", "measuring.recorder",
-    "measuring.rows", "measuring.spectrum", "measuring.streaming", "measuring.writing",
+    "measuring.rows", "measuring.scaling", "measuring.spectrum", "measuring.streaming", "measuring.writing",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {"measuring.pipeline", "measuring.loading", "measuring.measurement", "measuring.distributed"}

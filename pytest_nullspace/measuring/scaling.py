@@ -1,0 +1,167 @@
+"""The drift of an adapter whose update is scaled, at a few scales at once, and the largest scale that passes."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.errors import printable
+from pytest_nullspace.judging.invariants import Expectations
+from pytest_nullspace.judging.remedy import Remedy, guess, largest, passes
+from pytest_nullspace.measuring.distributed import Ranks
+from pytest_nullspace.measuring.drift import Base, Predictions, compared
+from pytest_nullspace.measuring.forward import run
+from pytest_nullspace.model import AdaptedModel
+from pytest_nullspace.run.figures import Text
+from pytest_nullspace.run.stats import Drift, TextDrift
+
+Windows = Sequence[Sequence[int]]
+
+
+@contextmanager
+def scaled(adapted: AdaptedModel, by: float) -> Iterator[None]:
+    """Within the context the update of every layer is ``by`` times what it is, as if its format's factor were."""
+
+    def times(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return by * output
+
+    with ExitStack() as hooks:
+        for layer in adapted.layers.values():
+            hooks.callback(layer.up.register_forward_hook(times).remove)
+        yield
+
+
+class Scales:
+    """A measured model, asked for its drift at other scales of its update.
+
+    A text's windows go through one at a time: the base's predictions once, then the adapter's at each scale.
+    """
+
+    def __init__(
+        self, adapted: AdaptedModel, base: Base, place: torch.device, texts: Mapping[str, Windows], ranks: Ranks
+    ) -> None:
+        """Ask nothing yet.
+
+        Args:
+            adapted: The model.
+            base: Gives the base model.
+            place: Where that takes its input.
+            texts: The windows of each text.
+            ranks: The processes that share them.
+        """
+        self._adapted, self._base, self._place, self._texts, self._ranks = adapted, base, place, texts, ranks
+
+    def at(self, scales: Sequence[float], texts: Sequence[str]) -> list[dict[str, TextDrift]]:
+        """The drift on some of the texts at each of ``scales``."""
+        found: list[dict[str, TextDrift]] = [{} for _ in scales]
+        for text in texts:
+            for at, drift in zip(found, self._on(self._texts[text], scales), strict=True):
+                at[text] = drift
+        return found
+
+    def _on(self, windows: Windows, scales: Sequence[float]) -> list[TextDrift]:
+        kept = [Predictions(self._base, len(windows), self._place) for _ in scales]
+        share, read = self._ranks.share(range(len(windows))), []
+        with torch.inference_mode():
+            for number in share:
+                tokens = torch.tensor([list(windows[number])], device=self._adapted.device)
+                with self._base() as plain:
+                    before = run(plain, tokens.to(self._place)).logits[0]
+                for scale, predictions in zip(scales, kept, strict=True):
+                    with scaled(self._adapted, scale):
+                        logits = run(self._adapted.model, tokens).logits[0]
+                    predictions.add(number, compared(logits, before, tokens[0])[None].cpu())
+                read.append(number)
+        for predictions in kept:
+            predictions.merge(self._ranks, range(len(windows)), read)
+        return [predictions.of(len(windows)) for predictions in kept]
+
+
+def remedy(checkpoint: Checkpoint, drift: Drift, expectations: Expectations, scales: Scales) -> Remedy | None:
+    """The largest scale of the update that passes every bound on the preserved text; None where it passes as it is.
+
+    Args:
+        checkpoint: Of which the model is.
+        drift: Its drift as it is.
+        expectations: The bounds.
+        scales: Gives the drift at other scales, on texts called as those of `drift`.
+    """
+    if passes(drift, expectations, Text.PRESERVED, surely=False):
+        return None
+    if (why := _not_by_scale(checkpoint)) is not None:
+        return Remedy(None, why, {})
+    if not math.isfinite(drift.preserved.divergence_margin):
+        return Remedy(None, "one window tells no margin; give more by --nullspace-calib-size", {})
+
+    def on_preserved(asked: Sequence[float]) -> list[Drift]:
+        return [replace(drift, preserved=at["preserved"], task=None) for at in scales.at(asked, ["preserved"])]
+
+    def fits(asked: Sequence[float]) -> list[bool]:
+        return [passes(at, expectations, Text.PRESERVED) for at in on_preserved(asked)]
+
+    found = largest(fits, guess(drift, expectations))
+    if found is None:
+        (zero,) = on_preserved([0.0])
+        return Remedy(None, _no_base(checkpoint, zero), {})
+    exact, said = _written(checkpoint, found)
+    texts = ["preserved"] if drift.task is None else ["preserved", "task"]
+    (measured,) = scales.at([exact], texts)
+    at = replace(drift, preserved=measured["preserved"], task=measured.get("task"))
+    if not exact or not passes(at, expectations, Text.PRESERVED):
+        return Remedy(None, "only none of it keeps the preserved text", {})
+    gains = [-of.task.loss_change for of in (at, drift) if of.task is not None]
+    if gains and not passes(at, expectations, Text.TASK):
+        return Remedy(
+            None, f"{said} is the most that keeps the preserved text, and too little for the task", at.figures
+        )
+    return Remedy(exact, said, at.figures, gains[0] / gains[1] if gains and gains[1] > 0 else None)
+
+
+def _not_by_scale(checkpoint: Checkpoint) -> str | None:
+    """Why the factor of the format does not scale what was learned alone, as far as the files tell."""
+    if checkpoint.changed_base is not None:
+        start = printable(checkpoint.config.get("init_lora_weights"), 60)
+        return f"its start (init_lora_weights {start}) holds a part of W, so a smaller scale is no smaller update"
+    others = [name for name in checkpoint.outside if ".lora_" in name and "magnitude" not in name]
+    if others:
+        return f"lora_alpha scales {printable(others[0], 200)} as well, which is measured as no layer"
+    if not checkpoint.carries_base and not checkpoint.config.get("lora_alpha"):
+        return "its lora_alpha is 0 already"
+    return None
+
+
+def _no_base(checkpoint: Checkpoint, zero: Drift) -> str:
+    """Why the predictions do not pass although nothing of the update is left."""
+    reasons = ["a start of LoRA-Null v1 or CorDA holds a part of W"] if checkpoint.carries_base else []
+    if any("magnitude" in name for name in checkpoint.outside):
+        reasons.append("DoRA's magnitudes were trained as well")
+    others = [name for name in checkpoint.outside if ".lora_" not in name]
+    if others:
+        reasons.append(f"{printable(others[0], 200)} was trained as well")
+    told = f"with none of it the model is not its base (divergence {zero.preserved.divergence:.3g})"
+    return f"{told}: {', '.join(reasons)}" if reasons else told
+
+
+def _written(checkpoint: Checkpoint, scale: float) -> tuple[float, str]:
+    """A round factor not above ``scale``, and how the adapter's format is told of it."""
+    if checkpoint.carries_base:
+        exact = _round(scale)
+        return exact, f"every ALinear.weight times {exact:g}"
+    alpha = float(checkpoint.config["lora_alpha"])
+    new = math.copysign(_round(abs(alpha) * scale), alpha)
+    exact = new / alpha
+    others = f", and each value of alpha_pattern times {exact:.4g}," if checkpoint.config.get("alpha_pattern") else ""
+    return exact, f"lora_alpha {new:g} in place of {alpha:g}{others}"
+
+
+def _round(value: float) -> float:
+    """The largest number of few digits that is not above ``value``: whole from 10 on, below of two digits."""
+    if value >= 10 or value <= 0:
+        return float(math.floor(value))
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.floor(value / unit * (1 + 1e-12)) * unit:.2g}")
