@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
+from pytest_nullspace import __version__
 from pytest_nullspace.checkpoint.hub import local_directory
 from pytest_nullspace.errors import NullspaceError, printable
 from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import DRIFT, Stage
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
-from pytest_nullspace.report import changes, html, markdown, terminal, verdict, weights
+from pytest_nullspace.report import changes, html, machine, markdown, terminal, verdict, weights
 from pytest_nullspace.report.layout import wrapped
 from pytest_nullspace.report.page import Page, joined
 from pytest_nullspace.run import saved
@@ -258,18 +259,25 @@ class Gate:
                     self._saved.append(file)
             pages = [_page(run, outcome, self._decision(run)) for run, outcome in measured]
             for file in self.settings.reports:
-                saved.write_atomically(file, self._html(measured) if file.suffix == ".html" else joined(pages))
+                saved.write_atomically(file, self._report(file.suffix, measured, pages))
             self._no_room = append_step_summary(pages)
         except NullspaceError as error:
             self._problems.append(str(error))
 
-    def _html(self, measured: Sequence[tuple[GatedRun, RunStats]]) -> str:
-        return html.page(
-            [
-                html.sheet(run.name, outcome, run.expectations(outcome), self._decision(run), changed(run, outcome))
-                for run, outcome in measured
-            ]
-        )
+    def _report(self, suffix: str, measured: Sequence[tuple[GatedRun, RunStats]], pages: Sequence[Page]) -> str:
+        """The report of every run in the form that a file's suffix names."""
+        if suffix == ".md":
+            return joined(pages)
+        held = [(run, outcome, run.expectations(outcome), self._decision(run)) for run, outcome in measured]
+        if suffix == ".html":
+            return html.page(
+                [html.sheet(run.name, of, expected, said, changed(run, of)) for run, of, expected, said in held]
+            )
+        gated = [
+            machine.Gated(run.name, node_id(run.file, self._config.rootpath), of, expected, said)
+            for run, of, expected, said in held
+        ]
+        return machine.openmetrics(gated) if suffix == ".prom" else machine.sarif(gated, __version__)
 
     def _decision(self, run: GatedRun) -> Decision:
         return self.decisions[self._where(run)]

@@ -262,7 +262,8 @@ OPTIONS = (
     Option(
         "report",
         "FILE",
-        "Write the report as Markdown into a FILE that ends in .md, or as one page with charts into FILE.html.",
+        "Write the report to FILE, by its suffix: .md Markdown, .html one page with charts, .prom OpenMetrics, .sarif "
+        "for code scanning.",
         values.report,
         repeatable=True,
         more="The page needs no network, and no script to be read.",

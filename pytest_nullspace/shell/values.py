@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 _HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 
 
+REPORTS = (".md", ".html", ".prom", ".sarif")
+"""How a report's file may end: Markdown, a page, OpenMetrics, SARIF."""
+
+
 class Given(NamedTuple):
     """One value as the user wrote it, and where."""
 
@@ -152,8 +156,9 @@ def auto_or_truth(given: Given) -> bool | None:
 def report(given: Given) -> Path:
     """A file for a report, whose suffix says of which kind."""
     file = path(given)
-    if file.suffix not in (".md", ".html"):
-        raise OptionError(f"takes a file that ends in .md or .html, not {quoted(given.text)}")
+    if file.suffix not in REPORTS:
+        *most, last = REPORTS
+        raise OptionError(f"takes a file that ends in {', '.join(most)} or {last}, not {quoted(given.text)}")
     return file
 
 

@@ -365,7 +365,7 @@ def test_what_is_no_checkpoint_is_a_usage_error(checkpoint: Path, gate: Gate, py
         ("device=gpu", "--nullspace-device: takes auto, cpu, cuda, cuda:N, xpu or xpu:N, not 'gpu'"),
         ("dtype=int8", "--nullspace-dtype: takes auto, float32, float16 or bfloat16, not 'int8'"),
         ("stage=later", "--nullspace-stage: takes trained or init, not 'later'"),
-        ("report=x.pdf", "--nullspace-report: takes a file that ends in .md, not 'x.pdf'"),
+        ("report=x.pdf", "--nullspace-report: takes a file that ends in .md, .html, .prom or .sarif, not 'x.pdf'"),
         ("threshold=preservation", "--nullspace-threshold: takes FIGURE:PASS:FAIL, such as preservation:0.2:0.6,*"),
         ("threshold=beauty:1:2", "--nullspace-threshold: no figure 'beauty' is judged at stage trained*"),
         ("threshold=preservation:0.5:0.1", "--nullspace-threshold: preservation: lower is better, so PASS 0.5 *"),

@@ -118,7 +118,8 @@ def test_the_gate_writes_it(pytester: pytest.Pytester) -> None:
     assert "stats" in text
     refused = pytester.runpytest("--nullspace-stats=stats.json", "--nullspace-report=r.pdf")
     assert refused.ret == 4
-    refused.stderr.fnmatch_lines(["*--nullspace-report: takes a file that ends in .md or .html, not 'r.pdf'*"])
+    told = "takes a file that ends in .md, .html, .prom or .sarif, not 'r.pdf'"
+    refused.stderr.fnmatch_lines([f"*--nullspace-report: {told}*"])
 
 
 @needs_browser
