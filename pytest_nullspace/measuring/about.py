@@ -11,7 +11,7 @@ from typing import Any
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.measuring.written import Written
 from pytest_nullspace.settings import Settings
-from pytest_nullspace.text.windows import Window, distinct_rows, text_hash, windows_hash
+from pytest_nullspace.text.windows import Window, distinct_rows, text_hash, unigram_loss, windows_hash
 
 
 class Clock:
@@ -72,6 +72,7 @@ def of_texts(
     read: Mapping[str, Sequence[Window]],
     seqlen: int,
     written: Mapping[str, Written],
+    vocabulary: int | None = None,
 ) -> dict[str, Any]:
     """Each text that was read, the windows of it that were used, and of what the base wrote whence it comes."""
     return {
@@ -82,11 +83,18 @@ def of_texts(
             "tokens": sum(len(window.tokens) for window in windows),
             "distinct": distinct_rows(windows),
             "starts": [window.start for window in windows],
+            **_without_language(windows, vocabulary),
             **({"written": written[what].about} if what in written else {}),
             "windows_sha256": windows_hash(windows),
         }
         for what, windows in read.items()
     }
+
+
+def _without_language(windows: Sequence[Window], vocabulary: int | None) -> dict[str, Any]:
+    """What a model that knows no language would make of a text: among how many tokens it guesses, and by counting."""
+    known = vocabulary or 1 + max((max(window.tokens) for window in windows), default=0)
+    return {"vocabulary": known, "unigram_loss": unigram_loss(windows, known)}
 
 
 def of_libraries(*names: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from pytest_nullspace.judging.weights import STATEMENT, weigh
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
 from pytest_nullspace.measuring.inputs import NOT_AT_HAND, Texts, is_base_read, read_texts, sources
-from pytest_nullspace.measuring.limits import default_length, require_known_tokens, window_length
+from pytest_nullspace.measuring.limits import default_length, require_known_tokens, vocabulary, window_length
 from pytest_nullspace.measuring.loading import (
     Bases,
     base_at_hand,
@@ -107,7 +107,7 @@ def measure_checkpoint(
             **({WITHOUT_DRIFT: NOT_AT_HAND} if settings.drift is None and run.drift is None else {}),
             **suggested,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
-            **about.of_texts(read.texts, run.read, seqlen, read.written),
+            **about.of_texts(read.texts, run.read, seqlen, read.written, vocabulary(adapted.model)),
             "tokenizer": read.tokenizer.told(read.texts, run.read, seqlen),
             "settings": about.of_settings(settings),
             "device": places(adapted),

@@ -14,6 +14,7 @@ from pytest_nullspace.judging.diagnosis import diagnose
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import Check, Expectations, Stage, passes
 from pytest_nullspace.judging.profiles import Chosen, choose
+from pytest_nullspace.judging.sanity import insane
 from pytest_nullspace.judging.start import Start, unpaired
 from pytest_nullspace.judging.weights import LayerWeights, Weights
 from pytest_nullspace.run.saved import read
@@ -107,7 +108,7 @@ class Against:
             self._chosen(outcome),
             drifted,
             judged,
-            () if compared is None else compared.drift_regressions,
+            (*insane(outcome), *(() if compared is None else compared.drift_regressions)),
         )
 
     def _chosen(self, outcome: RunStats) -> Chosen:

@@ -1,9 +1,11 @@
 """A text cut into token windows, drawn as the reference draws them."""
 
 import hashlib
+import math
 import random
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -92,6 +94,24 @@ def distinct_rows(windows: Sequence[Window]) -> int:
         ends = range(8, len(data) + 1, 8)
         seen.update(hash(data[max(0, end - 8 * CONTEXT) : end]) for end in ends)
     return len(seen)
+
+
+def unigram_loss(windows: Sequence[Window], vocabulary: int) -> float | None:
+    """The loss of a model that only counts tokens, in nats a token; None where no token is predicted.
+
+    Each token that a model predicts, which is all but the first of a window, is predicted here from how often it is
+    among the others, so that a short text, which an entropy of its own counts would flatter, does not look easy. What
+    is new has the chance of Witten and Bell, as many as there are distinct tokens, spread over the vocabulary.
+    """
+    counts = Counter(token for window in windows for token in window.tokens[1:])
+    others = counts.total() - 1
+    if others < 1:
+        return None
+    loss = 0.0
+    for count in counts.values():
+        distinct = len(counts) - (count == 1)
+        loss -= count * math.log((count - 1 + distinct / vocabulary) / (others + distinct))
+    return loss / counts.total()
 
 
 def text_hash(text: str) -> str:

@@ -1,6 +1,7 @@
 """Holds how a text is named, read, and cut into windows, and which tokenizer cuts it."""
 
 import json
+import math
 import os
 import random
 import re
@@ -26,7 +27,7 @@ from pytest_nullspace.text.sources import (
     parse_source,
 )
 from pytest_nullspace.text.tokenizer import load_tokenizer
-from pytest_nullspace.text.windows import CONTEXT, Window, distinct_rows, draw_windows, text_hash
+from pytest_nullspace.text.windows import CONTEXT, Window, distinct_rows, draw_windows, text_hash, unigram_loss
 
 TAKES = (
     "It takes wikitext2, c4, ptb, triviaqa, nqopen, self, a file (.txt .jsonl .json .csv .parquet; FILE:column), "
@@ -668,3 +669,17 @@ class TestTokenizer:
             "assert not {'torch', 'transformers', 'datasets', 'pyarrow', 'numpy'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=12), min_size=1, max_size=5))
+def test_the_unigram_loss_predicts_each_token_from_the_others(tokens: list[list[int]]) -> None:
+    """It is that of counting by hand, each token left out in turn, what is new shared evenly over the vocabulary."""
+    predicted = [token for of in tokens for token in of[1:]]
+    losses = []
+    for place, token in enumerate(predicted):
+        others = predicted[:place] + predicted[place + 1 :]
+        distinct = len(set(others))
+        if others:
+            losses.append(-math.log((others.count(token) + distinct / 10) / (len(others) + distinct)))
+    found = unigram_loss([Window(0, tuple(of)) for of in tokens], 10)
+    assert found == (pytest.approx(sum(losses) / len(losses), rel=1e-9) if losses else None)

@@ -1,0 +1,88 @@
+"""Is the base itself sane? What it makes of each text, held against a model that knows no language. Pure.
+
+A drift says nothing where the base cannot read the text: its tokenizer is another one, its labels are not shifted, the
+base is not the one that was trained on, or its adapter was on while it was measured.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from pytest_nullspace.run.stats import RunStats
+
+ENOUGH = 100
+"""Predictions below which a loss tells too little."""
+BELOW_CHANCE = 2.0
+"""By how many nats a token a loss must lie below that of guessing among all tokens."""
+LEAST_UNIGRAM = 1.0
+"""The loss of counting tokens below which a text is all but one token, and says nothing of who reads it."""
+SHARE = 0.01
+"""The share of an output that an update has which no precision rounds away."""
+
+
+class _Read(NamedTuple):
+    """What the two models make of one text, and below what a loss must lie."""
+
+    name: str
+    base: float
+    adapted: float
+    bounds: Mapping[str, float]
+
+    def is_sane(self, loss: float) -> bool:
+        return all(loss < bound for bound in self.bounds.values())
+
+
+def insane(run: RunStats) -> Iterator[str]:
+    """What is wrong with the base by which the drift of ``run`` was measured, in phrases.
+
+    On the preserved text the base must be sane, on the task text, which it need not know, one of the two models.
+    """
+    if run.drift is None:
+        return
+    read = list(_read(run))
+    for of in read:
+        losses = [of.base] if of.name == "preserved" else [of.base, of.adapted]
+        if not any(map(of.is_sane, losses)):
+            told = " nor ".join(f"{loss:.3g}" for loss in losses)
+            missed = " and ".join(f"{words} ({bound:.3g})" for words, bound in of.bounds.items() if of.base >= bound)
+            yield (
+                f"the loss on the {of.name} text, {told} nats a token, is not below {missed}: {_blamed(of, read)}; "
+                "what drift says of it cannot be trusted"
+            )
+    texts = [text for text in (run.drift.preserved, run.drift.task) if text is not None]
+    shares = [layer.figure("contribution") for layer in run.layers if layer.rows]
+    if shares and max(shares) > SHARE and all(text.divergence == 0 and text.tokens >= ENOUGH for text in texts):
+        yield (
+            f"base and adapted model predict the very same, although the update is up to {max(shares):.0%} of a "
+            "layer's output: the base was measured with its adapter on"
+        )
+
+
+def _read(run: RunStats) -> Iterator[_Read]:
+    assert run.drift is not None
+    texts = ("preserved", "text", run.drift.preserved), ("task", "task_text", run.drift.task)
+    for name, key, text in texts:
+        if text is not None and text.tokens >= ENOUGH and (bounds := _bounds(run.about, key)):
+            yield _Read(name, text.base_loss, text.adapted_loss, bounds)
+
+
+def _bounds(about: Mapping[str, Any], key: str) -> dict[str, float]:
+    """Below what a loss must lie, in words, as far as the run tells; a file of another making may hold anything."""
+    entry = about.get(key)
+    told = entry if isinstance(entry, Mapping) else {}
+    vocabulary, unigram = told.get("vocabulary"), told.get("unigram_loss")
+    found = {}
+    if isinstance(vocabulary, int) and 1 < vocabulary < 2**40:
+        found["that of guessing less 2 nats"] = math.log(vocabulary) - BELOW_CHANCE
+    if isinstance(unigram, float) and LEAST_UNIGRAM <= unigram < math.inf:
+        found["that of counting the text's tokens"] = float(unigram)
+    return found
+
+
+def _blamed(of: _Read, read: list[_Read]) -> str:
+    """Which of text, tokenizer and base is likelier wrong."""
+    if of.is_sane(of.adapted):
+        return f"the adapted model reads it ({of.adapted:.3g}), so the base is not the one that was trained on"
+    if any(other.is_sane(other.base) for other in read if other is not of):
+        return "the base reads the other text, so this text is not of its language or its kind"
+    return "the text, its tokenizer or the base's weights are wrong"

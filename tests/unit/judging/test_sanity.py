@@ -1,0 +1,63 @@
+"""The base by which drift is measured: whether it reads the text at all, and who is to blame where it does not."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from pytest_nullspace.judging.sanity import ENOUGH, insane
+from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
+from tests import saved
+
+TOLD = {"vocabulary": 1000, "unigram_loss": 4.5}
+
+
+def drifted(base: float, adapted: float, tokens: int = 480, divergence: float = 0.01) -> TextDrift:
+    return TextDrift(tokens, base, adapted, divergence, 0.0, 0.0)
+
+
+def run(preserved: TextDrift, task: TextDrift | None = None, **about: Any) -> RunStats:
+    """A run that measured so much drift, on texts of which ``about`` tells."""
+    told = {**saved.ABOUT, "text": TOLD, "task_text": TOLD, **about}
+    return dataclasses.replace(saved.run(), drift=Drift("the base", preserved, task), about=told)
+
+
+SANE = drifted(2.0, 2.1)
+
+
+@pytest.mark.parametrize(
+    ("preserved", "task", "said"),
+    [
+        (SANE, None, None),
+        (SANE, drifted(9.0, 1.0), None),
+        (drifted(9.0, 9.1, ENOUGH - 1), None, None),
+        (drifted(4.8, 4.9), None, "the loss on the preserved text, 4.8 nats a token, is not below that of counting"),
+        (
+            drifted(5.0, 5.0),
+            None,
+            "that of guessing less 2 nats (4.91) and that of counting the text's tokens (4.5): the",
+        ),
+        (drifted(6.9, 2.0), None, "the adapted model reads it (2), so the base is not the one that was trained on"),
+        (drifted(6.9, 6.9), drifted(2.0, 1.0), "the base reads the other text, so this text is not of its language"),
+        (drifted(6.9, 6.9), None, "the text, its tokenizer or the base's weights are wrong"),
+        (SANE, drifted(9.0, 8.0), "the loss on the task text, 9 nor 8 nats a token, is not below"),
+        (drifted(math.nan, 2.0), None, "the loss on the preserved text, nan nats a token"),
+        (drifted(2.0, 2.0, divergence=0.0), None, "the update is up to 5% of a layer's output: the base was measured"),
+        (drifted(2.0, 2.0, divergence=0.0), drifted(3.0, 2.0), None),
+    ],
+)
+def test_a_base_that_cannot_read_is_told_by_name(
+    preserved: TextDrift, task: TextDrift | None, said: str | None
+) -> None:
+    """Each bound, each text and each that may be to blame; the task text need be known to one of the models alone."""
+    found = list(insane(run(preserved, task)))
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+
+
+@pytest.mark.parametrize("told", [{}, "many", {"vocabulary": "x", "unigram_loss": True}, {"unigram_loss": 0.1}])
+def test_what_a_file_does_not_tell_fails_nothing(told: Any) -> None:
+    """An older file, one of another making, and a text that is all but one token, have no bound."""
+    assert not list(insane(run(drifted(9.0, 9.0), text=told)))
+    assert not list(insane(dataclasses.replace(saved.run(), drift=None)))

@@ -1,0 +1,100 @@
+"""Mistakes in how a base is measured: each makes it look as if it could not read, and is told."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fixtures.build import WORLD
+from pytest_nullspace.judging.sanity import insane
+from pytest_nullspace.measuring.about import of_texts
+from pytest_nullspace.measuring.drift import drift
+from pytest_nullspace.model import AdaptedModel, load_model
+from pytest_nullspace.run.stats import Drift, RunStats
+from pytest_nullspace.text.tokenizer import load_tokenizer
+from pytest_nullspace.text.windows import Window, draw_windows
+from tests import saved
+
+CPU = torch.device("cpu")
+
+
+class Counting(nn.Module):
+    """A model that has learned to count, but only behind the token that begins a text."""
+
+    BEGIN, VOCABULARY = 0, 200
+
+    def forward(self, input_ids: Tensor) -> Any:
+        """Its logits, each for the number that comes next."""
+        logits = torch.zeros(*input_ids.shape, self.VOCABULARY)
+        logits.scatter_(-1, ((input_ids + 1) % self.VOCABULARY)[..., None], 9.0)
+        return SimpleNamespace(logits=logits * (input_ids[:, :1] == self.BEGIN)[..., None])
+
+
+class Unshifted(nn.Module):
+    """A model whose logits are held against the token that it has just read, as with labels that are not shifted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Any:
+        """The logits of the model, one place late."""
+        return SimpleNamespace(logits=self.model(input_ids=input_ids).logits.roll(-1, dims=1))
+
+
+@pytest.fixture(scope="module")
+def shipped() -> AdaptedModel:
+    """The adapter that the repository ships."""
+    return load_model(WORLD / "null-v2")
+
+
+def told(model: nn.Module, base: Any, windows: Sequence[Window], vocabulary: int) -> list[str]:
+    """What is said of the base by which the drift of ``model`` on these windows was measured."""
+    moved = drift(model, base, [window.tokens for window in windows], CPU)
+    about = {**saved.ABOUT, **of_texts({"text": "a text"}, {"text": windows}, 128, {}, vocabulary)}
+    return list(insane(RunStats("ft", "text", saved.run().layers, 9, about, Drift("the base", moved))))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ("none", None),
+        ("wrong tokenizer", "the text, its tokenizer or the base's weights are wrong"),
+        ("labels not shifted", "is not below"),
+        ("adapter on", "the base was measured with its adapter on"),
+    ],
+)
+def test_a_mistake_in_measuring_the_base_is_told(mistake: str, said: str | None, shipped: AdaptedModel) -> None:
+    """Of the shipped adapter nothing is said, until its tokens are others, its labels late or its adapter stays on."""
+    text = Path(WORLD / "facts.txt").read_text("utf-8")
+    windows = draw_windows(text, load_tokenizer(WORLD / "base"), count=4, seqlen=128, seed=1)
+    config: Any = shipped.model.config
+    vocabulary: int = config.vocab_size
+    if mistake == "wrong tokenizer":
+        windows = tuple(Window(w.start, tuple((7 * t + 3) % vocabulary for t in w.tokens)) for w in windows)
+    assert shipped.switched_off is not None
+    base: Any = (lambda: nullcontext(shipped.model)) if mistake == "adapter on" else shipped.switched_off
+    model: nn.Module = shipped.model
+    if mistake == "labels not shifted":
+        with shipped.switched_off() as plain:
+            late = Unshifted(plain)
+            found = told(late, lambda: nullcontext(late), windows, vocabulary)
+    else:
+        found = told(model, base, windows, vocabulary)
+    assert bool(found) == (said is not None)
+    assert said is None or any(said in fault for fault in found)
+
+
+@pytest.mark.parametrize("begins", [True, False], ids=["with BOS", "BOS missing"])
+def test_a_missing_first_token_is_told(begins: bool) -> None:
+    """A model that reads only what begins with its first token cannot read the same windows without it."""
+    tokens = [tuple(range(first, first + 60)) for first in (5, 50, 100)]
+    windows = [Window(0, (Counting.BEGIN, *of) if begins else of) for of in tokens]
+    found = told(Counting(), lambda: nullcontext(Counting()), windows, Counting.VOCABULARY)
+    wrong = [fault for fault in found if "is not below" in fault]
+    assert bool(wrong) is not begins
