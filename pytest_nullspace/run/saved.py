@@ -25,7 +25,7 @@ from pytest_nullspace.run.entries import (
     plain,
     what_is_told,
 )
-from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
+from pytest_nullspace.run.stats import Drift, LayerStats, RunStats, TextDrift
 from pytest_nullspace.run.windows import OF_PREDICTIONS, ByWindow
 
 _DRIFT = "drift"
@@ -42,6 +42,8 @@ MAX_VALUES = 4_000_000
 
 A value may take a hundred times the memory of its bytes, whatever key it stands under.
 """
+MOST_WINDOWS = 1_000_000
+"""Windows of layers that a file keeps, half of `MAX_BYTES`; of more, as many experts may have, it keeps none."""
 MAX_KEYS = 100_000
 """Of one object in it."""
 
@@ -53,12 +55,13 @@ def to_json(run: RunStats, verdict: Mapping[str, Any] | None = None) -> str:
         run: What was measured.
         verdict: What came of it, to stand first for who reads no report. It is derived, so it is never read back.
     """
+    layers = run.layers if sum(map(_windows, run.layers)) <= MOST_WINDOWS else tuple(map(_unpaired, run.layers))
     document = {
         **({_VERDICT: verdict} if verdict is not None else {}),
         "model_path": run.model_path,
         "calib_dataset": run.calib_dataset,
         "num_layers": len(run.layers),
-        "stats": [entry_of(layer) for layer in run.layers],
+        "stats": [entry_of(layer) for layer in layers],
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
         "checkpoint_layers": run.checkpoint_layers,
@@ -66,6 +69,17 @@ def to_json(run: RunStats, verdict: Mapping[str, Any] | None = None) -> str:
         **run.about,
     }
     return json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _windows(layer: LayerStats) -> int:
+    """Of how many windows something was kept."""
+    own = 0 if layer.by_window is None else len(layer.by_window.rows)
+    return own if layer.task is None else own + _windows(layer.task)
+
+
+def _unpaired(layer: LayerStats) -> LayerStats:
+    """The layer without what its windows gave."""
+    return replace(layer, by_window=None, task=None if layer.task is None else _unpaired(layer.task))
 
 
 def from_json(text: str, where: str) -> RunStats:

@@ -68,6 +68,19 @@ def test_a_window_takes_few_bytes() -> None:
     assert len(kept.encoded()) / 64 < 45
 
 
+def test_a_file_never_keeps_more_windows_than_it_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all layers on both texts have too many the file keeps none, and is read; up to there it keeps all."""
+    layer = of_windows([(10, *[1.0] * 6), (20, *[1.5] * 6)])
+    both = [dataclasses.replace(layer, name=name, task=dataclasses.replace(layer, name=name)) for name in ("a", "b")]
+    run = RunStats("m", "t", tuple(both), 2)
+    monkeypatch.setattr("pytest_nullspace.run.saved.MOST_WINDOWS", 8)
+    assert repr(from_json(to_json(run), "f.json")) == repr(run)
+    monkeypatch.setattr("pytest_nullspace.run.saved.MOST_WINDOWS", 7)
+    read = from_json(to_json(run), "f.json")
+    assert all(layer.by_window is None and layer.task is not None for layer in read.layers)
+    assert all(layer.task is not None and layer.task.by_window is None for layer in read.layers)
+
+
 @pytest.mark.parametrize(
     "change", [{"input_norm": math.nan}, {"base_norm": 1e300}, {"update_norm": 1e-60}, {"mean_leakage": math.nan}]
 )
