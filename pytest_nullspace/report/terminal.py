@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from pytest_nullspace.judging.decision import Decision
 
 WORST_SHOWN = 5
-BLOCKS = 2
-"""The verbosity beyond which each layer has its block."""
+ROWS = 2
+"""The verbosity from which each layer has a row in the table, and at which it has no block."""
 WIDTH = 60
 MARGIN = 4
 
@@ -39,22 +39,23 @@ MARGIN = 4
 def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expectations, decision: "Decision") -> None:
     """Print the report of one checkpoint in brief, its verdict first.
 
-    With ``-v`` it is whole and has a row for each layer, with ``-vv`` it tells where the time went, with ``-vvv`` it
-    shows the reference's block for each layer.
+    With ``-v`` it is whole, after the reference's block for each layer; with ``-vv`` it tells where the time went, and
+    each layer has a row in place of its block; with ``-vvv`` both.
     """
     verdicts = [judge(layer, expectations) for layer in run.layers]
     width = columns(reporter._tw)
     if reporter.verbosity <= 0:
         write_lines(reporter, brief.summary(run, verdicts, expectations, decision, width))
         return
+    rows = WORST_SHOWN if reporter.verbosity < ROWS else len(verdicts)
     write_lines(reporter, verdict.lines(decision))
-    if reporter.verbosity > BLOCKS:
+    if reporter.verbosity != ROWS:
         for layer, judged in zip(run.layers, verdicts, strict=True):
             write_lines(reporter, ((line, None) for line in block(layer, judged)))
     write_lines(reporter, ((line, None) for line in model.built_as(run)))
     if reporter.verbosity > 1 and (told := notes.time_spent(run)) is not None:
         write_lines(reporter, [(told, None)])
-    write_lines(reporter, summary(run, verdicts, expectations, width, len(verdicts)))
+    write_lines(reporter, summary(run, verdicts, expectations, width, rows))
 
 
 def columns(writer: "TerminalWriter") -> int:

@@ -52,7 +52,7 @@ def test_what_moved_and_must_not_have_fails_by_name(start: Path, gate: Gate, pyt
         tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.5
 
     tiny.lora_null(pytester.path / "wrong", change=mistake)
-    result = gate(*INIT, "--tb=no", "--nullspace-save-stats=wrong.json", "--nullspace-report=r.md", model="wrong")
+    result = gate(*INIT, "-v", "--tb=no", "--nullspace-save-stats=wrong.json", "--nullspace-report=r.md", model="wrong")
     assert result.ret == 1
     result.assert_outcomes(failed=2, passed=LAYERS)
     result.stdout.fnmatch_lines(

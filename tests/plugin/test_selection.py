@@ -41,7 +41,7 @@ def test_averages_and_drift_that_no_test_judged_bear_no_mark(replay: Replay, pyt
     unaudited = {key: value for key, value in whole.about.items() if key != "audit"}
     saved.save(pytester.path / "full.json", dataclasses.replace(whole, about=unaudited))
     bounds = "nullspace_threshold=drift divergence 1e-9 1e-8\nmodel leakage 1e-9 1e-8"
-    result = replay("-k", "layers", "--nullspace-report=o.md", "-o", bounds, stats="full.json")
+    result = replay("-v", "-k", "layers", "--nullspace-report=o.md", "-o", bounds, stats="full.json")
     assert result.ret == 0
     result.stdout.fnmatch_lines(
         [

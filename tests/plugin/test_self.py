@@ -31,10 +31,10 @@ def read(file: Path) -> dict[str, Any]:
 def test_two_runs_have_the_same_windows(checkpoint: Path, gate: Gate, pytester: pytest.Pytester, cache: Path) -> None:
     """Written once and kept, told in report and saved run; another seed is another text; without the cache it is that
     of the first run again, and the kept file is a text itself."""
-    first = gate(*LOOSE, "--nullspace-save-stats=a.json", "-n", "2", quick=SELF)
+    first = gate(*LOOSE, "-v", "--nullspace-save-stats=a.json", "-n", "2", quick=SELF)
     first.assert_outcomes(passed=22)
     first.stdout.fnmatch_lines(["text self: 2 windows, 6? tokens (written by the base in * s); *"])
-    again = gate(*LOOSE, "--nullspace-save-stats=b.json", quick=SELF)
+    again = gate(*LOOSE, "-v", "--nullspace-save-stats=b.json", quick=SELF)
     again.stdout.fnmatch_lines(["text self: 2 windows, 6? tokens (written by the base before); *"])
     one, two = (read(pytester.path / name) for name in ("a.json", "b.json"))
     alike = ("sha256", "starts", "tokens", "windows")
@@ -69,7 +69,9 @@ def test_a_base_that_cannot_be_had_writes_nothing(gate: Gate, pytester: pytest.P
 def test_the_base_of_a_peft_adapter_writes(gate: Gate, pytester: pytest.Pytester, cache: Path) -> None:
     """It is the base in its own directory, switched to by leaving the adapter off."""
     adapter(pytester.path, tiny.llama(), r=2, target_modules=["q_proj"])
-    result = gate(*LOOSE, "--nullspace-drift", "--nullspace-threshold=divergence:9:9", model="adapter", quick=SELF)
+    result = gate(
+        *LOOSE, "-v", "--nullspace-drift", "--nullspace-threshold=divergence:9:9", model="adapter", quick=SELF
+    )
     result.stdout.fnmatch_lines(["*drift on the preserved text*", "*the model with its adapter switched off*"])
     assert "internal error" not in result.stdout.str().lower()
 

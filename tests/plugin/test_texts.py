@@ -31,7 +31,13 @@ EXACT = 1e-6
 def test_the_shipped_adapter_is_judged_on_two_texts(gate: Gate, pytester: pytest.Pytester) -> None:
     """With the task text the good adapter passes without a warning, and the report holds both texts' figures."""
     result = gate(
-        TASK, "--nullspace-drift", "--nullspace-save-stats=s.json", "--nullspace-report=r.md", model=NULL, quick=SHIPPED
+        TASK,
+        "-v",
+        "--nullspace-drift",
+        "--nullspace-save-stats=s.json",
+        "--nullspace-report=r.md",
+        model=NULL,
+        quick=SHIPPED,
     )
     result.assert_outcomes(passed=23)
     result.stdout.fnmatch_lines(
@@ -105,7 +111,7 @@ def test_an_adapter_that_ruins_the_predictions_fails_by_its_drift(
     checkpoint: Path, gate: Gate, pytester: pytest.Pytester
 ) -> None:
     """A loud update fails the drift item with both losses and the divergence in its message."""
-    result = gate("--nullspace-drift", "-k", "drift", "--nullspace-threshold=divergence:0:0")
+    result = gate("--nullspace-drift", "-v", "-k", "drift", "--nullspace-threshold=divergence:0:0")
     assert result.ret == 1
     result.stdout.fnmatch_lines(["divergence * > 0*", "✗ drift on the preserved text: loss * nats a token*"])
 
@@ -309,7 +315,7 @@ def test_windows_are_drawn_until_every_verdict_is_settled(gate: Gate, pytester: 
     gate(model=NULL, quick=quick)
     means = json.loads((pytester.path / "s.json").read_text())["stats"]
     middle = sorted(layer["BX_ratio"] for layer in means)[10]
-    unsettled = gate(f"--nullspace-threshold=preservation:{middle}:0.5", model=NULL, quick=quick)
+    unsettled = gate("-v", f"--nullspace-threshold=preservation:{middle}:0.5", model=NULL, quick=quick)
     assert windows() == 40
     unsettled.stdout.fnmatch_lines(["uncertain: * would settle half of them, so raise N in *-calib-size=auto:N"])
     loose = ("contribution:0:0", "preservation:0.5:0.6", "effectiveness:0:0")
@@ -321,9 +327,9 @@ def test_windows_are_drawn_until_every_verdict_is_settled(gate: Gate, pytester: 
 def test_a_verdict_that_more_text_might_change_is_told(gate: Gate) -> None:
     """A bound within a figure's margin is told as uncertain, with the windows that would settle it."""
     quick = (FACTS, "--nullspace-seqlen=64", "--nullspace-calib-size=4")
-    result = gate("--nullspace-threshold=preservation:0.0500:0.5", model=NULL, quick=quick)
+    result = gate("-v", "--nullspace-threshold=preservation:0.0500:0.5", model=NULL, quick=quick)
     result.stdout.fnmatch_lines(
         ["uncertain: * verdict on * of 21 layers*, *windows would settle half of them, or try *-calib-size=auto"]
     )
-    one = gate(model=NULL, quick=(*quick[:2], "--nullspace-calib-size=1"))
+    one = gate("-v", model=NULL, quick=(*quick[:2], "--nullspace-calib-size=1"))
     one.stdout.fnmatch_lines(["uncertain: *one window tells nothing of how the figures vary*"])

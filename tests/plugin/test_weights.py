@@ -81,11 +81,11 @@ def test_dead_moved_and_broken_layers_fail(start: Path, gate: Gate, pytester: py
     result.assert_outcomes(failed=2, passed=LAYERS - 1, warnings=LAYERS - 2)
     result.stdout.fnmatch_lines(
         [
+            "cause: b-trained; more: *",
+            "cause: dead-layers; more: *",
             f"{STATEMENT}: 21 of 21 layers, 2 failed, none measured",
             f"✗ {Q0} * dead: A is zero*",
             "✗ model.layers.1.mlp.up_proj * B left its space*",
-            "diagnosis: b-trained: *",
-            "diagnosis: dead-layers: A did not move in 1 of 21 layers: *",
             f"FAILED wrong/config.json::{Q0} - Failed: dead: A is zero*",
         ]
     )

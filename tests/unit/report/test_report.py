@@ -208,11 +208,11 @@ def test_a_summary_of_a_foreign_file_is_not_stopped_by_what_it_lacks() -> None:
         assert summary(dataclasses.replace(run_of(EXAMPLE), about=about))[0][0].startswith("gated")
 
 
-@pytest.mark.parametrize(("verbose", "blocks"), [(0, 0), (1, 0), (2, 0), (3, 2)])
+@pytest.mark.parametrize(("verbose", "blocks"), [(0, 0), (1, 2), (2, 0), (3, 2)])
 def test_blocks_are_printed_when_asked_for(
     pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch, verbose: int, blocks: int
 ) -> None:
-    """The real terminal reporter prints the summary always, and a block for each layer with ``-vvv``."""
+    """The real terminal reporter prints the summary always, and with ``-v`` and ``-vvv`` a block for each layer."""
     out = io.StringIO()
     with monkeypatch.context() as patch:
         patch.setattr(pytestconfig.option, "verbose", verbose)
