@@ -165,7 +165,9 @@ def decide(
     thresholds = tuple(t for subject in (MODEL, DRIFT) for t in expectations.thresholds(subject))
 
     def called(call: Call, reasons: Sequence[Reason]) -> Decision:
-        return Decision(call, tuple(reasons), tuple(causes), thresholds)
+        told = {reason.finding.threshold.figure for reason in reasons if reason.finding is not None}
+        drift = [(v, f) for v in found if v.subject == DRIFT for f in v.findings if f.threshold.figure not in told]
+        return Decision(call, (*reasons, *(_of(v, f, f.tier) for v, f in drift)), tuple(causes), thresholds)
 
     if wrong:
         return called(Call.STOP, wrong)

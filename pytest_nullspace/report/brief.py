@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.decision import Decision, plain
-from pytest_nullspace.judging.invariants import Expectations, judge_drift
+from pytest_nullspace.judging.decision import Decision
+from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import doubts, model, notes, verdict
 from pytest_nullspace.report.layout import Form, table, with_faults
@@ -22,7 +22,6 @@ def summary(
 ) -> Iterator[Line]:
     """The lines of the summary, each with the tier that colours it; ``-v`` shows all of what they tell the first of."""
     yield from verdict.lines(decision)
-    yield from _predictions(run, expectations, decision)
     if (told := notes.measured_on(run)) is not None:
         yield told, None
     yield from counted(run, verdicts, expectations)
@@ -54,20 +53,6 @@ def cautions(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectati
     if names := notes.outside_of(run):
         yield notes.outside(names), Tier.WARN
     yield from ((remark, Tier.WARN) for remark in (*model.remarks(run), *model.unreached(verdicts)))
-
-
-def _predictions(run: RunStats, expectations: Expectations, decision: Decision) -> Iterator[Line]:
-    """The figures of the predictions that did not decide."""
-    if run.drift is None:
-        return
-    judged = judge_drift(run.drift, expectations)
-    shown = decision.reasons[: verdict.GROUPS_SHOWN]
-    told = [reason.finding.threshold.figure for reason in shown if reason.finding is not None]
-    for finding in judged.findings:
-        figure = finding.threshold.figure
-        if figure not in told:
-            words = f"{verdict.in_short(finding, finding.tier)}: {plain(figure, finding.value)}"
-            yield f"{mark(judged, finding.tier)} {words}", colour(judged, finding.tier)
 
 
 def _first(doubt: str) -> str:

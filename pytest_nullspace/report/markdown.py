@@ -1,6 +1,8 @@
 """The report as Markdown, for a job's summary page or a file."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.decision import Decision
@@ -22,24 +24,22 @@ from pytest_nullspace.report.notes import (
 )
 from pytest_nullspace.report.page import Page, Row, kind
 from pytest_nullspace.report.words import MARKS, figures, mark, not_gated, reading
-from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.stats import RunStats
+
+_MARKUP = re.compile(r"[\\`*\[\]<>|&~#$]|(?<![^\W_])_|_(?![^\W_])|^[-+]|^\d+(?=[.)])")
+"""What Markdown, HTML or GitHub read as more than a letter: an underline only where it is not within a word."""
 
 
 def escape(text: str) -> str:
     """``text`` such that Markdown and HTML show it letter by letter."""
-    shown = printable(text, 1000)
-    for character in "\\`*_{}[]<>()#+-.!|&~":
-        shown = shown.replace(character, f"\\{character}")
-    return shown
+    return _MARKUP.sub(lambda found: f"\\{found[0]}", printable(text, 1000))
 
 
 def decided(decision: Decision) -> Iterator[str]:
     """The verdict and what decided it."""
-    first, *rest = (line for line, _ in verdict.lines(decision))
-    yield f"**{escape(first)}**"
+    yield f"**{decision.call}**: {escape(decision.sentence)}"
     yield ""
-    yield from (f"- {escape(line)}" for line in rest)
+    yield from (f"- {escape(line)}" for line, _ in list(verdict.lines(decision))[1:])
     yield ""
 
 
@@ -54,53 +54,55 @@ def page(
     """The same in its parts, the verdict first where there is one."""
     verdicts = [judge(layer, expectations) for layer in run.layers]
     lines = [
-        f"## nullspace: {escape(run.model_path)}",
-        "",
-        *(decided(decision) if decision is not None else ()),
+        *headed(run.model_path, decision),
         f"Gated {sum(judged.gated for judged in verdicts)} of {run.checkpoint_layers} layers on "
         f"{escape(texts(run))}: **{tally(verdicts)}**.",
-        "",
     ]
     if (told := ungated(verdicts, expectations)) is not None:
-        lines += [f"{MARKS[Tier.WARN]} {escape(told)}.", ""]
+        lines += ["", f"{MARKS[Tier.WARN]} {escape(told)}."]
     if not run.layers and run.drift is None:
-        lines += ["No layer was measured; what follows is read from the files.", ""]
+        lines += ["", "No layer was measured; what follows is read from the files.", ""]
         return Page("\n".join([*lines, *(f"- {escape(note.strip())}" for note in notes)]), ())
-    absent = not_measured(run)
-    if absent is not None:
-        lines += [f"{absent}.", ""]
-    negative = negative_scales(run.layers)
-    if negative is not None:
-        lines += [f"{MARKS[Tier.WARN]} {escape(negative)}.", ""]
     if (by := profile(expectations)) is not None:
-        lines += [f"{escape(by[0].upper() + by[1:])}.", ""]
-    if names := outside_of(run):
-        lines += [f"{MARKS[Tier.WARN]} {escape(outside(names))}", ""]
-    for remark in (*remarks(run), *unreached(verdicts)):
-        lines += [f"{MARKS[Tier.WARN]} {escape(remark)}.", ""]
-    if run.complete:
-        averages = judge_averages(run, expectations)
-        lines += [] if averages.gated else ["The averages over all layers; no test judged them:", ""]
-        lines += [f"- {line.strip().replace('<', '&lt;')}" for line, _ in reading(averages)]
-    lines += [f"- {escape(line)}" for line in best_possible(run)]
-    if run.drift is not None:
-        told_of_drift = drift(run.drift, judge_drift(run.drift, expectations))
-        lines += ["", *(f"- {escape(line.strip())}" for line, _ in told_of_drift)]
-    for doubt in doubts.all_of(verdicts, run, expectations):
-        lines += ["", f"{escape(doubt)}."]
-    noted = [f"- {escape(note.strip())}" for note in notes]
-    lines += ["", *noted] if noted else []
-    formulas = (
-        formula.replace("|", "\\|") for formula in (FIGURES[figure].symbol for figure in run.expected)
-    )  # a bare one would end the cell
-    lines += ["", "| | layer | " + " | ".join(f"`{formula}`" for formula in formulas) + " | |"]
-    lines += ["|---|---|" + "---:|" * len(run.expected) + "---|"]
+        lines += ["", f"{escape(by[0].upper() + by[1:])}."]
+    names = outside_of(run)
+    told_of = (not_measured(run), negative_scales(run.layers), outside(names) if names else None)
+    cautions = [line for line in (*told_of, *remarks(run), *unreached(verdicts)) if line is not None]
+    for line in cautions:
+        lines += ["", f"{MARKS[Tier.WARN]} {escape(line)}."]
     rows = []
     for layer, judged in zip(run.layers, verdicts, strict=True):
         cells = " | ".join(figures(layer, run.expected))
         text = f"| {mark(judged)} | {escape(layer.name)} | {cells} | {_why(judged)} |"
         rows.append(Row(kind(judged.tier, judged.gated), text))
-    return Page("\n".join(lines), rows, "| | average | " + " | ".join(figures(run, run.expected)) + " | |")
+    foot = "| | average | " + " | ".join(figures(run, run.expected)) + " | |"
+    columns = f"| | layer | {' | '.join(run.expected)} | |\n|---|---|{'---:|' * len(run.expected)}---|"
+    return Page("\n".join(lines), rows, foot, columns, "\n".join(_more(run, verdicts, expectations, notes)))
+
+
+def headed(path: str, decision: Decision | None) -> Iterator[str]:
+    """The first lines: what is gated, by the last name of a path from the root, and the verdict on it."""
+    yield f"## nullspace: {escape(Path(path).name if Path(path).is_absolute() else path)}"
+    yield ""
+    yield from decided(decision) if decision is not None else ()
+
+
+def _more(
+    run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations, notes: Iterable[str]
+) -> Iterator[str]:
+    """What explains the figures, and what keeps them from being trusted as they stand."""
+    if run.complete:
+        averages = judge_averages(run, expectations)
+        yield from () if averages.gated else ("The averages over all layers; no test judged them:", "")
+        yield from (f"- {line.strip().replace('<', '&lt;')}" for line, _ in reading(averages))
+    yield from (f"- {escape(line)}" for line in best_possible(run))
+    if run.drift is not None:
+        yield ""
+        yield from (f"- {escape(line.strip())}" for line, _ in drift(run.drift, judge_drift(run.drift, expectations)))
+    for doubt in doubts.all_of(verdicts, run, expectations):
+        yield from ("", f"{escape(doubt)}.")
+    yield ""
+    yield from (f"- {escape(note.strip())}" for note in notes)
 
 
 def _why(verdict: Verdict) -> str:

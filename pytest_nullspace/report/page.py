@@ -9,8 +9,10 @@ from pytest_nullspace.judging.verdicts import Tier
 FAILED, WARNED, WOULD_FAIL, PASSED, NOT_GATED = "failed", "warned", "would fail if gated", "passed", "not gated"
 _ORDER = (FAILED, WARNED, WOULD_FAIL, PASSED, NOT_GATED)
 """What a row may tell of its layer, the most urgent first."""
-_ROOM_FOR_REST = 300
-"""Bytes of the line that counts what is left out."""
+_SHOWN = (FAILED, WARNED, WOULD_FAIL)
+"""The rows that nobody need unfold."""
+_ROOM_FOR_REST = 600
+"""Bytes of the line that counts what is left out, and of what is around a second table."""
 _VERDICT = 3
 """How many lines of a report hold its title and how many layers passed."""
 
@@ -34,19 +36,23 @@ class Page:
     """The report of one run.
 
     Attributes:
-        head: Everything above the rows, the table's own head included; title and verdict are its first lines.
-        rows: One for each layer, in model order.
+        head: What stands first: title and verdict are its first lines.
+        rows: One for each layer, in model order; those that did not pass are shown, the others unfold.
         foot: The row of the averages, or nothing.
+        columns: The table's own head, two lines.
+        more: What unfolds below the table.
     """
 
     head: str
     rows: Sequence[Row]
     foot: str = ""
+    columns: str = "| |\n|---|"
+    more: str = ""
 
     @property
     def whole(self) -> str:
         """The report with every row."""
-        return self._with([row.text for row in self.rows])
+        return self._with(self.rows)
 
     @property
     def verdict(self) -> str:
@@ -65,10 +71,26 @@ class Page:
             f"\n… and {len(found) - len(shown):,} more layers ({told}), for which there is no room here: "
             "all rows are in the file of `--nullspace-report=FILE.md`.\n"
         )
-        return self._with([row.text for row in kept]) + rest
+        return self._with(kept) + rest
 
-    def _with(self, rows: Sequence[str]) -> str:
-        return "\n".join([self.head, *rows, *([self.foot] if self.foot else [])]) + "\n"
+    def _with(self, rows: Sequence[Row]) -> str:
+        wrong = [row.text for row in rows if row.kind in _SHOWN]
+        others = [row.text for row in rows if row.kind not in _SHOWN]
+        parts = [self.head]
+        if wrong:
+            parts += ["", self.columns, *wrong]
+        if others or self.foot:
+            foot = [self.foot] if self.foot else []
+            parts += _folded(f"{len(others):,} {'more' if wrong else ''} layers".replace("  ", " "))
+            parts += [self.columns, *others, *foot, "", "</details>"]
+        if self.more:
+            parts += [*_folded("The figures in words, and what may be in doubt"), self.more, "", "</details>"]
+        return "\n".join(parts) + "\n"
+
+
+def _folded(title: str) -> list[str]:
+    """The first lines of what a reader unfolds."""
+    return ["", f"<details><summary>{title}</summary>", ""]
 
 
 def joined(pages: Sequence[Page]) -> str:

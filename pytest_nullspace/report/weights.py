@@ -9,7 +9,7 @@ from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT, LayerWeights, Weights
 from pytest_nullspace.report.layout import Form, table, with_faults
-from pytest_nullspace.report.markdown import decided, escape
+from pytest_nullspace.report.markdown import escape, headed
 from pytest_nullspace.report.notes import negative_scales, outside
 from pytest_nullspace.report.page import Page, Row, kind
 from pytest_nullspace.report.words import MARKS
@@ -91,18 +91,11 @@ def page(
     decision: Decision | None = None,
 ) -> Page:
     """The same in its parts, the verdict first where there is one."""
-    verdict = () if decision is None else decided(decision)
-    lines = [
-        f"## nullspace: {escape(title)}",
-        "",
-        *verdict,
-        f"{MARKS[Tier.WARN]} **{counted(weights, faults, of, gates)}**",
-        "",
-    ]
+    lines = [*headed(title, decision), f"{MARKS[Tier.WARN]} **{counted(weights, faults, of, gates)}**", ""]
     if (negative := negative_scales(weights.layers)) is not None:
         lines += [f"{MARKS[Tier.WARN]} {escape(negative)}", ""]
     lines += [f"- {escape(note.strip())}" for note in notes]
-    lines += ["", "| | layer | " + " | ".join(_COLUMNS) + " | |", "|---|---|" + "---:|" * len(_COLUMNS) + "---|"]
+    columns = f"| | layer | {' | '.join(_COLUMNS)} | |\n|---|---|{'---:|' * len(_COLUMNS)}---|"
     rows = []
     for layer in weights.layers:
         found = faults(layer)
@@ -110,7 +103,7 @@ def page(
         what = kind(Tier.FAIL if found else Tier.PASS, gates(layer.name))
         cells = " | ".join(_cells(layer))
         rows.append(Row(what, f"| {mark} | {escape(layer.name)} | {cells} | {escape('; '.join(wrong))} |"))
-    return Page("\n".join(lines), rows)
+    return Page("\n".join(lines), rows, "", columns)
 
 
 def _cells(layer: LayerWeights) -> Sequence[str]:

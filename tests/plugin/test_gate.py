@@ -82,7 +82,7 @@ def test_an_id_copied_from_a_failed_line_runs_that_layer_alone(
     rootdir = str(pytester.path / "runs" if folder == ".." else pytester.path)
     monkeypatch.chdir(away)
     options = (f"--nullspace-calib-dataset={pytester.path}/text.txt", "--nullspace-seqlen=32")
-    first = gate("--rootdir", rootdir, "--tb=no", model=str(checkpoint), quick=options)
+    first = gate("--rootdir", rootdir, "--tb=no", "-rf", model=str(checkpoint), quick=options)
     failed = [line.split()[1] for line in first.outlines if line.startswith("FAILED") and "down_proj" in line]
     again = gate("--rootdir", rootdir, *LOOSE, failed[0], model=str(checkpoint), quick=options)
     again.assert_outcomes(passed=1)
