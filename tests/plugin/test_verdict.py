@@ -31,7 +31,7 @@ def test_the_verdict_is_first_and_last_and_in_every_file(pytester: pytest.Pytest
     said = "it forgets: the preserved text is 26 % less likely"
     report = result.outlines.index(next(line for line in result.outlines if "= nullspace: ft.json =" in line))
     assert result.outlines[report + 1] == result.outlines[-1] == f"verdict: DO NOT DEPLOY: {said}"
-    assert Path("out.md").read_text("utf-8").splitlines()[2] == f"**verdict: DO NOT DEPLOY: {said}**"
+    assert Path("out.md").read_text("utf-8").splitlines()[2] == f"**DO NOT DEPLOY**: {said}"
     assert f'name="nullspace_verdict" value="DO NOT DEPLOY" /><property name="nullspace_why" value="{said}"' in (
         Path("out.xml").read_text("utf-8")
     )

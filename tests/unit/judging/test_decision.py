@@ -46,14 +46,15 @@ def test_what_forgets_is_not_to_be_deployed_and_the_predictions_are_told_before_
     told = verdict(good(drift(0.3, 0.33), mean_leakage=0.9))
     assert told.call is Call.STOP
     assert told.sentence == "it forgets: the preserved text is 26 % less likely"
-    assert [reason.words for reason in told.reasons] == [
+    assert [reason.words for reason in told.deciding] == [
         "the preserved text is 26 % less likely",
         "predictions moved by 0.33 nats a token",
         "1 of 9 layers have no null space",
     ]
     assert told.reasons[0].detail == "loss-rise 0.3 ± 0.0005, bound 0.15"
     assert told.reasons[2].detail == f"leakage 14.4, bound 0.75, {saved.NAMES[0]}"
-    assert len(told.reasons) <= DECIDING
+    assert len(told.deciding) == DECIDING
+    assert told.reasons[-1].words == "the task text is 49 % more likely"
 
 
 def test_what_was_not_measured_or_not_judged_is_never_safe() -> None:
