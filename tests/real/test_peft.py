@@ -23,9 +23,9 @@ BOUNDS = ("--nullspace-threshold=effectiveness:1e-6:1e-8", "--nullspace-threshol
 
 
 def smollm2() -> tuple[Any, Any]:
-    from fixtures.build import _smollm2
+    from fixtures.build import smollm2 as model_and_tokenizer
 
-    return _smollm2()
+    return model_and_tokenizer()
 
 
 def minilm() -> tuple[Any, Any]:
