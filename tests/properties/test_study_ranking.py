@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixtures.study_ranking import Alarms, Floats, alarms, area, association, best_bound, bootstrapped, ranks
+from fixtures.study_ranking import (
+    Alarms,
+    Floats,
+    alarms,
+    area,
+    association,
+    best_bound,
+    bootstrapped,
+    ranks,
+    ranks_within,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -20,7 +30,7 @@ SEEDS = st.integers(0, 2**31)
 def test_a_rank_is_how_many_are_smaller_and_half_of_the_equal_others(values: list[int]) -> None:
     """Ranks agree with their definition, ties and all."""
     wanted = [sum(v < w for v in values) + (values.count(w) - 1) / 2 for w in values]
-    assert ranks(values).tolist() == wanted
+    assert ranks(values).tolist() == pytest.approx(wanted)
 
 
 @given(SEEDS, st.integers(5, 40))
@@ -62,6 +72,17 @@ def test_inside_strata_what_lies_between_them_counts_for_nothing() -> None:
     x, y, worlds = [1, 2, 3, 11, 12, 13], [21, 22, 23, 1, 2, 3], list("aaabbb")
     assert association(x, y) < -0.3
     assert association(x, y, strata=worlds) == pytest.approx(1)
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.sampled_from("abc")), min_size=1, max_size=30))
+def test_ranks_inside_strata_are_those_of_each_alone(rows: list[tuple[int, str]]) -> None:
+    """Each stratum's ranks are its own, from their mean, as shares of its size."""
+    values, strata = [v for v, _ in rows], [of for _, of in rows]
+    found = ranks_within(values, strata)
+    for stratum in set(strata):
+        of = ranks([v for v, s in rows if s == stratum])
+        alone = [float(rank) for rank, s in zip(found, strata, strict=True) if s == stratum]
+        assert alone == pytest.approx((of - of.mean()) / len(of))
 
 
 @given(SEEDS)
