@@ -16,6 +16,21 @@ AUTO_MOST = 128
 
 
 @dataclass(frozen=True)
+class GivenText:
+    """A preserved text, as it was given.
+
+    Attributes:
+        spec: What it is, without its name.
+        folder: The folder to which its path is relative.
+        name: How tests and bounds call it; empty where it has no name, as the first may.
+    """
+
+    spec: str
+    folder: Path
+    name: str = ""
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the user asked for.
 
@@ -24,7 +39,7 @@ class Settings:
         stats: Saved runs to gate without their models.
         base: The base model of adapters that do not carry theirs, a directory, GGUF file or hub id; None for what they
             name.
-        calib_dataset: The preserved text, as given.
+        calib_dataset: The first preserved text, as given.
         text_folder: The folder to which its path is relative.
         calib_size: Windows to draw from each text; None to draw until every verdict is settled.
         seqlen: Tokens a window; None for 2048 or what the model allows, whichever is less.
@@ -50,6 +65,8 @@ class Settings:
         task_dataset: The text of what was learned, as given.
         task_folder: The folder to which its path is relative.
         calib_most: Windows to draw from each text at most, where their number is not given.
+        text_name: How that text is called, if it has a name.
+        further: The preserved texts beside it.
         weights_only: Whether the weights alone are gated, and no text is run.
         allow_unreached: Globs of the layers that no activation row need reach.
         drift: Whether the predictions are held against the base model's; None for where that can be had without
@@ -93,6 +110,13 @@ class Settings:
     task_folder: Path = Path()
     calib_most: int = AUTO_MOST
     weights_only: bool = False
+    text_name: str = ""
+    further: tuple[GivenText, ...] = ()
+
+    @property
+    def preserved(self) -> tuple[GivenText, ...]:
+        """All texts whose knowledge must survive, the first first."""
+        return GivenText(self.calib_dataset, self.text_folder, self.text_name), *self.further
 
     @property
     def most_windows(self) -> int:

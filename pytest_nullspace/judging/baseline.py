@@ -5,7 +5,7 @@ A baseline is only ever read; it changes when somebody saves another run in its 
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -14,6 +14,7 @@ from pytest_nullspace.judging.invariants import Stage, lower_is_better
 from pytest_nullspace.run import paired
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
+from pytest_nullspace.run.texts import FIRST, name_of, preserved
 
 BASE_TOLERANCE = 1e-3
 """How far ``‖W_res‖`` may differ between runs of one base, in whatever precision they were measured."""
@@ -53,6 +54,7 @@ class Change:
         now: Its value in this one.
         lower_is_better: Which direction is the worse.
         margin: How far the difference may lie from what more text would give; None unless both are of the same windows.
+        text: The name of the text on which it is, if several preserved texts have it.
     """
 
     figure: str
@@ -60,6 +62,7 @@ class Change:
     now: float
     lower_is_better: bool
     margin: float | None = None
+    text: str = ""
 
     @property
     def worsened(self) -> float:
@@ -101,7 +104,8 @@ class Change:
     def __str__(self) -> str:
         """The change in a phrase, such as ``preservation 0.02 → 0.03 (+50%), worse by 0.01 ± 0.002``."""
         told = "from zero" if not self.before and self.now else f"{self._moved:+.3%}"
-        return f"{self.figure} {self.before:.4g} → {self.now:.4g} ({told}){self._difference}"
+        on = f" on {self.text}" if self.text else ""
+        return f"{self.figure}{on} {self.before:.4g} → {self.now:.4g} ({told}){self._difference}"
 
     @property
     def _difference(self) -> str:
@@ -225,12 +229,26 @@ def _drift_changes(drift: Drift | None, earlier: Drift | None, same: bool, stage
     if drift is None or earlier is None:
         return ()
 
-    def value(of: Drift, figure: str) -> float:
-        return of.figures[figure][0]
+    changes: list[Change] = []
+    for name in drift.texts:
+        # The first text's may have got a name since, the others are known by theirs.
+        was = earlier.name if name == drift.name else name
+        if was in earlier.texts:
+            changes += _text_changes(drift, name, earlier, was, same, stage)
+    return tuple(changes)
 
-    figures = [figure for figure in drift.figures if figure in earlier.figures]
+
+def _text_changes(drift: Drift, name: str, earlier: Drift, was: str, same: bool, stage: Stage) -> Iterator[Change]:
+    """The changes on the text of that ``name``, which is called ``was`` in the earlier run."""
+    now, before = drift.figures_on(name), earlier.figures_on(was)
+    figures = [figure for figure in now if figure in before]
+
+    def value(of: Drift, figure: str) -> float:
+        return of.figures_on(name if name in of.texts else was)[figure][0]
+
     found = paired.differences(drift, earlier, figures, value) if same else None
-    return _changes(figures, partial(value, earlier), partial(value, drift), found, stage)
+    for change in _changes(figures, partial(value, earlier), partial(value, drift), found, stage):
+        yield replace(change, text=name)
 
 
 def _regressions(layer: LayerStats, changes: Sequence[Change] | None, limits: Sequence[Limit]) -> Iterator[str]:
@@ -253,10 +271,11 @@ def _why_unpaired(run: RunStats, earlier: RunStats) -> str | None:
     for of, which in ((earlier, "the earlier run"), (run, "this run")):
         if all(layer.by_window is None for layer in of.layers):
             return f"{which} does not tell what each window gave"
-    for what in ("text", "task_text"):
+    further = {*preserved(run.about), *preserved(earlier.about)} - {FIRST}
+    for what in (FIRST, "task_text", *sorted(further)):
         read = _about(what, "windows_sha256")
         now, before = read(run, ()), read(earlier, ())
-        if now != before or (what == "text" and now is None):
+        if now != before or (what == FIRST and now is None):
             return f"the windows of the {what.replace('_', ' ')} are not the same"
     return None
 
@@ -297,6 +316,9 @@ def _about(section: str, key: str) -> Callable[[RunStats, Collection[str]], Any]
 
 COMPARED: Mapping[str, Callable[[RunStats, Collection[str]], Any]] = {
     "text": _about("text", "sha256"),
+    "texts": lambda run, _: [
+        f"{name_of(key)} {str(of.get('sha256'))[:12]}" for key, of in preserved(run.about).items() if key != FIRST
+    ],
     "windows": _about("text", "windows"),
     "seqlen": _about("text", "seqlen"),
     "seed": _about("settings", "seed"),

@@ -10,9 +10,10 @@ from enum import StrEnum
 from typing import Any
 
 from pytest_nullspace.judging.evidence import Diagnosis
-from pytest_nullspace.judging.invariants import DRIFT, MODEL, Expectations, Stage, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage, judge, judge_averages, judge_drifts
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
 from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.run.texts import DRIFT, called, is_drift
 
 DECIDING = 3
 """Reasons that are told of a verdict at most."""
@@ -182,8 +183,7 @@ def decide(
 
 def _verdicts(run: RunStats, expectations: Expectations) -> Iterator[Verdict]:
     """Those on the predictions, the averages and every layer, in this order, as that is how much they weigh."""
-    if run.drift is not None:
-        yield judge_drift(run.drift, expectations)
+    yield from judge_drifts(run, expectations)
     if run.complete and run.layers:
         yield judge_averages(run, expectations)
     yield from (judge(layer, expectations) for layer in run.layers)
@@ -191,11 +191,11 @@ def _verdicts(run: RunStats, expectations: Expectations) -> Iterator[Verdict]:
 
 def _found(verdicts: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]:
     """What lies in ``tier``: a reason for each figure of the predictions, and one for each figure of all layers."""
-    drift = [(v, f) for v in verdicts if v.subject == DRIFT for f in v.findings if f.tier is tier]
+    drift = [(v, f) for v in verdicts if is_drift(v.subject) for f in v.findings if f.tier is tier]
     yield from (_of(v, f, tier) for v, f in sorted(drift, key=lambda pair: _WEIGHT.index(pair[1].threshold.figure)))
     if tier is Tier.FAIL:
-        yield from (Reason(fault, tier, None, DRIFT) for v in verdicts if v.subject == DRIFT for fault in v.faults)
-    layers = [verdict for verdict in verdicts if verdict.subject not in (DRIFT, MODEL)]
+        yield from (Reason(fault, tier, None, v.subject) for v in verdicts if is_drift(v.subject) for fault in v.faults)
+    layers = [verdict for verdict in verdicts if verdict.subject != MODEL and not is_drift(verdict.subject)]
     yield from _said(layers, tier, of)
     found: dict[str, list[tuple[Verdict, Finding]]] = {}
     for verdict in layers:
@@ -273,21 +273,30 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
     if expectations.stage is Stage.TRAINED and run.drift is None:
         yield Reason("predictions were not compared: add --nullspace-drift", Tier.WARN)
     for verdict in verdicts:
-        for finding in verdict.findings if verdict.subject == DRIFT else ():
+        for finding in verdict.findings if is_drift(verdict.subject) else ():
             if finding.uncertain:
                 near = _of(verdict, finding, Tier.WARN)
-                yield Reason(f"{near.words}, but more text might change that", Tier.WARN, finding, DRIFT)
+                yield Reason(f"{near.words}, but more text might change that", Tier.WARN, finding, verdict.subject)
 
 
 def _kept(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Finding]]:
     """The figures that tell best why a run is safe."""
-    whole = [(v, f) for v in verdicts if v.subject in (DRIFT, MODEL) for f in v.findings]
+    whole = [(v, f) for v in verdicts if v.subject == MODEL or is_drift(v.subject) for f in v.findings]
     order = {name: place for place, name in enumerate(_TOLD_WHERE_SAFE)}
     return sorted(whole, key=lambda pair: order.get(pair[1].threshold.figure, len(order)))
 
 
 def _of(verdict: Verdict, finding: Finding, tier: Tier) -> Reason:
-    return Reason(plain(finding.threshold.figure, finding.value), tier, finding, verdict.subject)
+    return Reason(said(verdict, finding), tier, finding, verdict.subject)
+
+
+def said(verdict: Verdict, finding: Finding) -> str:
+    """What a finding of a verdict says to who knows no figure, the text named where it has a name."""
+    told, (_, *name) = plain(finding.threshold.figure, finding.value), called(verdict.subject)
+    whole = "the preserved text"
+    if not name:
+        return told
+    return told.replace(whole, f"{whole} {name[0]}") if whole in told else f"{told} on the text {name[0]}"
 
 
 def plain(figure: str, value: float) -> str:

@@ -15,6 +15,8 @@ from pytest_nullspace.judging.profiles import CONTRIBUTES, Chosen, Profile, deci
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
 from pytest_nullspace.run.figures import FIGURES, of_layers
 from pytest_nullspace.run.stats import UNREACHED, Drift, LayerStats, RunStats
+from pytest_nullspace.run.texts import DRIFT as DRIFT
+from pytest_nullspace.run.texts import called, drift_test, is_drift
 
 
 class Stage(StrEnum):
@@ -34,8 +36,6 @@ def defaults(stage: Stage, of_predictions: bool = False) -> tuple[Threshold, ...
     )
 
 
-DRIFT = "drift"
-"""The name of the item that judges them."""
 MODEL = "model"
 """The name of the item that judges the averages of all layers."""
 
@@ -58,6 +58,10 @@ class Override:
     figure: str
     passes: float
     fails: float
+
+    def names(self, test: str) -> bool:
+        """Whether it holds in the test of that name, one of the predictions by its text's name too."""
+        return self.layers == test or any(fnmatchcase(name, self.layers) for name in called(test))
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Expectations:
 
     def _decides(self, figure: str, test: str) -> bool:
         """Whether a figure decides in the test of that name: by the profile, or because a bound was given for it."""
-        given = any(o.figure == figure and fnmatchcase(test, o.layers) for o in self.overrides)
+        given = any(o.figure == figure and o.names(test) for o in self.overrides)
         return given or decides(figure, self.profile, test == MODEL, self.drift_judged)
 
     def gates(self, test: str) -> bool:
@@ -114,8 +118,8 @@ class Expectations:
         return self.judged is None or test in self.judged
 
     def thresholds(self, layer: str) -> tuple[Threshold, ...]:
-        """The thresholds that hold for the layer of that name (``model`` for the averages, ``drift`` for the drift)."""
-        held = (t for t in defaults(self.stage, layer == DRIFT) if self._decides(t.figure, layer))
+        """The thresholds that hold for the test of that name: a layer's, the averages', one of the predictions."""
+        held = (t for t in defaults(self.stage, is_drift(layer)) if self._decides(t.figure, layer))
         return tuple(self._overridden(self._of_profile(threshold), layer) for threshold in held)
 
     def _of_profile(self, threshold: Threshold) -> Threshold:
@@ -129,7 +133,7 @@ class Expectations:
 
     def _overridden(self, threshold: Threshold, layer: str) -> Threshold:
         for override in self.overrides:
-            if override.figure == threshold.figure and fnmatchcase(layer, override.layers):
+            if override.figure == threshold.figure and override.names(layer):
                 threshold = threshold.replaced(override.passes, override.fails)
         return threshold
 
@@ -161,20 +165,26 @@ def judge_averages(run: RunStats, expectations: Expectations) -> Verdict:
     return replace(verdict, doubt=FORGOT) if unknown and not expectations.drift_judged else verdict
 
 
-def judge_drift(drift: Drift, expectations: Expectations) -> Verdict:
-    """Hold how far the predictions moved against the thresholds."""
-    figures = drift.figures
+def judge_drift(drift: Drift, expectations: Expectations, text: str | None = None) -> Verdict:
+    """Hold how far the predictions moved on the text of that name, or on the first, against the thresholds."""
+    name = drift.name if text is None else text
+    figures, test = drift.figures_on(name), drift_test(name)
     return Verdict(
-        DRIFT,
+        test,
         tuple(
             Finding(value, threshold, threshold.tier(value), margin)
-            for threshold in expectations.thresholds(DRIFT)
+            for threshold in expectations.thresholds(test)
             if threshold.figure in figures
             for value, margin in [figures[threshold.figure]]
         ),
-        faults=tuple(expectations.drift_faults),
-        gated=expectations.gates(DRIFT),
+        faults=tuple(expectations.drift_faults) if name == drift.name else (),
+        gated=expectations.gates(test),
     )
+
+
+def judge_drifts(run: RunStats, expectations: Expectations) -> list[Verdict]:
+    """The same on each preserved text; nothing where no predictions were measured."""
+    return [] if run.drift is None else [judge_drift(run.drift, expectations, text) for text in run.drift.texts]
 
 
 def passes(run: RunStats, expectations: Expectations) -> bool:
@@ -182,8 +192,7 @@ def passes(run: RunStats, expectations: Expectations) -> bool:
     verdicts = [judge(layer, expectations) for layer in run.layers]
     if run.complete:
         verdicts.append(judge_averages(run, expectations))
-    if run.drift is not None:
-        verdicts.append(judge_drift(run.drift, expectations))
+    verdicts += judge_drifts(run, expectations)
     return bool(run.layers) and all(verdict.tier is Tier.PASS for verdict in verdicts)
 
 

@@ -118,5 +118,5 @@ def _between(
 
 
 def _findings(drift: Drift, expectations: Expectations, text: Text) -> list[Finding]:
-    found = judge_drift(drift, expectations).findings
+    found = [finding for name in drift.texts for finding in judge_drift(drift, expectations, name).findings]
     return [finding for finding in found if FIGURES[finding.threshold.figure].text is text]

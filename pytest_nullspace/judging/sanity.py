@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.run.texts import FIRST, key_of
 
 ENOUGH = 100
 """Predictions below which a loss tells too little."""
@@ -41,7 +42,7 @@ def insane(run: RunStats) -> Iterator[str]:
         return
     read = list(_read(run))
     for of in read:
-        losses = [of.base] if of.name == "preserved" else [of.base, of.adapted]
+        losses = [of.base, of.adapted] if of.name == "task" else [of.base]
         if not any(map(of.is_sane, losses)):
             told = " nor ".join(f"{loss:.3g}" for loss in losses)
             missed = " and ".join(f"{words} ({bound:.3g})" for words, bound in of.bounds.items() if of.base >= bound)
@@ -49,7 +50,7 @@ def insane(run: RunStats) -> Iterator[str]:
                 f"the loss on the {of.name} text, {told} nats a token, is not below {missed}: {_blamed(of, read)}; "
                 "what drift says of it cannot be trusted"
             )
-    texts = [text for text in (run.drift.preserved, run.drift.task) if text is not None]
+    texts = [text for text in (*run.drift.texts.values(), run.drift.task) if text is not None]
     shares = [layer.figure("contribution") for layer in run.layers if layer.rows]
     if shares and max(shares) > SHARE and all(text.divergence == 0 and text.tokens >= ENOUGH for text in texts):
         yield (
@@ -60,8 +61,9 @@ def insane(run: RunStats) -> Iterator[str]:
 
 def _read(run: RunStats) -> Iterator[_Read]:
     assert run.drift is not None
-    texts = ("preserved", "text", run.drift.preserved), ("task", "task_text", run.drift.task)
-    for name, key, text in texts:
+    texts = [("preserved", FIRST, run.drift.preserved), ("task", "task_text", run.drift.task)]
+    further = [(f"preserved {name}", key_of(name), text) for name, text in run.drift.further.items()]
+    for name, key, text in (*texts, *further):
         if text is not None and text.tokens >= ENOUGH and (bounds := _bounds(run.about, key)):
             yield _Read(name, text.base_loss, text.adapted_loss, bounds)
 

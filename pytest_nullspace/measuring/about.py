@@ -10,7 +10,8 @@ from typing import Any
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.measuring.written import Written
-from pytest_nullspace.settings import Settings
+from pytest_nullspace.run.texts import FIRST, key_of
+from pytest_nullspace.settings import GivenText, Settings
 from pytest_nullspace.text.windows import Window, distinct_rows, text_hash, unigram_loss, windows_hash
 
 
@@ -73,8 +74,12 @@ def of_texts(
     seqlen: int,
     written: Mapping[str, Written],
     vocabulary: int | None = None,
+    preserved: Sequence[GivenText] = (),
 ) -> dict[str, Any]:
     """Each text that was read, the windows of it that were used, and of what the base wrote whence it comes."""
+    told: dict[str, dict[str, Any]] = {key_of(text.name): {"given": text.spec} for text in preserved[1:]}
+    if preserved and preserved[0].name:
+        told[FIRST] = {"name": preserved[0].name}
     return {
         what: {
             "sha256": text_hash(texts[what]),
@@ -86,6 +91,7 @@ def of_texts(
             **_without_language(windows, vocabulary),
             **({"written": written[what].about} if what in written else {}),
             "windows_sha256": windows_hash(windows),
+            **told.get(what, {}),
         }
         for what, windows in read.items()
     }

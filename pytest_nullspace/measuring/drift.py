@@ -15,12 +15,17 @@ from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.forward import run
+from pytest_nullspace.measuring.passages import Spot
 from pytest_nullspace.run.stats import TextDrift
 from pytest_nullspace.run.uncertainty import jackknife
 from pytest_nullspace.run.windows import OF_PREDICTIONS, ByWindow
 
 CHUNK = 64
 """Rows whose predictions are compared at once, so that no second copy of a batch's is made."""
+
+SPOTS, APART = 3, 16
+"""Predictions of each window that are kept as the most changed, at most one of so many that follow each other."""
+_SUMS, _OF_SPOT = 5, 6
 
 Base = Callable[[], AbstractContextManager[nn.Module]]
 """Within the context the model that it gives is the base model."""
@@ -42,7 +47,8 @@ class Predictions:
             place: Where the base model takes its input.
         """
         self._base, self._place = base, place
-        self._by_window = torch.zeros(windows, 5, dtype=torch.float64)
+        self._by_window = torch.zeros(windows, _SUMS, dtype=torch.float64)
+        self._spots = torch.full((windows, SPOTS * _OF_SPOT), -1.0, dtype=torch.float64)
         self.seconds = 0.0
 
     def compared(self, adapted: Tensor, tokens: Tensor) -> Tensor:
@@ -53,7 +59,7 @@ class Predictions:
             tokens: What it read, shape ``(b, length)``.
 
         Returns:
-            Shape ``(b, 5)``, for `add`.
+            A row a window, for `add`.
         """
         _wait(tokens.device)
         start = time.perf_counter()
@@ -65,15 +71,29 @@ class Predictions:
 
     def add(self, first: int, compared: Tensor) -> None:
         """Count a batch whose first window is the one of that number."""
-        self._by_window[first : first + len(compared)] = compared
+        windows = slice(first, first + len(compared))
+        self._by_window[windows], self._spots[windows] = compared[:, :_SUMS], compared[:, _SUMS:]
 
     def merge(self, ranks: Ranks, windows: range, read: Sequence[int]) -> None:
         """Add what the other processes counted of ``windows``, of which this one has ``read`` some."""
-        ranks.add("the predictions", windows, read, self._by_window[windows.start : windows.stop])
+        own = slice(windows.start, windows.stop)
+        for number in set(windows).difference(read):
+            self._spots[number] = 0  # another process tells of it, and what all tell is added
+        ranks.add("the predictions", windows, read, self._by_window[own], self._spots[own])
 
     def of(self, windows: int) -> TextDrift:
         """Losses before and after, and the divergence, as means over the tokens of the first ``windows``."""
         return _means(self._by_window[:windows])
+
+    def spots(self, windows: int) -> list[Spot]:
+        """The most changed predictions of the first ``windows``."""
+        rows = self._spots[:windows].reshape(windows, SPOTS, _OF_SPOT).tolist()
+        return [
+            Spot(window, int(place), divergence, base, adapted, int(likeliest), int(instead))
+            for window, kept in enumerate(rows)
+            for place, divergence, base, adapted, likeliest, instead in kept
+            if place >= 0
+        ]
 
 
 def drift(
@@ -107,7 +127,8 @@ def _wait(device: torch.device) -> None:
 
 
 def compared(adapted: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
-    """Tokens predicted from, tokens scored, and sums of base loss, adapted loss and divergence, shape ``(5,)``."""
+    """Tokens predicted from, tokens scored, sums of base loss, adapted loss and divergence, and the window's spots."""
+    divergences = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     sums = torch.zeros(3, dtype=torch.float64, device=tokens.device)
     targets = torch.cat((tokens[1:], tokens.new_full((1,), -100)))  # nothing follows the last token
     for first in range(0, len(tokens), CHUNK):
@@ -117,8 +138,33 @@ def compared(adapted: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
         divergence = kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
         losses = [nll_loss(of, targets[rows], reduction="none") for of in (p, q)]
         sums += torch.stack([part.sum() for part in (*losses, divergence)])
+        divergences[rows] = divergence
     counts = torch.tensor([len(tokens), len(tokens) - 1], dtype=torch.float64, device=tokens.device)
-    return torch.cat((counts, sums))
+    return torch.cat((counts, sums, _most_changed(divergences[:-1], adapted, before, tokens)))
+
+
+def _most_changed(divergences: Tensor, adapted: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
+    """The spots of one window as numbers, one after the other, −1 where there are no more."""
+    found = divergences.new_full((SPOTS, _OF_SPOT), -1.0)
+    blocks = range(0, len(divergences), APART)
+    firsts = [first + int(divergences[first : first + APART].argmax()) for first in blocks]
+    if firsts:
+        places = torch.tensor(firsts, device=tokens.device)
+        places = places[divergences[places].topk(min(SPOTS, len(places))).indices]
+        q, p = (logits[places].to(tokens.device).double().softmax(dim=-1) for logits in (adapted, before))
+        targets = tokens[places + 1][:, None]
+        told = (
+            places,
+            divergences[places].clamp(min=0),
+            p.gather(1, targets)[:, 0],
+            q.gather(1, targets)[:, 0],
+            p.argmax(dim=-1),
+            q.argmax(dim=-1),
+        )
+        rows = torch.stack([column.double() for column in told], dim=-1)
+        rows[~rows.isfinite().all(dim=-1)] = -1
+        found[: len(places)] = rows
+    return found.flatten()
 
 
 def _means(by_window: Tensor) -> TextDrift:

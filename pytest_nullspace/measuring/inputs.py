@@ -14,6 +14,7 @@ from pytest_nullspace.checkpoint.hub import base_of, local_directory
 from pytest_nullspace.checkpoint.lora_null import DOWN
 from pytest_nullspace.checkpoint.peft import writes_into_base
 from pytest_nullspace.errors import CheckpointError, TextError
+from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.choice import TokenizerChoice
 from pytest_nullspace.text.readers import read_text
@@ -31,7 +32,9 @@ def sources(settings: Settings) -> dict[str, Source | SelfText]:
     Raises:
         TextError: One names nothing that is there.
     """
-    named = {"text": parse_source(settings.calib_dataset, settings.text_folder, OPTION)}
+    first, *further = settings.preserved
+    named = {FIRST: parse_source(first.spec, first.folder, OPTION)}
+    named |= {key_of(text.name): parse_source(text.spec, text.folder, OPTION) for text in further}
     if settings.task_dataset is not None:
         named["task_text"] = parse_source(settings.task_dataset, settings.task_folder, TASK_OPTION)
     return named

@@ -5,6 +5,7 @@ What holds tensors is imported inside functions.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from pytest_nullspace.measuring.limits import vocabulary
 from pytest_nullspace.measuring.loading import TrueBase, half_precision, one_of, shortage_told
 from pytest_nullspace.run.figures import FIGURES, on_the_task
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
+from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.windows import Window
 
@@ -30,6 +32,13 @@ PREDICTED = 1 << 28
 """Numbers that the predictions of a forward may be, where the base's are held against them."""
 
 Figures = tuple[LayerStats, ...]
+
+
+def with_further(first: Figures, further: Mapping[str, Figures]) -> Figures:
+    """The figures of the first preserved text, each layer's on the further ones beside them, by the texts' names."""
+    return tuple(
+        replace(layer, further={name: of[place] for name, of in further.items()}) for place, layer in enumerate(first)
+    )
 
 
 def with_task(preserved: Figures, task: Figures) -> Figures:
@@ -113,14 +122,25 @@ class Measurement:
                 f"{self.running}; {one_of(f'lower {lower}', *half_precision(self.running, 'take'), *without)}"
             )
 
+        has_task = "task_text" in self.drawn
+        # Each text is asked for what will be judged on it, and no more.
+        preserved = [figure for figure in FIGURES if not has_task or figure not in on_the_task()]
+
+        def settled(own: Figures, name: str) -> bool:
+            return self._settled(with_task(own, own) if has_task else own, preserved, name)
+
         with shortage_told(short):
-            if "task_text" not in self.drawn:
-                return self._of("text", layers, batches, lambda own: self._settled(own, FIGURES)), batches
-            # Each text is asked for what will be judged on it, and no more.
-            preserved = [figure for figure in FIGURES if figure not in on_the_task()]
-            own = self._of("text", layers, batches, lambda own: self._settled(with_task(own, own), preserved))
+            name = self.settings.text_name
+            own = self._of(FIRST, layers, batches, lambda own: settled(own, name))
+            further = {
+                text.name: self._of(key_of(text.name), layers, batches, partial(settled, name=text.name))
+                for text in self.settings.further
+            }
+            own = with_further(own, further)
+            if not has_task:
+                return own, batches
             task = self._of(
-                "task_text", layers, batches, lambda task: self._settled(with_task(own, task), on_the_task())
+                "task_text", layers, batches, lambda task: self._settled(with_task(own, task), on_the_task(), name)
             )
             return with_task(own, task), batches
 
@@ -191,7 +211,8 @@ class Measurement:
         if self.held_against is None:
             return None
         found = {what: predictions.of(self.used[what]) for what, predictions in self.predictions.items()}
-        return Drift(self.held_against.name, found["text"], found.get("task_text"))
+        further = {text.name: found[key] for text in self.settings.further if (key := key_of(text.name)) in found}
+        return Drift(self.held_against.name, found[FIRST], found.get("task_text"), self.settings.text_name, further)
 
     def suggestion(self, figures: Figures) -> dict[str, Any]:
         """The largest scale of the update whose predictions pass, as a run tells it; nothing where they pass already.
@@ -205,7 +226,7 @@ class Measurement:
 
         _, base, place = self.held_against
         names = {"text": "preserved", "task_text": "task"}
-        texts = {names[what]: [window.tokens for window in windows] for what, windows in self.read.items()}
+        texts = {names.get(what, what): [window.tokens for window in windows] for what, windows in self.read.items()}
         short = f"{self._short} for the predictions at other scales, in {self.running}; "
         with shortage_told(lambda: short + one_of(f"lower {PREFIX}seqlen", f"leave {PREFIX}suggest out")):
             scales = Scales(self.adapted, base, place, texts, self.settings.ranks)
@@ -217,12 +238,13 @@ class Measurement:
         """What the base's forwards and the comparisons took of the pass."""
         return sum(of.seconds for of in self.predictions.values()) if self.predictions else None
 
-    def _settled(self, figures: Figures, judged: Collection[str]) -> bool:
+    def _settled(self, figures: Figures, judged: Collection[str], name: str) -> bool:
         """Whether more text would change no verdict.
 
         Args:
             figures: Of the selected layers, so far.
             judged: The figures that are judged on the text.
+            name: Of the preserved text whose predictions are judged.
         """
         drift = self.drift
         expectations = self._expected(figures, drift)
@@ -233,7 +255,7 @@ class Measurement:
         if run.complete:
             verdicts.append(judge_averages(run, expectations))
         if drift is not None:
-            verdicts.append(judge_drift(drift, expectations))
+            verdicts.append(judge_drift(drift, expectations, name))
         findings = [finding for verdict in verdicts for finding in verdict.findings]
         return not any(finding.uncertain for finding in findings if finding.threshold.figure in judged)
 

@@ -33,8 +33,10 @@ from pytest_nullspace.measuring.loading import (
 )
 from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement, with_task
 from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory
+from pytest_nullspace.measuring.passages import passages
 from pytest_nullspace.measuring.written import Request, Written, base_sha256, had, require_base
-from pytest_nullspace.run.stats import WITHOUT_DRIFT, LayerStats, RunStats
+from pytest_nullspace.run.stats import WITHOUT_DRIFT, Drift, LayerStats, RunStats, TextDrift
+from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.choice import TokenizerChoice
 from pytest_nullspace.text.sources import SelfText
@@ -100,14 +102,14 @@ def measure_checkpoint(
         calib_dataset=settings.calib_dataset,
         layers=figures,
         checkpoint_layers=len(checkpoint.layers),
-        drift=run.drift,
+        drift=read.with_passages(run),
         about={
             **of_checkpoint,
             **about.of_model(adapted.kind, adapted.remarks),
             **({WITHOUT_DRIFT: NOT_AT_HAND} if settings.drift is None and run.drift is None else {}),
             **suggested,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
-            **about.of_texts(read.texts, run.read, seqlen, read.written, vocabulary(adapted.model)),
+            **about.of_texts(read.texts, run.read, seqlen, read.written, vocabulary(adapted.model), settings.preserved),
             "tokenizer": read.tokenizer.told(read.texts, run.read, seqlen),
             "settings": about.of_settings(settings),
             "device": places(adapted),
@@ -176,6 +178,20 @@ class _Read:
         text = _written(self, checkpoint, settings, loaded, seqlen)
         texts = {what: text.text if what in asked else self.texts[what] for what in sources(settings)}
         return replace(self, texts=texts, written=dict.fromkeys(asked, text))
+
+    def with_passages(self, run: Measurement) -> Drift | None:
+        """How far the predictions moved, with the passages of each text where they moved most."""
+        drift = run.drift
+        if drift is None:
+            return None
+
+        def told(what: str, of: TextDrift) -> TextDrift:
+            windows = run.read[what]
+            spots = run.predictions[what].spots(len(windows))
+            return replace(of, passages=passages(spots, windows, self.texts[what], self.tokenize, run.seqlen))
+
+        further = {name: told(key_of(name), of) for name, of in drift.further.items()}
+        return replace(drift, preserved=told(FIRST, drift.preserved), further=further)
 
     def windows(self, settings: Settings, seqlen: int) -> dict[str, Sequence[Window]]:
         """The windows of each text that may be used: drawn from it, or the stretches in which the base wrote it."""

@@ -19,6 +19,7 @@ from pytest_nullspace.measuring.forward import run
 from pytest_nullspace.model import AdaptedModel
 from pytest_nullspace.run.figures import Text
 from pytest_nullspace.run.stats import Drift, TextDrift
+from pytest_nullspace.run.texts import key_of
 
 Windows = Sequence[Sequence[int]]
 
@@ -98,8 +99,14 @@ def remedy(checkpoint: Checkpoint, drift: Drift, expectations: Expectations, sca
     if not math.isfinite(drift.preserved.divergence_margin):
         return Remedy(None, "one window tells no margin; give more by --nullspace-calib-size", {})
 
+    kept = ["preserved", *map(key_of, drift.further)]
+
+    def moved(at: Mapping[str, TextDrift]) -> Drift:
+        further = {name: at[key_of(name)] for name in drift.further}
+        return replace(drift, preserved=at["preserved"], further=further, task=at.get("task"))
+
     def on_preserved(asked: Sequence[float]) -> list[Drift]:
-        return [replace(drift, preserved=at["preserved"], task=None) for at in scales.at(asked, ["preserved"])]
+        return [moved(at) for at in scales.at(asked, kept)]
 
     def fits(asked: Sequence[float]) -> list[bool]:
         return [passes(at, expectations, Text.PRESERVED) for at in on_preserved(asked)]
@@ -109,9 +116,8 @@ def remedy(checkpoint: Checkpoint, drift: Drift, expectations: Expectations, sca
         (zero,) = on_preserved([0.0])
         return Remedy(None, _no_base(checkpoint, zero), {})
     exact, said = _written(checkpoint, found)
-    texts = ["preserved"] if drift.task is None else ["preserved", "task"]
-    (measured,) = scales.at([exact], texts)
-    at = replace(drift, preserved=measured["preserved"], task=measured.get("task"))
+    (measured,) = scales.at([exact], kept if drift.task is None else [*kept, "task"])
+    at = moved(measured)
     if not exact or not passes(at, expectations, Text.PRESERVED):
         return Remedy(None, "only none of it keeps the preserved text", {})
     gains = [-of.task.loss_change for of in (at, drift) if of.task is not None]

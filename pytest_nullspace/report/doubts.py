@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.invariants import MODEL, Expectations, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import MODEL, Expectations, judge_averages, judge_drifts
 from pytest_nullspace.judging.verdicts import Verdict
 from pytest_nullspace.run.figures import FIGURES, Text
 from pytest_nullspace.run.stats import SINK, LayerStats, RunStats
+from pytest_nullspace.run.texts import FIRST, called, key_of
 from pytest_nullspace.run.uncertainty import MOST_WINDOWS, windows_needed
 
 SINKS_TOLD = 0.05
@@ -19,8 +21,9 @@ def sinks(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
     """How much of a layer's mean norms a few rows carry, and which verdicts they decide; None if it is little."""
     if any(layer.without_sinks is None for layer in run.layers):
         return "sink rows: this run does not tell of them, so a few rows may decide its ratios"
-    texts = (("", layer) for layer in run.layers), ((" on the task text", layer.task) for layer in run.layers)
-    found = [(on, layer) for of in texts for on, layer in of if layer is not None and layer.sinks]
+    texts = [("", run.layers), (" on the task text", [layer.task for layer in run.layers])]
+    texts += [(f" on the text {name}", of.layers) for name, of in _further(run).items()]
+    found = [(on, layer) for on, of in texts for layer in of if layer is not None and layer.sinks]
     decided = [(v.subject, f) for v in verdicts if v.unjudged is None for f in v.findings if f.decided_by_sinks]
     where, most = max(found, key=lambda pair: pair[1].sink_share, default=("", None))
     if most is None or (most.sink_share < SINKS_TOLD and not decided):
@@ -84,13 +87,18 @@ _ONE_WINDOW = "one window tells nothing of how the figures vary, so draw more by
 
 def uncertain_drift(run: RunStats, expectations: Expectations) -> str | None:
     """Which figures of the drift more text might put into another tier, and how much would settle them, if any."""
-    verdict = None if run.drift is None else judge_drift(run.drift, expectations)
-    findings = [f for f in verdict.findings if f.uncertain] if verdict is not None and verdict.gated else []
+    verdicts = [verdict for verdict in judge_drifts(run, expectations) if verdict.gated]
+    found = [(verdict.subject, f) for verdict in verdicts for f in verdict.findings if f.uncertain]
+    findings = [finding for _, finding in found]
     if not findings:
         return None
-    figures = ", ".join(f"{f.threshold.figure} {f.value:.2g} ± {f.margin:.2g}: {f.threshold.bound}" for f in findings)
+    figures = ", ".join(
+        f"{''.join(f'{name} ' for name in called(test)[1:])}{f.threshold.figure} {f.value:.2g} ± {f.margin:.2g}: "
+        f"{f.threshold.bound}"
+        for test, f in found
+    )
     told = f"uncertain: more text might change the verdict on the drift ({figures})"
-    drawn = [_windows(run, finding.threshold.figure) for finding in findings]
+    drawn = [_windows(run, finding.threshold.figure, test) for test, finding in found]
     if not min(drawn):
         return told
     if min(drawn) == 1:
@@ -112,10 +120,15 @@ def _is_auto(run: RunStats) -> bool:
     return isinstance(settings, dict) and settings.get("calib_size", 0) is None
 
 
-def _windows(run: RunStats, figure: str) -> int:
-    """How many windows were drawn of the text on which ``figure`` is judged; 0 where no credible number was told."""
+def _windows(run: RunStats, figure: str, test: str = "") -> int:
+    """How many windows were drawn of the text on which ``figure`` is judged; 0 where no credible number was told.
+
+    Of a figure of the predictions ``test`` tells on which text.
+    """
     has_task = run.has_task or (run.drift is not None and run.drift.task is not None)
-    recorded = run.about.get("task_text" if has_task and FIGURES[figure].text is not Text.PRESERVED else "text")
+    keys = [key_of(name) for name in called(test)[1:] if key_of(name) in run.about]
+    on_task = has_task and FIGURES[figure].text is not Text.PRESERVED
+    recorded = run.about.get("task_text" if on_task else (keys or [FIRST])[0])
     windows = recorded.get("windows") if isinstance(recorded, dict) else None
     # A file of another making may hold anything.
     return windows if isinstance(windows, int) and 0 < windows <= MOST_WINDOWS else 0
@@ -126,6 +139,21 @@ def all_of(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectation
     told = uncertain(verdicts, run, expectations), uncertain_drift(run, expectations), few_rows(run), repeated(run)
     first = without_drift(run), without_scale(run), other_tokenizer(run), sinks(verdicts, run)
     yield from (doubt for doubt in (*first, *told) if doubt is not None)
+    for name, of in _further(run).items():
+        yield from (f"on the text {name}: {doubt}" for doubt in (few_rows(of), repeated(of)) if doubt is not None)
+
+
+def _further(run: RunStats) -> dict[str, RunStats]:
+    """The run as if each further preserved text had been the first, by that text's name."""
+    names = dict.fromkeys(name for layer in run.layers for name in layer.further)
+    return {
+        name: replace(
+            run,
+            layers=tuple(layer.further[name] for layer in run.layers if name in layer.further),
+            about={**run.about, FIRST: run.about.get(key_of(name))},
+        )
+        for name in names
+    }
 
 
 def without_drift(run: RunStats) -> str | None:

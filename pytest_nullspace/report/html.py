@@ -20,7 +20,7 @@ from pytest_nullspace.judging.invariants import (
     Expectations,
     judge,
     judge_averages,
-    judge_drift,
+    judge_drifts,
 )
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import charts, doubts, model, notes
@@ -122,7 +122,7 @@ def sheet(
     figures = [*dict.fromkeys(deciding), *(figure for figure in run.expected if figure not in deciding)]
     charted = [f for f in figures if f in run.measured and (len(run.layers) <= CHARTED or f in deciding)]
     bounds = {threshold.figure: threshold for threshold in expectations.thresholds("")}
-    moved = None if run.drift is None else judge_drift(run.drift, expectations)
+    moved = judge_drifts(run, expectations)
     profiles = [charts.profile(figure, run.layers, verdicts, bounds.get(figure)) for figure in charted]
     return Sheet(
         name=printable(name, 200),
@@ -130,8 +130,8 @@ def sheet(
         decision=decision,
         facts=_facts(run, verdicts, expectations),
         lines=_lines(run, verdicts, expectations),
-        drift=() if moved is None else charts.bars(moved.findings, _LABELS),
-        drift_words=() if moved is None or run.drift is None else _plain(notes.drift(run.drift, moved)),
+        drift=charts.bars(moved[0].findings, _LABELS) if moved else (),
+        drift_words=() if run.drift is None else _plain(notes.drift(run.drift, *moved)),
         reading=_plain(reading(judge_averages(run, expectations))) if run.complete and run.layers else (),
         figures=figures,
         deciding=list(dict.fromkeys(deciding)),

@@ -8,7 +8,7 @@ from typing import Any
 
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.decision import Decision
-from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drifts
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.stats import RunStats
@@ -39,7 +39,7 @@ class Gated:
     @property
     def verdicts(self) -> list[Verdict]:
         """Those on the predictions, the averages and every layer."""
-        found = [] if self.run.drift is None else [judge_drift(self.run.drift, self.expectations)]
+        found = judge_drifts(self.run, self.expectations)
         found += [judge_averages(self.run, self.expectations)] if self.run.complete and self.run.layers else []
         return [*found, *(judge(layer, self.expectations) for layer in self.run.layers)]
 

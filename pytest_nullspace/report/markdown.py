@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.decision import Decision
-from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drifts
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import doubts, verdict
 from pytest_nullspace.report.model import remarks, unreached
@@ -17,6 +17,7 @@ from pytest_nullspace.report.notes import (
     not_measured,
     outside,
     outside_of,
+    passages,
     profile,
     tally,
     texts,
@@ -98,7 +99,11 @@ def _more(
     yield from (f"- {escape(line)}" for line in best_possible(run))
     if run.drift is not None:
         yield ""
-        yield from (f"- {escape(line.strip())}" for line, _ in drift(run.drift, judge_drift(run.drift, expectations)))
+        told = drift(run.drift, *judge_drifts(run, expectations))
+        yield from (f"- {escape(line.strip())}" for line, _ in told)
+        if changed := [f"- {escape(line.strip())}" for line in passages(run.drift)]:
+            yield from ("", "<details><summary>Where the predictions changed most</summary>", "", *changed)
+            yield from ("", "</details>")
     for doubt in doubts.all_of(verdicts, run, expectations):
         yield from ("", f"{escape(doubt)}.")
     yield ""

@@ -7,14 +7,15 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.checkpoint.header import printable, quoted
 from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.profiles import WORDS, Profile
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.judging.weights import LayerWeights
 from pytest_nullspace.report.words import colour, mark
-from pytest_nullspace.run.figures import FIGURES
+from pytest_nullspace.run.figures import FIGURES, Text
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
+from pytest_nullspace.run.texts import FIRST, drift_test, name_of, preserved
 
 if TYPE_CHECKING:
     from pytest_nullspace.settings import Settings
@@ -29,8 +30,11 @@ def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator
     layers = f"{total} layers" if gated == total else f"{gated} of {total} layers"
     yield (
         f"nullspace: {printable(checkpoint.directory, 1000)} ({checkpoint.format}, {layers}, {checkpoint.ranks}); "
-        f"text {printable(settings.calib_dataset, 1000)}, {windows_asked(settings)} windows; device {settings.device}"
+        f"{_named(settings.text_name)} {printable(settings.calib_dataset, 1000)}, {windows_asked(settings)} windows; "
+        f"device {settings.device}"
     )
+    for text in settings.further:
+        yield f"nullspace: {_named(text.name)} {printable(text.spec, 1000)}"
     if settings.task_dataset is not None:
         yield f"nullspace: task text {printable(settings.task_dataset, 1000)}"
     if not checkpoint.carries_base:
@@ -40,6 +44,11 @@ def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator
         yield f"nullspace: base model {printable(base or 'none', 1000)}, named by {how}"
     if checkpoint.outside:
         yield f"nullspace: {outside(checkpoint.outside)}"
+
+
+def _named(name: object) -> str:
+    """How a text is announced, by its name if it has one."""
+    return f"text {printable(name)}:" if name else "text"
 
 
 def windows_asked(settings: "Settings") -> str:
@@ -141,8 +150,9 @@ def ungated(verdicts: Sequence[Verdict], expectations: Expectations) -> str | No
 
 def texts(run: RunStats) -> str:
     """On which text, or texts, the run was measured."""
-    task = run.about.get("task_dataset")
-    return run.calib_dataset if not run.has_task else f"{run.calib_dataset}, task text {task}"
+    further = [f"{name_of(key)}: {of.get('given')}" for key, of in preserved(run.about).items() if key != FIRST]
+    task = [f"task text {run.about.get('task_dataset')}"] if run.has_task else []
+    return ", ".join([run.calib_dataset, *further, *task])
 
 
 def best_possible(run: RunStats) -> Iterator[str]:
@@ -162,24 +172,45 @@ def best_possible(run: RunStats) -> Iterator[str]:
     )
 
 
-def drift(told: Drift, verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
-    """What the adapter makes of the base model's predictions, a line for each text with what is judged on it."""
-    for name, text in (("preserved", told.preserved), ("task", told.task)):
-        if text is None:
+def drift(told: Drift, *verdicts: Verdict) -> Iterator[tuple[str, Tier | None]]:
+    """What the adapter makes of the base model's predictions, a line for each text of ``verdicts`` that it has."""
+    of = {verdict.subject: verdict for verdict in verdicts}
+    texts = [(f"preserved text {name}".rstrip(), text, name, Text.PRESERVED) for name, text in told.texts.items()]
+    texts += [("task text", told.task, told.name, Text.TASK)] if told.task is not None else []
+    for what, text, name, kind in texts:
+        if (verdict := of.get(drift_test(name))) is None:
             continue
-        findings = [finding for finding in verdict.findings if FIGURES[finding.threshold.figure].text == name]
+        findings = [finding for finding in verdict.findings if FIGURES[finding.threshold.figure].text == kind]
         tier = Tier.worst(finding.tier for finding in findings) if findings else None
         judged = f": {', '.join(map(str, findings))}" if findings and verdict.gated else ""
         yield (
             (
-                f"{' ' if tier is None else mark(verdict, tier)} drift on the {name} text: loss {text.base_loss:.4g} → "
+                f"{' ' if tier is None else mark(verdict, tier)} drift on the {what}: loss {text.base_loss:.4g} → "
                 f"{text.adapted_loss:.4g} ({text.loss_change:+.3g} ± {text.loss_margin:.2g} nats a token), divergence "
                 f"{text.divergence:.3g} ± {text.divergence_margin:.2g}, over {text.tokens:,} tokens{judged}"
             ),
             None if tier is None else colour(verdict, tier),
         )
-    yield from ((f"{mark(verdict)} drift: {fault}", colour(verdict)) for fault in verdict.faults)
-    yield f"  base: {printable(told.base, 1000)}{'' if verdict.gated else '; no test judged this drift'}", None
+    for verdict in verdicts:
+        yield from ((f"{mark(verdict)} {verdict.subject}: {fault}", colour(verdict)) for fault in verdict.faults)
+    unjudged = "" if any(verdict.gated for verdict in verdicts) else "; no test judged this drift"
+    yield f"  base: {printable(told.base, 1000)}{unjudged}", None
+
+
+def passages(told: Drift) -> Iterator[str]:
+    """Where the predictions on each preserved text changed most, so that one sees what was lost."""
+    for name, text in told.texts.items():
+        if text.passages:
+            yield f"changed most on the preserved text{f' {printable(name)}' if name else ''}:"
+        for of in text.passages:
+            where = f"from character {of.start:,} on"
+            if of.end is not None:
+                where = f"characters {of.start:,} to {of.end:,}"
+            yield (
+                f"  {where}: after {quoted(of.before)} {quoted(of.token)} had probability {of.base:.2g} and has "
+                f"{of.adapted:.2g}; likeliest was {quoted(of.likeliest)}, is {quoted(of.instead)} "
+                f"(divergence {of.divergence:.2g})"
+            )
 
 
 def conditions(run: RunStats) -> str | None:
@@ -187,8 +218,11 @@ def conditions(run: RunStats) -> str | None:
     try:
         seconds = run.about["measured"]["seconds"]
         of_task = f"task {_extent(run, 'task_dataset', 'task_text')}; " if run.has_task else ""
+        further = (_extent(run, "given", key) for key in preserved(run.about) if key != FIRST)
+        of_further = "".join(f"{told}; " for told in further)
         return (
-            f"{_extent(run, None, 'text')}; {of_task}{printable(run.about['device'])} {printable(run.about['dtype'])}; "
+            f"{_extent(run, None, 'text')}; {of_further}{of_task}"
+            f"{printable(run.about['device'])} {printable(run.about['dtype'])}; "
             f"loaded in {seconds['load']:.1f} s, pass {_passed(seconds)}{_backed_off(run)}"
         )
     except (KeyError, TypeError, ValueError, OverflowError):  # a file of another making may hold anything
@@ -198,7 +232,8 @@ def conditions(run: RunStats) -> str | None:
 def measured_on(run: RunStats) -> str | None:
     """The same in few words: the texts stand in the header."""
     try:
-        seconds, of = run.about["measured"]["seconds"], ("text", "task_text") if run.has_task else ("text",)
+        seconds = run.about["measured"]["seconds"]
+        of = (*(preserved(run.about) or ["text"]), *(["task_text"] if run.has_task else []))
         tokens = " and ".join(f"{run.about[what]['tokens']:,}" for what in of)
         return (
             f"{tokens} tokens; {printable(run.about['device'])} {printable(run.about['dtype'])}; "
@@ -220,8 +255,9 @@ def _backed_off(run: RunStats) -> str:
 
 def _extent(run: RunStats, name: str | None, what: str) -> str:
     text = run.about[what]
-    named = run.calib_dataset if name is None else run.about[name]
-    return f"text {printable(named, 1000)}: {text['windows']:,} windows, {text['tokens']:,} tokens{_written(text)}"
+    given = run.calib_dataset if name is None else text["given"] if name == "given" else run.about[name]
+    named = _named(text["name"] if "name" in text else name_of(what))
+    return f"{named} {printable(given, 1000)}: {text['windows']:,} windows, {text['tokens']:,} tokens{_written(text)}"
 
 
 def _written(text: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drifts
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import brief, doubts, model, notes, verdict
 from pytest_nullspace.report.layout import Form, table, with_faults, wrapped
@@ -151,7 +151,8 @@ def summary(
         yield line, None
     if run.drift is not None:
         yield "", None
-        yield from notes.drift(run.drift, judge_drift(run.drift, expectations))
+        yield from notes.drift(run.drift, *judge_drifts(run, expectations))
+        yield from ((line, None) for line in notes.passages(run.drift))
     if run.complete:
         averages = judge_averages(run, expectations)
         yield "", None

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
+from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.verdicts import Finding, Tier, Verdict
-from pytest_nullspace.run.figures import FIGURES
+from pytest_nullspace.run.figures import FIGURES, Text, of_layers
 from pytest_nullspace.run.stats import SCALE_ZERO, SINK, LayerStats, RunStats
 
 MARKS = {Tier.PASS: "✓", Tier.WARN: "⚠", Tier.FAIL: "✗"}
@@ -116,6 +117,9 @@ def sink_rows(layer: LayerStats) -> str:
     return f"{layer.sinks} sink rows (beyond {SINK} times the median norm, {layer.sink_share:.1%} of mean ||X||)"
 
 
+_OF_PRESERVED = tuple(name for name in of_layers() if FIGURES[name].text is Text.PRESERVED)
+
+
 def layer_failure(layer: LayerStats, verdict: Verdict) -> str:
     """The message of a failed layer: the verdict first, then every figure with its bounds, then a reading."""
     norms = (
@@ -128,6 +132,11 @@ def layer_failure(layer: LayerStats, verdict: Verdict) -> str:
             f"\nwithout {sink_rows(layer)}: ||X|| {x:.6g}, ||BX|| {down:.6g}, ||ABX|| {update:.6g}, "
             f"||W_residual X|| {base:.6g}, ||output|| {output:.6g}"
         )
+    norms += "".join(
+        f"\non the text {printable(name)}, over {of.rows} rows: "
+        + ", ".join(f"{figure} {of.figure(figure):.4g}" for figure in _OF_PRESERVED if figure in layer.measured)
+        for name, of in layer.further.items()
+    )
     zero = SCALE_ZERO if layer.scale == 0 else "its A is zero" if layer.up_weight_norm == 0 else "A B x is zero"
     return _failure(verdict, norms, _zero_update(verdict, zero))
 

@@ -8,13 +8,14 @@ from typing import Any
 from pytest_nullspace.errors import StatsError, printable
 from pytest_nullspace.run.figures import FIGURES, Text, of_layers, of_one_text
 from pytest_nullspace.run.stats import LayerStats, Spectrum, WithoutSinks
+from pytest_nullspace.run.texts import is_name
 from pytest_nullspace.run.windows import OF_LAYER, ByWindow
 
 AGAIN = "measure again"
 
 _NOT_MEASURED = "not measured"
 """What a file holds for a norm that a quantised weight does not give; ``null`` is what is not finite."""
-_APART = ("margins", "task", "spectrum", "without_sinks", "by_window")
+_APART = ("margins", "task", "spectrum", "without_sinks", "by_window", "further")
 _MEASURED = tuple(name for name in LayerStats.__slots__ if name not in _APART)
 _NORMS = WithoutSinks.__slots__[1:]
 
@@ -41,7 +42,7 @@ _KEYS = {
     "chance": "leakage_chance",
 }
 _DERIVED_TOLERANCE = 1e-6
-_MARGINS, _TASK, _SPECTRUM = "margin_95", "task", "spectrum"
+_MARGINS, _TASK, _SPECTRUM, _FURTHER = "margin_95", "task", "spectrum", "texts"
 SINK_ROWS, _WITHOUT_SINKS = "sink_rows", "without_sinks"
 BY_WINDOW = "by_window"
 
@@ -88,6 +89,8 @@ def entry_of(layer: LayerStats) -> dict[str, Any]:
         entry[BY_WINDOW] = layer.by_window.encoded()
     if layer.task is not None:
         entry[_TASK] = entry_of(layer.task)
+    if layer.further:
+        entry[_FURTHER] = {name: entry_of(of) for name, of in layer.further.items()}
     if layer.spectrum is not None:
         entry[_SPECTRUM] = {key: plain(value) for key, value in asdict(layer.spectrum).items()}
     return entry
@@ -119,6 +122,8 @@ def layer_of(entry: object, where: str) -> LayerStats:
         values["task"] = task = layer_of(entry[_TASK], f"{where}: task")
         if task.name != entry["layer_name"] or task.task is not None:
             raise StatsError(f"{where}: its entry 'task' is not of the same layer; {AGAIN}")
+    if _FURTHER in entry:
+        values["further"] = _further(entry[_FURTHER], entry["layer_name"], where)
     if _SPECTRUM in entry:
         told = entry[_SPECTRUM] if isinstance(entry[_SPECTRUM], dict) else {}
         numbers = {name: number(told.get(name), f"{where}: {_SPECTRUM}: {name}") for name in Spectrum.__slots__}
@@ -154,6 +159,16 @@ def layer_of(entry: object, where: str) -> LayerStats:
         kept = ByWindow.decoded(OF_LAYER, entry[BY_WINDOW], layer, f"{where}: {BY_WINDOW}")
         layer = replace(layer, by_window=kept)
     return layer if SINK_ROWS not in entry else replace(layer, without_sinks=_without_sinks(entry, layer, where))
+
+
+def _further(told: object, name: str, where: str) -> dict[str, LayerStats]:
+    """The layer of that ``name`` on the further preserved texts."""
+    if not isinstance(told, dict) or not told or not all(map(is_name, told)):
+        raise StatsError(f"{where}: its entry 'texts' does not hold the layer by the names of texts; {AGAIN}")
+    found = {text: layer_of(entry, f"{where}: texts: {text}") for text, entry in told.items()}
+    if any(of.name != name or of.task is not None or of.further for of in found.values()):
+        raise StatsError(f"{where}: its entry 'texts' is not of the same layer; {AGAIN}")
+    return found
 
 
 def _without_sinks(entry: Mapping[str, Any], layer: LayerStats, where: str) -> WithoutSinks:
@@ -230,4 +245,5 @@ def number(value: object, where: str, signed: bool = False) -> float:
 
 def what_is_told(layer: LayerStats) -> tuple[object, ...]:
     """What was measured of ``layer``, which is the same of every layer of a run."""
-    return layer.absent, layer.without_sinks is None, layer.task is None or layer.task.without_sinks is None
+    sinks = [of is None or of.without_sinks is None for of in (layer, layer.task, *layer.further.values())]
+    return layer.absent, tuple(sinks), tuple(layer.further)

@@ -28,6 +28,8 @@ def differences(now: Of, before: Of, figures: Collection[str], value: Callable[[
         figures: Which.
         value: Gives one of them.
     """
+    if list(now.further) != list(before.further):
+        return None
     texts = list(zip(_texts(now), _texts(before), strict=True))
     for one, other in texts:
         if (one is None) != (other is None):
@@ -60,8 +62,9 @@ def averaged(of_layers: Collection[Differences], figure: str) -> Sequence[Sequen
     return [[fmean(values) for values in zip(*text, strict=True)] for text in zip(*found, strict=True)]
 
 
-def _texts(of: LayerStats | Drift) -> tuple[LayerStats | TextDrift | None, LayerStats | TextDrift | None]:
-    return (of, of.task) if isinstance(of, LayerStats) else (of.preserved, of.task)
+def _texts(of: LayerStats | Drift) -> tuple[LayerStats | TextDrift | None, ...]:
+    first = of if isinstance(of, LayerStats) else of.preserved
+    return first, of.task, *of.further.values()
 
 
 def _left_out(of: Of, text: int) -> list[Of]:
@@ -70,5 +73,8 @@ def _left_out(of: Of, text: int) -> list[Of]:
     parts: list[Any] = [replace(one, **means) for means in one.by_window.left_out()]
     if text == 0 and isinstance(of, LayerStats):
         return parts
+    if text > 1:
+        name = list(of.further)[text - 2]
+        return [replace(of, further={**of.further, name: part}) for part in parts]
     field = "preserved" if text == 0 else "task"
     return [replace(of, **{field: part}) for part in parts]

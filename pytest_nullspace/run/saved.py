@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,16 @@ from pytest_nullspace.run.entries import (
     plain,
     what_is_told,
 )
+from pytest_nullspace.run.predictions import Passage
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats, TextDrift
+from pytest_nullspace.run.texts import is_name
 from pytest_nullspace.run.windows import OF_PREDICTIONS, ByWindow
 
 _DRIFT = "drift"
 _VERDICT = "verdict"
-_OF_TEXT = tuple(name for name in TextDrift.__slots__ if name != BY_WINDOW)
+_PASSAGES = "passages"
+_ROUNDED = 1e-6
+_OF_TEXT = tuple(name for name in TextDrift.__slots__ if name not in (BY_WINDOW, _PASSAGES))
 SCHEMA = "pytest-nullspace/run"
 SCHEMA_VERSION = 2
 WITHOUT_SCALE = 1
@@ -165,21 +169,35 @@ def _about(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain_drift(drift: Drift) -> dict[str, Any]:
     texts = {"preserved": drift.preserved, "task": drift.task}
-    return {"base": drift.base} | {name: _plain_text_drift(text) for name, text in texts.items() if text is not None}
+    told: dict[str, Any] = {"base": drift.base}
+    told |= {name: _plain_text_drift(text) for name, text in texts.items() if text is not None}
+    if drift.name:
+        told["name"] = drift.name
+    if drift.further:
+        told["texts"] = {name: _plain_text_drift(text) for name, text in drift.further.items()}
+    return told
 
 
 def _plain_text_drift(text: TextDrift) -> dict[str, Any]:
-    told = {name: plain(getattr(text, name)) for name in _OF_TEXT}
+    told: dict[str, Any] = {name: plain(getattr(text, name)) for name in _OF_TEXT}
+    if text.passages:
+        told[_PASSAGES] = [{key: plain(value) for key, value in asdict(of).items()} for of in text.passages]
     return told if text.by_window is None else told | {BY_WINDOW: text.by_window.encoded()}
 
 
 def _drift(told: object, where: str) -> Drift:
     if not isinstance(told, dict) or not isinstance(told.get("base"), str) or "preserved" not in told:
         raise StatsError(f"{where}: not what a run tells of its drift; {AGAIN}")
+    name, further = told.get("name", ""), told.get("texts", {})
+    names = [*([name] if name != "" else []), *(further if isinstance(further, dict) else [None])]
+    if not all(map(is_name, names)) or len({*names}) < len(names):
+        raise StatsError(f"{where}: 'name' and 'texts' do not hold names of texts, each once; {AGAIN}")
     return Drift(
         told["base"],
         _text_drift(told["preserved"], f"{where}: preserved"),
         _text_drift(told["task"], f"{where}: task") if "task" in told else None,
+        name,
+        {text: _text_drift(of, f"{where}: texts: {text}") for text, of in further.items()},
     )
 
 
@@ -192,11 +210,38 @@ def _text_drift(told: object, where: str) -> TextDrift:
         absent = math.inf if name.endswith("margin") else math.nan
         value = told.get(name)
         values[name] = absent if value is None and name in told else number(value, f"{where}: {name}")
+    if _PASSAGES in told:
+        values[_PASSAGES] = _passages(told[_PASSAGES], f"{where}: {_PASSAGES}")
     drift = TextDrift(**values)
     if BY_WINDOW not in told:
         return drift
     kept = ByWindow.decoded(OF_PREDICTIONS, told[BY_WINDOW], drift, f"{where}: {BY_WINDOW}")
     return replace(drift, by_window=kept)
+
+
+MOST_PASSAGES, MOST_TEXT = 100, 1000
+"""Of a text, and characters of what one of them quotes, in a file that is read."""
+
+
+def _passages(told: object, where: str) -> tuple[Passage, ...]:
+    """The passages of one text; what they quote is a stranger's, and shown as such."""
+    if not isinstance(told, list) or len(told) > MOST_PASSAGES or not all(isinstance(of, dict) for of in told):
+        raise StatsError(f"{where} must be a list of {MOST_PASSAGES} objects at most; {AGAIN}")
+    found = []
+    for place, of in enumerate(told):
+        at = f"{where}[{place}]"
+        quoted_there = [of.get(name) for name in ("before", "token", "likeliest", "instead")]
+        if not all(isinstance(text, str) and len(text) <= MOST_TEXT for text in quoted_there):
+            raise StatsError(f"{at}: must quote text of {MOST_TEXT} characters at most; {AGAIN}")
+        start, end = of.get("start"), of.get("end")
+        if not is_count(start) or not (end is None or (is_count(end) and end >= start)):
+            raise StatsError(f"{at}: start and end must be characters of the text, in this order; {AGAIN}")
+        base, adapted, divergence = (number(of.get(n), f"{at}: {n}") for n in ("base", "adapted", "divergence"))
+        if max(base, adapted) > 1 + _ROUNDED:
+            raise StatsError(f"{at}: a probability is above 1; {AGAIN}")
+        before, token, likeliest, instead = quoted_there
+        found.append(Passage(start, end, before, token, base, adapted, likeliest, instead, divergence))
+    return tuple(found)
 
 
 def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:

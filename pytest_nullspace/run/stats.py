@@ -5,12 +5,14 @@ A figure that is no number is NaN, which no verdict passes. One that was never m
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import fmean
 from typing import Any
 
 from pytest_nullspace.run.figures import FIGURES, Text, beside_a_task, of_layers, selectivity
+from pytest_nullspace.run.predictions import Drift as Drift
+from pytest_nullspace.run.predictions import TextDrift as TextDrift
 from pytest_nullspace.run.windows import ByWindow
 
 SINK = 8
@@ -140,6 +142,7 @@ class LayerStats(_Ratios):
         without_sinks: What the mean norms are without the sink rows. None if never measured.
         scale: What the update is multiplied with, as PEFT's alpha / r. None if the file does not tell.
         by_window: The mean norms and the leakage of each window; None if they were not kept.
+        further: The same layer on each further preserved text, by its name.
     """
 
     name: str
@@ -165,6 +168,7 @@ class LayerStats(_Ratios):
     without_sinks: WithoutSinks | None = None
     scale: float | None = None
     by_window: ByWindow | None = None
+    further: Mapping[str, "LayerStats"] = field(default_factory=dict)
 
     @property
     def chance(self) -> float:
@@ -203,16 +207,34 @@ class LayerStats(_Ratios):
     def figure(self, name: str, sinks: bool = True) -> float:
         """The figure of that name in `FIGURES`; what an update is for is taken on the task text where there is one.
 
+        Where there are several preserved texts it is that of the one on which the layer is worst.
+
         Args:
             name: Of the figure.
             sinks: Whether sink rows count. Where nobody looked for them they do, and in the leakage, a mean of shares
                 to which each row gives alike.
         """
+        return self._worst(name, sinks)._own(name, sinks)
+
+    def _own(self, name: str, sinks: bool = True) -> float:
+        """The figure of the first preserved text."""
         figure, of = FIGURES[name], self._judged_on(name)
         if figure.text is Text.BOTH:
             both = (self, self.task) if sinks else (self._quiet, self.task and self.task._quiet)
             return figure.value(*both)
         return figure.value(of if sinks or not figure.sink_free else of._quiet)
+
+    def _worst(self, name: str, sinks: bool = True) -> "LayerStats":
+        """The layer on the preserved text on which that figure is worst; what is no number is worse than any."""
+        if not self.further or FIGURES[name].text is Text.TASK:
+            return self
+        sign = 1 if FIGURES[name].trained.lower_is_better else -1
+
+        def badness(of: LayerStats) -> float:
+            value = of._own(name, sinks)
+            return math.inf if math.isnan(value) else sign * value
+
+        return max((self, *(replace(of, task=self.task) for of in self.further.values())), key=badness)
 
     @property
     def _quiet(self) -> _Ratios:
@@ -232,12 +254,13 @@ class LayerStats(_Ratios):
 
     def margin(self, name: str) -> float | None:
         """How far `figure` may lie from what more text would give; None if that was never estimated."""
-        if name != "selectivity" or self.task is None:
-            return self._judged_on(name).margins.get(name)
-        parts = [(layer.margins.get("forgetting"), layer.forgetting) for layer in (self, self.task)]
+        of = self._worst(name)
+        if name != "selectivity" or of.task is None:
+            return of._judged_on(name).margins.get(name)
+        parts = [(layer.margins.get("forgetting"), layer.forgetting) for layer in (of, of.task)]
         if any(margin is None or not value for margin, value in parts):
             return None
-        return self.selectivity * math.hypot(*(margin / value for margin, value in parts if margin is not None))
+        return of.selectivity * math.hypot(*(margin / value for margin, value in parts if margin is not None))
 
     def _judged_on(self, figure: str) -> "LayerStats":
         return self.task if self.task is not None and FIGURES[figure].text is Text.TASK else self
@@ -256,6 +279,9 @@ class LayerStats(_Ratios):
             return UNREACHED
         if self.task is not None and self.task.defect is not None:
             return f"on the task text: {self.task.defect}"
+        for name, of in self.further.items():
+            if of.defect is not None:
+                return f"on the text {name}: {of.defect}"
         if not all(map(math.isfinite, (self.input_norm, self.down_norm, self.update_norm, self.base_norm))):
             return "non-finite activations (NaN or infinity)"
         if not math.isfinite(self.output_norm):
@@ -265,60 +291,6 @@ class LayerStats(_Ratios):
         if self.output_norm == 0:
             return "its output is zero in every row"
         return None
-
-
-@dataclass(frozen=True, slots=True)
-class TextDrift:
-    """What the adapter makes of the base model's predictions on one text.
-
-    Attributes:
-        tokens: How many predictions were compared.
-        base_loss: The base model's mean cross entropy, in nats a token.
-        adapted_loss: The adapted model's.
-        divergence: Mean Kullback-Leibler divergence from the base model's predictions to the adapted one's, in nats.
-        loss_margin: How far the change of loss may lie from what more text would give.
-        divergence_margin: The same of the divergence.
-        by_window: Losses and divergence of each window; None if they were not kept.
-    """
-
-    tokens: int
-    base_loss: float
-    adapted_loss: float
-    divergence: float
-    loss_margin: float
-    divergence_margin: float
-    by_window: ByWindow | None = None
-
-    @property
-    def loss_change(self) -> float:
-        """By how much the adapter raised the loss."""
-        return self.adapted_loss - self.base_loss
-
-
-@dataclass(frozen=True, slots=True)
-class Drift:
-    """How far the adapted model's predictions lie from the base model's.
-
-    Attributes:
-        base: What served as the base model, in words.
-        preserved: On the preserved text.
-        task: On the task text, if there was one.
-    """
-
-    base: str
-    preserved: TextDrift
-    task: TextDrift | None = None
-
-    @property
-    def figures(self) -> dict[str, tuple[float, float]]:
-        """The figures that are judged, each with its margin."""
-        found = {
-            "divergence": (self.preserved.divergence, self.preserved.divergence_margin),
-            "loss-rise": (self.preserved.loss_change, self.preserved.loss_margin),
-        }
-        if self.task is not None:
-            found["task-gain"] = -self.task.loss_change, self.task.loss_margin
-        return found
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -87,7 +87,7 @@ class Against:
 
         Args:
             outcome: What was measured.
-            drift_selected: Whether the drift has a test.
+            drift_selected: Whether the predictions on each text have a test.
             judged: The names of the tests that came to a verdict, once all have run.
         """
         settings, compared, audited = self._settings, self._compared(outcome), self.told(outcome).audit

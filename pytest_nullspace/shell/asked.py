@@ -5,13 +5,14 @@ pytest was started, paths in an ini file to that file.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_nullspace.errors import OptionError
-from pytest_nullspace.settings import PREFIX, Settings, model_name, stats_file
+from pytest_nullspace.errors import OptionError, quoted
+from pytest_nullspace.settings import PREFIX, GivenText, Settings, model_name, stats_file
 from pytest_nullspace.shell import values
-from pytest_nullspace.shell.options import OPTIONS, REQUIRE, Option
+from pytest_nullspace.shell.options import DEFAULT_TEXT, OPTIONS, REQUIRE, Option
 
 if TYPE_CHECKING:
     import pytest
@@ -32,15 +33,15 @@ def read_settings(config: "pytest.Config") -> Settings | None:
     from pytest_nullspace.measuring.distributed import Ranks
 
     read = {option.name: _read(config, option) for option in OPTIONS}
-    calib_dataset = read["calib-dataset"]
-    if isinstance(calib_dataset, str):
-        calib_dataset = (calib_dataset, config.invocation_params.dir)
+    first, *further = _preserved(read["calib-dataset"], config)
     settings = Settings(
         models=read["model"],
         stats=read["stats"],
         base=read["base"],
-        calib_dataset=calib_dataset[0],
-        text_folder=calib_dataset[1],
+        calib_dataset=first.spec,
+        text_folder=first.folder,
+        text_name=first.name,
+        further=tuple(further),
         calib_size=read["calib-size"][0],
         calib_most=read["calib-size"][1],
         task_dataset=read["task-dataset"][0] if read["task-dataset"] is not None else None,
@@ -73,6 +74,21 @@ def read_settings(config: "pytest.Config") -> Settings | None:
     )
     _check_together(settings)
     return settings
+
+
+def _preserved(given: Sequence[GivenText], config: "pytest.Config") -> Sequence[GivenText]:
+    """The preserved texts, each but the first with a name of its own."""
+    names = [text.name for text in given]
+    if "" in names[1:]:
+        nameless = given[names.index("", 1)].spec
+        raise OptionError(
+            f"{PREFIX}calib-dataset: {quoted(nameless)} needs a name, as the text after the first does: give it as "
+            "NAME=TEXT"
+        )
+    twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if twice is not None:
+        raise OptionError(f"{PREFIX}calib-dataset: two texts have the name {twice}; give each its own")
+    return given or [GivenText(DEFAULT_TEXT, config.invocation_params.dir)]
 
 
 def _only_explains(config: "pytest.Config") -> bool:
@@ -148,7 +164,8 @@ def _check_weights_only(settings: Settings) -> None:
 
 
 def _check_compare(settings: Settings) -> None:
-    from pytest_nullspace.judging.invariants import DRIFT, Expectations, Stage
+    from pytest_nullspace.judging.invariants import Expectations, Stage
+    from pytest_nullspace.run.texts import DRIFT
 
     allowed = settings.allowed if settings.saved_init is None else ()  # it allows of the saved start as well
     for name, given in (("compare-fail", settings.limits), ("compare-allow", allowed)):

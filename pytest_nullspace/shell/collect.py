@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_nullspace.errors import NullspaceWarning
-from pytest_nullspace.judging.invariants import DRIFT, MODEL, judge, judge_averages, judge_drift
+from pytest_nullspace.judging.invariants import MODEL, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report import changes, notes, words
 from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.run.texts import drift_test
 from pytest_nullspace.shell.progress import measured
 from pytest_nullspace.shell.runs import GatedRun
 
@@ -53,8 +54,8 @@ class CheckpointFile(pytest.File):
             yield MissingItem.from_parent(self, name=name)
         if self.run.has_audit:
             yield FrozenItem.from_parent(self, name=FROZEN)
-        if self.run.has_drift:
-            yield DriftItem.from_parent(self, name=DRIFT)
+        for name in self.run.drift_tests:
+            yield DriftItem.from_parent(self, name=name)
         if self.run.gates_scope:
             yield ScopeItem.from_parent(self, name=SCOPE)
 
@@ -172,16 +173,17 @@ class ModelItem(MeasuredItem):
 
 
 class DriftItem(MeasuredItem):
-    """Judges how far the predictions lie from the base model's."""
+    """Judges how far the predictions on one preserved text lie from the base model's."""
 
     def judge(self, run: RunStats) -> tuple[Verdict, str]:
         """Hold the drift against its thresholds."""
-        if run.drift is None:
-            if run.without_drift is not None:
-                pytest.skip(f"drift not measured: {run.without_drift}")
+        if run.drift is None and run.without_drift is not None:
+            pytest.skip(f"drift not measured: {run.without_drift}")
+        text = next((text for text in run.drift.texts if drift_test(text) == self.name), None) if run.drift else None
+        if run.drift is None or text is None:
             pytest.fail("the drift was not measured", pytrace=False)
-        verdict = judge_drift(run.drift, self.parent.run.expectations(run))
-        self.record(tier=str(verdict.tier), **{name: value for name, (value, _) in run.drift.figures.items()})
+        verdict = judge_drift(run.drift, self.parent.run.expectations(run), text)
+        self.record(tier=str(verdict.tier), **{name: value for name, (value, _) in run.drift.figures_on(text).items()})
         return verdict, "\n".join([verdict.summary, "", *(line for line, _ in notes.drift(run.drift, verdict))])
 
 
@@ -244,7 +246,7 @@ def select(items: list[pytest.Item], runs: tuple[GatedRun, ...]) -> list[pytest.
         elif isinstance(item, ModelItem):
             models[id(item.parent.run)] = item
         elif isinstance(item, DriftItem):
-            item.parent.run.drift_selected = True
+            item.parent.run.drift_selected.add(item.name)
         else:
             for run, names in wanted_by_test(item, runs):
                 layers[id(run)].update(names)

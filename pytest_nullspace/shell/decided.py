@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from pytest_nullspace.judging.decision import Decision, decide, not_gated
-from pytest_nullspace.judging.invariants import DRIFT, MODEL
+from pytest_nullspace.judging.invariants import MODEL
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.shell.collect import FROZEN, SCOPE
 from pytest_nullspace.shell.runs import GatedRun
@@ -14,7 +14,7 @@ def tests_of(run: GatedRun) -> Sequence[str]:
     single = (
         (MODEL, run.gates_all and not run.weights_only),
         (FROZEN, run.has_audit),
-        (DRIFT, run.has_drift),
+        *((name, True) for name in run.drift_tests),
         (SCOPE, run.gates_scope),
     )
     return (*run.gated, *run.against.missing, *(name for name, has in single if has))

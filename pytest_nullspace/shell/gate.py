@@ -15,7 +15,7 @@ from pytest_nullspace import __version__
 from pytest_nullspace.checkpoint.hub import local_directory
 from pytest_nullspace.errors import NullspaceError, printable
 from pytest_nullspace.judging.decision import Decision
-from pytest_nullspace.judging.invariants import DRIFT, Stage
+from pytest_nullspace.judging.invariants import Stage
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report import changes, html, machine, markdown, terminal, verdict, weights
@@ -23,6 +23,7 @@ from pytest_nullspace.report.layout import wrapped
 from pytest_nullspace.report.page import Page, joined
 from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.run.texts import is_drift
 from pytest_nullspace.settings import Settings, stats_file
 from pytest_nullspace.shell.asked import lists_only
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
@@ -175,7 +176,8 @@ class Gate:
         prefixes = tuple(f"{node_id(file, self._config.rootpath)}::" for file in self._files)
         self._expected = [name for name in ids if name.startswith(prefixes)]
         for file, run in self._files.items():
-            run.drift_selected = f"{node_id(file, self._config.rootpath)}::{DRIFT}" in ids
+            prefix = f"{node_id(file, self._config.rootpath)}::"
+            run.drift_selected = {name for name in run.drift_tests if f"{prefix}{name}" in ids}
 
     def _share(self, folder: Path) -> None:
         for number, run in enumerate(self.runs):
@@ -203,7 +205,11 @@ class Gate:
             run.judged = {name.removeprefix(prefix) for name in self._judged if name.startswith(prefix)}
             failed = {name: told for name, told in self._failed.items() if name.startswith(prefix)}
             if not run.has_drift:  # where, once loaded, the model turned out not to hold its base: nobody demanded it
-                self._expected = [name for name in self._expected if name != f"{prefix}{DRIFT}"]
+                self._expected = [
+                    name
+                    for name in self._expected
+                    if not (name.startswith(prefix) and is_drift(name.removeprefix(prefix)))
+                ]
             self.decisions[self._where(run)] = decided(
                 run, {name.removeprefix(prefix): told for name, told in failed.items()}
             )

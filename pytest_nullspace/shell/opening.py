@@ -3,7 +3,6 @@
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
@@ -74,7 +73,7 @@ def _require_held(runs: Sequence[GatedRun], settings: Settings) -> None:
             raise _not_measured("threshold", override.figure, runs[0].path)
         names = [name for run in telling for name in run.subjects(override.figure)]
         # The layers that a run in part does not tell of may be what a line is for.
-        if all(run.tells_all for run in telling) and not any(fnmatchcase(name, override.layers) for name in names):
+        if all(run.tells_all for run in telling) and not any(map(override.names, names)):
             alike = {re.sub(r"\d+", "", name): name for name in reversed(names)}  # one of each block is enough
             line = f"{override.layers} {override.figure} {override.passes:g} {override.fails:g}"
             raise OptionError(

@@ -37,6 +37,9 @@ class Option(NamedTuple):
         return PREFIX + self.name
 
 
+DEFAULT_TEXT = "wikitext2"
+"""The text that is preserved where none is given."""
+
 REQUIRE = Option(
     "require",
     "",
@@ -74,17 +77,23 @@ OPTIONS = (
     ),
     Option(
         "calib-dataset",
-        "TEXT",
+        "[NAME=]TEXT",
         "The text whose knowledge must survive: wikitext2, c4, ptb, triviaqa, nqopen, a .txt, .jsonl, .json, .csv or "
         ".parquet file, a folder saved by datasets, hub:owner/name[:config[:split[:column]]], or self: what the base "
         "writes.",
-        lambda given: (values.text(given), given.folder),
-        default="wikitext2",
-        more="Of a table `FILE:column` names the column, of a folder `DIR:split:column`. A part left empty is "
-        "the default one. `self` is text that the base model, its adapter switched off, writes itself from the "
-        "token that begins a text, at temperature 1, seeded by `--nullspace-seed`; it is kept in the user's cache "
-        "folder by the base's digest and the settings, and the saved run names the file, which is a text that can "
-        "be given elsewhere. A file or folder of a name that stands for a text is given as `./self`.",
+        values.preserved,
+        default=DEFAULT_TEXT,
+        repeatable=True,
+        more="Given more than once, each text but the first needs a name, such as `code=code.txt`, of letters, "
+        "digits, '_', '.' and '-'; a file whose own name has the equals sign wins over a name. A layer is "
+        "judged by the text on which it is worst, so that nothing is green that is loud on one of ten; the "
+        "predictions are judged text by text, in the tests `drift[NAME]`, the first of which holds the gain "
+        "on the task too. Of a table `FILE:column` names the column, of a folder `DIR:split:column`. A part "
+        "left empty is the default one. `self` is text that the base model, its adapter switched off, writes "
+        "itself from the token that begins a text, at temperature 1, seeded by `--nullspace-seed`; it is kept "
+        "in the user's cache folder by the base's digest and the settings, and the saved run names the file, "
+        "which is a text that can be given elsewhere. A file or folder of a name that stands for a text is "
+        "given as `./self`.",
     ),
     Option(
         "task-dataset",
@@ -145,12 +154,13 @@ OPTIONS = (
     ),
     Option(
         "threshold",
-        "FIGURE:PASS:FAIL",
-        "Judge FIGURE by other bounds; in ini one line GLOB FIGURE PASS FAIL for the layers that match GLOB.",
+        "[GLOB:]FIGURE:PASS:FAIL",
+        "Judge FIGURE by other bounds, in the layers that match GLOB or on the text of that name; in ini one line GLOB "
+        "FIGURE PASS FAIL.",
         values.override,
         repeatable=True,
-        more="A bound is refused where its figure is not measured, or where its GLOB matches no layer, `model` "
-        "or `drift`.",
+        more="A bound is refused where its figure is not measured, or where its GLOB matches no layer, `model`, "
+        "`drift` or, for a figure of the predictions, name of a text.",
     ),
     Option(
         "drift",
@@ -235,8 +245,8 @@ OPTIONS = (
     Option(
         "compare-allow",
         "WHAT",
-        "Compare although WHAT differs: text, windows, seqlen, seed, rows, rank, widths, base, task, figures or "
-        "unrecorded.",
+        "Compare although WHAT differs: text, texts (all but the first), windows, seqlen, seed, rows, rank, widths, "
+        "base, task, figures or unrecorded.",
         values.allowed,
         repeatable=True,
         more="It holds for a saved start of `--nullspace-init` as well. `unrecorded` allows what only one of "

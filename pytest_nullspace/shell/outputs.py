@@ -105,7 +105,7 @@ def _read(settings: Settings, runs: Sequence["GatedRun"], bases: Iterable[Path])
     if settings.init is not None:
         yield _File(settings.init, f"{PREFIX}init")
     for option, spec, folder in (
-        ("calib-dataset", settings.calib_dataset, settings.text_folder),
+        *(("calib-dataset", text.spec, text.folder) for text in settings.preserved),
         ("task-dataset", settings.task_dataset, settings.task_folder),
     ):
         try:

@@ -14,7 +14,7 @@ from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError
 from pytest_nullspace.judging.audit import Audit
 from pytest_nullspace.judging.evidence import Diagnosis
-from pytest_nullspace.judging.invariants import DRIFT, MODEL, Expectations
+from pytest_nullspace.judging.invariants import MODEL, Expectations
 from pytest_nullspace.judging.remedy import Remedy
 from pytest_nullspace.measuring import inputs, pipeline
 from pytest_nullspace.measuring.loading import Bases
@@ -22,11 +22,12 @@ from pytest_nullspace.report import notes
 from pytest_nullspace.report import weights as weights_report
 from pytest_nullspace.run.figures import FIGURES, of_predictions
 from pytest_nullspace.run.stats import WITHOUT_DRIFT, RunStats
+from pytest_nullspace.run.texts import drift_test, preserved
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.shell.against import Against, read_run
 from pytest_nullspace.shell.once import MeasuredOnce
 
-READ_ALIKE = ("weights_sha256", "text", "task_text", "settings", "dtype")
+READ_ALIKE = ("weights_sha256", "task_text", "settings", "dtype")
 """What the processes that measure together must have found alike, of what a run tells."""
 
 
@@ -40,7 +41,7 @@ class GatedRun(MeasuredOnce):
         layers: The names of the layers that it tells of, in model order.
         gated: The names of those that have a test.
         selected: The names of the layers to measure, once collection has ended.
-        drift_selected: Whether the drift is to be measured.
+        drift_selected: The selected tests of the predictions; they are measured where there is one.
         judged: The names of its tests that came to a verdict, once all have run.
         against: What it is held against.
     """
@@ -55,7 +56,7 @@ class GatedRun(MeasuredOnce):
                 f"{path}; the first is {layers[0]}"
             )
         self.selected: set[str] = set()
-        self.drift_selected = False
+        self.drift_selected: set[str] = set()
         self.judged: Collection[str] | None = None
         self._settings = settings
         self.against = Against(path, name, layers, settings)
@@ -83,7 +84,17 @@ class GatedRun(MeasuredOnce):
     @property
     @abstractmethod
     def has_drift(self) -> bool:
-        """Whether a test holds the predictions against the base model's."""
+        """Whether tests hold the predictions against the base model's."""
+
+    @property
+    @abstractmethod
+    def text_names(self) -> Sequence[str]:
+        """How the preserved texts are called, the first first, which may have no name."""
+
+    @property
+    def drift_tests(self) -> Sequence[str]:
+        """The tests that hold the predictions against the base model's, one for each preserved text."""
+        return [drift_test(name) for name in self.text_names] if self.has_drift else []
 
     @property
     @abstractmethod
@@ -106,7 +117,7 @@ class GatedRun(MeasuredOnce):
 
     def subjects(self, figure: str) -> Sequence[str]:
         """The tests that judge ``figure``."""
-        return (DRIFT,) if figure in of_predictions() else (*self.layers, MODEL)
+        return self.drift_tests if figure in of_predictions() else (*self.layers, MODEL)
 
     def unmeasured(self, figure: str) -> Path | None:
         """Where ``figure`` lacks to be compared with the earlier run: here or there; None if it lacks in neither."""
@@ -114,7 +125,8 @@ class GatedRun(MeasuredOnce):
 
     def expectations(self, outcome: RunStats) -> Expectations:
         """What its layers are held against, given what was measured."""
-        return self.against.expectations(outcome, self.drift_selected, self.judged)
+        drifts_judged = set(self.drift_tests) <= self.drift_selected
+        return self.against.expectations(outcome, drifts_judged, self.judged)
 
     def diagnoses(self, outcome: RunStats) -> list[Diagnosis]:
         """The causes of what is wrong with it."""
@@ -178,6 +190,11 @@ class CheckpointRun(GatedRun):
         return self._without_drift is None and (outcome is None or outcome.without_drift is None)
 
     @property
+    def text_names(self) -> Sequence[str]:
+        """Those of the texts that were given."""
+        return [text.name for text in self._settings.preserved]
+
+    @property
     def gates_all(self) -> bool:
         """Whether every adapted layer has a test."""
         return len(self.gated) == len(self.checkpoint.layers)
@@ -201,7 +218,7 @@ class CheckpointRun(GatedRun):
         try:
             with self._settings.ranks.joined() as ranks:
                 outcome = self._measured_here(progress)
-                ranks.agree({name: outcome.about.get(name) for name in READ_ALIKE})
+                ranks.agree({name: outcome.about.get(name) for name in (*READ_ALIKE, *preserved(outcome.about))})
             return outcome
         except NullspaceError as error:
             # Kept to the end of the run, it must not keep the frames that hold the model.
@@ -274,6 +291,11 @@ class SavedRun(GatedRun):
     def has_drift(self) -> bool:
         """Whether the saved run tells of the predictions, and they are to be judged."""
         return self._saved.drift is not None and self._settings.drift is not False
+
+    @property
+    def text_names(self) -> Sequence[str]:
+        """Those of the texts on which its predictions were measured."""
+        return [] if self._saved.drift is None else list(self._saved.drift.texts)
 
     @property
     def has_audit(self) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_nullspace.errors import OptionError, quoted
-from pytest_nullspace.settings import AUTO_MOST
+from pytest_nullspace.errors import OptionError, TextError, quoted
+from pytest_nullspace.settings import AUTO_MOST, GivenText
 
 if TYPE_CHECKING:
     from pytest_nullspace.judging.baseline import Limit
@@ -34,6 +34,17 @@ def text(given: Given) -> str:
     if not given.text.strip():
         raise OptionError("is empty")
     return given.text
+
+
+def preserved(given: Given) -> GivenText:
+    """A text that must survive, with its name if it has one."""
+    from pytest_nullspace.text.sources import named
+
+    try:
+        name, spec = named(text(given), given.folder)
+    except TextError as error:
+        raise OptionError(str(error).partition(": ")[2]) from None
+    return GivenText(text(given._replace(text=spec)), given.folder, name)
 
 
 def path(given: Given) -> Path:
@@ -166,8 +177,10 @@ def override(given: Given) -> "Override":
     """Bounds of the user's own."""
     from pytest_nullspace.judging.invariants import Override
 
-    form = "GLOB FIGURE PASS FAIL" if given.in_ini else "FIGURE:PASS:FAIL"
-    parts = given.text.split() if given.in_ini else ["*", *given.text.split(":")]
+    form = "GLOB FIGURE PASS FAIL" if given.in_ini else "[GLOB:]FIGURE:PASS:FAIL"
+    parts = given.text.split() if given.in_ini else given.text.split(":")
+    if len(parts) == 3 and not given.in_ini:
+        parts = ["*", *parts]
     try:
         layers, figure, passes, fails = parts
         bounds = float(passes), float(fails)

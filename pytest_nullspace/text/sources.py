@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_nullspace.errors import TextError, printable
+from pytest_nullspace.run.texts import RESERVED, is_name
 
 OPTION, TASK_OPTION = "--nullspace-calib-dataset", "--nullspace-task-dataset"
 SELF = "self"
@@ -137,6 +138,27 @@ def parse_source(spec: str, folder: Path = Path(), option: str = OPTION) -> Sour
     if len(selectors) > 1:
         raise _refusal(option, spec, f"{path} is a file, which has no splits")
     return FileText(path, "".join(selectors) or None)
+
+
+def named(spec: str, folder: Path) -> tuple[str, str]:
+    """The name of a text, empty where it has none, and what it is: ``name=TEXT``.
+
+    A file or folder whose own name has the equals sign wins over a name.
+
+    Raises:
+        TextError: What stands before the sign can be no name.
+    """
+    name, equals, text = spec.partition("=")
+    cuts = [spec.rsplit(":", colons)[0] for colons in range(min(spec.count(":"), 2) + 1)]
+    if not equals or any(_exists(folder / _at_home(cut)) for cut in cuts if "=" in cut):
+        return "", spec
+    if not is_name(name):
+        raise TextError(
+            f"{OPTION}={printable(spec)}: there is no such file or folder, and {printable(repr(name))} cannot be the "
+            f"name of a text: that takes up to 40 letters, digits, '_', '.' and '-', and is not "
+            f"{', '.join(RESERVED[:-1])} or {RESERVED[-1]}"
+        )
+    return name, text
 
 
 def _parse_hub(spec: str, option: str) -> HubText:

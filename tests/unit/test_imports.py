@@ -92,12 +92,12 @@ def test_every_wing_imports_what_architecture_says() -> None:
 
 ORDERS = {
     "checkpoint": "header layers arrays gguf lora_null peft hub",
-    "run": "figures texts windows stats uncertainty paired entries saved",
+    "run": "texts figures windows predictions stats uncertainty paired entries saved",
     "judging": "verdicts invariants baseline start audit weights evidence tensors diagnosis",
     "text": "sources readers tokenizer windows",
     "measuring": (
-        "memory written about distributed forward drift recorder streaming spectrum writing loading measurement "
-        "pipeline"
+        "memory written passages about distributed forward drift recorder streaming spectrum writing loading "
+        "measurement pipeline"
     ),
     "shell": "values options asked shared once against runs opening outputs progress collect gate",
 }

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from pytest_nullspace.judging.decision import DECIDING, Call, Decision, decide, not_gated, plain
-from pytest_nullspace.judging.invariants import DRIFT, MODEL, Expectations, Stage
+from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
+from pytest_nullspace.run.texts import DRIFT
 from tests import saved
 
 ALL = (*saved.NAMES, MODEL, DRIFT)

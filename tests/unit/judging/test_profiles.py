@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 
 from pytest_nullspace.judging.invariants import (
-    DRIFT,
     FORGOT,
     MODEL,
     Expectations,
@@ -19,6 +18,7 @@ from pytest_nullspace.judging.profiles import OF_AVERAGES, OF_LAYERS, Chosen, Pr
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.run.figures import of_predictions
 from pytest_nullspace.run.stats import LayerStats, RunStats
+from pytest_nullspace.run.texts import DRIFT
 
 LAYER = LayerStats(
     "l", 100, 100, 4, 100, 10.0, 0.1, 0.2, 10.0, 10.0, mean_leakage=0.004, down_weight_norm=1.5, up_weight_norm=1.0,

@@ -19,6 +19,7 @@ from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report import doubts, markdown, notes, terminal, words
 from pytest_nullspace.run.figures import beside_a_task, of_layers
 from pytest_nullspace.run.stats import LayerStats, RunStats
+from pytest_nullspace.settings import GivenText
 
 TRAINED, INIT = Expectations(), Expectations(Stage.INIT)
 # The figures of the reference's own example.
@@ -490,6 +491,8 @@ class Asked:
     """The settings that the header shows."""
 
     calib_dataset: str = "wikitext2"
+    text_name: str = ""
+    further: tuple[GivenText, ...] = ()
     calib_size: int | None = 16
     calib_most: int = 128
     task_dataset: str | None = None

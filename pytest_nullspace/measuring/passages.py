@@ -1,0 +1,76 @@
+"""Where in a text the predictions changed most, told in the text's own characters, so that one sees what was lost."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pytest_nullspace.run.predictions import Passage
+from pytest_nullspace.text.tokenizer import LoadedTokenizer
+from pytest_nullspace.text.windows import Window
+
+TOLD = 5
+"""Passages of each text."""
+BEFORE = 60
+"""Characters that are told before the token."""
+LONGEST = 200
+"""Characters that are told of what a token stands for."""
+
+
+class Spot(NamedTuple):
+    """One prediction of a window that changed much.
+
+    Attributes:
+        window: The number of the window.
+        place: The place in it of the last token that was read; the next one was to be predicted.
+        divergence: Of the adapted prediction from the base's, in nats.
+        base: The base's probability of the next token.
+        adapted: The adapted model's.
+        likeliest: The token that the base holds likeliest.
+        instead: The token that the adapted model does.
+    """
+
+    window: int
+    place: int
+    divergence: float
+    base: float
+    adapted: float
+    likeliest: int
+    instead: int
+
+
+def passages(
+    spots: Sequence[Spot], windows: Sequence[Window], text: str, tokenizer: LoadedTokenizer, seqlen: int
+) -> tuple[Passage, ...]:
+    """The most changed of ``spots``, as the text has them; of windows that overlap each place once."""
+    found: list[Passage] = []
+    for spot in sorted(spots, key=lambda spot: spot.divergence, reverse=True):
+        passage = _passage(spot, windows[spot.window], text, tokenizer, seqlen)
+        if not any(_overlap(passage, other) for other in found):
+            found.append(passage)
+        if len(found) == TOLD:
+            break
+    return tuple(found)
+
+
+def _passage(spot: Spot, window: Window, text: str, tokenizer: LoadedTokenizer, seqlen: int) -> Passage:
+    target = spot.place + 1
+    spans = tokenizer.spans(text[window.start : window.start + 10 * seqlen])
+    start: int
+    end: int | None
+    if spans is None:
+        start, end = window.start, None
+        before = tokenizer.decode(window.tokens[max(0, target - BEFORE) : target])
+        token = tokenizer.decode(window.tokens[target : target + 1])
+    else:
+        start, end = (window.start + at for at in spans[target])
+        before, token = text[max(window.start, start - BEFORE) : start], text[start:end]
+    likeliest, instead = (tokenizer.decode([which])[:LONGEST] for which in (spot.likeliest, spot.instead))
+    return Passage(
+        start, end, before[-BEFORE:], token[:LONGEST], spot.base, spot.adapted, likeliest, instead, spot.divergence
+    )
+
+
+def _overlap(one: Passage, other: Passage) -> bool:
+    """Whether one stands in what the other tells."""
+    if one.end is None or other.end is None:
+        return one == other
+    return one.start - len(one.before) < other.end and other.start - len(other.before) < one.end
