@@ -172,6 +172,8 @@ class Measurement:
             if self.progress is not None:
                 self.progress(before + done, total)
 
+        if self.progress is not None:
+            self.progress(before, total)
         return measure(
             self.adapted,
             [window.tokens for window in self.drawn[what]],

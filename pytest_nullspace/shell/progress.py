@@ -1,7 +1,9 @@
 """How a measurement shows while it runs and when it fails, without disturbing what pytest captures."""
 
+import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,36 +15,109 @@ if TYPE_CHECKING:
     from pytest_nullspace.shell.runs import GatedRun
 
 
+BETWEEN_LINES = 10.0
+"""Seconds between two lines where no line can be written anew."""
+LONG = 600.0
+"""Seconds left from which it is said how to have fewer."""
+
+
+class Progress:
+    """How far a measurement is, in words; where nothing was read yet, that it loads."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, cores: int | None = None) -> None:
+        self._clock = clock
+        self._cores = len(os.sched_getaffinity(0)) if cores is None and hasattr(os, "sched_getaffinity") else cores
+        self._began = self._last = clock()
+        self._first: float | None = None
+        self._hinted = False
+
+    def told(self, done: int, windows: int) -> str:
+        """The state after ``done`` of so many windows; before the first their number is 0 while the model loads."""
+        if done == 0 or self._first is None:
+            self._first = self._clock()
+        if not windows:
+            return "nullspace: reading the text and loading the model"
+        if done == 0:
+            return f"nullspace: loaded in {_span(self._first - self._began)}; {windows} windows to read"
+        left = self.left(done, windows)
+        return f"nullspace: window {done} of {windows}" + (f", about {_span(left)} left" if done < windows else "")
+
+    def left(self, done: int, windows: int) -> float:
+        """The seconds that the other windows take, if they take as long as those before them."""
+        return 0.0 if self._first is None or not done else (self._clock() - self._first) / done * (windows - done)
+
+    def hint(self, done: int, windows: int) -> str | None:
+        """What would make it quicker, once, where that matters on a CPU."""
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(asked) if asked.isdecimal() else 0
+        if self._hinted or not done:
+            return None
+        crowded = self._cores is not None and threads > self._cores
+        if not crowded and self.left(done, windows) < LONG:
+            return None
+        self._hinted = True
+        told = [f"OMP_NUM_THREADS={threads} is more than the {self._cores} cores there are"] if crowded else []
+        if self.left(done, windows) >= LONG:
+            if self._cores is not None and 0 < threads < self._cores:
+                told.append(f"OMP_NUM_THREADS={threads} uses {threads} of {self._cores} cores")
+            told.append(f"fewer than {windows} windows are read with --nullspace-calib-size=N")
+        return f"nullspace: {'; '.join(told)}"
+
+    def due(self) -> bool:
+        """Whether the last line is long enough ago for another one."""
+        if self._clock() - self._last < BETWEEN_LINES:
+            return False
+        self._last = self._clock()
+        return True
+
+
+def _span(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
 def showing_progress(config: pytest.Config) -> Iterator[Callable[[int, int], None] | None]:
-    """Within this context the callback rewrites one line of pytest's own terminal; None where there is none."""
+    """Within this context the callback tells how far the measurement is; None where there is no terminal of pytest's.
+
+    On a terminal it rewrites one line. Elsewhere, as in the log of CI, it writes one every `BETWEEN_LINES`.
+    """
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if not isinstance(reporter, pytest.TerminalReporter) or not reporter.isatty or reporter.verbosity < 0:
+    if not isinstance(reporter, pytest.TerminalReporter) or reporter.verbosity < 0:
         yield None
         return
     shown = False
     capture = config.pluginmanager.get_plugin("capturemanager")
+    progress = Progress()
 
-    def write(line: str) -> None:
-        if capture is None:
-            reporter.rewrite(line, erase=True)
-        else:
-            with capture.global_and_fixture_disabled():
+    def write(line: str, stays: bool) -> None:
+        with capture.global_and_fixture_disabled() if capture is not None else nullcontext():
+            if stays:
+                reporter.rewrite("", erase=True) if reporter.isatty else reporter.ensure_newline()
+                reporter.write_line(line)
+            else:
                 reporter.rewrite(line, erase=True)
-                reporter.flush()
+            reporter.flush()
 
     def show(done: int, windows: int) -> None:
         nonlocal shown
-        if not shown:
+        told, hint = progress.told(done, windows), progress.hint(done, windows)
+        if reporter.isatty and not shown:
             reporter.ensure_newline()
         shown = True
-        write(f"nullspace: window {done} of {windows}")
+        if hint is not None:
+            write(hint, stays=True)
+        if reporter.isatty:
+            write(told, stays=False)
+        elif progress.due():
+            write(told, stays=True)
 
     try:
         yield show
     finally:
-        if shown:
-            write("")
+        if shown and reporter.isatty:
+            write("", stays=False)
 
 
 def measured(run: "GatedRun", test: pytest.Item, config: pytest.Config) -> "RunStats":

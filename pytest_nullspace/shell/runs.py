@@ -215,6 +215,8 @@ class CheckpointRun(GatedRun):
         inputs.check_models(self.checkpoint, self._initial, self._settings, look=look)
 
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
+        if progress is not None:
+            progress(0, 0)  # the model loads, and how many windows its text has is not known yet
         try:
             with self._settings.ranks.joined() as ranks:
                 outcome = self._measured_here(progress)

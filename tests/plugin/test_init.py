@@ -71,7 +71,7 @@ def test_what_moved_and_must_not_have_fails_by_name(start: Path, gate: Gate, pyt
     )
     saved = json.loads((pytester.path / "wrong.json").read_text())
     assert {"b-trained", "trained-outside"} <= {cause["cause"] for cause in saved["diagnosis"]}
-    assert "b\\-trained" in (pytester.path / "r.md").read_text()
+    assert "cause: b-trained" in (pytester.path / "r.md").read_text()
     gate(*INIT, "--nullspace-variant=v1", "--tb=no", model="wrong").assert_outcomes(failed=1, passed=LAYERS + 1)
 
 
@@ -146,7 +146,7 @@ def test_a_text_that_the_start_was_measured_on_is_told(
     saved.save(pytester.path / "init.json", dataclasses.replace(saved.run(), layers=layers, about=about))
     allow = [f"--nullspace-compare-allow={what}" for what in ("text", "unrecorded")]
     replay("--nullspace-init=init.json", "--nullspace-report=r.md", *allow).stdout.fnmatch_lines([told])
-    assert told[:9].replace("-", "\\-") in (pytester.path / "r.md").read_text()
+    assert told[:9] in (pytester.path / "r.md").read_text()
 
 
 def test_without_a_start_it_is_unknown_whether_the_text_is_held_out(replay: Replay) -> None:

@@ -125,10 +125,10 @@ def test_the_jobs_summary_keeps_below_what_github_shows(
     assert ("so no report is shown there" in result.stdout.str()) is (before == 10_000)
     assert whole.count("\n| ✓") == 2 * 99
     if before == 0:
-        assert len(text.encode()) > 9000, "as many rows as fit"
+        assert len(text.encode()) > 8800, "as many rows as fit"
     if before < 9000:
         rows = [line for line in text.splitlines() if line.startswith(("| ✗", "| ✓"))]
         assert [line[:3] for line in rows].count("| ✗") == 2
-        assert rows[0].startswith("| ✗ | model\\.layers\\.99\\.up\\_proj |")
+        assert rows[0].startswith("| ✗ | model.layers.99.up_proj |")
         counted = sum(int(n) for n in re.findall(r"… and (\d+) more layers \(\1 passed\), for which there is no", text))
         assert counted + len(rows) == 200

@@ -28,7 +28,7 @@ def test_the_averages_alone_gate_no_layer(replay: Replay, pytester: pytest.Pytes
     assert text.count("✓") == 4, "the averages, and nothing else"
     assert text.count("  not gated, would fail: preservation 0.5625 > 0.5") == 2, "in its block and in the table"
     report = (pytester.path / "o.md").read_text()
-    assert "Gated 0 of 9 layers on text\\.txt: **0 green, 0 to look at, 0 red**." in report
+    assert "Gated 0 of 9 layers on text.txt: **0 green, 0 to look at, 0 red**." in report
     assert "1 of them would have failed" in report
     assert report.count("| not gated |") == 8
     assert "| ✓ |" not in report
