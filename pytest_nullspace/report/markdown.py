@@ -27,13 +27,14 @@ from pytest_nullspace.report.page import Page, Row, kind
 from pytest_nullspace.report.words import MARKS, figures, mark, not_gated, reading
 from pytest_nullspace.run.stats import RunStats
 
-_MARKUP = re.compile(r"[\\`*\[\]<>|&~#$]|(?<![^\W_])_|_(?![^\W_])|^[-+]|^\d+(?=[.)])")
+_MARKUP = re.compile(r"[\\`*\[\]<>|&~#$]|(?<![^\W_])_|_(?![^\W_])|^[-+](?=\s|$)")
+_NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 """What Markdown, HTML or GitHub read as more than a letter: an underline only where it is not within a word."""
 
 
 def escape(text: str) -> str:
     """``text`` such that Markdown and HTML show it letter by letter."""
-    return _MARKUP.sub(lambda found: f"\\{found[0]}", printable(text, 1000))
+    return _NUMBERED.sub(r"\1\\\2", _MARKUP.sub(lambda found: f"\\{found[0]}", printable(text, 1000)))
 
 
 def decided(decision: Decision) -> Iterator[str]:

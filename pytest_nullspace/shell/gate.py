@@ -14,11 +14,12 @@ import pytest
 from pytest_nullspace import __version__
 from pytest_nullspace.checkpoint.hub import local_directory
 from pytest_nullspace.errors import NullspaceError, printable
+from pytest_nullspace.judging.candidates import Candidate, best, candidate
 from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import Stage
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
-from pytest_nullspace.report import changes, html, machine, markdown, terminal, verdict, weights
+from pytest_nullspace.report import candidates, changes, html, machine, markdown, terminal, verdict, weights
 from pytest_nullspace.report.layout import wrapped
 from pytest_nullspace.report.page import Page, joined
 from pytest_nullspace.run import saved
@@ -261,14 +262,23 @@ class Gate:
             for run, outcome in measured:
                 if self.settings.save_stats is not None:
                     file = stats_file(self.settings.save_stats, run.name)
-                    saved.write(_diagnosed(run, outcome), file, self._decision(run).to_dict())
+                    saved.write(_diagnosed(run, outcome), file, self._saved_verdict(run))
                     self._saved.append(file)
-            pages = [_page(run, outcome, self._decision(run)) for run, outcome in measured]
+            beside = [candidates.page(self._candidates())] if len(self.runs) > 1 else []
+            pages = [*beside, *(_page(run, outcome, self._decision(run)) for run, outcome in measured)]
             for file in self.settings.reports:
                 saved.write_atomically(file, self._report(file.suffix, measured, pages))
             self._no_room = append_step_summary(pages)
         except NullspaceError as error:
             self._problems.append(str(error))
+
+    def _saved_verdict(self, run: GatedRun) -> dict[str, Any]:
+        """The verdict on a run as it is saved, and which of several candidates is the best."""
+        told = self._decision(run).to_dict()
+        if len(self.runs) == 1:
+            return told
+        chosen = best(self._candidates())
+        return {**told, "candidates": len(self.runs), "best": None if chosen is None else chosen.name}
 
     def _report(self, suffix: str, measured: Sequence[tuple[GatedRun, RunStats]], pages: Sequence[Page]) -> str:
         """The report of every run in the form that a file's suffix names."""
@@ -287,6 +297,16 @@ class Gate:
 
     def _decision(self, run: GatedRun) -> Decision:
         return self.decisions[self._where(run)]
+
+    def _candidates(self) -> list[Candidate]:
+        """What is told of each run beside the others."""
+        peeked = [(run, run.peek()) for run in self.runs]
+        return [
+            candidate(
+                self._where(run), self._decision(run), outcome, None if outcome is None else run.expectations(outcome)
+            )
+            for run, outcome in peeked
+        ]
 
     def _where(self, run: GatedRun) -> str:
         """How reports name what is gated."""
@@ -318,6 +338,10 @@ class Gate:
                 terminal.write_lines(terminalreporter, notes(run, outcome, every))
                 if every:
                     terminal.write_lines(terminalreporter, changes.diagnosis(run.diagnoses(outcome)))
+        if len(self.runs) > 1 and self.decisions:
+            terminalreporter.section("nullspace: candidates")
+            width = terminal.columns(self._config.get_terminal_writer())
+            terminal.write_lines(terminalreporter, candidates.lines(self._candidates(), width))
         while self._problems:
             terminalreporter.write_line(f"nullspace: NOT GATED: {self._problems.pop(0)}", red=True, bold=True)
         if self._no_room is not None:

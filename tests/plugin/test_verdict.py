@@ -82,3 +82,16 @@ def test_the_workers_of_xdist_give_one_verdict(pytester: pytest.Pytester) -> Non
     result = gate(pytester, run(0.3), "-n", "2")
     assert result.outlines[-1] == "verdict: DO NOT DEPLOY: it forgets: the preserved text is 26 % less likely"
     assert sum("verdict: DO NOT DEPLOY" in line for line in result.outlines) == 2
+
+
+def test_several_candidates_stand_in_one_table(pytester: pytest.Pytester) -> None:
+    """Of two saved runs the safe one is marked on the terminal, in Markdown and in what is saved again."""
+    saved.save(pytester.path / "bad.json", run(0.3))
+    files = ("--nullspace-save-stats={model}-again.json", "--nullspace-report=out.md")
+    result = gate(pytester, run(), "--nullspace-stats=bad.json", *files)
+    result.stdout.fnmatch_lines(
+        ["*= nullspace: candidates =*", "★ ft.json *SAFE *", "  bad.json *DO NOT DEPLOY *", "★ best: ft.json, *"]
+    )
+    assert result.outlines[-2].startswith("verdict on bad.json: DO NOT DEPLOY: ")
+    assert Path("out.md").read_text("utf-8").startswith("## nullspace: candidates\n")
+    assert json.loads(Path("bad-again.json").read_text("utf-8"))["verdict"]["best"] == "ft.json"

@@ -1,0 +1,58 @@
+"""Several candidates side by side, and which of them is the best. Pure."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pytest_nullspace.judging.decision import Call, Decision
+from pytest_nullspace.judging.invariants import Expectations, judge
+from pytest_nullspace.run.stats import RunStats
+
+_DEPLOYABLE = (Call.SAFE, Call.LOOK)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One run of several.
+
+    Attributes:
+        name: How reports name it.
+        call: The verdict on it.
+        divergence: How far its predictions moved on the preserved text; NaN where that was not measured.
+        gain: How much the task text gained; NaN likewise.
+        forgetting: The average of its layers; NaN likewise.
+        worst: Its worst layer; empty where none was measured.
+    """
+
+    name: str
+    call: Call
+    divergence: float = math.nan
+    gain: float = math.nan
+    forgetting: float = math.nan
+    worst: str = ""
+
+
+def candidate(name: str, decision: Decision, run: RunStats | None, expectations: Expectations | None) -> Candidate:
+    """What is told of one run beside others; of one that was not measured there is the verdict alone."""
+    if run is None or expectations is None:
+        return Candidate(name, decision.call)
+    figures = {} if run.drift is None else run.drift.figures
+    divergence, gain = (figures.get(name, (math.nan, 0.0))[0] for name in ("divergence", "task-gain"))
+    forgetting = run.mean("forgetting") if run.layers and "forgetting" not in run.absent else math.nan
+    worst = max((judge(layer, expectations) for layer in run.layers), key=lambda of: of.severity, default=None)
+    return Candidate(name, decision.call, divergence, gain, forgetting, "" if worst is None else worst.subject)
+
+
+def best(candidates: Iterable[Candidate]) -> Candidate | None:
+    """Of those that may be deployed the safest, of these the one that learned most, then that which moved least."""
+    fit = [one for one in candidates if one.call in _DEPLOYABLE]
+    return min(fit, key=_place, default=None)
+
+
+def _place(one: Candidate) -> tuple[int, float, float]:
+    return _DEPLOYABLE.index(one.call), -_known(one.gain, -1), _known(one.divergence, 1)
+
+
+def _known(value: float, side: int) -> float:
+    """``value`` to sort by; what was not measured lies on its bad side."""
+    return value if math.isfinite(value) else side * math.inf
