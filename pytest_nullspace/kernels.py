@@ -204,6 +204,13 @@ def factors(down: Tensor, up: Tensor, scale: float) -> Factors:
     )
 
 
+def triangle(matrix: Tensor) -> Tensor:
+    """R of ``Q R``, shape ``(min(m, n), n)``, of a ``matrix (m, n)``; NaN where that is not finite."""
+    if not bool(torch.isfinite(matrix).all()):
+        return torch.full((1, matrix.shape[1]), torch.nan, dtype=matrix.dtype)
+    return _qr(matrix, mode="r")[1]
+
+
 def inner_norms(down: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """``‖Px‖`` and ``‖scale · ABx‖`` of each row, from ``down = Bx (…, n, r)`` and ``factors (…, 2, r, r)`` alone."""
     both = down @ factors.flatten(-3, -2).mT

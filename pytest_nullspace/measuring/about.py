@@ -51,7 +51,7 @@ def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def of_model(kind: str, remarks: Sequence[str]) -> dict[str, Any]:
     """As what its base was built, and what was done to fit the two; nothing where nobody chose."""
-    return {"model": {"class": kind, "remarks": list(remarks)}} if kind else {}
+    return {"model": {"class": kind, "remarks": list(remarks)}} if kind or remarks else {}
 
 
 def of_settings(settings: Settings) -> dict[str, Any]:

@@ -224,6 +224,7 @@ def _loaded(
 ) -> _Loaded:
     """Load the model, and what its predictions are held against."""
     from pytest_nullspace.measuring.forward import require_tokens_read
+    from pytest_nullspace.measuring.moved import with_start
 
     device = device_of(settings)
     dtype = dtype_of(settings.dtype, checkpoint, device, base)
@@ -237,6 +238,8 @@ def _loaded(
     ):
         adapted = load(checkpoint, settings, device, dtype, base, bases)
     require_tokens_read(adapted, checkpoint)
+    if initial is not None and settings.profile != "reference":  # whose formulas know of no start
+        adapted = with_start(adapted, checkpoint, initial)
     found = None
     if settings.drift:
         found = true_base(adapted, checkpoint, initial, base, settings, adapted.device, dtype)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pytest_nullspace import kernels
 from pytest_nullspace.measuring.distinct import DistinctRows, prints
+from pytest_nullspace.measuring.moved import Moved
 from pytest_nullspace.measuring.rows import Batch, Layout, Rows
 from pytest_nullspace.model import AdaptedLayer
 from pytest_nullspace.model.stored import stored, without_bias
@@ -51,13 +52,15 @@ class Watched:
     Attributes:
         layer: Where its parts are.
         factors: `kernels.factors` of its weights, the matrices on the device.
-        in_parts: Whether its parts must be put together anew, for a bias or a magnitude.
+        in_parts: Whether its parts must be put together anew, for a bias, a magnitude or a start.
+        moved: What became of its start, where that held a part of W.
         seen: What its parts gave in the forward that is under way.
     """
 
     layer: AdaptedLayer
     factors: kernels.Factors
     in_parts: bool
+    moved: Moved | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -215,10 +218,12 @@ class Recorder:
                 self.by_octave[layer.name] = self.sums[layer.name].new_zeros(OCTAVES)
                 factors = kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale)
                 self.down_ranks[layer.name] = factors.rank
+                moved = None if layer.start is None else Moved(layer, layer.start, self._device)
                 watched = Watched(
                     layer,
                     factors._replace(matrices=factors.matrices.to(self._device)),
-                    layer.magnitude is not None or layer.has_bias or _has_bias(layer.up),
+                    layer.magnitude is not None or layer.has_bias or _has_bias(layer.up) or moved is not None,
+                    moved,
                 )
                 self._watched.append(watched)
                 handle = layer.layer.register_forward_pre_hook(partial(self._meet, watched))
@@ -262,16 +267,20 @@ class Recorder:
         if x is not self._input:
             self._input, self._input_norms, self._input_rows = x, self._norms(x), None
         self._tell_apart(layer, self._layout, x)
-        if watched.in_parts:
-            # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.
-            update = watched.seen["magnitude"] if layer.magnitude is not None else layer.scale * watched.seen["up"]
-            base, output = self._norms_of(base), self._norms_of(base + update)
-            change = [self._norms_of(update)] if watched.updates_by_more else []
-        else:
-            output = self._norms(output)
         on_cpu = self._device.type == "cpu"
         if watched.blurs(down.dtype) or (on_cpu and _loses_digits(down, self._input_norms, watched)):
             down = self._counted(x).double() @ layer.down_matrix().to(x.device).mT
+        if watched.in_parts:
+            # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.
+            update = watched.seen["magnitude"] if layer.magnitude is not None else layer.scale * watched.seen["up"]
+            output = self._norms_of(base + update)
+            change = [self._norms_of(update)] if watched.updates_by_more else []
+            if watched.moved is not None:
+                since, base = watched.moved.of(self._counted(x), down, base)
+                change = [since]
+            base = self._norms_of(base)
+        else:
+            output = self._norms(output)
         watched.seen.clear()
         # An input may be seen before accelerate brings it to where its layer runs.
         norms = [part.to(self._device) for part in (self._input_norms, base, output, *change)]

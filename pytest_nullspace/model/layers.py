@@ -12,6 +12,19 @@ from pytest_nullspace.model.stored import stored
 
 
 @dataclass(frozen=True)
+class Start:
+    """What an adapter was before training, where that is a part of the base's weight: ``W = W_res + up · down``.
+
+    Attributes:
+        down: B₀, shape ``(r, in)``, float64 on the CPU.
+        up: A₀ with its scale, shape ``(out, r)``, likewise.
+    """
+
+    down: Tensor
+    up: Tensor
+
+
+@dataclass(frozen=True)
 class AdaptedLayer:
     """Where to look at one adapted linear layer while the model runs.
 
@@ -30,6 +43,8 @@ class AdaptedLayer:
         has_bias: Whether the layer's output holds a bias on top of the two parts.
         magnitude: Of a DoRA layer the module whose output is all that it changes, ``layer(x) - base(x)``; it is then
             its update.
+        start: What it was before training, where that held a part of W and is known; its update is then what changed
+            since, and ``W x`` what that is added to.
     """
 
     name: str
@@ -42,6 +57,7 @@ class AdaptedLayer:
     base_matrix: Callable[[], Tensor | None]
     has_bias: bool
     magnitude: nn.Module | None = None
+    start: Start | None = None
 
     @property
     def out_features(self) -> int:

@@ -201,7 +201,8 @@ OPTIONS = (
         "Hold every tensor against the checkpoint in DIR, from which training started, or norms and figures against "
         "its saved run in JSON.",
         values.path,
-        more="With DIR a layer fails on what moved and must not have, and the test `frozen` on what moved "
+        more="Where that held a part of W (v1, CorDA, PiSSA, OLoRA), the update that is told is what changed since. "
+        "With DIR a layer fails on what moved and must not have, and the test `frozen` on what moved "
         "outside the layers. With JSON, where the weights are not at hand or a saved run is gated, ‖B‖ "
         "and ‖W_res‖ must be what they were (to 1e-4), ‖A‖ must have left zero, ‖BX‖/‖X‖ may be at most 3 "
         "times as loud (or 0.01), and ‖ABX‖/‖X‖ must have gone from below 1e-6 to above 1e-4; the report "

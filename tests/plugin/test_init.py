@@ -192,3 +192,28 @@ def test_a_measured_run_is_held_against_a_saved_start(start: Path, gate: Gate) -
     other = gate(*loud, "--nullspace-init=init.json", "--nullspace-seqlen=16")
     assert other.ret == pytest.ExitCode.USAGE_ERROR
     other.stderr.fnmatch_lines(["ERROR: --nullspace-init: not comparable: seqlen (16, was 32): *"])
+
+
+def test_of_a_start_that_held_a_part_of_w_what_changed_is_judged(gate: Gate, pytester: pytest.Pytester) -> None:
+    """Its update is what training made of it, also in the saved run, with a line; by the script's letter it is AB."""
+
+    def trained(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        for name in tensors:
+            if name.endswith("ALinear.weight"):
+                tensors[name] = 1.01 * tensors[name]
+
+    (pytester.path / "text.txt").write_text(tiny.TEXT)
+    tiny.lora_null(pytester.path / "start")
+    tiny.lora_null(pytester.path / "ft", change=trained)
+    effects = []
+    for profile in ("auto", "reference"):
+        save = f"--nullspace-save-stats={profile}.json"
+        result = gate(*INIT, save, f"--nullspace-profile={profile}", model="ft")
+        told = json.loads((pytester.path / f"{profile}.json").read_text())
+        effects.append(told["stats"][0]["ABX_ratio"])
+        said = [line for line in result.outlines if line.startswith("update against the start")]
+        assert len(said) == (profile == "auto"), result.outlines
+    assert effects[0] == pytest.approx(effects[1] * 0.01 / 1.01, rel=1e-5)
+    result = gate("--nullspace-init=start", *LOOSE, "--nullspace-report=r.md", model="start")
+    assert "update against the start " in (pytester.path / "r.md").read_text()
+    result.stdout.fnmatch_lines(["*effectiveness 0 *"])

@@ -15,7 +15,8 @@ from tests.structure import imports, own, sources, wing, wings
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
-    "kernels", "model", "measuring.distinct", "measuring.drift", "measuring.forward", "measuring.recorder",
+    "kernels", "model", "measuring.distinct", "measuring.drift", "measuring.forward", "measuring.moved",
+    "measuring.recorder",
     "measuring.rows", "measuring.scaling", "measuring.spectrum", "measuring.streaming", "measuring.writing",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
@@ -96,7 +97,7 @@ ORDERS = {
     "judging": "verdicts invariants baseline start audit weights evidence tensors diagnosis",
     "text": "sources readers tokenizer windows",
     "measuring": (
-        "memory written passages about distributed forward drift recorder streaming spectrum writing loading "
+        "memory written passages about distributed forward drift moved recorder streaming spectrum writing loading "
         "measurement pipeline"
     ),
     "shell": "values options asked shared once against runs opening outputs progress collect gate",
