@@ -321,7 +321,9 @@ def _likelier(text: str, nats: float) -> str:
     """How much the probability of a token changed, where its mean logarithm rose by ``nats``."""
     if nats < 0:
         return f"the {text} text is {share(-math.expm1(nats))} less likely"
-    return f"the {text} text is {share(math.expm1(min(nats, 20.0)))} more likely"
+    if nats > math.log(2):
+        return f"the {text} text is {times(math.exp(min(nats, 20.0)))} as likely"
+    return f"the {text} text is {share(math.expm1(nats))} more likely"
 
 
 def against_chance(leakage: float) -> str:
@@ -335,7 +337,7 @@ _PLAIN: Mapping[str, Callable[[float], str]] = {
     "loss-rise": lambda value: _likelier("preserved", -value),
     "divergence": lambda value: f"predictions moved by {value:.2g} nats a token",
     "task-gain": lambda value: _likelier("task", value),
-    "leakage": lambda value: f"on the preserved text its input space is {against_chance(value)}",
+    "leakage": lambda value: f"its space is {against_chance(value)}",
     "preservation": lambda value: f"{share(value)} of the preserved text's activations reach it",
     "effectiveness": lambda value: f"its update is {share(value)} of its input",
     "contribution": lambda value: f"its update is {share(value)} of the layers' output",

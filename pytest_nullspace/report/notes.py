@@ -237,7 +237,7 @@ def measured_on(run: RunStats) -> str | None:
         tokens = " and ".join(f"{run.about[what]['tokens']:,}" for what in of)
         return (
             f"{tokens} tokens; {printable(run.about['device'])} {printable(run.about['dtype'])}; "
-            f"loaded in {seconds['load']:.1f} s, pass {_passed(seconds)}{_backed_off(run)}"
+            f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s{_backed_off(run)}"
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         return None

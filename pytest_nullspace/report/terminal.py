@@ -15,6 +15,7 @@ from pytest_nullspace.report.words import (
     faults,
     figures,
     mark,
+    named,
     reading,
     scanned_figure,
     shown,
@@ -45,7 +46,8 @@ def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expe
     verdicts = [judge(layer, expectations) for layer in run.layers]
     width = columns(reporter._tw)
     if reporter.verbosity <= 0:
-        write_lines(reporter, brief.summary(run, verdicts, expectations, decision, width))
+        short = brief.summary(run, verdicts, expectations, decision, width)
+        write_lines(reporter, ((named(line, run), tier) for line, tier in short))
         return
     rows = WORST_SHOWN if reporter.verbosity < ROWS else len(verdicts)
     write_lines(reporter, verdict.lines(decision))
@@ -55,7 +57,8 @@ def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expe
     write_lines(reporter, ((line, None) for line in model.built_as(run)))
     if reporter.verbosity > 1 and (told := notes.time_spent(run)) is not None:
         write_lines(reporter, [(told, None)])
-    write_lines(reporter, summary(run, verdicts, expectations, width, rows))
+    whole = summary(run, verdicts, expectations, width, rows)
+    write_lines(reporter, ((named(line, run), tier) for line, tier in whole))
 
 
 def columns(writer: "TerminalWriter") -> int:

@@ -1,6 +1,7 @@
 """The readings: what figures mean, in words and marks that are the same in every format."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from pytest_nullspace.checkpoint.header import printable
@@ -50,6 +51,17 @@ def scanned_figure(of: LayerStats | RunStats, figure: str) -> str:
     if figure in of.absent:
         return "–"
     return f"{100 * value(figure):.3g} %" if figure == "contribution" else f"{value(figure):.3g}"
+
+
+_LETTER = re.compile(r"(?<![\w./\\-])(A|B)(?![\w/\\-]|\.\w)")
+_PEFT = {"A": "lora_B", "B": "lora_A"}
+
+
+def named(told: str, run: RunStats) -> str:
+    """A sentence with the matrices called as in the adapter's files: PEFT's ``lora_A`` is ``B``, ``lora_B`` is ``A``."""
+    if run.about.get("format") != "PEFT LoRA":
+        return told
+    return _LETTER.sub(lambda letter: _PEFT[letter[0]], told)
 
 
 def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:

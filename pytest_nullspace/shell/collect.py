@@ -137,7 +137,7 @@ class LayerItem(MeasuredItem):
         verdict = judge(layer, self.parent.run.expectations(run))
         figures = {figure: layer.figure(figure) for figure in layer.measured}
         self.record(tier=str(verdict.tier), rows=layer.rows, **figures)
-        return verdict, words.layer_failure(layer, verdict)
+        return verdict, words.named(words.layer_failure(layer, verdict), run)
 
     def warning(self, verdict: Verdict) -> str:
         """A message that layers share, so that pytest tells it once with all that gave it: a model has hundreds."""
@@ -169,7 +169,7 @@ class ModelItem(MeasuredItem):
         verdict = judge_averages(run, self.parent.run.expectations(run))
         figures = {figure: run.mean(figure) for figure in run.measured}
         self.record(tier=str(verdict.tier), layers=len(run.layers), **figures)
-        return verdict, words.model_failure(run, verdict)
+        return verdict, words.named(words.model_failure(run, verdict), run)
 
 
 class DriftItem(MeasuredItem):

@@ -1,10 +1,12 @@
 """The one verdict on each run of the gate, from what was measured and what became of its tests."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from pytest_nullspace.judging.decision import Decision, decide, not_gated
 from pytest_nullspace.judging.invariants import MODEL
 from pytest_nullspace.judging.weights import STATEMENT
+from pytest_nullspace.report.words import named
 from pytest_nullspace.shell.collect import FROZEN, SCOPE
 from pytest_nullspace.shell.runs import GatedRun
 
@@ -30,7 +32,7 @@ def decided(run: GatedRun, failed: Mapping[str, str]) -> Decision:
     outcome = run.peek()
     if outcome is None:
         return not_gated(max(failed.values(), key=len, default="not measured"))
-    return decide(
+    told = decide(
         outcome,
         run.expectations(outcome),
         run.diagnoses(outcome),
@@ -38,3 +40,4 @@ def decided(run: GatedRun, failed: Mapping[str, str]) -> Decision:
         failed,
         STATEMENT if run.weights_only else "no layer was measured",
     )
+    return replace(told, reasons=tuple(replace(one, words=named(one.words, outcome)) for one in told.reasons))

@@ -22,6 +22,7 @@ from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report import candidates, changes, html, machine, markdown, terminal, verdict, weights
 from pytest_nullspace.report.layout import wrapped
 from pytest_nullspace.report.page import Page, joined
+from pytest_nullspace.report.words import named
 from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import is_drift
@@ -335,9 +336,8 @@ class Gate:
                         run.expectations(outcome).gates,
                     )
                     terminal.write_lines(terminalreporter, lines)
-                terminal.write_lines(terminalreporter, notes(run, outcome, every))
-                if every:
-                    terminal.write_lines(terminalreporter, changes.diagnosis(run.diagnoses(outcome)))
+                below = [*notes(run, outcome, every), *changes.diagnosis(run.diagnoses(outcome) if every else ())]
+                terminal.write_lines(terminalreporter, ((named(line, outcome), tier) for line, tier in below))
         if len(self.runs) > 1 and self.decisions:
             terminalreporter.section("nullspace: candidates")
             width = terminal.columns(self._config.get_terminal_writer())
@@ -360,10 +360,11 @@ class Gate:
 def _page(run: GatedRun, outcome: RunStats, decision: Decision) -> Page:
     """The Markdown report of one run."""
     lines = [*notes(run, outcome), *changes.diagnosis(run.diagnoses(outcome))]
-    weighed, told = run.against.told(outcome).weights, [line for line, _ in lines]
+    weighed, told = run.against.told(outcome).weights, [named(line, outcome) for line, _ in lines]
     expectations = run.expectations(outcome)
     if weighed is None:
-        return markdown.page(outcome, expectations, told, decision)
+        page = markdown.page(outcome, expectations, told, decision)
+        return replace(page, head=named(page.head, outcome), more=named(page.more, outcome))
     faults, of = partial(run.against.weight_faults, outcome), outcome.checkpoint_layers
     return weights.page(outcome.model_path, weighed, faults, of, told, expectations.gates, decision)
 

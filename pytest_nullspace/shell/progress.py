@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pytest_nullspace.shell.runs import GatedRun
 
 
+SHORT = 30.0
+"""Seconds within which a run ends without such a line."""
 BETWEEN_LINES = 10.0
 """Seconds between two lines where no line can be written anew."""
 LONG = 600.0
@@ -27,7 +29,8 @@ class Progress:
     def __init__(self, clock: Callable[[], float] = time.monotonic, cores: int | None = None) -> None:
         self._clock = clock
         self._cores = len(os.sched_getaffinity(0)) if cores is None and hasattr(os, "sched_getaffinity") else cores
-        self._began = self._last = clock()
+        self._began = clock()
+        self._last = self._began + SHORT - BETWEEN_LINES
         self._first: float | None = None
         self._hinted = False
 

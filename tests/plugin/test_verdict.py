@@ -55,7 +55,7 @@ def test_a_good_run_is_safe_and_a_part_of_it_is_not_gated(pytester: pytest.Pytes
     """The same figures: safe where every test ran, and not gated where some were left out."""
     whole = gate(pytester, run())
     whole.assert_outcomes(passed=11)
-    assert whole.outlines[-1] == "verdict: SAFE: preserved text 0.6 % less likely, task text 172 % more likely"
+    assert whole.outlines[-1] == "verdict: SAFE: preserved text 0.6 % less likely, task text 2.7 x as likely"
     part = gate(pytester, run(), "-k", "layers.0.")
     assert part.ret == 0
     part.stdout.fnmatch_lines(["verdict: NOT GATED: only 3 of 11 tests came to a verdict, not*"])

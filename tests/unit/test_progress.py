@@ -2,7 +2,7 @@
 
 import pytest
 
-from pytest_nullspace.shell.progress import BETWEEN_LINES, Progress
+from pytest_nullspace.shell.progress import BETWEEN_LINES, SHORT, Progress
 
 
 class Clock:
@@ -29,13 +29,14 @@ def test_the_estimate_is_of_the_windows_and_not_of_loading() -> None:
 
 
 def test_lines_are_rare_where_none_can_be_written_anew() -> None:
-    """A run that is shorter than the span between two lines writes none."""
+    """A short run writes none, a long one keeps its span between two of them."""
     clock = Clock()
     progress = Progress(clock)
-    clock.now = BETWEEN_LINES - 0.1
+    clock.now = SHORT - 0.1
     assert not progress.due()
-    clock.now = BETWEEN_LINES
+    clock.now = SHORT
     assert progress.due()
+    clock.now += BETWEEN_LINES - 0.1
     assert not progress.due()
 
 

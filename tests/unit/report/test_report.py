@@ -512,3 +512,19 @@ def test_the_header_says_what_will_be_gated(tmp_path: Path) -> None:
     first, second = notes.header(checkpoint, 2, auto)  # type: ignore[arg-type]
     assert "up to 128 windows" in first
     assert second == "nullspace: task text sums.txt"
+
+
+@pytest.mark.parametrize(
+    ("told", "peft"),
+    [
+        ("A moved from zero; B is still in it", "lora_B moved from zero; lora_A is still in it"),
+        ("‖B‖ 2, ||A||_F 3: A B x is zero", "‖lora_A‖ 2, ||lora_B||_F 3: lora_B lora_A x is zero"),
+        ("the rows of B. Then", "the rows of lora_A. Then"),
+        ("runs/A/B, blocks.B.q_proj, lora_A, ||ABX||, C-B", "runs/A/B, blocks.B.q_proj, lora_A, ||ABX||, C-B"),
+    ],
+)
+def test_the_matrices_are_called_as_the_adapters_files_do(told: str, peft: str) -> None:
+    """Of PEFT's adapters a sentence says lora_A and lora_B; names, paths and symbols stay, and LoRA-Null's A and B."""
+    of_peft = dataclasses.replace(run_of(EXAMPLE), about={"format": "PEFT LoRA"})
+    assert words.named(told, of_peft) == peft
+    assert words.named(told, run_of(EXAMPLE)) == told
