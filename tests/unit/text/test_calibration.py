@@ -26,6 +26,7 @@ from pytest_nullspace.text.sources import (
     Source,
     parse_source,
 )
+from pytest_nullspace.text.sources import named as taken
 from pytest_nullspace.text.tokenizer import load_tokenizer
 from pytest_nullspace.text.windows import CONTEXT, Window, distinct_rows, draw_windows, text_hash, unigram_loss
 
@@ -107,6 +108,27 @@ class TestSource:
         assert parse_source("self", tmp_path) == SelfText()
         assert parse_source("./self", tmp_path) == FolderText(tmp_path / "self")
         assert parse_source("self.txt", tmp_path) == FileText(tmp_path / "self.txt")
+
+    def test_a_name_stands_before_what_it_names(self, tmp_path: Path) -> None:
+        """Unless a file or folder has the equals sign in its own name, which then wins, also with a column after it."""
+        assert taken("wiki=a.txt", tmp_path) == ("wiki", "a.txt")
+        assert taken("wiki=a=b.txt", tmp_path) == ("wiki", "a=b.txt")
+        assert taken("code=hub:a/b:c", tmp_path) == ("code", "hub:a/b:c")
+        assert taken("own=self", tmp_path) == ("own", "self")
+        assert taken("a.txt", tmp_path) == ("", "a.txt")
+        (tmp_path / "wiki=a.txt").touch()
+        (tmp_path / "b=c").mkdir()
+        assert taken("wiki=a.txt", tmp_path) == ("", "wiki=a.txt")
+        assert taken("wiki=a.txt:body", tmp_path) == ("", "wiki=a.txt:body")
+        assert taken("b=c:train:body", tmp_path) == ("", "b=c:train:body")
+        assert taken("x=wiki=a.txt", tmp_path) == ("x", "wiki=a.txt")
+
+    @pytest.mark.parametrize("name", ["", "a b", "drift", "model", "task", "./a", "a[b]", "é", "x" * 41])
+    def test_what_cannot_be_a_name_is_refused(self, name: str, tmp_path: Path) -> None:
+        """One sentence says that there is no such file, and what a name takes."""
+        message = refused(lambda: taken(f"{name}=a.txt", tmp_path))
+        assert "there is no such file or folder, and" in message
+        assert "letters, digits, '_', '.' and '-', and is not drift, model or task" in message
 
     def test_the_task_is_nothing_that_the_base_writes(self) -> None:
         """The word is refused as a task text, with how a folder of its name is given."""
