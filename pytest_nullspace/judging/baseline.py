@@ -327,6 +327,7 @@ COMPARED: Mapping[str, Callable[[RunStats, Collection[str]], Any]] = {
     "widths": _layers(lambda layer: (layer.in_features, layer.out_features) if layer.in_features else ()),
     "base": _layers(lambda layer: layer.base_weight_norm),
     "task": _about("task_text", "sha256"),
+    "update": lambda run, _: "since start" if run.about.get("update_against") else "as a whole",
     "figures": lambda run, _: list(run.measured),
 }
 """What two runs must have in common, and where a run records it."""

@@ -49,9 +49,10 @@ def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def of_model(kind: str, remarks: Sequence[str]) -> dict[str, Any]:
-    """As what its base was built, and what was done to fit the two; nothing where nobody chose."""
-    return {"model": {"class": kind, "remarks": list(remarks)}} if kind or remarks else {}
+def of_model(kind: str, remarks: Sequence[str], since: str) -> dict[str, Any]:
+    """As what its base was built, what was done to fit the two, and since when its update is told, where known."""
+    model = {"model": {"class": kind, "remarks": list(remarks)}} if kind or remarks else {}
+    return {**model, **({"update_against": since} if since else {})}
 
 
 def of_settings(settings: Settings) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def with_start(adapted: AdaptedModel, checkpoint: Checkpoint, initial: Checkpoin
         f"update against the start {printable(initial.directory, 1000)}: that held a part of W in {told} of "
         f"{len(layers)} layers, so what is told of them is AB - A0B0 beside W x"
     )
-    return replace(adapted, layers=layers, remarks=(*adapted.remarks, remark))
+    return replace(adapted, layers=layers, remarks=(*adapted.remarks, remark), since=str(initial.directory))
 
 
 def _with_start(layer: AdaptedLayer, initial: Checkpoint) -> AdaptedLayer:

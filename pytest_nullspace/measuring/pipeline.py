@@ -105,7 +105,7 @@ def measure_checkpoint(
         drift=read.with_passages(run),
         about={
             **of_checkpoint,
-            **about.of_model(adapted.kind, adapted.remarks),
+            **about.of_model(adapted.kind, adapted.remarks, adapted.since),
             **({WITHOUT_DRIFT: NOT_AT_HAND} if settings.drift is None and run.drift is None else {}),
             **suggested,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),

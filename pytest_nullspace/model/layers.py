@@ -108,6 +108,7 @@ class AdaptedModel:
         switched_off: Within this context the model is its base; None where it would not be without its adapter.
         kind: Its class and where that comes from, in words.
         remarks: What was done to fit adapter and base, in sentences.
+        since: The start against which its update is told, where that held a part of W.
     """
 
     model: nn.Module
@@ -117,6 +118,7 @@ class AdaptedModel:
     switched_off: Callable[[], AbstractContextManager[nn.Module]] | None = None
     kind: str = ""
     remarks: tuple[str, ...] = ()
+    since: str = ""
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -247,7 +247,7 @@ OPTIONS = (
         "compare-allow",
         "WHAT",
         "Compare although WHAT differs: text, texts (all but the first), windows, seqlen, seed, rows, rank, widths, "
-        "base, task, figures or unrecorded.",
+        "base, task, update, figures or unrecorded.",
         values.allowed,
         repeatable=True,
         more="It holds for a saved start of `--nullspace-init` as well. `unrecorded` allows what only one of "

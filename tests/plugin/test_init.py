@@ -214,6 +214,8 @@ def test_of_a_start_that_held_a_part_of_w_what_changed_is_judged(gate: Gate, pyt
         said = [line for line in result.outlines if line.startswith("update against the start")]
         assert len(said) == (profile == "auto"), result.outlines
     assert effects[0] == pytest.approx(effects[1] * 0.01 / 1.01, rel=1e-5)
+    held = gate("--nullspace-compare=auto.json", *LOOSE, model="ft")
+    held.stdout.fnmatch_lines(["*not comparable: update (as a whole, was since start)*"])
     result = gate("--nullspace-init=start", *LOOSE, "--nullspace-report=r.md", model="start")
     assert "update against the start " in (pytester.path / "r.md").read_text()
     result.stdout.fnmatch_lines(["*effectiveness 0 *"])

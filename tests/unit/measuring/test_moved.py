@@ -122,6 +122,7 @@ def test_the_update_is_what_changed_since_the_start(start: str, tmp_path: Path) 
     pair = STARTS[start](tmp_path, nudged)
     adapted = with_start(pair.adapted, pair.checkpoint, pair.start)
     assert "update against the start " in adapted.remarks[-1]
+    assert adapted.since == str(tmp_path / "start")
     rows, alone = inputs(adapted), {layer.name: layer for layer in measure(pair.adapted, WINDOWS)}
     for layer in measure(adapted, WINDOWS, batch_size=2):
         x, residual = rows[layer.name], adapted.layers[layer.name].base_matrix()
