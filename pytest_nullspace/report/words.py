@@ -58,7 +58,7 @@ _PEFT = {"A": "lora_B", "B": "lora_A"}
 
 
 def named(told: str, run: RunStats) -> str:
-    """A sentence with the matrices called as in the adapter's files: PEFT's ``lora_A`` is ``B``, ``lora_B`` is ``A``."""
+    """A sentence with the matrices called as in its files: PEFT's ``lora_A`` is ``B``, and ``lora_B`` is ``A``."""
     if run.about.get("format") != "PEFT LoRA":
         return told
     return _LETTER.sub(lambda letter: _PEFT[letter[0]], told)
