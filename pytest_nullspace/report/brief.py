@@ -25,10 +25,9 @@ def summary(
     if (told := notes.measured_on(run)) is not None:
         yield told, None
     yield from counted(run, verdicts, expectations)
-    yield from cautions(run, verdicts, expectations)
-    yield from ((_first(doubt), Tier.WARN) for doubt in doubts.all_of(verdicts, run, expectations))
+    yield from cautions(run, verdicts, expectations, in_short=True)
+    yield from ((told, Tier.WARN) for doubt in doubts.all_of(verdicts, run, expectations) if (told := _first(doubt)))
     if run.layers:
-        yield "", None
         yield from _table(run, verdicts, decision, width)
 
 
@@ -44,11 +43,15 @@ def counted(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectatio
         yield "no layer was measured; what follows is read from the files", Tier.WARN
 
 
-def cautions(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations) -> Iterator[Line]:
+def cautions(
+    run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations, in_short: bool = False
+) -> Iterator[Line]:
     """What lies outside of what was judged, and what is unusual in it."""
     told = notes.not_measured(run), notes.negative_scales(run.layers)
     yield from ((line, Tier.WARN) for line in told if line is not None)
-    if (profile := notes.profile(expectations)) is not None:
+    if in_short and (chosen := expectations.chosen) is not None:
+        yield f"profile {chosen.profile}: {chosen.why}", None
+    elif (profile := notes.profile(expectations)) is not None:
         yield profile, None
     if names := notes.outside_of(run):
         yield notes.outside(names), Tier.WARN
@@ -56,7 +59,10 @@ def cautions(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectati
 
 
 def _first(doubt: str) -> str:
-    """What is in doubt, without the example and the remedy."""
+    """What is in doubt, without the example and the remedy; nothing of sink rows that decide no verdict."""
+    if doubt.startswith("sink rows: ") and "they decide" not in doubt:
+        return ""
+    doubt = doubt.replace("might change the verdict on", "might change")
     return re.split(r", such as |; | \(", doubt, maxsplit=1)[0]
 
 

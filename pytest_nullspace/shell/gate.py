@@ -336,7 +336,7 @@ class Gate:
                         run.expectations(outcome).gates,
                     )
                     terminal.write_lines(terminalreporter, lines)
-                below = [*notes(run, outcome, every), *changes.diagnosis(run.diagnoses(outcome) if every else ())]
+                below = [*changed(run, outcome, every), *changes.diagnosis(run.diagnoses(outcome) if every else ())]
                 terminal.write_lines(terminalreporter, ((named(line, outcome), tier) for line, tier in below))
         if len(self.runs) > 1 and self.decisions:
             terminalreporter.section("nullspace: candidates")
@@ -359,7 +359,7 @@ class Gate:
 
 def _page(run: GatedRun, outcome: RunStats, decision: Decision) -> Page:
     """The Markdown report of one run."""
-    lines = [*notes(run, outcome), *changes.diagnosis(run.diagnoses(outcome))]
+    lines = [*changed(run, outcome), *changes.diagnosis(run.diagnoses(outcome))]
     weighed, told = run.against.told(outcome).weights, [named(line, outcome) for line, _ in lines]
     expectations = run.expectations(outcome)
     if weighed is None:
@@ -376,16 +376,11 @@ def _diagnosed(run: GatedRun, outcome: RunStats) -> RunStats:
     return replace(outcome, about={**outcome.about, "diagnosis": causes, "gated_layers": gated})
 
 
-def notes(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[str, Tier | None]]:
+def changed(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[str, Tier | None]]:
     """What a report says below the figures, in lines: the run against its start and an earlier one.
 
     With ``every`` layer by layer where there is so much to say.
     """
-    return [*changed(run, outcome, every), *changes.diagnosis(run.diagnoses(outcome))]
-
-
-def changed(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[str, Tier | None]]:
-    """The run against its start and an earlier one, likewise."""
     lines: list[tuple[str, Tier | None]] = []
     audited, compared = run.against.told(outcome).audit, run.against.compared(outcome)
     if audited is not None:

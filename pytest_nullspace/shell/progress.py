@@ -113,7 +113,7 @@ def showing_progress(config: pytest.Config) -> Iterator[Callable[[int, int], Non
             write(hint, stays=True)
         if reporter.isatty:
             write(told, stays=False)
-        elif progress.due():
+        elif progress.left(done, windows) >= BETWEEN_LINES and progress.due():
             write(told, stays=True)
 
     try:

@@ -42,11 +42,7 @@ verdict: DO NOT DEPLOY: 1 of 9 layers have no null space
 ✗ leakage: 1 layer, worst model.layers.0.self_attn.q_proj 14.4
 ✗ preservation: 1 layer, worst model.layers.0.self_attn.q_proj 1
 gated 9 of 9 layers: 8 green, 0 to look at, 1 red
-judged by its null space, what it forgets and what it learned (profile
-  nullspace: a LoRA-Null directory)
-sink rows: this run does not tell of them, so a few rows may decide its
-  ratios
-
+profile nullspace: a LoRA-Null directory
   worst layers                     leakage preservation effectiveness
 ✗ model.layers.0.self_attn.q_proj     14.4            1        0.0625
   average                             1.61        0.139        0.0625

@@ -242,7 +242,7 @@ def test_an_adapter_that_promises_no_null_space_is_judged_by_the_rest(
 ) -> None:
     """A random subspace fails as a null space and not as plain LoRA, unless a bound is given; reports say by what."""
     assert gate("--tb=no").ret == 1
-    result = gate("--nullspace-profile=lora", "--nullspace-report=r.md", "--nullspace-save-stats=s.json")
+    result = gate("-v", "--nullspace-profile=lora", "--nullspace-report=r.md", "--nullspace-save-stats=s.json")
     assert result.ret == 0
     told = "judged by what it forgets and what it learned, for it promises no null space*"
     result.stdout.fnmatch_lines([told])
