@@ -88,33 +88,24 @@ def guess(drift: Drift, expectations: Expectations) -> float:
     return math.sqrt(min(shares, default=0.25))
 
 
-def largest(fits: Callable[[Sequence[float]], Sequence[bool]], about: float) -> float | None:
-    """The largest scale below 1 that was found to fit, to within `NEAR`; None where not even 0 does.
+def largest(fits: Callable[[Sequence[float]], Sequence[bool]], about: float) -> float:
+    """The largest scale below 1 that was found to fit, to within `NEAR`; 0 where none above it does.
 
     Args:
-        fits: Tells of several scales at once whether each fits.
+        fits: Tells of several scales at once whether each fits; 0 is known to.
         about: Where it may lie.
     """
-    first = sorted({0.0, 0.8 * about, about, min(1.2 * about, (1 + about) / 2)})
-    low, high = _between(first, fits(first), 0.0, 1.0)
-    if low is None:
-        return None
-    for _ in range(ROUNDS - 1):
+    low, high = 0.0, 1.0
+    asked = sorted({0.8 * about, about, min(1.2 * about, (1 + about) / 2)})
+    for _ in range(ROUNDS):
+        fitting = [scale for scale, does in zip(asked, fits(asked), strict=True) if does]
+        low = max(fitting, default=low)
+        high = min((scale for scale in asked if scale > low), default=high)
         if low > 0 and high - low <= NEAR * high:
             break
         parts = [part / (AT_ONCE + 1) for part in range(1, AT_ONCE + 1)]
-        within = [low * (high / low) ** part if low else high * part for part in parts]
-        low, high = _between([low, *within], [True, *fits(within)], low, high)
-        assert low is not None
+        asked = [low * (high / low) ** part if low else high * part for part in parts]
     return low
-
-
-def _between(
-    asked: Sequence[float], fitting: Sequence[bool], low: float | None, high: float
-) -> tuple[float | None, float]:
-    """The largest of the scales that fits, and the next one above it, that does not."""
-    low = max((scale for scale, fits in zip(asked, fitting, strict=True) if fits), default=None)
-    return low, min((scale for scale in asked if low is not None and scale > low), default=high)
 
 
 def _findings(drift: Drift, expectations: Expectations, text: Text) -> list[Finding]:

@@ -22,6 +22,8 @@ from pytest_nullspace.run.stats import Drift, TextDrift
 from pytest_nullspace.run.texts import key_of
 
 Windows = Sequence[Sequence[int]]
+NO_BASE = 1e-4
+"""The divergence, in nats a token, from which on a model without its update is not its base; rounding makes less."""
 
 
 @contextmanager
@@ -111,20 +113,20 @@ def remedy(checkpoint: Checkpoint, drift: Drift, expectations: Expectations, sca
     def fits(asked: Sequence[float]) -> list[bool]:
         return [passes(at, expectations, Text.PRESERVED) for at in on_preserved(asked)]
 
-    found = largest(fits, guess(drift, expectations))
-    if found is None:
-        (zero,) = on_preserved([0.0])
+    (zero,) = on_preserved([0.0])
+    # What a whole model lacks without its A was a part of W: on other text than this its loss may be knowledge.
+    lacks = checkpoint.carries_base and not zero.preserved.divergence < NO_BASE
+    if lacks or not passes(zero, expectations, Text.PRESERVED):
         return Remedy(None, _no_base(checkpoint, zero), {})
-    exact, said = _written(checkpoint, found)
+    exact, said = _written(checkpoint, largest(fits, guess(drift, expectations)))
     (measured,) = scales.at([exact], kept if drift.task is None else [*kept, "task"])
     at = moved(measured)
     if not exact or not passes(at, expectations, Text.PRESERVED):
         return Remedy(None, "only none of it keeps the preserved text", {})
     gains = [-of.task.loss_change for of in (at, drift) if of.task is not None]
     if gains and not passes(at, expectations, Text.TASK):
-        return Remedy(
-            None, f"{said} is the most that keeps the preserved text, and too little for the task", at.figures
-        )
+        little = f"{said} is the most that keeps the preserved text, and too little for the task"
+        return Remedy(None, little, {})
     return Remedy(exact, said, at.figures, gains[0] / gains[1] if gains and gains[1] > 0 else None)
 
 
