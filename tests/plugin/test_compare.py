@@ -147,7 +147,7 @@ def test_a_limit_on_what_neither_run_tells_is_refused(replay: Replay, before: Pa
         (("compare=before.json", "compare-fail=leakage"), "--nullspace-compare-fail: takes FIGURE:5% or FIGURE:0.001*"),
         (("compare=before.json", "compare-fail=leakage:-1"), "--nullspace-compare-fail: takes FIGURE:5%*"),
         (("compare=before.json", "compare-fail=leakage:nan%"), "--nullspace-compare-fail: takes FIGURE:5%*"),
-        (("compare=before.json", "compare-allow=mood"), "--nullspace-compare-allow: takes text, windows,*not 'mood'"),
+        (("compare=before.json", "compare-allow=mood"), "--nullspace-compare-allow: takes text, *windows,*not 'mood'"),
         (
             ("compare=before.json", "save-stats=before.json"),
             "--nullspace-save-stats: *before.json would replace what --nullspace-compare reads; give another name",
@@ -200,14 +200,14 @@ def test_what_is_known_early_is_refused_before_the_pass(
     saved.save(pytester.path / "before.json", run)
     asked = {"calib-size": "16", "seqlen": "32", **dict(option.split("=") for option in options)}
     given = [f"--nullspace-{name}={value}" for name, value in asked.items()]
-    against = ("--nullspace-calib-dataset=nowhere.txt", "--nullspace-compare=before.json")
-    refused = gate(*given, *against)
+    against, quick = ("--nullspace-compare=before.json",), ("--nullspace-calib-dataset=nowhere.txt",)
+    refused = gate(*given, *against, quick=quick)
     assert refused.ret == pytest.ExitCode.USAGE_ERROR
     refused.stderr.fnmatch_lines([f"ERROR: --nullspace-compare: not comparable: {said}: this run of *"])
     saved.save(
         pytester.path / "before.json", dataclasses.replace(run, layers=(dataclasses.replace(run.layers[0], rank=8),))
     )
-    ranks = gate("--nullspace-calib-size=16", "--nullspace-seqlen=32", *against)
+    ranks = gate("--nullspace-calib-size=16", "--nullspace-seqlen=32", *against, quick=quick)
     ranks.stderr.fnmatch_lines(
         ["ERROR: --nullspace-compare: not comparable: rank (model.layers.0.self_attn.q_proj: 4, *"]
     )
