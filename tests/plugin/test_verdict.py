@@ -95,3 +95,43 @@ def test_several_candidates_stand_in_one_table(pytester: pytest.Pytester) -> Non
     assert result.outlines[-2].startswith("verdict on bad.json: DO NOT DEPLOY: ")
     assert Path("out.md").read_text("utf-8").startswith("## nullspace: candidates\n")
     assert json.loads(Path("bad-again.json").read_text("utf-8"))["verdict"]["best"] == "ft.json"
+
+
+MANY = [f"model.layers.{block}.mlp.up_proj" for block in range(200)]
+
+
+def lost(*names: str) -> RunStats:
+    """A run of which no layer has a null space."""
+    told = saved.run(*names)
+    loud = tuple(dataclasses.replace(layer, mean_leakage=0.9) for layer in told.layers)
+    return dataclasses.replace(told, layers=loud, drift=run(0.3).drift)
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "2")])
+def test_two_hundred_failures_take_forty_lines(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, workers: tuple[str, ...]
+) -> None:
+    """Failures are grouped and a few ids listed within 80 columns; counts, JUnit and a user's own traceback stay."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("CI", raising=False)
+    short = gate(pytester, lost(*MANY), "--junit-xml=out.xml", *workers)
+    short.assert_outcomes(failed=202)
+    other = ("benchmark: ", "plugins: ", "rootdir: ", "-")
+    own = [line for line in short.outlines if not line.startswith(other)]
+    assert len(own) <= 40, short.stdout.str()
+    assert max(map(len, own)) <= 80
+    short.stdout.fnmatch_lines(["✗ leakage: 200 layers, worst model.layers.*", "... and 199 more (all with -v)"])
+    assert sum(line.startswith("FAILED ") for line in own) == 3
+    assert Path("out.xml").read_text("utf-8").count("<failure ") == 202
+
+
+def test_whoever_asks_sees_all_and_other_tests_are_left_alone(pytester: pytest.Pytester) -> None:
+    """``-v``, ``-rf`` and ``-rA`` list every failure, ``-v`` shows its block; a user's test fails as it always did."""
+    (pytester.path / "test_own.py").write_text("def test_own():\n    assert 1 == 2\n")
+    names = MANY[:9]
+    for asked, blocks in (("-v", True), ("-rf", False), ("-rA", False)):
+        result = gate(pytester, lost(*names), asked, ".")
+        assert sum(line.startswith("FAILED ") for line in result.outlines) == 9 + 2 + 1, asked
+        assert any("_ layer model.layers.0.mlp.up_proj _" in line for line in result.outlines) is blocks
+        result.stdout.fnmatch_lines(["*_ test_own _*", ">*assert 1 == 2"])
+        assert "more (all with -v)" not in result.stdout.str()
