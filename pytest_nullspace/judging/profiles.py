@@ -45,6 +45,8 @@ OF_AVERAGES: Mapping[Profile, frozenset[str]] = {
     Profile.LORA: _LEARNED | {"contribution"},
 }
 """Those that decide in the averages. A good adapter of low rank contributes little to a first layer, and not to all."""
+KEPT = frozenset({"divergence", "loss-rise"})
+"""The figures of the predictions that decide what was forgotten: those that predict it, by the study."""
 STAND_IN = frozenset({"forgetting"})
 """Those that decide in the averages where nobody judges the predictions, of which they tell little."""
 CONTRIBUTES = 5e-4, 2e-4

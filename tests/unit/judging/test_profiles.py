@@ -1,9 +1,12 @@
 """By what an adapter is judged."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
+from fixtures.study_figures import JUDGED_AS
 from pytest_nullspace.judging.invariants import (
     FORGOT,
     MODEL,
@@ -14,7 +17,7 @@ from pytest_nullspace.judging.invariants import (
     judge,
     judge_averages,
 )
-from pytest_nullspace.judging.profiles import OF_AVERAGES, OF_LAYERS, Chosen, Profile, choose
+from pytest_nullspace.judging.profiles import KEPT, OF_AVERAGES, OF_LAYERS, STAND_IN, Chosen, Profile, choose
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.run.figures import of_predictions
 from pytest_nullspace.run.stats import LayerStats, RunStats
@@ -136,3 +139,28 @@ def test_a_profile_is_chosen_from_what_is_known(
 ) -> None:
     """What was said comes first, then the format, the config, the start, and last what was measured."""
     assert choose(of, asked, variant, start) == Chosen(Profile(profile), why)
+
+
+PREDICTS = 0.6
+"""The partial correlation with knowledge lost, given what was learned, from which a figure may decide what is kept."""
+
+
+def test_what_decides_about_forgetting_is_what_predicts_it() -> None:
+    """By the study's data: in each world the figures that decide what was kept predict it, and no other decides.
+
+    The update beside what the base computes stands in for them where it is the whole change of the weights. What a null space promises and what was learned are judged for themselves.
+    """
+    study = json.loads((Path(__file__).parents[3] / "docs" / "prediction.json").read_text("utf-8"))
+    partial = {figure: [rho for rho, *_ in worlds.values()] for figure, worlds in study["partial"].items()}
+    assert {len(worlds) for worlds in partial.values()} == {4}  # three worlds, and all together
+    for figure in KEPT:
+        assert min(partial[JUDGED_AS[figure]]) >= PREDICTS, figure
+    assert min(partial["true update, preserved"]) >= PREDICTS
+    promise, learned = {"preservation", "leakage"}, {"effectiveness", "contribution", "task-gain"}
+    for profile in (Profile.NULLSPACE, Profile.LORA):
+        judged = {t.figure for test in ("l", MODEL, DRIFT) for t in held(profile).thresholds(test)}
+        assert judged - KEPT - STAND_IN - promise - learned == set()
+    weak = {name for name, judged in JUDGED_AS.items() if min(partial[judged]) < PREDICTS}
+    assert {"leakage", "selectivity", "preservation"} <= weak
+    assert not weak & KEPT
+    assert promise.isdisjoint({t.figure for t in held(Profile.LORA).thresholds("l")})
