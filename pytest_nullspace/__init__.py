@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pytest_nullspace.measuring.streaming import measure
     from pytest_nullspace.model import load_model
     from pytest_nullspace.run.stats import LayerStats, RunStats
+    from pytest_nullspace.shell.called import Report, gate
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,8 @@ _HOMES = {
     "load_model": "model",
     "LayerStats": "run.stats",
     "RunStats": "run.stats",
+    "Report": "shell.called",
+    "gate": "shell.called",
 }
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "NullspaceWarning",
     "OptionError",
     "Override",
+    "Report",
     "RunStats",
     "Stage",
     "StatsError",
@@ -58,6 +62,7 @@ __all__ = [
     "Threshold",
     "Tier",
     "Verdict",
+    "gate",
     "judge",
     "load_model",
     "measure",

@@ -5,7 +5,7 @@ pytest was started, paths in an ini file to that file.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +30,18 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         if _read(config, REQUIRE) and not _shows_fixtures(config):
             raise OptionError(f"{PREFIX}require: this run gates nothing; give {PREFIX}model=DIR or {PREFIX}stats=JSON")
         return None
+    return settings_of({option.name: _read(config, option) for option in OPTIONS}, config.invocation_params.dir)
+
+
+def settings_of(read: Mapping[str, Any], folder: Path) -> Settings:
+    """The settings that the values of all options make, where ``folder`` is the one in which they were given.
+
+    Raises:
+        OptionError: They do not go together.
+    """
     from pytest_nullspace.measuring.distributed import Ranks
 
-    read = {option.name: _read(config, option) for option in OPTIONS}
-    first, *further = _preserved(read["calib-dataset"], config)
+    first, *further = _preserved(read["calib-dataset"], folder)
     settings = Settings(
         models=read["model"],
         stats=read["stats"],
@@ -76,7 +84,7 @@ def read_settings(config: "pytest.Config") -> Settings | None:
     return settings
 
 
-def _preserved(given: Sequence[GivenText], config: "pytest.Config") -> Sequence[GivenText]:
+def _preserved(given: Sequence[GivenText], folder: Path) -> Sequence[GivenText]:
     """The preserved texts, each but the first with a name of its own."""
     names = [text.name for text in given]
     if "" in names[1:]:
@@ -88,7 +96,7 @@ def _preserved(given: Sequence[GivenText], config: "pytest.Config") -> Sequence[
     twice = next((name for place, name in enumerate(names) if name in names[:place]), None)
     if twice is not None:
         raise OptionError(f"{PREFIX}calib-dataset: two texts have the name {twice}; give each its own")
-    return given or [GivenText(DEFAULT_TEXT, config.invocation_params.dir)]
+    return given or [GivenText(DEFAULT_TEXT, folder)]
 
 
 def _only_explains(config: "pytest.Config") -> bool:

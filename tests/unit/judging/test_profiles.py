@@ -146,9 +146,10 @@ PREDICTS = 0.6
 
 
 def test_what_decides_about_forgetting_is_what_predicts_it() -> None:
-    """By the study's data: in each world the figures that decide what was kept predict it, and no other decides.
+    """In each world of the study the figures that decide what was kept predict it, and no others decide that.
 
-    The update beside what the base computes stands in for them where it is the whole change of the weights. What a null space promises and what was learned are judged for themselves.
+    The update beside what the base computes stands in for them where it is the whole change of the weights. What a null
+    space promises and what was learned are judged for themselves.
     """
     study = json.loads((Path(__file__).parents[3] / "docs" / "prediction.json").read_text("utf-8"))
     partial = {figure: [rho for rho, *_ in worlds.values()] for figure, worlds in study["partial"].items()}

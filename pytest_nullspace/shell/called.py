@@ -1,0 +1,162 @@
+"""The gate without pytest: one call measures an adapter, judges it, and gives a report that a notebook shows."""
+
+import html as escaping
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_nullspace.errors import OptionError, quoted
+from pytest_nullspace.judging.decision import Decision, decide
+from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drifts
+from pytest_nullspace.judging.verdicts import Tier, Verdict
+from pytest_nullspace.report import changes, html, markdown
+from pytest_nullspace.report.words import faults
+from pytest_nullspace.run import saved
+from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.settings import PREFIX
+from pytest_nullspace.shell import values
+from pytest_nullspace.shell.asked import settings_of
+from pytest_nullspace.shell.collect import FROZEN
+from pytest_nullspace.shell.decided import tests_of
+from pytest_nullspace.shell.opening import check_inputs, open_runs
+from pytest_nullspace.shell.options import OPTIONS, Option
+from pytest_nullspace.shell.runs import GatedRun
+
+_NOT_HERE = ("model", "stats", "require", "report", "save-stats", "strict-scope", "weights-only")
+"""Options of a run of pytest that mean nothing here, or that `Report` stands for."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the gate found of one adapter.
+
+    Attributes:
+        run: All that was measured.
+        expectations: What it was held against.
+        decision: The verdict, and what decided.
+    """
+
+    run: RunStats
+    expectations: Expectations
+    decision: Decision
+
+    @property
+    def verdict(self) -> str:
+        """``SAFE``, ``LOOK``, ``DO NOT DEPLOY`` or ``NOT GATED``."""
+        return str(self.decision.call)
+
+    @property
+    def verdicts(self) -> Sequence[Verdict]:
+        """That on each layer, on the averages and on the predictions, as the tests of a run of pytest have it."""
+        return _verdicts(self.run, self.expectations)
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """A row for each layer: its name, tier, figures and what is wrong with it; ``pandas.DataFrame`` takes it."""
+        return [
+            {"layer": layer.name, "tier": str(verdict.tier)}
+            | {figure: layer.figure(figure) for figure in self.run.expected if figure not in layer.absent}
+            | {"why": verdict.summary if verdict.tier != "pass" else "; ".join(faults(verdict))}
+            for layer, verdict in zip(self.run.layers, self.verdicts, strict=False)
+        ]
+
+    def html(self) -> str:
+        """The report as one page."""
+        name = Path(self.run.model_path).name
+        return html.page([html.sheet(name, self.run, self.expectations, self.decision)])
+
+    def markdown(self) -> str:
+        """The report as Markdown."""
+        return markdown.page(self.run, self.expectations, (), self.decision).whole
+
+    def save(self, file: str | os.PathLike[str]) -> None:
+        """Save what was measured, as ``--nullspace-save-stats`` does.
+
+        Raises:
+            StatsError: It cannot be written.
+        """
+        saved.write(self.run, Path(file), self.decision.to_dict())
+
+    def __str__(self) -> str:
+        """The verdict in a sentence."""
+        return f"{self.verdict}: {self.decision.sentence}"
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, whose style and script touch nothing else of a notebook."""
+        page = escaping.escape(self.html())
+        return f'<iframe srcdoc="{page}" width="100%" height="700" style="border:0" title="{self.verdict}"></iframe>'
+
+
+def gate(
+    model: str | os.PathLike[str],
+    preserved: str | os.PathLike[str] | Sequence[str] = "wikitext2",
+    task: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Report:
+    """Measure an adapter and judge it, as ``pytest --nullspace-model=DIR`` does.
+
+    Args:
+        model: The adapter's directory, or its id on the hub.
+        preserved: The text that must survive, as ``--nullspace-calib-dataset`` takes it; a list for several.
+        task: The text of what was learned, as ``--nullspace-task-dataset`` takes it.
+        **options: The other options by their names, such as ``calib_size=32``, ``device="cuda"``, ``drift=True``; one
+            that may be given several times takes a list. `docs/options.md` has them all.
+
+    Returns:
+        The verdict, and all that was measured.
+
+    Raises:
+        NullspaceError: What cannot be gated, with what to do; ``OptionError`` for a value that an option does not take.
+    """
+    given: dict[str, Any] = {"model": [model], "calib-dataset": preserved}
+    if task is not None:
+        given["task-dataset"] = task
+    for name, value in options.items():
+        given[name.replace("_", "-")] = value
+    known = {option.name: option for option in OPTIONS}
+    unknown = next((name for name in given if name not in known or (name != "model" and name in _NOT_HERE)), None)
+    if unknown is not None:
+        raise OptionError(f"gate: takes no option {quoted(unknown.replace('-', '_'))}; see docs/options.md")
+    settings = settings_of({name: _read(option, given.get(name)) for name, option in known.items()}, Path.cwd())
+    texts: dict[str, str] = {}
+    (run,) = open_runs(settings, texts)
+    check_inputs([run], settings, texts, look=False)
+    run.selected, run.drift_selected = set(run.gated), set(run.drift_tests)
+    outcome = run.measured()
+    expectations = run.expectations(outcome)
+    decision = decide(outcome, expectations, run.diagnoses(outcome), tests_of(run), _failed(run, outcome))
+    return Report(outcome, expectations, decision)
+
+
+def _failed(run: GatedRun, outcome: RunStats) -> dict[str, str]:
+    """The tests that fail, as in a run of pytest, each with what it would say."""
+    found = _verdicts(outcome, run.expectations(outcome))
+    failed = {verdict.subject: verdict.summary for verdict in found if verdict.tier is Tier.FAIL}
+    audited = run.against.told(outcome).audit
+    if audited is not None and audited.others:
+        failed[FROZEN] = changes.moved(audited)
+    return failed | dict.fromkeys(run.against.missing, "the earlier run has this layer, and the adapter has not")
+
+
+def _verdicts(run: RunStats, expectations: Expectations) -> list[Verdict]:
+    """That on each layer, on the averages and on the predictions of each text."""
+    averages = [judge_averages(run, expectations)] if run.complete and run.layers else []
+    return [*(judge(layer, expectations) for layer in run.layers), *averages, *judge_drifts(run, expectations)]
+
+
+def _read(option: Option, value: Any) -> Any:
+    """One option as the command line would have it."""
+    if value is None or (value is False and option.switch and option.off is None):
+        return () if option.repeatable else option.default
+    listed = value if option.repeatable and isinstance(value, (list, tuple)) else [value]
+    found = []
+    for one in listed:
+        text = os.fspath(one) if isinstance(one, os.PathLike) else str(one)
+        text = text.lower() if isinstance(one, bool) else text
+        try:
+            found.append(option.read(values.Given(text, Path.cwd(), False)))
+        except OptionError as error:
+            raise OptionError(f"{option.name.replace('-', '_')}: {error} ({PREFIX}{option.name})") from None
+    return tuple(found) if option.repeatable else found[0]
