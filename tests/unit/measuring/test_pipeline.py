@@ -80,7 +80,7 @@ def test_each_of_two_texts_is_drawn_until_what_is_judged_on_it_is_certain(asked:
     for figure in ("effectiveness", "contribution"):
         assert (preserved(unsure(figure)), task(unsure(figure))) == (True, False), figure
     assert not preserved(unsure("forgetting"))
-    assert not task(unsure("forgetting"))  # which is of the task text a part of the selectivity
+    assert task(unsure("forgetting"))  # which is of the task text a part of the selectivity, by which nothing is judged
 
 
 def test_a_layer_that_no_row_reached_yet_is_not_settled(asked: Asked) -> None:
