@@ -31,7 +31,8 @@ def start(checkpoint: Path, pytester: pytest.Pytester) -> Path:
 def test_a_pass_says_what_it_is_of(start: Path, gate: Gate, pytester: pytest.Pytester, mode: tuple[str, ...]) -> None:
     """Header, warnings, summary, Markdown and JSON state it; there are no averages, no text and no torch."""
     outputs = ("--nullspace-save-stats=w.json", "--nullspace-report=r.md", "--junit-xml=j.xml")
-    result = gate(ONLY, "--nullspace-init=start", "--nullspace-calib-dataset=nowhere.txt", *outputs, *mode)
+    nowhere = "--nullspace-calib-dataset=nowhere.txt"
+    result = gate(ONLY, "-v", "--nullspace-init=start", nowhere, *outputs, *mode, quick=())
     assert result.ret == 0
     result.assert_outcomes(passed=LAYERS + 1, warnings=LAYERS)
     result.stdout.fnmatch_lines(
