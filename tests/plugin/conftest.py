@@ -45,6 +45,8 @@ def gate(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Gate:
     ) -> pytest.RunResult:
         models = () if model is None else (f"--nullspace-model={model}",)
         drift = () if auto else ("--nullspace-no-drift",)
+        if any(arg.startswith("--nullspace-calib-dataset=") for arg in args):  # a text of its own, not a further one
+            quick = tuple(option for option in quick if not option.startswith("--nullspace-calib-dataset="))
         return pytester.runpytest_subprocess("-p", "no:randomly", *models, *drift, *quick, *args)
 
     return run
