@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fixtures.study_ranking import (
@@ -55,6 +55,7 @@ def test_a_partial_correlation_is_that_of_what_regression_leaves(seed: int, coun
         design = np.column_stack([np.ones(count), ranks(third)])
         return ranks(column) - design @ np.linalg.lstsq(design, ranks(column), rcond=None)[0]
 
+    assume(min(np.linalg.norm(left(x)), np.linalg.norm(left(y))) > 1e-6)  # what follows the third leaves rounding alone
     assert association(x, y, third) == pytest.approx(np.corrcoef(left(x), left(y))[0, 1], abs=1e-9)
 
 
