@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
+from array import array
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -310,6 +312,8 @@ def test_the_same_command_gives_the_same_bytes(checkpoint: Path, gate: Gate, pyt
     assert len(other["stats"]) == 14
     for layer in other["stats"]:
         before, margins = figures[layer.pop("layer_name")], layer.pop("margin_95")
+        each, each_before = (array("f", b64decode(of.pop("by_window"))) for of in (layer, before))
+        assert list(each) == pytest.approx(list(each_before), rel=1e-6)
         assert layer == pytest.approx({key: before[key] for key in layer}, rel=1e-6)
         # A margin is a small difference of figures, so it is held to 1e-6 of theirs, not of its own.
         assert margins == pytest.approx(before["margin_95"], rel=1e-6, abs=1e-6)

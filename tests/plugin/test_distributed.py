@@ -147,7 +147,7 @@ def test_what_fails_in_one_fails_in_all(run: Run) -> None:
     (reports, silent) = together(run, 29711, (TEXT,), ("--nullspace-calib-dataset=gone.txt",))
     assert reports.returncode == silent.returncode == 1
     assert "process 1 of 2 failed, so the others ended as well: " in reports.stdout
-    assert "22 errors in" in reports.stdout
+    assert "23 errors in" in reports.stdout
     assert "gone.txt" in reports.stdout
     assert "Traceback" not in reports.stdout + reports.stderr + silent.stderr
     assert not silent.stdout

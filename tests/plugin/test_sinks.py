@@ -13,7 +13,9 @@ from tests.adapters import adapter, change
 from tests.plugin.conftest import Gate
 
 NAME = "model.layers.0.mlp.down_proj"
-LONG = "--nullspace-seqlen=64", "--nullspace-variant=lora", "--nullspace-calib-dataset=sinks.txt"
+NULL_SPACE = "--nullspace-profile=nullspace", "--nullspace-threshold=leakage:5:6"
+"""Its preservation decides, and not that its rows were drawn by chance."""
+LONG = "--nullspace-seqlen=64", *NULL_SPACE, "--nullspace-calib-dataset=sinks.txt"
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def test_a_ratio_that_sinks_alone_make_small_is_no_pass(spared: Path, gate: Gate
         ],
     )
     assert "sink rows: 1 of 1 layers" in (spared / "r.md").read_text()
-    again = gate("--nullspace-stats=s.json", "--nullspace-variant=lora", model=None, quick=())
+    again = gate("--nullspace-stats=s.json", *NULL_SPACE, model=None, quick=())
     again.assert_outcomes(passed=2, warnings=2)
     strict = gate(*LONG, "-W", "error::pytest_nullspace.NullspaceWarning", model="adapter")
     strict.assert_outcomes(failed=2)
