@@ -17,6 +17,8 @@ BELOW_CHANCE = 2.0
 """By how many nats a token a loss must lie below that of guessing among all tokens."""
 LEAST_UNIGRAM = 1.0
 """The loss of counting tokens below which a text is all but one token, and says nothing of who reads it."""
+LEARNED = 1.0
+"""By how many nats a token the loss on the task text must have fallen for that alone to show that it is the task."""
 SHARE = 0.01
 """The share of an output that an update has which no precision rounds away."""
 
@@ -32,18 +34,26 @@ class _Read(NamedTuple):
     def is_sane(self, loss: float) -> bool:
         return all(loss < bound for bound in self.bounds.values())
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the base reads it; of the task, which it need not know, whether either does or much was learned."""
+        if self.name != "task":
+            return self.is_sane(self.base)
+        return any(map(self.is_sane, (self.base, self.adapted))) or LEARNED < self.base - self.adapted < math.inf
+
 
 def insane(run: RunStats) -> Iterator[str]:
     """What is wrong with the base by which the drift of ``run`` was measured, in phrases.
 
-    On the preserved text the base must be sane, on the task text, which it need not know, one of the two models.
+    The base must be sane on each preserved text. On the task text, which it need not know, one of the two models must
+    be, or the loss must have fallen: an adapter of low rank learns much of a strange task, and not all.
     """
     if run.drift is None:
         return
     read = list(_read(run))
     for of in read:
-        losses = [of.base, of.adapted] if of.name == "task" else [of.base]
-        if not any(map(of.is_sane, losses)):
+        if not of.is_known:
+            losses = [of.base, of.adapted] if of.name == "task" else [of.base]
             told = " nor ".join(f"{loss:.3g}" for loss in losses)
             missed = " and ".join(f"{words} ({bound:.3g})" for words, bound in of.bounds.items() if of.base >= bound)
             yield (

@@ -110,9 +110,13 @@ def test_the_figures_and_the_report_are_those_of_one_process(run: Run, tmp_path:
         assert f"nullspace: {size} processes, each reads its share of the windows" in result.stdout
         assert result.stdout.count("gated 21 of 21 layers") == result.stdout.count("test session starts") == 1
         assert json.loads((tmp_path / f"{size}.json").read_text())["settings"]["processes"] == size
-        together = flat(document(tmp_path / f"{size}.json"))
-        assert list(together) == list(one)
-        for name, value in one.items():
+        told, alike = document(tmp_path / f"{size}.json"), one
+        if result is red:  # by another bound, so of verdicts it alone tells another
+            assert told.pop("verdict")["verdict"] == "DO NOT DEPLOY"
+            alike = {name: value for name, value in one.items() if not name.startswith("/verdict/")}
+        together = flat(told)
+        assert list(together) == list(alike)
+        for name, value in alike.items():
             # A margin is a small difference of figures, so it is held to 1e-6 of theirs, not of its own.
             small = EXACT if "margin" in name else 0.0
             exact = not isinstance(value, float)

@@ -41,6 +41,11 @@ SANE = drifted(2.0, 2.1)
         (drifted(6.9, 2.0), None, "the adapted model reads it (2), so the base is not the one that was trained on"),
         (drifted(6.9, 6.9), drifted(2.0, 1.0), "the base reads the other text, so this text is not of its language"),
         (drifted(6.9, 6.9), None, "the text, its tokenizer or the base's weights are wrong"),
+        (SANE, drifted(9.0, 7.9), None),
+        (SANE, drifted(7.9, 9.0), "the loss on the task text, 7.9 nor 9 nats a token, is not below"),
+        (SANE, drifted(math.inf, 9.0), "the loss on the task text, inf nor 9 nats a token, is not below"),
+        (SANE, drifted(9.0, math.nan), "the loss on the task text, 9 nor nan nats a token, is not below"),
+        (drifted(9.0, 7.9), None, "the loss on the preserved text, 9 nats a token, is not below"),
         (SANE, drifted(9.0, 8.0), "the loss on the task text, 9 nor 8 nats a token, is not below"),
         (drifted(math.nan, 2.0), None, "the loss on the preserved text, nan nats a token"),
         (drifted(2.0, 2.0, divergence=0.0), None, "the update is up to 5% of a layer's output: the base was measured"),
@@ -50,7 +55,7 @@ SANE = drifted(2.0, 2.1)
 def test_a_base_that_cannot_read_is_told_by_name(
     preserved: TextDrift, task: TextDrift | None, said: str | None
 ) -> None:
-    """Each bound, each text and each that may be to blame; the task text need be known to one of the models alone."""
+    """Each bound, text and culprit; of the task text one model's reading will do, or a nat learned."""
     found = list(insane(run(preserved, task)))
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
