@@ -107,7 +107,7 @@ def fitted(pages: Sequence[Page], room: int) -> str:
     whole = joined(pages)
     if _size(whole) <= room:
         return whole
-    left = room - sum(_size(page.shortened(())) + _ROOM_FOR_REST for page in pages)
+    left = room - sum(_size(page.shortened(())) + (_ROOM_FOR_REST if page.rows else 0) for page in pages)
     if left < 0:
         return _verdicts(pages, room)
     kept: list[list[Row]] = [[] for _ in pages]

@@ -201,15 +201,18 @@ def test_p_no_nullspace_switches_it_off(checkpoint: Path, gate: Gate) -> None:
 def test_a_warn_tier_passes_and_warns_and_can_be_made_strict(checkpoint: Path, gate: Gate) -> None:
     """Between the bounds a layer passes with a NullspaceWarning, which -W error turns into a failure."""
     bounds = ("--nullspace-threshold=preservation:0.01:3", "--nullspace-threshold=leakage:5:6")
-    result = gate(*bounds)
-    assert result.ret == 0
+    brief = gate(*bounds)
+    brief.stdout.fnmatch_lines([f"verdict: LOOK: {LAYERS} of {LAYERS} layers lie between the bounds of preservation"])
+    assert "NullspaceWarning" not in brief.stdout.str(), "the report's own lines tell it"
+    result = gate(*bounds, "-v")
+    assert result.ret == brief.ret == 0
     result.assert_outcomes(passed=LAYERS + 1, warnings=LAYERS + 1)
     told = [line.partition("NullspaceWarning: ")[2] for line in result.outlines if "NullspaceWarning: " in line]
     assert told[0] == "in the warn tier: preservation >= 0.01", "told once of all layers"
     assert re.fullmatch(r"model: preservation 0\.\d+ >= 0\.01", told[1])
     assert len(told) == 2
     result.stdout.fnmatch_lines([f"*config.json: {LAYERS} warnings"])
-    strict = gate(*bounds, "-W", "error::pytest_nullspace.NullspaceWarning")
+    strict = gate(*bounds, "-v", "-W", "error::pytest_nullspace.NullspaceWarning")
     assert strict.ret == 1
     strict.assert_outcomes(failed=LAYERS + 1)
     strict.stdout.fnmatch_lines(["preservation 0.* >= 0.01", "(warnings are errors here)"])
@@ -298,7 +301,7 @@ def test_the_same_verdicts_and_figures_under_xdist_and_without(
     assert (pytester.path / "measured.log").read_text() == "x"
     got = json.loads((pytester.path / "stats.json").read_text())["stats"][0]["BX_ratio"]
     assert got == pytest.approx(0.3, rel=0.5)
-    strict = gate(*mode)
+    strict = gate(*mode, "-v")
     assert strict.ret == 1
     strict.stdout.fnmatch_lines(["FAILED runs/ft/config.json::model.layers.0.mlp.down_proj - Failed: leakage * > 0.75"])
 
@@ -366,7 +369,10 @@ def test_what_is_no_checkpoint_is_a_usage_error(checkpoint: Path, gate: Gate, py
         ("dtype=int8", "--nullspace-dtype: takes auto, float32, float16 or bfloat16, not 'int8'"),
         ("stage=later", "--nullspace-stage: takes trained or init, not 'later'"),
         ("report=x.pdf", "--nullspace-report: takes a file that ends in .md, .html, .prom or .sarif, not 'x.pdf'"),
-        ("threshold=preservation", "--nullspace-threshold: takes FIGURE:PASS:FAIL, such as preservation:0.2:0.6,*"),
+        (
+            "threshold=preservation",
+            "--nullspace-threshold: takes [[]GLOB:]FIGURE:PASS:FAIL, such as *, not 'preservation'",
+        ),
         ("threshold=beauty:1:2", "--nullspace-threshold: no figure 'beauty' is judged at stage trained*"),
         ("threshold=preservation:0.5:0.1", "--nullspace-threshold: preservation: lower is better, so PASS 0.5 *"),
         ("threshold=preservation:nan:1", "--nullspace-threshold: takes finite bounds, not 'preservation:nan:1'"),
@@ -538,7 +544,7 @@ def test_statistics_that_cannot_be_written_fail_the_run(
 def test_ini_twins_hold_and_their_paths_are_relative_to_the_ini_file(
     checkpoint: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every option can stand in an ini file; the command line wins over it."""
+    """Every option can stand in an ini file; the command line wins over it. The predictions are a test by default."""
     (pytester.path / "pytest.ini").write_text(
         "[pytest]\nnullspace_model = runs/ft\nnullspace_calib_dataset = text.txt\nnullspace_seqlen = 32\n"
         "nullspace_calib_size = 3\nnullspace_threshold =\n    * preservation 2 3\n    *.down_proj leakage 5 6\n"
@@ -546,9 +552,10 @@ def test_ini_twins_hold_and_their_paths_are_relative_to_the_ini_file(
     )
     monkeypatch.chdir(pytester.mkdir("elsewhere"))
     result = pytester.runpytest_subprocess("-p", "no:randomly")
-    result.assert_outcomes(passed=LAYERS + 1)
+    result.assert_outcomes(passed=LAYERS + 2)
     result.stdout.fnmatch_lines(["96 tokens*"])
-    again = pytester.runpytest_subprocess("-p", "no:randomly", "--nullspace-calib-size=2")
+    again = pytester.runpytest_subprocess("-p", "no:randomly", "--nullspace-calib-size=2", "--nullspace-no-drift")
+    again.assert_outcomes(passed=LAYERS + 1)
     again.stdout.fnmatch_lines(["64 tokens*"])
 
 
@@ -649,7 +656,7 @@ def full(*args, **more):
         ),
         (
             "pytest_nullspace.measuring.drift",
-            "_compared",
+            "compared",
             "in the pass of windows of 32 tokens, 1 a forward, in float32 on cpu; lower --nullspace-seqlen, take "
             "--nullspace-dtype=bfloat16, or give --nullspace-no-drift",
         ),
