@@ -40,8 +40,9 @@ FRESH = {
         "from pytest_nullspace import Expectations, load_model, measure\n"
         "print(len([judge(layer, Expectations()).tier for layer in measure(load_model('ft'), [[1, 2, 3]])]))"
     ),
+    "gate": "print(len(gate('ft', 'text.txt', calib_size=2, seqlen=32).layers))",
 }
-"""What calls each public function on a directory ``ft`` in the working folder, and prints how many layers it has."""
+"""What calls each public function on ``ft`` and ``text.txt`` in the working folder, and prints how many layers."""
 
 
 def python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -52,8 +53,10 @@ def python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def ft(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LoRA-Null directory of that name; never changed."""
-    return tiny.lora_null(tmp_path_factory.mktemp("public") / "ft")
+    """A tiny LoRA-Null directory of that name, with a text beside it; never changed."""
+    folder = tmp_path_factory.mktemp("public")
+    (folder / "text.txt").write_text(tiny.TEXT)
+    return tiny.lora_null(folder / "ft")
 
 
 @pytest.fixture(scope="module")
