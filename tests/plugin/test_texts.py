@@ -48,9 +48,10 @@ def test_the_shipped_adapter_is_judged_on_two_texts(gate: Gate, pytester: pytest
             "✓ drift on the preserved text: loss * → *, divergence *",
             "✓ drift on the task text: loss * → *: task-gain * > 0.01",
             "  base: the model with its adapter switched off",
-            "✓ task / preserved *the update acts on the task*",
+            "verdict: SAFE: preserved text * less likely, task text * as likely",
         ]
     )
+    result.stdout.no_fnmatch_line("✓ task / preserved *")  # it is shown, and decides only by a bound of the user's
     document = json.loads((pytester.path / "s.json").read_text())
     assert {"text", "task_text", "task_dataset", "drift"} <= set(document)
     assert document["stats"][0]["task"]["ABX_norm"] > document["stats"][0]["ABX_norm"]
@@ -85,7 +86,7 @@ def test_drift_is_the_change_of_loss_and_the_divergence_from_the_base(gate: Gate
 def test_two_texts_and_drift_are_measured_once_for_all_workers(
     checkpoint: Path, gate: Gate, pytester: pytest.Pytester, apart: tuple[str, ...]
 ) -> None:
-    """Random adapters pass where the bounds let them, in one process and in several, and the drift is an item."""
+    """Random adapters pass by the bounds given, in one process and in several; the drift is a test, forgetting none."""
     (pytester.path / "task.txt").write_text(tiny.TEXT.upper())
     loose = (*LOOSE, *(f"--nullspace-threshold={f}" for f in ("selectivity:0:0", "divergence:9:9")))
     more = ("--nullspace-threshold=loss-rise:9:9", "--nullspace-threshold=task-gain:-9:-9")
@@ -93,8 +94,10 @@ def test_two_texts_and_drift_are_measured_once_for_all_workers(
     result = gate(*loose, *more, *off, "-v", *apart)
     assert result.ret == 0, result.outlines
     assert any("::drift PASSED" in line or "PASSED runs/ft/config.json::drift" in line for line in result.outlines)
-    assert any(line.startswith("⚠ model.layers.") for line in result.outlines), "forgetting warns"
-    assert not any(line.startswith("✗") for line in result.outlines)
+    result.stdout.fnmatch_lines(
+        ["gated 21 of 21 layers: 21 green, 0 to look at, 0 red", "✓ task / preserved *the update acts on the task*"]
+    )
+    assert not any(line.startswith(("⚠", "✗")) for line in result.outlines)
 
 
 def test_without_drift_forgetting_fails(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
@@ -132,7 +135,7 @@ def test_a_base_that_cannot_be_had_is_refused(gate: Gate, pytester: pytest.Pytes
     )
     loose = ("--nullspace-threshold=divergence:9:9", "--nullspace-threshold=loss-rise:9:9", "-k", "drift")
     for base in ("--nullspace-base=base", "--nullspace-init=start"):
-        result = gate("--nullspace-drift", base, *loose, model="v1")
+        result = gate("--nullspace-drift", base, *loose, "-v", model="v1")
         assert result.ret == 0, result.outlines
         result.stdout.fnmatch_lines([f"  base: the {base[12:16].replace('init', 'start')}*"])
 
@@ -198,7 +201,7 @@ def test_drift_that_cannot_be_had_is_left_out_with_a_line(
     """Where nobody demanded it a base that is not at hand fails nothing, and terminal, Markdown and file say why."""
     (pytester.path / "text.txt").write_text(tiny.TEXT)
     tiny.lora_null(pytester.path / "ft", change=oblique(*layers))
-    result = gate(*FREE[2:], "--nullspace-report=r.md", "--nullspace-save-stats=s.json", model="ft", auto=True)
+    result = gate(*FREE[2:], "-v", "--nullspace-report=r.md", "--nullspace-save-stats=s.json", model="ft", auto=True)
     result.assert_outcomes(**outcomes)
     assert result.ret == 0, result.outlines
     result.stdout.fnmatch_lines([f"drift not measured: {why}"])
@@ -258,23 +261,24 @@ def test_an_adapter_that_promises_no_null_space_is_judged_by_the_rest(
 
 def test_too_few_rows_and_repeats_are_told(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
     """Fewer distinct rows than a layer is wide are told with what would be enough, and so is text that repeats."""
-    result = gate(*LOOSE, "--nullspace-calib-size=1", "--nullspace-report=r.md", "--nullspace-layers=*.down_proj")
+    loose = (*LOOSE, "-v")
+    result = gate(*loose, "--nullspace-calib-size=1", "--nullspace-report=r.md", "--nullspace-layers=*.down_proj")
     result.stdout.fnmatch_lines(
         ["too few rows: * of * layers *(32 distinct rows in a width of 48); * about 2 windows as long and as new *"]
     )
     assert "too few rows: " in (pytester.path / "r.md").read_text()
     letters = "".join(random.Random(0).choices("abcdefg ", k=4000))
     (pytester.path / "text.txt").write_text(letters)
-    result = gate(*LOOSE, "--nullspace-calib-size=8", "--nullspace-layers=*.q_proj")
+    result = gate(*loose, "--nullspace-calib-size=8", "--nullspace-layers=*.q_proj")
     result.stdout.fnmatch_lines(
         ["too few rows: 1 of 3 layers * *.layers.0.* (8 distinct rows in a width of 32); * a text of more different *"]
     )
     result.stdout.no_fnmatch_line("repeated text*")
     (pytester.path / "text.txt").write_text("all work and no play makes a dull text. " * 100)
-    result = gate(*LOOSE, "--nullspace-seqlen=128")
+    result = gate(*loose, "--nullspace-seqlen=128")
     result.stdout.fnmatch_lines(["repeated text: only * of 256 tokens are new, *"])
     (pytester.path / "text.txt").write_text(world.facts_text())
-    result = gate(*LOOSE, "--nullspace-calib-size=8")
+    result = gate(*loose, "--nullspace-calib-size=8")
     result.stdout.no_fnmatch_line("too few rows*")
     result.stdout.no_fnmatch_line("repeated text*")
 
