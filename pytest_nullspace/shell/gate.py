@@ -30,7 +30,7 @@ from pytest_nullspace.settings import Settings, stats_file
 from pytest_nullspace.shell.asked import lists_only
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.shell.decided import decided
-from pytest_nullspace.shell.last import LastWord, record
+from pytest_nullspace.shell.last import LastWord, message, record
 from pytest_nullspace.shell.opening import check_inputs, open_runs
 from pytest_nullspace.shell.outputs import append_step_summary, check_outputs
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun
@@ -193,7 +193,7 @@ class Gate:
         if judged:
             self._judged.add(report.nodeid)
         if report.failed:
-            self._failed.setdefault(report.nodeid, printable(report.longreprtext.partition("\n")[0], 300))
+            self._failed.setdefault(report.nodeid, printable(message(report).partition("\n")[0], 300))
         if report.failed and not self._reports and report.nodeid not in self._expected:
             print(f"nullspace: process {self.settings.ranks.rank}: FAILED {report.nodeid}", file=sys.stderr)
 

@@ -88,9 +88,14 @@ def _unlike(reports: Iterable[pytest.TestReport]) -> Iterator[pytest.TestReport]
     """The first of those that say the same."""
     told: set[str] = set()
     for report in reports:
-        if report.longreprtext not in told:
-            told.add(report.longreprtext)
+        if (said := message(report)) not in told:
+            told.add(said)
             yield report
+
+
+def message(report: pytest.TestReport) -> str:
+    """What a failed test says, without the line by which xdist names the worker."""
+    return str(report.longrepr).strip()
 
 
 def _asked_for_all(reporter: pytest.TerminalReporter) -> bool:

@@ -224,12 +224,14 @@ def test_a_base_that_cannot_be_loaded_is_told_once_and_whole(
     config = json.loads((pytester.path / "base" / "config.json").read_text())
     (pytester.path / "base" / "config.json").write_text(json.dumps({**config, "model_type": "nosuch"}))
     pytester.makepyfile(OWN)
-    result = gate(*mode, "--nullspace-base=base", model="adapter")
+    result = gate(*mode, "-v", "--nullspace-base=base", model="adapter")
     assert result.ret == 1
     result.assert_outcomes(errors=4 + 3)
     shown = result.stdout.str().partition("short test summary")[0]
     assert shown.count("has no model_type 'nosuch' of its own") == 1
     assert shown.count("not measured: see the first error of adapter") == 6
+    assert result.outlines[-1].startswith("verdict: NOT GATED: ")
+    assert "[gw" not in result.outlines[-1], "the worker is no reason"
     for word in ("During handling", "direct cause", "Traceback", "Captured"):
         assert word not in shown
 
@@ -271,7 +273,7 @@ def test_a_timeout_within_the_measurement_ends_it_for_all(
 ) -> None:
     """Where a timeout plugin breaks off the measurement, or an import for it, no later test begins it again."""
     pytester.makeconftest(TIMEOUT.format(module=module, function=function))
-    result = gate(*mode)
+    result = gate(*mode, "-v")
     assert result.ret == 1
     assert (pytester.path / "began.log").read_text() == "x"
     result.assert_outcomes(errors=22)
