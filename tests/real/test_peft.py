@@ -115,12 +115,13 @@ def test_the_null_space_adapter_passes_and_the_default_one_fails(
         adapted.save_pretrained(folder / ("null" if null else "default"))
     options = (
         *BOUNDS,
+        "--nullspace-profile=nullspace",
         "--nullspace-calib-dataset=text.txt",
         "--nullspace-calib-size=4",
         f"--nullspace-seqlen={LENGTH}",
     )
     models = ("--nullspace-model=null", "--nullspace-model=default")
-    result = pytester.runpytest_subprocess("-p", "no:randomly", *models, *options)
+    result = pytester.runpytest_subprocess("-p", "no:randomly", "-rf", *models, *options)
     failed = [line for line in result.outlines if line.startswith("FAILED")]
     assert not [line for line in failed if line.startswith("FAILED null/")]
     assert f"gated {layers} of {layers} layers: " in result.stdout.str()
