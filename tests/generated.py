@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pytest_nullspace.judging.profiles import CONTRIBUTES, OF_AVERAGES, OF_LAYERS, STAND_IN
+from pytest_nullspace.judging.profiles import BOUNDS, OF_AVERAGES, OF_LAYERS, STAND_IN
 from pytest_nullspace.run.figures import FIGURES, Bounds, Figure, Text
 from pytest_nullspace.settings import PREFIX
 from pytest_nullspace.shell.options import OPTIONS, Option
@@ -101,12 +101,12 @@ def _decides(figure: Figure) -> str:
     if figure.of_predictions:
         return "It decides in every profile, where the drift is judged."
     layers = [f"`{profile}`" for profile, names in OF_LAYERS.items() if figure.name in names]
-    alone = [f"`{profile}`" for profile, names in OF_AVERAGES.items() if figure.name in names - OF_LAYERS[profile]]
     told = [f"in each layer and in the averages by the profiles {', '.join(layers)}"] if layers else []
+    alone = [profile for profile, names in OF_AVERAGES.items() if figure.name in names - OF_LAYERS[profile]]
     if alone:
-        told.append(
-            f"in the averages alone by {', '.join(alone)}, with the bounds {' and '.join(map(str, CONTRIBUTES))}"
-        )
+        bounds = " and ".join(map(str, BOUNDS[alone[0]][figure.name]))
+        named = ", ".join(f"`{profile}`" for profile in alone)
+        told.append(f"in the averages alone by {named}, with the bounds {bounds}")
     if figure.name in STAND_IN:
         told.append("in the averages where no test judges the drift")
     return f"It decides {'; '.join(told)}." if told else "It is shown, and decides only where a bound is given for it."

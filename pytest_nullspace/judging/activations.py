@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
-from pytest_nullspace.judging.evidence import Case, Diagnosis, in_how_many, is_orthonormal, names_of
+from pytest_nullspace.judging.evidence import Case, Diagnosis, in_how_many, names_of
 from pytest_nullspace.run.stats import LayerStats
 
 PRINCIPAL = 2.0
@@ -56,7 +56,7 @@ def _drowns_its_input(case: Case) -> bool:
         or case.audited(lambda layer: not layer.down <= layer.tolerance)
     ):
         return False
-    unmoved = case.audit is not None or all(map(is_orthonormal, case.sound))
+    unmoved = case.audit is not None or all(layer.is_orthonormal for layer in case.sound)
     return unmoved and _talks_over(case, case.sound)
 
 
@@ -71,7 +71,7 @@ def _talks_over(case: Case, layers: Sequence[LayerStats]) -> bool:
 def wrong_subspace(case: Case) -> Iterator[Diagnosis]:
     """A frozen B that is quiet on no text, or on another."""
     frozen = {layer.name for layer in case.audited(lambda layer: layer.down <= layer.tolerance)}
-    loud = [x for x in case.loud if (x.name in frozen if case.audit is not None else is_orthonormal(x))]
+    loud = [x for x in case.loud if (x.name in frozen if case.audit is not None else x.is_orthonormal)]
     if not case.sound or len(loud) < len(case.sound) / 2 or _drowns_its_input(case) or case.rescaled:
         return
     level = median(layer.leakage for layer in loud)

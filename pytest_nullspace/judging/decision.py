@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from pytest_nullspace.judging.evidence import Diagnosis
-from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage, judge, judge_averages, judge_drifts
+from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage, verdicts_of
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import DRIFT, called, is_drift
@@ -159,7 +159,7 @@ def decide(
         failed: The names of the tests that failed, each with what it said; None for those that fail by their figures.
         unmeasured: What is said where no layer was measured.
     """
-    found = [verdict for verdict in _verdicts(run, expectations) if verdict.gated]
+    found = [verdict for verdict in verdicts_of(run, expectations) if verdict.gated]
     excused = [v for v in found if failed is not None and v.tier is Tier.FAIL and v.subject not in failed]
     verdicts = [verdict for verdict in found if verdict not in excused] if excused else found
     wrong = [*_found(verdicts, Tier.FAIL, len(run.layers)), *_other(verdicts, failed or {})]
@@ -179,14 +179,6 @@ def decide(
     if doubts:
         return called(Call.LOOK, doubts)
     return called(Call.SAFE, [_of(verdict, finding, Tier.PASS) for verdict, finding in _kept(verdicts)])
-
-
-def _verdicts(run: RunStats, expectations: Expectations) -> Iterator[Verdict]:
-    """Those on the predictions, the averages and every layer, in this order, as that is how much they weigh."""
-    yield from judge_drifts(run, expectations)
-    if run.complete and run.layers:
-        yield judge_averages(run, expectations)
-    yield from (judge(layer, expectations) for layer in run.layers)
 
 
 def _found(verdicts: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]:
@@ -270,8 +262,8 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
     absent = [figure for figure in run.expected if figure in run.absent and figure not in expectations.left_out]
     if absent:
         yield Reason(f"not measured: {', '.join(absent)}", Tier.WARN)
-    if expectations.stage is Stage.TRAINED and run.drift is None:
-        yield Reason("predictions were not compared: add --nullspace-drift", Tier.WARN)
+    if expectations.stage is Stage.TRAINED and not any(is_drift(verdict.subject) for verdict in verdicts):
+        yield Reason("what it forgot was not judged (--nullspace-drift)", Tier.WARN)
     for verdict in verdicts:
         for finding in verdict.findings if is_drift(verdict.subject) else ():
             if finding.uncertain:

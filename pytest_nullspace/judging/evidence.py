@@ -1,6 +1,5 @@
 """What a cause is, and all that is known of a run for finding one. Pure."""
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,8 +11,6 @@ from pytest_nullspace.run.stats import LayerStats, RunStats
 
 LOUD = 0.75
 """Leakage over chance from which a subspace is none that was chosen to be quiet: the fail bound."""
-ORTHONORMAL = 1e-3
-"""How far ``‖B‖² / r`` may lie from 1 for rows that were made orthonormal and left so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +102,3 @@ def names_of(layers: Sequence[LayerStats | LayerAudit | LayerWeights]) -> tuple[
 def in_how_many(part: Sequence[object], whole: Sequence[object]) -> str:
     """In how many of all layers."""
     return f"in {len(part)} of {len(whole)} layers"
-
-
-def is_orthonormal(layer: LayerStats) -> bool:
-    """Whether the rows of B have the norm of orthonormal ones."""
-    return bool(layer.rank) and math.isclose(layer.down_weight_norm**2, layer.rank, rel_tol=ORTHONORMAL)

@@ -11,7 +11,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 
 from pytest_nullspace.errors import OptionError
-from pytest_nullspace.judging.profiles import CONTRIBUTES, Chosen, Profile, decides
+from pytest_nullspace.judging.profiles import BOUNDS, Chosen, Profile, decides
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
 from pytest_nullspace.run.figures import FIGURES, of_layers
 from pytest_nullspace.run.stats import UNREACHED, Drift, LayerStats, RunStats
@@ -123,9 +123,8 @@ class Expectations:
         return tuple(self._overridden(self._of_profile(threshold), layer) for threshold in held)
 
     def _of_profile(self, threshold: Threshold) -> Threshold:
-        if threshold.figure != "contribution" or self.profile in (None, Profile.REFERENCE):
-            return threshold
-        return threshold.replaced(*CONTRIBUTES)
+        own = {} if self.profile is None else BOUNDS.get(self.profile, {})
+        return threshold.replaced(*own[threshold.figure]) if threshold.figure in own else threshold
 
     def excuses(self, layer: LayerStats) -> bool:
         """Whether nothing but that no row reached ``layer`` is wrong with it, and none had to."""
@@ -187,13 +186,15 @@ def judge_drifts(run: RunStats, expectations: Expectations) -> list[Verdict]:
     return [] if run.drift is None else [judge_drift(run.drift, expectations, text) for text in run.drift.texts]
 
 
+def verdicts_of(run: RunStats, expectations: Expectations) -> list[Verdict]:
+    """Those on the predictions, the averages and every layer, in this order, as that is how much they weigh."""
+    averages = [judge_averages(run, expectations)] if run.complete and run.layers else []
+    return [*judge_drifts(run, expectations), *averages, *(judge(layer, expectations) for layer in run.layers)]
+
+
 def passes(run: RunStats, expectations: Expectations) -> bool:
     """Whether something was measured and every verdict on it is a pass, without a warning."""
-    verdicts = [judge(layer, expectations) for layer in run.layers]
-    if run.complete:
-        verdicts.append(judge_averages(run, expectations))
-    verdicts += judge_drifts(run, expectations)
-    return bool(run.layers) and all(verdict.tier is Tier.PASS for verdict in verdicts)
+    return bool(run.layers) and all(verdict.tier is Tier.PASS for verdict in verdicts_of(run, expectations))
 
 
 def _judge(subject: str, of: LayerStats | RunStats, expectations: Expectations, defect: str | None) -> Verdict:

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.run.figures import FIGURES
-from pytest_nullspace.run.stats import LayerStats, RunStats
+from pytest_nullspace.run.stats import RunStats
 
 
 class Profile(StrEnum):
@@ -49,8 +49,12 @@ KEPT = frozenset({"divergence", "loss-rise"})
 """The figures of the predictions that decide what was forgotten: those that predict it, by the study."""
 STAND_IN = frozenset({"forgetting"})
 """Those that decide in the averages where nobody judges the predictions, of which they tell little."""
-CONTRIBUTES = 5e-4, 2e-4
-"""The bounds of the average contribution in the other profiles: good adapters of SmolLM2 of rank 8 and 32 lie above, on
+_CONTRIBUTES = {"contribution": (5e-4, 2e-4)}
+BOUNDS: Mapping[Profile, Mapping[str, tuple[float, float]]] = {
+    Profile.NULLSPACE: _CONTRIBUTES,
+    Profile.LORA: _CONTRIBUTES,
+}
+"""Where a profile's bounds are not the figure's own: good adapters of SmolLM2 of rank 8 and 32 lie above, on
 the preserved text as well, where they are to be weak; one whose scale was lost lies below."""
 
 
@@ -64,8 +68,6 @@ class Chosen:
 
 QUIET = 0.5
 """Mean leakage over chance below which an input space was chosen to be quiet: the pass bound."""
-ORTHONORMAL = 1e-3
-"""How far ``‖B‖² / r`` may lie from 1 for rows that were made orthonormal and left so."""
 
 
 def choose(run: RunStats, asked: str = "auto", variant: str = "auto", start: tuple[str, str] | None = None) -> Chosen:
@@ -101,7 +103,7 @@ def _of_variant(variant: str) -> Profile:
 def _measured(run: RunStats) -> Chosen:
     """From the figures alone: a space that is quiet was chosen to be, and so were rows that are orthonormal."""
     known = [layer for layer in run.layers if layer.defect is None]
-    if known and all(map(_is_orthonormal, known)):
+    if known and all(layer.is_orthonormal for layer in known):
         return Chosen(Profile.NULLSPACE, "the rows of lora_A are orthonormal")
     leaks = [layer.leakage for layer in known if "leakage" not in layer.absent]
     if not leaks:
@@ -111,10 +113,6 @@ def _measured(run: RunStats) -> Chosen:
         Profile.NULLSPACE if quiet else Profile.LORA,
         f"{'a' if quiet else 'no'} null space was measured: {fmean(leaks):.3g} of chance",
     )
-
-
-def _is_orthonormal(layer: LayerStats) -> bool:
-    return bool(layer.rank) and abs(layer.down_weight_norm**2 / layer.rank - 1) <= ORTHONORMAL
 
 
 def decides(figure: str, profile: Profile | None, averages: bool, drift_judged: bool) -> bool:

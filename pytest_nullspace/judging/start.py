@@ -21,8 +21,6 @@ NO_UPDATE, UPDATE = 1e-6, 1e-4
 """``‖ABX‖/‖X‖`` that an initial adapter stays below, and a trained one exceeds."""
 ZERO = 1e-6
 """``‖A‖`` up to which A counts as zero."""
-ORTHONORMAL = 1e-3
-"""How far ``‖B‖² / r`` may lie from 1 for rows that are orthonormal."""
 
 
 def quantities() -> Mapping[str, Callable[[LayerStats], float | None]]:
@@ -58,7 +56,7 @@ class Start:
             return cls(run, "v1", "A is not zero at the start")
         if all(layer.rank == 0 for layer in run.layers):
             return cls(run, "v2", "A is zero at the start, and the file does not tell the rank")
-        if all(abs(layer.down_weight_norm**2 / layer.rank - 1) <= ORTHONORMAL for layer in run.layers):
+        if all(layer.is_orthonormal for layer in run.layers):
             return cls(run, "v2", "‖B‖² is the rank at the start, as of orthonormal rows")
         return cls(run, "lora", "A is zero at the start, and the rows of B are not orthonormal")
 

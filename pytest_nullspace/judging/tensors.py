@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 
 from pytest_nullspace.judging.audit import SAME_SPACE
-from pytest_nullspace.judging.evidence import Case, Diagnosis, in_how_many, is_orthonormal, names_of
+from pytest_nullspace.judging.evidence import Case, Diagnosis, in_how_many, names_of
 
 
 def b_trained(case: Case) -> Iterator[Diagnosis]:
@@ -22,7 +22,7 @@ def b_trained(case: Case) -> Iterator[Diagnosis]:
             "an adapter of variant v1 or plain LoRA trains B by design: then say so by --nullspace-variant",
             names_of(moved),
         )
-    loud = [layer for layer in case.loud if not is_orthonormal(layer)]
+    loud = [layer for layer in case.loud if not layer.is_orthonormal]
     if case.audit is None and loud:
         yield Diagnosis(
             "no-null-space",

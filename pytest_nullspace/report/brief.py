@@ -79,10 +79,17 @@ def _table(run: RunStats, verdicts: Sequence[Verdict], decision: Decision, width
         Form(figures[:count], [[scanned_figure(row, figure) for figure in figures[:count]] for row in rows])
         for count in range(len(figures), least - 1, -1)
     ]
-    names = [*(f"{mark(judged)} {printable(layer.name)}" for layer, judged in worst), "  average"]
-    title, *lines = table("worst layers" if len(ordered) > len(worst) else "layers", names, forms, width)
+    yield from layer_lines("worst layers" if len(ordered) > len(worst) else "layers", worst, forms, width)
+
+
+def layer_lines(
+    heading: str, layers: Sequence[tuple[LayerStats, Verdict]], forms: Sequence[Form], width: float
+) -> Iterator[Line]:
+    """A table of layers with their marks and what is wrong beside their figures; the last row is the averages'."""
+    names = [*(f"{mark(judged)} {printable(layer.name)}" for layer, judged in layers), "  average"]
+    title, *lines = table(heading, names, forms, width)
     yield title, None
-    for line, (_, judged) in zip(lines, worst, strict=False):
+    for line, (_, judged) in zip(lines, layers, strict=False):
         tier = None if judged.tier is Tier.PASS else colour(judged)
         yield from ((told, tier) for told in with_faults(line, faults(judged), width))
     yield lines[-1], None

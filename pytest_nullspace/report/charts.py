@@ -5,6 +5,7 @@ shows the least, the median and the most of each block in place of a dot a layer
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -114,15 +115,9 @@ def shade_of(figure: str, layers: Sequence[LayerStats], verdicts: Sequence[Verdi
         elif finding is not None:
             shades.append(str(finding.tier))
         else:
-            share = known.index(value) / max(1, len(known) - 1) if len(known) <= EACH else _share(known, value)
+            share = bisect_left(known, value) / max(1, len(known) - 1)
             shades.append(f"s{min(SHADES - 1, int(share * SHADES))}")
     return shades
-
-
-def _share(known: Sequence[float], value: float) -> float:
-    from bisect import bisect_left
-
-    return bisect_left(known, value) / max(1, len(known) - 1)
 
 
 def finding_of(verdict: Verdict, figure: str) -> Finding | None:

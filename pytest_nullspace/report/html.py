@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import (
-    DRIFT,
     MODEL,
     Expectations,
     judge,
@@ -234,5 +233,4 @@ def page(sheets: Sequence[Sheet]) -> str:
         script=script,
         policy=f"default-src 'none'; style-src '{style_digest}'; script-src '{script_digest}'; base-uri 'none'; "
         "form-action 'none'",
-        drift=DRIFT,
     )

@@ -8,8 +8,8 @@ from typing import Any
 
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.decision import Decision
-from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drifts
-from pytest_nullspace.judging.verdicts import Tier, Verdict
+from pytest_nullspace.judging.invariants import Expectations, judge, verdicts_of
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.stats import RunStats
 
@@ -35,13 +35,6 @@ class Gated:
     run: RunStats
     expectations: Expectations
     decision: Decision
-
-    @property
-    def verdicts(self) -> list[Verdict]:
-        """Those on the predictions, the averages and every layer."""
-        found = judge_drifts(self.run, self.expectations)
-        found += [judge_averages(self.run, self.expectations)] if self.run.complete and self.run.layers else []
-        return [*found, *(judge(layer, self.expectations) for layer in self.run.layers)]
 
 
 def openmetrics(gated: Sequence[Gated]) -> str:
@@ -103,7 +96,7 @@ def _results(of: Gated) -> Iterator[dict[str, Any]]:
     tier = of.decision.call.tier
     if tier is not Tier.PASS:
         yield _result("verdict", tier or Tier.FAIL, f"{of.decision.call}: {of.decision.sentence}", of)
-    for verdict in sorted(of.verdicts, key=lambda verdict: verdict.severity, reverse=True):
+    for verdict in sorted(verdicts_of(of.run, of.expectations), key=lambda verdict: verdict.severity, reverse=True):
         if verdict.tier is Tier.PASS or not verdict.gated:
             continue
         for fault in (*([verdict.defect] if verdict.defect else []), *verdict.faults):

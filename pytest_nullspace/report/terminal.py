@@ -8,10 +8,9 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drifts
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import brief, doubts, model, notes, verdict
-from pytest_nullspace.report.layout import Form, table, with_faults, wrapped
+from pytest_nullspace.report.layout import Form, wrapped
 from pytest_nullspace.report.words import (
     beside,
-    colour,
     faults,
     figures,
     mark,
@@ -175,10 +174,4 @@ def _table(run: RunStats, verdicts: Sequence[Verdict], width: float, shown: int)
         Form(run.expected, short),
         Form([figure.short or figure.name for figure in judged], short),
     )
-    names = [*(f"{mark(judged_as)} {printable(layer.name)}" for layer, judged_as in worst), "  average"]
-    title, *lines = table("worst layers" if len(ordered) > len(worst) else "layers", names, forms, width)
-    yield title, None
-    for line, (_, judged_as) in zip(lines, worst, strict=False):
-        tier = None if judged_as.tier is Tier.PASS else colour(judged_as)
-        yield from ((told, tier) for told in with_faults(line, faults(judged_as), width))
-    yield lines[-1], None
+    yield from brief.layer_lines("worst layers" if len(ordered) > len(worst) else "layers", worst, forms, width)

@@ -22,6 +22,9 @@ The median is of the rows that are not zero, and rounded up to a power of two. I
 times the median in most layers, and between 13 and 630 times in those where they carry up to half of mean ``‖x‖``.
 """
 
+ORTHONORMAL = 1e-3
+"""How far ``‖B‖² / r`` may lie from 1 for rows that were made orthonormal and left so."""
+
 UNREACHED = "no activation row reached it"
 """The defect of a layer whose weights are sound and whose activations the text does not tell."""
 
@@ -169,6 +172,11 @@ class LayerStats(_Ratios):
     scale: float | None = None
     by_window: ByWindow | None = None
     further: Mapping[str, "LayerStats"] = field(default_factory=dict)
+
+    @property
+    def is_orthonormal(self) -> bool:
+        """Whether the rows of B have the norm of orthonormal ones, as they do where they were made so and left so."""
+        return bool(self.rank) and abs(self.down_weight_norm**2 / self.rank - 1) <= ORTHONORMAL
 
     @property
     def chance(self) -> float:

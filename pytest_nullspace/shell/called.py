@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nullspace.errors import OptionError, quoted
-from pytest_nullspace.judging.decision import Decision, decide
-from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drifts
-from pytest_nullspace.judging.verdicts import Tier, Verdict
+from pytest_nullspace.judging.decision import Decision
+from pytest_nullspace.judging.invariants import Expectations, judge, verdicts_of
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report import changes, html, markdown
 from pytest_nullspace.report.words import faults
 from pytest_nullspace.run import saved
@@ -19,7 +19,7 @@ from pytest_nullspace.settings import PREFIX
 from pytest_nullspace.shell import values
 from pytest_nullspace.shell.asked import settings_of
 from pytest_nullspace.shell.collect import FROZEN
-from pytest_nullspace.shell.decided import tests_of
+from pytest_nullspace.shell.decided import decided
 from pytest_nullspace.shell.opening import check_inputs, open_runs
 from pytest_nullspace.shell.options import OPTIONS, Option
 from pytest_nullspace.shell.runs import GatedRun
@@ -48,18 +48,14 @@ class Report:
         return str(self.decision.call)
 
     @property
-    def verdicts(self) -> Sequence[Verdict]:
-        """That on each layer, on the averages and on the predictions, as the tests of a run of pytest have it."""
-        return _verdicts(self.run, self.expectations)
-
-    @property
     def layers(self) -> list[dict[str, Any]]:
         """A row for each layer: its name, tier, figures and what is wrong with it; ``pandas.DataFrame`` takes it."""
         return [
             {"layer": layer.name, "tier": str(verdict.tier)}
             | {figure: layer.figure(figure) for figure in self.run.expected if figure not in layer.absent}
             | {"why": verdict.summary if verdict.tier != "pass" else "; ".join(faults(verdict))}
-            for layer, verdict in zip(self.run.layers, self.verdicts, strict=False)
+            for layer in self.run.layers
+            for verdict in [judge(layer, self.expectations)]
         ]
 
     def html(self) -> str:
@@ -126,24 +122,18 @@ def gate(
     run.selected, run.drift_selected = set(run.gated), set(run.drift_tests)
     outcome = run.measured()
     expectations = run.expectations(outcome)
-    decision = decide(outcome, expectations, run.diagnoses(outcome), tests_of(run), _failed(run, outcome))
+    decision = decided(run, _failed(run, outcome))
     return Report(outcome, expectations, decision)
 
 
 def _failed(run: GatedRun, outcome: RunStats) -> dict[str, str]:
     """The tests that fail, as in a run of pytest, each with what it would say."""
-    found = _verdicts(outcome, run.expectations(outcome))
+    found = verdicts_of(outcome, run.expectations(outcome))
     failed = {verdict.subject: verdict.summary for verdict in found if verdict.tier is Tier.FAIL}
     audited = run.against.told(outcome).audit
     if audited is not None and audited.others:
         failed[FROZEN] = changes.moved(audited)
     return failed | dict.fromkeys(run.against.missing, "the earlier run has this layer, and the adapter has not")
-
-
-def _verdicts(run: RunStats, expectations: Expectations) -> list[Verdict]:
-    """That on each layer, on the averages and on the predictions of each text."""
-    averages = [judge_averages(run, expectations)] if run.complete and run.layers else []
-    return [*(judge(layer, expectations) for layer in run.layers), *averages, *judge_drifts(run, expectations)]
 
 
 def _read(option: Option, value: Any) -> Any:

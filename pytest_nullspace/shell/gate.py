@@ -258,20 +258,25 @@ class Gate:
             )
 
     def _write(self) -> None:
-        measured = [(run, outcome) for run in self.runs if (outcome := run.peek()) is not None]
+        # What was not measured stands in every report too: left out, its report would look as that of a safe one.
+        told = [(run, run.peek() or self._nothing(run)) for run in self.runs]
         try:
-            for run, outcome in measured:
-                if self.settings.save_stats is not None:
+            for run, outcome in told:
+                if self.settings.save_stats is not None and run.peek() is not None:
                     file = stats_file(self.settings.save_stats, run.name)
                     saved.write(_diagnosed(run, outcome), file, self._saved_verdict(run))
                     self._saved.append(file)
             beside = [candidates.page(self._candidates())] if len(self.runs) > 1 else []
-            pages = [*beside, *(_page(run, outcome, self._decision(run)) for run, outcome in measured)]
+            pages = [*beside, *(_page(run, outcome, self._decision(run)) for run, outcome in told)]
             for file in self.settings.reports:
-                saved.write_atomically(file, self._report(file.suffix, measured, pages))
+                saved.write_atomically(file, self._report(file.suffix, told, pages))
             self._no_room = append_step_summary(pages)
         except NullspaceError as error:
             self._problems.append(str(error))
+
+    def _nothing(self, run: GatedRun) -> RunStats:
+        """What is told of a run of which nothing could be measured."""
+        return RunStats(str(run.path), self.settings.calib_dataset, (), len(run.layers))
 
     def _saved_verdict(self, run: GatedRun) -> dict[str, Any]:
         """The verdict on a run as it is saved, and which of several candidates is the best."""
@@ -281,11 +286,11 @@ class Gate:
         chosen = best(self._candidates())
         return {**told, "candidates": len(self.runs), "best": None if chosen is None else chosen.name}
 
-    def _report(self, suffix: str, measured: Sequence[tuple[GatedRun, RunStats]], pages: Sequence[Page]) -> str:
+    def _report(self, suffix: str, told: Sequence[tuple[GatedRun, RunStats]], pages: Sequence[Page]) -> str:
         """The report of every run in the form that a file's suffix names."""
         if suffix == ".md":
             return joined(pages)
-        held = [(run, outcome, run.expectations(outcome), self._decision(run)) for run, outcome in measured]
+        held = [(run, outcome, run.expectations(outcome), self._decision(run)) for run, outcome in told]
         if suffix == ".html":
             return html.page(
                 [html.sheet(run.name, of, expected, said, changed(run, of)) for run, of, expected, said in held]

@@ -125,7 +125,8 @@ class GatedRun(MeasuredOnce):
 
     def expectations(self, outcome: RunStats) -> Expectations:
         """What its layers are held against, given what was measured."""
-        drifts_judged = set(self.drift_tests) <= self.drift_selected
+        tests = set(self.drift_tests)
+        drifts_judged = bool(tests) and tests <= self.drift_selected
         return self.against.expectations(outcome, drifts_judged, self.judged)
 
     def diagnoses(self, outcome: RunStats) -> list[Diagnosis]:

@@ -51,7 +51,7 @@ def test_the_action_gates_keeps_the_report_and_compares_with_the_last_green_run(
     """Its step leaves the verdict, each report and a baseline; the next run is held against that baseline."""
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     output = tmp_path / "output"
-    environment = {**GIVEN, "ARGUMENTS": QUICK, "GITHUB_OUTPUT": str(output)}
+    environment = {**GIVEN, "ARGUMENTS": QUICK, "COMPARE": "true", "GITHUB_OUTPUT": str(output)}
     first = run(step("Gate")["run"], tmp_path, **environment)
     assert first.returncode == 0, first.stdout + first.stderr
     told = json.loads((tmp_path / "nullspace-report" / "stats.json").read_text("utf-8"))
@@ -61,6 +61,10 @@ def test_the_action_gates_keeps_the_report_and_compares_with_the_last_green_run(
     second = run(step("Gate")["run"], tmp_path, **environment)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "no change" in second.stdout
+    longer = {**environment, "ARGUMENTS": QUICK.replace("size=4", "size=5")}
+    assert run(step("Gate")["run"], tmp_path, **longer).returncode == 4
+    assert run(step("Gate")["run"], tmp_path, **{**longer, "COMPARE": "false"}).returncode == 0
+    assert run(step("Gate")["run"], tmp_path, **longer).returncode == 0
 
 
 def test_the_action_fails_with_the_gate_and_keeps_the_old_baseline(tmp_path: Path) -> None:
@@ -68,7 +72,7 @@ def test_the_action_fails_with_the_gate_and_keeps_the_old_baseline(tmp_path: Pat
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     output = tmp_path / "output"
     strict = f"{QUICK} --nullspace-threshold=leakage:0.000001:0.000002"
-    failed = run(step("Gate")["run"], tmp_path, **GIVEN, ARGUMENTS=strict, GITHUB_OUTPUT=str(output))
+    failed = run(step("Gate")["run"], tmp_path, **GIVEN, ARGUMENTS=strict, COMPARE="true", GITHUB_OUTPUT=str(output))
     assert failed.returncode == 1
     assert output.read_text() == "verdict=DO NOT DEPLOY\n"
     assert not (tmp_path / "nullspace-baseline.json").exists()

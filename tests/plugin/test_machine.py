@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from fixtures.build import WORLD
 from pytest_nullspace.judging.decision import decide
 from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.profiles import Chosen, Profile
@@ -86,3 +87,19 @@ def test_the_gate_writes_both(pytester: pytest.Pytester) -> None:
     pytester.runpytest("--nullspace-stats=stats.json", "--nullspace-report=r.prom", "--nullspace-report=r.sarif")
     assert (pytester.path / "r.prom").read_text().endswith("# EOF\n")
     assert json.loads((pytester.path / "r.sarif").read_text())["runs"]
+
+
+def test_what_could_not_be_measured_is_in_every_report(pytester: pytest.Pytester) -> None:
+    """A measurement that breaks leaves NOT GATED in each form; an empty SARIF would look as that of a safe adapter."""
+    (pytester.path / "text.txt").write_text((WORLD / "facts.txt").read_text() * 20)
+    forms = [f"--nullspace-report=r.{suffix}" for suffix in ("sarif", "prom", "html", "md")]
+    result = pytester.runpytest_subprocess(
+        f"--nullspace-model={WORLD / 'null-v2'}", "--nullspace-calib-dataset=text.txt", "--nullspace-seqlen=100000",
+        "-p", "no:cacheprovider", *forms,
+    )  # fmt: skip
+    assert result.ret == 1
+    (found,) = json.loads((pytester.path / "r.sarif").read_text())["runs"][0]["results"]
+    assert (found["level"], found["message"]["text"][:27]) == ("error", "NOT GATED: --nullspace-seql")
+    assert 'verdict="NOT GATED"} 1' in (pytester.path / "r.prom").read_text()
+    assert "NOT GATED</p>" in (pytester.path / "r.html").read_text("utf-8")
+    assert "**NOT GATED**" in (pytester.path / "r.md").read_text("utf-8")

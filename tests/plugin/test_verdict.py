@@ -135,3 +135,15 @@ def test_whoever_asks_sees_all_and_other_tests_are_left_alone(pytester: pytest.P
         assert any("_ layer model.layers.0.mlp.up_proj _" in line for line in result.outlines) is blocks
         result.stdout.fnmatch_lines(["*_ test_own _*", ">*assert 1 == 2"])
         assert "more (all with -v)" not in result.stdout.str()
+
+
+@pytest.mark.parametrize("profile", ["lora", "nullspace"])
+def test_predictions_that_no_test_judges_are_never_safe(pytester: pytest.Pytester, profile: str) -> None:
+    """A saved run that forgot all is not safe by leaving its drift out; without a null space its averages warn too."""
+    result = gate(pytester, run(3.0), "--nullspace-no-drift", f"--nullspace-profile={profile}", "-W", "default")
+    assert result.ret == 0
+    assert result.outlines[-1].startswith("verdict: LOOK: ")
+    strict = ("-W", "error::pytest_nullspace.NullspaceWarning")
+    assert gate(pytester, run(3.0), "--nullspace-no-drift", f"--nullspace-profile={profile}", *strict).ret == (
+        1 if profile == "lora" else 0
+    )
