@@ -62,7 +62,6 @@ class Sheet:
 
     Attributes:
         name: What it is called.
-        path: Where it lay.
         decision: The verdict on it.
         facts: What was measured, where and on what.
         lines: What is to be said beside the figures.
@@ -81,7 +80,6 @@ class Sheet:
     """
 
     name: str
-    path: str
     decision: Decision
     facts: Sequence[str]
     lines: Sequence[Line]
@@ -125,7 +123,6 @@ def sheet(
     profiles = [charts.profile(figure, run.layers, verdicts, bounds.get(figure)) for figure in charted]
     return Sheet(
         name=printable(name, 200),
-        path=printable(run.model_path, 1000),
         decision=decision,
         facts=_facts(run, verdicts, expectations),
         lines=_lines(run, verdicts, expectations),

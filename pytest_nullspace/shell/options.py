@@ -74,6 +74,7 @@ OPTIONS = (
         "The base model of a PEFT adapter: a directory, a GGUF file or a hub id[@revision] (default: what its config "
         "names).",
         values.directory_or_id,
+        more="A base saved in 8 or 4 bits needs its library, bitsandbytes or torchao, a GGUF file needs gguf.",
     ),
     Option(
         "calib-dataset",
