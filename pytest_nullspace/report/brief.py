@@ -7,7 +7,7 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.verdicts import Tier, Verdict
-from pytest_nullspace.report import doubts, model, notes, verdict
+from pytest_nullspace.report import doubts, notes, verdict
 from pytest_nullspace.report.layout import Form, table, with_faults
 from pytest_nullspace.report.words import colour, faults, mark, scanned_figure
 from pytest_nullspace.run.stats import LayerStats, RunStats
@@ -46,16 +46,12 @@ def counted(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectatio
 def cautions(
     run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations, in_short: bool = False
 ) -> Iterator[Line]:
-    """What lies outside of what was judged, and what is unusual in it."""
-    told = notes.not_measured(run), notes.negative_scales(run.layers)
-    yield from ((line, Tier.WARN) for line in told if line is not None)
+    """By what it was judged, and what is to be known beside."""
     if in_short and (chosen := expectations.chosen) is not None:
         yield f"profile {chosen.profile}: {chosen.why}", None
     elif (profile := notes.profile(expectations)) is not None:
         yield profile, None
-    if names := notes.outside_of(run):
-        yield notes.outside(names), Tier.WARN
-    yield from ((remark, Tier.WARN) for remark in (*model.remarks(run), *model.unreached(verdicts)))
+    yield from ((line, Tier.WARN) for line in doubts.cautions(run, verdicts))
 
 
 def _first(doubt: str) -> str:

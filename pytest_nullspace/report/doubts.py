@@ -8,6 +8,7 @@ from statistics import median
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import MODEL, Expectations, judge_averages, judge_drifts
 from pytest_nullspace.judging.verdicts import Verdict
+from pytest_nullspace.report import model, notes
 from pytest_nullspace.run.figures import FIGURES, Text
 from pytest_nullspace.run.stats import SINK, LayerStats, RunStats
 from pytest_nullspace.run.texts import FIRST, called, key_of
@@ -132,6 +133,13 @@ def _windows(run: RunStats, figure: str, test: str = "") -> int:
     windows = recorded.get("windows") if isinstance(recorded, dict) else None
     # A file of another making may hold anything.
     return windows if isinstance(windows, int) and 0 < windows <= MOST_WINDOWS else 0
+
+
+def cautions(run: RunStats, verdicts: Sequence[Verdict]) -> list[str]:
+    """What lies outside of what was judged, and what is unusual in it."""
+    names = notes.outside_of(run)
+    told = notes.not_measured(run), notes.negative_scales(run.layers), notes.outside(names) if names else None
+    return [line for line in (*told, *model.remarks(run), *model.unreached(verdicts)) if line is not None]
 
 
 def all_of(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> Iterator[str]:

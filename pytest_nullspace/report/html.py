@@ -162,11 +162,7 @@ def _facts(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectation
 def _lines(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations) -> list[Line]:
     told = [
         notes.ungated(verdicts, expectations),
-        notes.not_measured(run),
-        notes.negative_scales(run.layers),
-        notes.outside(names) if (names := notes.outside_of(run)) else None,
-        *model.remarks(run),
-        *model.unreached(verdicts),
+        *doubts.cautions(run, verdicts),
         *doubts.all_of(verdicts, run, expectations),
     ]
     lines = [Line(words, str(Tier.WARN)) for words in told if words is not None]

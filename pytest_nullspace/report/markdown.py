@@ -9,14 +9,9 @@ from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drifts
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import doubts, verdict
-from pytest_nullspace.report.model import remarks, unreached
 from pytest_nullspace.report.notes import (
     best_possible,
     drift,
-    negative_scales,
-    not_measured,
-    outside,
-    outside_of,
     passages,
     profile,
     tally,
@@ -67,10 +62,7 @@ def page(
         return Page("\n".join([*lines, *(f"- {escape(note.strip())}" for note in notes)]), ())
     if (by := profile(expectations)) is not None:
         lines += ["", f"{escape(by[0].upper() + by[1:])}."]
-    names = outside_of(run)
-    told_of = (not_measured(run), negative_scales(run.layers), outside(names) if names else None)
-    cautions = [line for line in (*told_of, *remarks(run), *unreached(verdicts)) if line is not None]
-    for line in cautions:
+    for line in doubts.cautions(run, verdicts):
         lines += ["", f"{MARKS[Tier.WARN]} {escape(line)}."]
     rows = []
     for layer, judged in zip(run.layers, verdicts, strict=True):
