@@ -23,7 +23,7 @@ from pytest_nullspace.judging.invariants import (
 )
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import charts, doubts, model, notes
-from pytest_nullspace.report.words import MARKS, faults, mark, reading, scanned_figure
+from pytest_nullspace.report.words import MARKS, faults, mark, named, reading, scanned_figure
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.stats import LayerStats, RunStats
 
@@ -127,8 +127,8 @@ def sheet(
         facts=_facts(run, verdicts, expectations),
         lines=_lines(run, verdicts, expectations),
         drift=charts.bars(moved[0].findings, _LABELS) if moved else (),
-        drift_words=() if run.drift is None else _plain(notes.drift(run.drift, *moved)),
-        reading=_plain(reading(judge_averages(run, expectations))) if run.complete and run.layers else (),
+        drift_words=() if run.drift is None else _plain(notes.drift(run.drift, *moved), run),
+        reading=_plain(reading(judge_averages(run, expectations)), run) if run.complete and run.layers else (),
         figures=figures,
         deciding=list(dict.fromkeys(deciding)),
         of_layers=of_layers,
@@ -137,7 +137,7 @@ def sheet(
         rows=_rows(run.layers, verdicts, figures),
         left=max(0, len(run.layers) - ROWS),
         averages=[scanned_figure(run, figure) for figure in figures] if run.layers else (),
-        changes=_plain(changes),
+        changes=_plain(changes, run),
     )
 
 
@@ -165,13 +165,14 @@ def _lines(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectation
         *doubts.cautions(run, verdicts),
         *doubts.all_of(verdicts, run, expectations),
     ]
-    lines = [Line(words, str(Tier.WARN)) for words in told if words is not None]
-    return [*lines, *(Line(words) for words in notes.best_possible(run))]
+    lines = [(words, Tier.WARN) for words in told if words is not None]
+    return _plain([*lines, *((words, None) for words in notes.best_possible(run))], run)
 
 
-def _plain(lines: Any) -> list[Line]:
+def _plain(lines: Any, run: RunStats) -> list[Line]:
     """Lines of a report without the mark that begins them, which the page draws itself."""
-    return [Line(words.strip().lstrip("".join(MARKS.values())).strip(), str(tier or "")) for words, tier in lines]
+    marks = "".join(MARKS.values())
+    return [Line(named(words.strip().lstrip(marks).strip(), run), str(tier or "")) for words, tier in lines]
 
 
 def _rows(layers: Sequence[LayerStats], verdicts: Sequence[Verdict], figures: Sequence[str]) -> list[Row]:

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Generator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,22 +10,19 @@ from typing import Any
 
 import pytest
 
-from pytest_nullspace import __version__
 from pytest_nullspace.checkpoint.hub import local_directory
 from pytest_nullspace.errors import NullspaceError, printable
 from pytest_nullspace.judging.candidates import Candidate, best, candidate
 from pytest_nullspace.judging.decision import Decision
-from pytest_nullspace.judging.invariants import Stage
-from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
-from pytest_nullspace.report import candidates, changes, html, machine, markdown, terminal, verdict, weights
+from pytest_nullspace.report import candidates, changes, terminal, verdict, weights
 from pytest_nullspace.report.layout import wrapped
-from pytest_nullspace.report.page import Page, joined
 from pytest_nullspace.report.words import named
 from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import is_drift
 from pytest_nullspace.settings import Settings, stats_file
+from pytest_nullspace.shell import reports
 from pytest_nullspace.shell.asked import lists_only
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.shell.decided import decided
@@ -259,17 +255,21 @@ class Gate:
 
     def _write(self) -> None:
         # What was not measured stands in every report too: left out, its report would look as that of a safe one.
-        told = [(run, run.peek() or self._nothing(run)) for run in self.runs]
+        root = self._config.rootpath
+        told = [
+            reports.Told(run, run.peek() or self._nothing(run), self._decision(run), node_id(file, root))
+            for file, run in self._files.items()
+        ]
         try:
-            for run, outcome in told:
+            for run, outcome, *_ in told:
                 if self.settings.save_stats is not None and run.peek() is not None:
                     file = stats_file(self.settings.save_stats, run.name)
-                    saved.write(_diagnosed(run, outcome), file, self._saved_verdict(run))
+                    saved.write(reports.diagnosed(run, outcome), file, self._saved_verdict(run))
                     self._saved.append(file)
             beside = [candidates.page(self._candidates())] if len(self.runs) > 1 else []
-            pages = [*beside, *(_page(run, outcome, self._decision(run)) for run, outcome in told)]
+            pages = [*beside, *map(reports.page, told)]
             for file in self.settings.reports:
-                saved.write_atomically(file, self._report(file.suffix, told, pages))
+                saved.write_atomically(file, reports.written(file.suffix, told, pages))
             self._no_room = append_step_summary(pages)
         except NullspaceError as error:
             self._problems.append(str(error))
@@ -285,21 +285,6 @@ class Gate:
             return told
         chosen = best(self._candidates())
         return {**told, "candidates": len(self.runs), "best": None if chosen is None else chosen.name}
-
-    def _report(self, suffix: str, told: Sequence[tuple[GatedRun, RunStats]], pages: Sequence[Page]) -> str:
-        """The report of every run in the form that a file's suffix names."""
-        if suffix == ".md":
-            return joined(pages)
-        held = [(run, outcome, run.expectations(outcome), self._decision(run)) for run, outcome in told]
-        if suffix == ".html":
-            return html.page(
-                [html.sheet(run.name, of, expected, said, changed(run, of)) for run, of, expected, said in held]
-            )
-        gated = [
-            machine.Gated(run.name, node_id(run.file, self._config.rootpath), of, expected, said)
-            for run, of, expected, said in held
-        ]
-        return machine.openmetrics(gated) if suffix == ".prom" else machine.sarif(gated, __version__)
 
     def _decision(self, run: GatedRun) -> Decision:
         return self.decisions[self._where(run)]
@@ -341,7 +326,10 @@ class Gate:
                         run.expectations(outcome).gates,
                     )
                     terminal.write_lines(terminalreporter, lines)
-                below = [*changed(run, outcome, every), *changes.diagnosis(run.diagnoses(outcome) if every else ())]
+                below = [
+                    *reports.changed(run, outcome, every),
+                    *changes.diagnosis(run.diagnoses(outcome) if every else ()),
+                ]
                 terminal.write_lines(terminalreporter, ((named(line, outcome), tier) for line, tier in below))
         if len(self.runs) > 1 and self.decisions:
             terminalreporter.section("nullspace: candidates")
@@ -360,41 +348,3 @@ class Gate:
             print(f"nullspace: NOT GATED: {problem}", file=sys.stderr)
         if self._folder is not None:
             self._folder.cleanup()
-
-
-def _page(run: GatedRun, outcome: RunStats, decision: Decision) -> Page:
-    """The Markdown report of one run."""
-    lines = [*changed(run, outcome), *changes.diagnosis(run.diagnoses(outcome))]
-    weighed, told = run.against.told(outcome).weights, [named(line, outcome) for line, _ in lines]
-    expectations = run.expectations(outcome)
-    if weighed is None:
-        page = markdown.page(outcome, expectations, told, decision)
-        return replace(page, head=named(page.head, outcome), more=named(page.more, outcome))
-    faults, of = partial(run.against.weight_faults, outcome), outcome.checkpoint_layers
-    return weights.page(outcome.model_path, weighed, faults, of, told, expectations.gates, decision)
-
-
-def _diagnosed(run: GatedRun, outcome: RunStats) -> RunStats:
-    """The outcome as it is saved, its causes named, and how many layers' tests came to a verdict."""
-    causes = [cause.to_dict() for cause in run.diagnoses(outcome)]
-    gated = sum(map(run.expectations(outcome).gates, run.gated))
-    return replace(outcome, about={**outcome.about, "diagnosis": causes, "gated_layers": gated})
-
-
-def changed(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[str, Tier | None]]:
-    """What a report says below the figures, in lines: the run against its start and an earlier one.
-
-    With ``every`` layer by layer where there is so much to say.
-    """
-    lines: list[tuple[str, Tier | None]] = []
-    audited, compared = run.against.told(outcome).audit, run.against.compared(outcome)
-    if audited is not None:
-        lines += changes.audit_lines(audited)
-    if run.against.start is not None and run.against.start_file is not None:
-        trained = run.expectations(outcome).stage is Stage.TRAINED
-        lines += changes.start_lines(run.against.start, run.against.start_file, outcome, trained, every)
-    if outcome.layers and (every or run.against.start is not None):  # what is unknown is not told unasked
-        lines.append(changes.held_out(outcome, run.against.start))
-    if compared is not None and run.against.earlier_file is not None:
-        lines += changes.comparison(compared, run.against.earlier_file, run.against.missing)
-    return [*lines, *changes.remedy(outcome)]

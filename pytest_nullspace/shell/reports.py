@@ -1,0 +1,87 @@
+"""What is written of the runs when all tests have run: what is saved, and the report in the form of each file."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+from pytest_nullspace import __version__
+from pytest_nullspace.judging.decision import Decision
+from pytest_nullspace.judging.invariants import Stage
+from pytest_nullspace.judging.verdicts import Tier
+from pytest_nullspace.report import changes, html, machine, markdown, weights
+from pytest_nullspace.report.page import Page, joined
+from pytest_nullspace.report.words import named
+from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.shell.runs import GatedRun
+
+
+class Told(NamedTuple):
+    """One run as reports tell of it.
+
+    Attributes:
+        run: What was gated.
+        outcome: What was measured of it, which may be nothing.
+        decision: The verdict on it.
+        file: The id of its file among pytest's nodes.
+    """
+
+    run: GatedRun
+    outcome: RunStats
+    decision: Decision
+    file: str
+
+
+def page(told: Told) -> Page:
+    """The Markdown report of one run."""
+    run, outcome, decision, _ = told
+    lines = [*changed(run, outcome), *changes.diagnosis(run.diagnoses(outcome))]
+    weighed, below = run.against.told(outcome).weights, [named(line, outcome) for line, _ in lines]
+    expectations = run.expectations(outcome)
+    if weighed is None:
+        whole = markdown.page(outcome, expectations, below, decision)
+        return replace(whole, head=named(whole.head, outcome), more=named(whole.more, outcome))
+    faults, of = partial(run.against.weight_faults, outcome), outcome.checkpoint_layers
+    return weights.page(outcome.model_path, weighed, faults, of, below, expectations.gates, decision)
+
+
+def written(suffix: str, told: Sequence[Told], pages: Sequence[Page]) -> str:
+    """The report of every run in the form that a file's suffix names."""
+    if suffix == ".md":
+        return joined(pages)
+    held = [(of, of.run.expectations(of.outcome)) for of in told]
+    if suffix == ".html":
+        return html.page(
+            [
+                html.sheet(of.run.name, of.outcome, expected, of.decision, changed(of.run, of.outcome))
+                for of, expected in held
+            ]
+        )
+    gated = [machine.Gated(of.run.name, of.file, of.outcome, expected, of.decision) for of, expected in held]
+    return machine.openmetrics(gated) if suffix == ".prom" else machine.sarif(gated, __version__)
+
+
+def diagnosed(run: GatedRun, outcome: RunStats) -> RunStats:
+    """The outcome as it is saved, its causes named, and how many layers' tests came to a verdict."""
+    causes = [cause.to_dict() for cause in run.diagnoses(outcome)]
+    gated = sum(map(run.expectations(outcome).gates, run.gated))
+    return replace(outcome, about={**outcome.about, "diagnosis": causes, "gated_layers": gated})
+
+
+def changed(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[str, Tier | None]]:
+    """What a report says below the figures, in lines: the run against its start and an earlier one.
+
+    With ``every`` layer by layer where there is so much to say.
+    """
+    lines: list[tuple[str, Tier | None]] = []
+    audited, compared = run.against.told(outcome).audit, run.against.compared(outcome)
+    if audited is not None:
+        lines += changes.audit_lines(audited)
+    if run.against.start is not None and run.against.start_file is not None:
+        trained = run.expectations(outcome).stage is Stage.TRAINED
+        lines += changes.start_lines(run.against.start, run.against.start_file, outcome, trained, every)
+    if outcome.layers and (every or run.against.start is not None):  # what is unknown is not told unasked
+        lines.append(changes.held_out(outcome, run.against.start))
+    if compared is not None and run.against.earlier_file is not None:
+        lines += changes.comparison(compared, run.against.earlier_file, run.against.missing)
+    return [*lines, *changes.remedy(outcome)]
