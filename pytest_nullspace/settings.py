@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pytest_nullspace.measuring.distributed import Ranks
 
 PREFIX = "--nullspace-"
+CARD = "README.md"
+"""What the hub calls a model's card, in its directory."""
 AUTO_MOST = 128
 """Windows that ``calib-size=auto`` draws at most, unless told otherwise."""
 
@@ -74,6 +76,7 @@ class Settings:
         spectrum: Whether the best that any subspace could do is reported.
         suggest: Whether the largest scale of the update is looked for whose predictions pass.
         strict_scope: Whether a trained tensor that no layer test covers is a failure.
+        card: Whether the result is written into each adapter's model card.
     """
 
     models: tuple[Path | str, ...]
@@ -96,6 +99,7 @@ class Settings:
     ranks: "Ranks"
     allow_unreached: tuple[str, ...] = ()
     strict_scope: bool = False
+    card: bool = False
     drift: bool | None = False
     spectrum: bool = False
     suggest: bool = False

@@ -172,8 +172,8 @@ def decide(
 
     if wrong:
         return called(Call.STOP, wrong)
-    if gaps := list(_gaps(run, expectations, asked, unmeasured)):
-        return called(Call.NOT_GATED, gaps)
+    if lacking := list(gaps(run, expectations, asked, unmeasured)):
+        return called(Call.NOT_GATED, lacking)
     doubts = [*_expected_to_fail(excused), *_found(verdicts, Tier.WARN, len(run.layers))]
     doubts += _doubts(run, expectations, verdicts)
     if doubts:
@@ -237,9 +237,7 @@ def _other(verdicts: Iterable[Verdict], failed: Mapping[str, str]) -> Iterator[R
         yield Reason(f"the test {names[0]}{more} failed: {message}", Tier.FAIL)
 
 
-def _gaps(
-    run: RunStats, expectations: Expectations, asked: Collection[str] | None, unmeasured: str
-) -> Iterator[Reason]:
+def gaps(run: RunStats, expectations: Expectations, asked: Collection[str] | None, unmeasured: str) -> Iterator[Reason]:
     """What was not measured or not judged, though it belongs to the adapter."""
     judged = expectations.judged
     if not run.layers or not any(layer.rows for layer in run.layers):

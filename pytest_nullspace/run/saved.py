@@ -289,8 +289,13 @@ def write(run: RunStats, file: Path, verdict: Mapping[str, Any] | None = None) -
     write_atomically(file, to_json(run, verdict))
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replace ``file`` by one that holds ``text``, at once or not at all.
+def write_atomically(file: Path, text: str, mode: int | None = None) -> None:
+    """Replace ``file`` by one that holds ``text``, line ends and all, at once or not at all.
+
+    Args:
+        file: What is replaced.
+        text: What it then holds.
+        mode: What it then permits; None for all to read it.
 
     Raises:
         StatsError: It cannot be written; the old file is untouched.
@@ -299,13 +304,19 @@ def write_atomically(file: Path, text: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         # The only text that is not UTF-8 is a path's; escaped so, it is what JSON means by it.
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", errors="backslashreplace", dir=file.parent, prefix=f".{file.name}.", delete=False
+            "w",
+            encoding="utf-8",
+            errors="backslashreplace",
+            newline="",
+            dir=file.parent,
+            prefix=f".{file.name}.",
+            delete=False,
         ) as new:
             try:
                 new.write(text)
                 new.flush()
                 os.fsync(new.fileno())
-                Path(new.name).chmod(0o644)
+                Path(new.name).chmod(0o644 if mode is None else mode)
                 Path(new.name).replace(file)
             except BaseException:
                 Path(new.name).unlink(missing_ok=True)

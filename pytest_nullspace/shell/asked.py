@@ -69,6 +69,7 @@ def settings_of(read: Mapping[str, Any], folder: Path) -> Settings:
         ranks=Ranks.of(os.environ),
         allow_unreached=read["allow-unreached"],
         strict_scope=read["strict-scope"],
+        card=read["card"],
         drift=read["suggest"] or read["drift"],
         spectrum=read["spectrum"],
         suggest=read["suggest"],
@@ -147,10 +148,28 @@ def _check_together(settings: Settings) -> None:
         )
     if settings.device_map is not None and settings.device != "auto":
         raise OptionError(f"{PREFIX}device-map: chooses the devices itself; leave {PREFIX}device out")
+    _check_card(settings)
     _check_weights_only(settings)
     _check_compare(settings)
     for option, template in (("save-stats", settings.save_stats), ("compare", settings.compare)):
         _check_apart(settings, option, template)
+
+
+def _check_card(settings: Settings) -> None:
+    """A card lies in the directory of a trained adapter that is gated whole."""
+    if not settings.card:
+        return
+    why = None
+    if not settings.models:
+        why = "a saved run has no card; give the model as well"
+    elif on_hub := next((model for model in settings.models if isinstance(model, str)), None):
+        why = f"{on_hub} lies on the hub; download it, and give its directory"
+    elif settings.stage != "trained":
+        why = "before training there is no result to tell; leave it out"
+    elif settings.weights_only:
+        why = f"{PREFIX}weights-only measures no activations, which is no result; leave one of the two out"
+    if why is not None:
+        raise OptionError(f"{PREFIX}card: {why}")
 
 
 def _check_weights_only(settings: Settings) -> None:

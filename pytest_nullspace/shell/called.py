@@ -24,7 +24,7 @@ from pytest_nullspace.shell.opening import check_inputs, open_runs
 from pytest_nullspace.shell.options import OPTIONS, Option
 from pytest_nullspace.shell.runs import GatedRun
 
-_NOT_HERE = ("model", "stats", "require", "report", "save-stats", "strict-scope", "weights-only")
+_NOT_HERE = ("model", "stats", "require", "report", "save-stats", "strict-scope", "weights-only", "card")
 """Options of a run of pytest that mean nothing here, or that `Report` stands for."""
 
 

@@ -22,7 +22,7 @@ from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import is_drift
 from pytest_nullspace.settings import Settings, stats_file
-from pytest_nullspace.shell import reports
+from pytest_nullspace.shell import cards, reports
 from pytest_nullspace.shell.asked import lists_only
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.shell.decided import decided
@@ -62,11 +62,13 @@ class Gate:
                 )
         if not hasattr(config, "workerinput"):  # what is wrong there was wrong before the workers were started
             check_outputs(config, settings, self.runs, [base for base in bases if base is not None])
+            for run in self.runs if settings.card else ():
+                cards.check(run)
             check_inputs(self.runs, settings, texts, look=lists_only(config))
             if config.getoption("dist", "no") != "no":  # each worker reads them itself
                 texts.clear()
         self._config = config
-        self._saved: list[Path] = []
+        self._saved: list[str] = []
         self._deselected: set[pytest.Item] = set()
         self._nodes: list[CheckpointFile] = []
         self._expected: list[str] = []
@@ -265,12 +267,15 @@ class Gate:
                 if self.settings.save_stats is not None and run.peek() is not None:
                     file = stats_file(self.settings.save_stats, run.name)
                     saved.write(reports.diagnosed(run, outcome), file, self._saved_verdict(run))
-                    self._saved.append(file)
+                    self._saved.append(f"statistics saved to {file}")
             beside = [candidates.page(self._candidates())] if len(self.runs) > 1 else []
             pages = [*beside, *map(reports.page, told)]
             for file in self.settings.reports:
                 saved.write_atomically(file, reports.written(file.suffix, told, pages))
             self._no_room = append_step_summary(pages)
+            for run in self.runs if self.settings.card else ():
+                if (said := cards.write(run, self._decision(run))) is not None:
+                    self._saved.append(f"card: {said}")
         except NullspaceError as error:
             self._problems.append(str(error))
 
@@ -339,8 +344,8 @@ class Gate:
             terminalreporter.write_line(f"nullspace: NOT GATED: {self._problems.pop(0)}", red=True, bold=True)
         if self._no_room is not None:
             terminalreporter.write_line(f"nullspace: {self._no_room}", yellow=True)
-        for file in self._saved:
-            terminalreporter.write_line(f"nullspace: statistics saved to {file}")
+        for said in self._saved:
+            terminalreporter.write_line(f"nullspace: {said}")
 
     def pytest_unconfigure(self) -> None:
         """Tell on stderr what no summary told (-p no:terminal); remove what the processes shared."""

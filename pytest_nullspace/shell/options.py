@@ -281,6 +281,16 @@ OPTIONS = (
         more="The page needs no network, and no script to be read.",
     ),
     Option(
+        "card",
+        "",
+        "Write the result into the model card of each adapter, the README.md in its directory.",
+        values.truth,
+        default=False,
+        switch=True,
+        more="Its entry in the card's `model-index` and a section between two marks are renewed by each whole run; all "
+        "else of the card stays byte for byte. A run that is NOT GATED writes nothing. See [the model card](card.md).",
+    ),
+    Option(
         "allow-unreached",
         "GLOB",
         "Let layers that match GLOB pass with a warning where no activation row reached them, as experts may.",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.errors import NullspaceError, OptionError, TextError
 from pytest_nullspace.report.page import Page, fitted
-from pytest_nullspace.settings import PREFIX, Settings, stats_file
+from pytest_nullspace.settings import CARD, PREFIX, Settings, stats_file
 from pytest_nullspace.text.sources import FileText, FolderText, parse_source
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ def _ours(settings: Settings, runs: Sequence["GatedRun"]) -> Iterator[_File]:
     if settings.save_stats is not None:
         yield from (_File(stats_file(settings.save_stats, run.name), f"{PREFIX}save-stats") for run in runs)
     yield from (_File(file, f"{PREFIX}report") for file in settings.reports)
+    if settings.card:
+        yield from (_File(run.path / CARD, f"{PREFIX}card") for run in runs if run.path.is_dir())
     if summary := os.environ.get(SUMMARY):
         yield _File(Path(summary), SUMMARY)
 
