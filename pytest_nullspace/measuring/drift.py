@@ -127,7 +127,13 @@ def _wait(device: torch.device) -> None:
 
 
 def compared(adapted: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
-    """Tokens predicted from, tokens scored, sums of base loss, adapted loss and divergence, and the window's spots."""
+    """Tokens predicted from, tokens scored, sums of base loss, adapted loss and divergence, and the window's spots.
+
+    Args:
+        adapted: Logits, shape ``(length, vocabulary)``, of one as large as the base's or larger.
+        before: The base's.
+        tokens: What both read, none of them unknown to the base.
+    """
     divergences = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     sums = torch.zeros(3, dtype=torch.float64, device=tokens.device)
     targets = torch.cat((tokens[1:], tokens.new_full((1,), -100)))  # nothing follows the last token
@@ -135,6 +141,7 @@ def compared(adapted: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
         rows = slice(first, first + CHUNK)
         # In float32 what is left of a small divergence once its parts cancel is rounding.
         q, p = (log_softmax(logits[rows].to(tokens.device).double(), dim=-1) for logits in (adapted, before))
+        q = q[:, : p.shape[-1]]  # to tokens that training added the base gives nothing, so they add nothing
         divergence = kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
         losses = [nll_loss(of, targets[rows], reduction="none") for of in (p, q)]
         sums += torch.stack([part.sum() for part in (*losses, divergence)])

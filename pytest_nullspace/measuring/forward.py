@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.errors import CheckpointError, NullspaceError
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.layers import is_encoder_decoder
 
@@ -59,20 +59,45 @@ def require_tokens_read(adapted: AdaptedModel, checkpoint: Checkpoint) -> None:
     others = [name for name in taken if name.startswith(_OTHER_INPUTS)]
     if main == "input_ids" and not others:
         return
-    wanted = others[0] if main == "input_ids" else main
-    told = (
-        f"{checkpoint.directory}: its base model, a {type(adapted.model).__name__}, reads {printable(wanted)} and does "
-        "not run on token ids alone; what it is adapted to cannot be measured on text"
-    )
+    reads = f"reads {printable(others[0] if main == 'input_ids' else main)} and "
     if "input_ids" not in taken:
-        raise CheckpointError(told)
+        raise CheckpointError(_not_on_text(adapted, checkpoint, reads))
     try:
         with torch.inference_mode():
             run(adapted.model, torch.zeros(1, 2, dtype=torch.long, device=adapted.device))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # each model complains in its own way that an input is missing
-        raise CheckpointError(told) from error
+        why = error if main == "input_ids" else None
+        raise CheckpointError(_not_on_text(adapted, checkpoint, reads, why)) from error
+
+
+@contextmanager
+def model_told(adapted: AdaptedModel, checkpoint: Checkpoint, tokens: Sequence[int]) -> Iterator[None]:
+    """Within this context say in one sentence what the model complains of, if it does not run on ``tokens`` by itself.
+
+    Raises:
+        CheckpointError: Something was raised, and the model alone raises as well.
+    """
+    try:
+        yield
+    except (NullspaceError, torch.OutOfMemoryError):
+        raise
+    except Exception:
+        try:
+            with torch.inference_mode():
+                run(adapted.model, torch.tensor([list(tokens)], device=adapted.device))
+        except Exception as error:
+            raise CheckpointError(_not_on_text(adapted, checkpoint, "", error)) from error
+        raise
+
+
+def _not_on_text(adapted: AdaptedModel, checkpoint: Checkpoint, reads: str, error: Exception | None = None) -> str:
+    why = "" if error is None else f" ({type(error).__name__}: {printable(error, 200)})"
+    return (
+        f"{checkpoint.directory}: its base model, a {type(adapted.model).__name__}, {reads}does not run on token ids "
+        f"alone{why}; what it is adapted to cannot be measured on text"
+    )
 
 
 class _PassedLastError(Exception):

@@ -59,6 +59,21 @@ def require_known_tokens(texts: Iterable[Sequence[Window]], model: Any, checkpoi
         )
 
 
+def require_known_to_base(texts: Iterable[Sequence[Window]], base: Any, checkpoint: Checkpoint) -> None:
+    """Refuse to hold predictions against a base that does not know all tokens, for training added some.
+
+    Raises:
+        CheckpointError: There is one that it has no embedding for.
+    """
+    largest = max(max(window.tokens) for windows in texts for window in windows)
+    known = vocabulary(base)
+    if known is not None and largest >= known:
+        raise CheckpointError(
+            f"{checkpoint.directory}: the text has the token {largest}, which training added, for the base knows only "
+            f"{known}; its predictions cannot be compared on that text: give another, or leave {PREFIX}drift out"
+        )
+
+
 def vocabulary(model: Any) -> int | None:
     """How many tokens the model knows, as its config says; None where that does not tell."""
     known = of_text(model.config, "vocab_size")

@@ -18,7 +18,13 @@ from pytest_nullspace.judging.weights import STATEMENT, weigh
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
 from pytest_nullspace.measuring.inputs import NOT_AT_HAND, Texts, is_base_read, read_texts, sources
-from pytest_nullspace.measuring.limits import default_length, require_known_tokens, vocabulary, window_length
+from pytest_nullspace.measuring.limits import (
+    default_length,
+    require_known_to_base,
+    require_known_tokens,
+    vocabulary,
+    window_length,
+)
 from pytest_nullspace.measuring.loading import (
     Bases,
     base_at_hand,
@@ -77,6 +83,7 @@ def measure_checkpoint(
     clock.on("text")
 
     # Only now torch, for what is wrong with the text need not wait for it.
+    from pytest_nullspace.measuring.forward import model_told
     from pytest_nullspace.model import import_libraries
     from pytest_nullspace.model.spread import places
 
@@ -88,12 +95,13 @@ def measure_checkpoint(
     seqlen = window_length(settings.seqlen, adapted.model)
     read = read.with_written(checkpoint, settings, loaded, seqlen)
     drawn = read.windows(settings, seqlen)
-    require_known_tokens(drawn.values(), adapted.model, checkpoint)
+    _require_known(drawn, loaded, checkpoint)
     clock.on("windows")
     load_seconds = sum(clock.seconds.values())
 
     run = Measurement(checkpoint, settings, adapted, drawn, seqlen, loaded.running, progress, loaded.held_against)
-    figures, batches, suggested = _passed(run, layers, clock)
+    with model_told(adapted, checkpoint, drawn[FIRST][0].tokens):
+        figures, batches, suggested = _passed(run, layers, clock)
     of_checkpoint = about.of_checkpoint(checkpoint)
     clock.on("hashes")
     require_unchanged(read.stamps)
@@ -118,6 +126,14 @@ def measure_checkpoint(
             "measured": about.of_machine(device_name(adapted.device), batches, load_seconds, clock),
         },
     )
+
+
+def _require_known(drawn: Mapping[str, Sequence[Window]], loaded: "_Loaded", checkpoint: Checkpoint) -> None:
+    """Refuse tokens that the model does not know, or the base that it is held against."""
+    require_known_tokens(drawn.values(), loaded.adapted.model, checkpoint)
+    if loaded.held_against is not None:
+        with loaded.held_against.base() as plain:
+            require_known_to_base(drawn.values(), plain, checkpoint)
 
 
 def _passed(

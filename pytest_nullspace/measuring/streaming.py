@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pytest_nullspace import kernels
 from pytest_nullspace.errors import MeasurementError
+from pytest_nullspace.measuring.bypassed import bypassed
 from pytest_nullspace.measuring.distinct import together
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
 from pytest_nullspace.measuring.drift import Predictions
@@ -109,17 +110,23 @@ def measure(
                 progress(part.stop, len(windows))
             if settled is not None and part.stop < len(windows) and settled(figures()):
                 break
-    return _with_rows(figures(), ranks, recorder)
+        lost = [layer for layer, of in zip(chosen, sums, strict=True) if not of[:, 0].any()]
+        with recorder.silent():
+            unused = bypassed(lost, forward, windows[0], adapted.device)
+    return _with_rows(figures(), ranks, recorder, unused)
 
 
-def _with_rows(layers: tuple[LayerStats, ...], ranks: Ranks, recorder: Recorder) -> tuple[LayerStats, ...]:
-    """The figures, with how many rows were distinct and how many had no place, over all processes."""
+def _with_rows(
+    layers: tuple[LayerStats, ...], ranks: Ranks, recorder: Recorder, unused: Collection[str]
+) -> tuple[LayerStats, ...]:
+    """The figures, with how many rows were distinct and how many had no place, and where none was wanted."""
     found = ranks.told("the distinct rows", (recorder.distinct(), recorder.unplaced))
     return tuple(
         replace(
             layer,
             distinct_rows=together([of[layer.name] for of, _ in found if layer.name in of], layer.in_features),
             unplaced=sum(of[layer.name] for _, of in found),
+            bypassed=1 if layer.name in unused else None,
         )
         for layer in layers
     )

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -104,12 +105,15 @@ def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Ch
         CheckpointError: It cannot be loaded.
     """
     kind = kind_of(adapter, base)
-    if adapter is not None and kind.fitted.vocabulary is not None:
+    of_adapter, kind = kind.fitted.vocabulary, replace(kind, fitted=replace(kind.fitted, vocabulary=None))
+    model: Any = load_base(kind, base, dtype).to(device).eval()
+    if adapter is not None and of_adapter is not None and of_adapter < model.get_input_embeddings().num_embeddings:
         raise CheckpointError(
-            f"{adapter.directory}: its vocabulary is not as large as that of the base {base}, so their predictions "
+            f"{adapter.directory}: its vocabulary is smaller than that of the base {base}, so their predictions "
             "cannot be compared; leave --nullspace-drift out"
         )
-    return load_base(kind, base, dtype).to(device).eval()
+    plain: nn.Module = model
+    return plain
 
 
 class _Untouched:
@@ -224,6 +228,13 @@ def _check_targets(
     modules = {name for name, _ in model.named_modules()}
     missing = sorted(saved - set(found))
     strange = [name for name in missing if name not in modules]
+    astray = [old for old, new in at.layers.items() if new in strange and old in modules]
+    if astray:
+        raise CheckpointError(
+            f"{checkpoint.directory}: {len(astray)} of its layers, such as {printable(astray[0])}, are in the base "
+            f"model {base}, but PEFT takes them for an older transformers' and looks for "
+            f"{printable(at.layers[astray[0]])}, so it would leave them out; take a newer peft"
+        )
     if strange and are_older(model, strange):
         raise CheckpointError(
             f"{checkpoint.directory}: {len(strange)} of its layers, such as {printable(strange[0])}, are not in the "

@@ -37,6 +37,7 @@ _KEYS = {
     "scale": "scale",
     "distinct_rows": "distinct_rows",
     "unplaced": "unplaced_windows",
+    "bypassed": "weight_used_alone",
     "out_features": "out_features",
     "mean_leakage": "leakage",
     "chance": "leakage_chance",
@@ -46,11 +47,11 @@ _MARGINS, _TASK, _SPECTRUM, _FURTHER = "margin_95", "task", "spectrum", "texts"
 SINK_ROWS, _WITHOUT_SINKS = "sink_rows", "without_sinks"
 BY_WINDOW = "by_window"
 
-_UNTOLD = ("down_rank", "distinct_rows", "unplaced", "scale")
+_UNTOLD = ("down_rank", "distinct_rows", "unplaced", "bypassed", "scale")
 """What older files do not tell."""
 _ABSENT_IN_REFERENCE: Mapping[str, int] = {"in_features": 0, "rank": 0, "out_features": 0}
 
-_COUNTS = ("rows", "in_features", "rank", "down_rank", "distinct_rows", "unplaced", "out_features")
+_COUNTS = ("rows", "in_features", "rank", "down_rank", "distinct_rows", "unplaced", "bypassed", "out_features")
 
 
 def _keys() -> dict[str, str]:

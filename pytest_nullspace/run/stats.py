@@ -28,6 +28,9 @@ ORTHONORMAL = 1e-3
 UNREACHED = "no activation row reached it"
 """The defect of a layer whose weights are sound and whose activations the text does not tell."""
 
+BYPASSED = "the model computes with its weight and never calls it, so this LoRA has no effect on any input"
+"""The defect of a layer to which no text brings a row, such as Mamba's ``dt_proj``."""
+
 UNPLACED = (
     "not every row that it read is a token of the text, and which ones are cannot be told, as where a model pads its "
     "windows; give a --nullspace-seqlen that it does not pad"
@@ -139,6 +142,7 @@ class LayerStats(_Ratios):
         distinct_rows: How many rows of its input were unlike each other, ``in_features`` where as many or more. None if
             never counted.
         unplaced: In how many windows it ran without its rows being counted, for nobody can tell which are tokens.
+        bypassed: 1 where no row came for the model computes with its weight itself; None where rows came, or may.
         margins: Half the width of each figure's confidence interval; empty if never estimated.
         task: The same layer on the task text, if that was measured too; what is here is then of the preserved text.
         spectrum: What the text would allow at best, if that was measured.
@@ -165,6 +169,7 @@ class LayerStats(_Ratios):
     down_rank: int | None = None
     distinct_rows: int | None = None
     unplaced: int = 0
+    bypassed: int | None = None
     margins: Mapping[str, float] = field(default_factory=dict)
     task: "LayerStats | None" = None
     spectrum: Spectrum | None = None
@@ -284,7 +289,7 @@ class LayerStats(_Ratios):
         if self.unplaced:
             return f"in {self.unplaced} windows {UNPLACED}"
         if not self.rows:
-            return UNREACHED
+            return BYPASSED if self.bypassed else UNREACHED
         if self.task is not None and self.task.defect is not None:
             return f"on the task text: {self.task.defect}"
         for name, of in self.further.items():

@@ -16,6 +16,8 @@ from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.model.spread import spread
+from pytest_nullspace.run.saved import from_json, to_json
+from pytest_nullspace.run.stats import BYPASSED, UNREACHED, RunStats
 from tests import tiny
 from tests.adapters import adapter, switch
 from tests.unit.model.test_peft import ARCHITECTURES, EXACT, WINDOWS, check_figures, figures, opened
@@ -112,18 +114,28 @@ def test_a_lora_null_model_gives_the_same_bits_under_the_hooks(protected: int | 
 
 
 def test_what_reads_a_bias_by_itself_finds_it_during_the_pass(tmp_path: Path) -> None:
-    """Mamba reads dt_proj's bias without its forward: the layers behind it have the figures of a plain forward."""
+    """Mamba reads dt_proj without its forward: that is told, and the layers behind have a plain forward's figures."""
     adapted = loaded("mamba, whose dt_proj.bias is read without its forward", tmp_path)
     inputs: dict[str, list[Tensor]] = {name: [] for name in adapted.layers}
     for name, layer in adapted.layers.items():
         layer.layer.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].double()))
     outputs(adapted)
     plain = {name: torch.cat(rows).flatten(0, -2) for name, rows in inputs.items() if rows}
-    for measured in measure(adapted, WINDOWS):
+    run = RunStats("ft", "c4", measure(adapted, WINDOWS), len(adapted.layers))
+    for measured in from_json(to_json(run), "f").layers:
         if measured.name.endswith("dt_proj"):
-            assert measured.defect == "no activation row reached it"
+            assert measured.defect == BYPASSED
         else:
             assert measured.input_norm == pytest.approx(float(plain[measured.name].norm(dim=1).mean()), rel=EXACT)
+
+
+def test_a_layer_that_a_text_does_not_reach_is_not_one_that_no_text_can(tmp_path: Path) -> None:
+    """Experts that few tokens leave out are told as unreached, though the model asks for the type of their weights."""
+    adapted = loaded("experts", tmp_path)
+    for layer in adapted.layers.values():
+        layer.layer.register_forward_pre_hook(lambda layer, _: layer.weight.dtype and None)
+    defects = {layer.defect for layer in measure(adapted, [WINDOWS[0][:4]])}
+    assert defects == {None, UNREACHED}
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])

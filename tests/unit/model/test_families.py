@@ -12,7 +12,7 @@ import transformers
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.judging.verdicts import Verdict
-from pytest_nullspace.measuring.forward import require_tokens_read
+from pytest_nullspace.measuring.forward import model_told, require_tokens_read
 from pytest_nullspace.measuring.loading import _writes_text
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import load_model
@@ -177,6 +177,37 @@ def test_a_model_that_does_not_run_on_text_is_refused_by_what_it_reads(make: Any
     checkpoint, adapted = opened(directory)
     with pytest.raises(CheckpointError, match=f"a {type(model).__name__}, reads {reads} and does not run on token ids"):
         require_tokens_read(adapted, checkpoint)
+
+
+def xmod(**changes: Any) -> Any:
+    return transformers.XmodForSequenceClassification(
+        transformers.XmodConfig(**{**SMALL, "intermediate_size": 48, "max_position_embeddings": 130}, **changes)
+    )
+
+
+def test_what_a_model_complains_of_is_told_and_what_we_do_is_not_hidden(tmp_path: Path) -> None:
+    """X-MOD wants a language by its config: one sentence of its own words, and an error of ours stays what it is."""
+    directory = adapter(tmp_path / "without", xmod(), "SEQ_CLS", r=4, target_modules=["query"])
+    checkpoint, adapted = opened(directory)
+    complaint = r"a XmodForSequenceClassification, does not run on token ids alone \(ValueError: Input language unknown"
+    with pytest.raises(CheckpointError, match=complaint), model_told(adapted, checkpoint, WINDOWS[0]):
+        measure(adapted, WINDOWS)
+    directory = adapter(tmp_path, xmod(default_language="en_XX"), "SEQ_CLS", r=4, target_modules=["query"])
+    checkpoint, adapted = opened(directory)
+    check_figures(adapted)
+    with pytest.raises(ZeroDivisionError), model_told(adapted, checkpoint, WINDOWS[0]):
+        raise ZeroDivisionError
+
+
+def test_a_model_without_a_table_of_tokens_is_measured(tmp_path: Path) -> None:
+    """CANINE hashes characters, and raises where it is asked for its embedding."""
+    torch.manual_seed(0)
+    config = transformers.CanineConfig(**SMALL, intermediate_size=48, max_position_embeddings=64, num_hash_buckets=64)
+    directory = adapter(
+        tmp_path, transformers.CanineForSequenceClassification(config), "SEQ_CLS", r=4, target_modules=["query"]
+    )
+    _, adapted = opened(directory)
+    check_figures(adapted)
 
 
 def test_a_part_that_text_does_not_reach_is_told_in_one_line() -> None:

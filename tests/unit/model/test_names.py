@@ -12,6 +12,8 @@ from torch import Tensor
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model import load_model
+from pytest_nullspace.model.names import Placed
+from pytest_nullspace.model.peft import _check_targets
 from pytest_nullspace.report.notes import outside
 from tests import tiny
 from tests.adapters import adapter, change
@@ -145,3 +147,16 @@ def test_an_expert_without_its_lora_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="PEFT cannot map its tensors"):
         load_model(directory)
     assert open_checkpoint(directory).layers
+
+
+def test_a_name_of_today_that_peft_maps_elsewhere_is_told_as_that(tmp_path: Path) -> None:
+    """Where PEFT's own table spoils a name that the base has, it is PEFT that is named, and no architecture."""
+    torch.manual_seed(0)
+    directory = adapter(tmp_path, llava(), r=4, target_modules=["o_proj"])
+    checkpoint, adapted = opened(directory)
+    adapted.take_off()
+    name = checkpoint.layers[0].name
+    found = {module: part for module, part in adapted.model.named_modules() if module.endswith("o_proj")}
+    at = Placed({name: f"{name}.again"}, frozenset())
+    with pytest.raises(CheckpointError, match=r"PEFT takes them for an older transformers' and looks for \S+again, so"):
+        _check_targets(checkpoint, tmp_path / "base", found, adapted.model, at)

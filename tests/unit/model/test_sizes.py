@@ -1,6 +1,7 @@
 """Heads with other labels and vocabularies that grew or shrank: the base is built as in training, and that is told."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import transformers
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.measuring.drift import drift
+from pytest_nullspace.measuring.limits import require_known_to_base
 from pytest_nullspace.model import load_model, load_plain
+from pytest_nullspace.text.windows import Window
 from tests import tiny
 from tests.adapters import adapter, change
 from tests.unit.model.test_peft import SMALL, WINDOWS, check_figures, opened
@@ -92,8 +96,19 @@ def test_the_adapters_embedding_says_how_large_the_vocabulary_is(
     (told,) = adapted.remarks
     assert told.startswith(f"the vocabulary of 128 was resized to {rows}, as the adapter's ")
     assert adapted.switched_off is None
-    with pytest.raises(CheckpointError, match="vocabulary is not as large as that of the base"):
-        load_plain(tmp_path / "base", torch.device("cpu"), torch.float32, checkpoint)
+    if rows < 128:
+        with pytest.raises(CheckpointError, match="vocabulary is smaller than that of the base"):
+            load_plain(tmp_path / "base", torch.device("cpu"), torch.float32, checkpoint)
+        return
+    plain = load_plain(tmp_path / "base", torch.device("cpu"), torch.float32, checkpoint)
+    found = drift(adapted.model, lambda: nullcontext(plain), WINDOWS, torch.device("cpu"))
+    with torch.inference_mode():
+        q, p = (of(torch.tensor(WINDOWS)).logits.double().log_softmax(-1) for of in (adapted.model, plain))
+    p = torch.nn.functional.pad(p, (0, rows - 128), value=-1e6)  # it gives nothing to what it does not know
+    assert found.divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-9)
+    require_known_to_base([[Window(0, (127,))]], plain, checkpoint)
+    with pytest.raises(CheckpointError, match="has the token 128, which training added, for the base knows only 128"):
+        require_known_to_base([[Window(0, (128,))]], plain, checkpoint)
 
 
 def test_a_head_that_was_not_saved_with_its_rows_is_an_error(tmp_path: Path) -> None:
