@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nullspace.judging.audit import Audit, LayerAudit, Moved
+from pytest_nullspace.run.predictions import Headroom
 from pytest_nullspace.run.saved import write
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats, Spectrum, TextDrift
 
@@ -78,7 +79,12 @@ def full() -> RunStats:
         "measured": {"at": "now", "host": "here", "device_name": "x86", "seconds": {"load": 1.0, "pass": 2.0}},
         "audit": audited.to_dict(),
     }
-    drift = Drift("the base", TextDrift(480, 2.0, 2.01, 0.01, 0.001, 0.002), TextDrift(480, 3.0, 1.0, 0.5, 0.01, 0.02))
+    drift = Drift(
+        "the base",
+        TextDrift(480, 2.0, 2.01, 0.01, 0.001, 0.002),
+        TextDrift(480, 3.0, 1.0, 0.5, 0.01, 0.02),
+        headroom=Headroom(120, 2.0, 1.5, 0.1),
+    )
     return RunStats("runs/ft", "text.txt", tuple(layers), len(layers), about, drift)
 
 

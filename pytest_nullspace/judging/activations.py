@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
 from pytest_nullspace.judging.evidence import Case, Diagnosis, in_how_many, names_of
+from pytest_nullspace.run.figures import FIGURES
+from pytest_nullspace.run.predictions import Headroom
 from pytest_nullspace.run.stats import LayerStats
 
 PRINCIPAL = 2.0
@@ -169,6 +171,12 @@ def underflow(case: Case) -> Iterator[Diagnosis]:
         )
 
 
+def _rising(case: Case) -> Headroom | None:
+    """What the task would gain from more of the update, where that is so much that it fails."""
+    headroom = None if case.run.drift is None else case.run.drift.headroom
+    return headroom if headroom is not None and headroom.ratio > FIGURES["headroom"].trained.fails else None
+
+
 def strength(case: Case) -> Iterator[Diagnosis]:
     """An update that is too small for anything, or so large that it talks over the base."""
     lost = set(names_of(_underflown(case)))
@@ -182,6 +190,16 @@ def strength(case: Case) -> Iterator[Diagnosis]:
             f"every layer moved, none by much: effectiveness {min(effects):.3g} to {max(effects):.3g}",
             "more steps or a higher learning rate; then a higher rank",
             "some layers at zero among others that learned would be dead layers",
+            names_of(live),
+        )
+    elif (headroom := _rising(case)) is not None:
+        yield Diagnosis(
+            "scale-wrong",
+            f"the task gain grows with the update: {headroom.gain:.3g} nats a token as it is, {headroom.doubled:.3g} "
+            "with twice of it",
+            "hold lora_alpha, alpha_pattern and use_rslora in adapter_config.json against those of training; where "
+            "they are the same, training ended early: more steps or a higher learning rate",
+            "the start tells a lost scale from little training (--nullspace-init)",
             names_of(live),
         )
     elif "leakage" not in case.left_out and _talks_over(case, live) and (not case.loud or _drowns_its_input(case)):

@@ -262,6 +262,8 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
         yield Reason(f"not measured: {', '.join(absent)}", Tier.WARN)
     if expectations.stage is Stage.TRAINED and not any(is_drift(verdict.subject) for verdict in verdicts):
         yield Reason("what it forgot was not judged (--nullspace-drift)", Tier.WARN)
+    elif expectations.stage is Stage.TRAINED and (run.drift is None or run.drift.task is None):
+        yield Reason("what it learned was not judged (--nullspace-task-dataset)", Tier.WARN)
     for verdict in verdicts:
         for finding in verdict.findings if is_drift(verdict.subject) else ():
             if finding.uncertain:
@@ -327,6 +329,7 @@ _PLAIN: Mapping[str, Callable[[float], str]] = {
     "loss-rise": lambda value: _likelier("preserved", -value),
     "divergence": lambda value: f"predictions moved by {value:.2g} nats a token",
     "task-gain": lambda value: _likelier("task", value),
+    "headroom": lambda value: f"twice the update would gain {times(value)} as much on the task",
     "leakage": lambda value: f"its space is {against_chance(value)}",
     "preservation": lambda value: f"{share(value)} of the preserved text's activations reach it",
     "effectiveness": lambda value: f"its update is {share(value)} of its input",
@@ -342,6 +345,7 @@ _WRONG: Mapping[str, str] = {
     "loss-rise": _FORGETS,
     "divergence": _FORGETS,
     "task-gain": _IDLE,
+    "headroom": "it is too weak",
     "leakage": _LOST,
     "preservation": _LOST,
     "effectiveness": _IDLE,

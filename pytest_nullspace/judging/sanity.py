@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import FIRST, key_of
 
@@ -52,7 +53,8 @@ def insane(run: RunStats) -> Iterator[str]:
         return
     read = list(_read(run))
     for of in read:
-        if not of.is_known:
+        # A task that is learned the better the more of the update acts is the right one, however little was learned.
+        if not of.is_known and not (of.name == "task" and _rises(run)):
             losses = [of.base, of.adapted] if of.name == "task" else [of.base]
             told = " nor ".join(f"{loss:.3g}" for loss in losses)
             missed = " and ".join(f"{words} ({bound:.3g})" for words, bound in of.bounds.items() if of.base >= bound)
@@ -67,6 +69,11 @@ def insane(run: RunStats) -> Iterator[str]:
             f"base and adapted model predict the very same, although the update is up to {max(shares):.0%} of a "
             "layer's output: the base was measured with its adapter on"
         )
+
+
+def _rises(run: RunStats) -> bool:
+    headroom = run.drift.headroom if run.drift is not None else None
+    return headroom is not None and headroom.ratio > FIGURES["headroom"].trained.passes
 
 
 def _read(run: RunStats) -> Iterator[_Read]:

@@ -81,6 +81,10 @@ class Predictions:
             self._spots[number] = 0  # another process tells of it, and what all tell is added
         ranks.add("the predictions", windows, read, self._by_window[own], self._spots[own])
 
+    def losses(self, windows: int) -> Tensor:
+        """Of each of the first ``windows``: tokens scored, and the sums of the base's and of the adapted loss."""
+        return self._by_window[:windows, 1:4]
+
     def of(self, windows: int) -> TextDrift:
         """Losses before and after, and the divergence, as means over the tokens of the first ``windows``."""
         return _means(self._by_window[:windows])

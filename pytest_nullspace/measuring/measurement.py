@@ -24,6 +24,7 @@ from pytest_nullspace.text.windows import Window
 if TYPE_CHECKING:
     from pytest_nullspace.measuring.drift import Base, Predictions
     from pytest_nullspace.model import AdaptedModel
+    from pytest_nullspace.run.predictions import Headroom
 
 CPU_TOKENS, GPU_TOKENS = 256, 16384
 """Tokens of the windows that share a forward. Below so many a CPU spends its time between the matrix products, beyond
@@ -215,6 +216,16 @@ class Measurement:
         found = {what: predictions.of(self.used[what]) for what, predictions in self.predictions.items()}
         further = {text.name: found[key] for text in self.settings.further if (key := key_of(text.name)) in found}
         return Drift(self.held_against.name, found[FIRST], found.get("task_text"), self.settings.text_name, further)
+
+    def headroom(self) -> "Headroom | None":
+        """What the task text would gain from more of the update; None where there is none, or nothing was trained."""
+        if "task_text" not in self.predictions or self.held_against is None or self.settings.stage != Stage.TRAINED:
+            return None
+        from pytest_nullspace.measuring.scaling import headroom
+
+        task, windows = self.predictions["task_text"], [window.tokens for window in self.read["task_text"]]
+        with shortage_told(lambda: f"{self._short} for the predictions at twice the update, in {self.running}"):
+            return headroom(self.checkpoint, self.adapted, task, windows, self.settings.ranks)
 
     def suggestion(self, figures: Figures) -> dict[str, Any]:
         """The largest scale of the update whose predictions pass, as a run tells it; nothing where they pass already.

@@ -41,6 +41,7 @@ from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement, wit
 from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory
 from pytest_nullspace.measuring.passages import passages
 from pytest_nullspace.measuring.written import Request, Written, base_sha256, had, require_base
+from pytest_nullspace.run.predictions import Headroom
 from pytest_nullspace.run.stats import WITHOUT_DRIFT, Drift, LayerStats, RunStats, TextDrift
 from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import PREFIX, Settings
@@ -101,21 +102,21 @@ def measure_checkpoint(
 
     run = Measurement(checkpoint, settings, adapted, drawn, seqlen, loaded.running, progress, loaded.held_against)
     with model_told(adapted, checkpoint, drawn[FIRST][0].tokens):
-        figures, batches, suggested = _passed(run, layers, clock)
+        passed = _passed(run, layers, clock)
     of_checkpoint = about.of_checkpoint(checkpoint)
     clock.on("hashes")
     require_unchanged(read.stamps)
     return RunStats(
         model_path=str(checkpoint.directory),
         calib_dataset=settings.calib_dataset,
-        layers=figures,
+        layers=passed.figures,
         checkpoint_layers=len(checkpoint.layers),
-        drift=read.with_passages(run),
+        drift=read.with_passages(run, passed.headroom),
         about={
             **of_checkpoint,
             **about.of_model(adapted.kind, adapted.remarks, adapted.since),
             **({WITHOUT_DRIFT: NOT_AT_HAND} if settings.drift is None and run.drift is None else {}),
-            **suggested,
+            **passed.suggested,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
             **about.of_texts(read.texts, run.read, seqlen, read.written, vocabulary(adapted.model), settings.preserved),
             "tokenizer": read.tokenizer.told(read.texts, run.read, seqlen),
@@ -123,7 +124,7 @@ def measure_checkpoint(
             "device": places(adapted),
             "dtype": loaded.precision,
             "libraries": about.of_libraries("torch", "transformers", "safetensors"),
-            "measured": about.of_machine(device_name(adapted.device), batches, load_seconds, clock),
+            "measured": about.of_machine(device_name(adapted.device), passed.batches, load_seconds, clock),
         },
     )
 
@@ -136,19 +137,29 @@ def _require_known(drawn: Mapping[str, Sequence[Window]], loaded: "_Loaded", che
             require_known_to_base(drawn.values(), plain, checkpoint)
 
 
-def _passed(
-    run: Measurement, layers: Collection[str], clock: Clock
-) -> tuple[tuple[LayerStats, ...], list[int], dict[str, Any]]:
-    """All that the model is there for, and off it goes: figures, batch sizes, and what is suggested."""
+class _Passed(NamedTuple):
+    """What the model gave: figures, batch sizes, what more of the update would gain, and what is suggested."""
+
+    figures: tuple[LayerStats, ...]
+    batches: list[int]
+    headroom: Headroom | None
+    suggested: dict[str, Any]
+
+
+def _passed(run: Measurement, layers: Collection[str], clock: Clock) -> _Passed:
+    """All that the model is there for, and off it goes."""
     figures, batches = run.figures(layers)
     if run.settings.spectrum:
         figures = run.with_spectrum(figures)
     clock.on("pass", drift=run.drift_seconds)
+    headroom = run.headroom()
+    if headroom is not None:
+        clock.on("headroom")
     suggested = run.suggestion(figures)
     run.adapted.take_off()
     if suggested:
         clock.on("suggestion")
-    return figures, batches, suggested
+    return _Passed(figures, batches, headroom, suggested)
 
 
 @dataclass(frozen=True)
@@ -195,8 +206,8 @@ class _Read:
         texts = {what: text.text if what in asked else self.texts[what] for what in sources(settings)}
         return replace(self, texts=texts, written=dict.fromkeys(asked, text))
 
-    def with_passages(self, run: Measurement) -> Drift | None:
-        """How far the predictions moved, with the passages of each text where they moved most."""
+    def with_passages(self, run: Measurement, headroom: Headroom | None) -> Drift | None:
+        """How far the predictions moved, and where most in each text, with what more of the update would gain."""
         drift = run.drift
         if drift is None:
             return None
@@ -207,7 +218,7 @@ class _Read:
             return replace(of, passages=passages(spots, windows, self.texts[what], self.tokenize, run.seqlen))
 
         further = {name: told(key_of(name), of) for name, of in drift.further.items()}
-        return replace(drift, preserved=told(FIRST, drift.preserved), further=further)
+        return replace(drift, preserved=told(FIRST, drift.preserved), further=further, headroom=headroom)
 
     def windows(self, settings: Settings, seqlen: int) -> dict[str, Sequence[Window]]:
         """The windows of each text that may be used: drawn from it, or the stretches in which the base wrote it."""

@@ -8,20 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.errors import printable
 from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.remedy import Remedy, guess, largest, passes
 from pytest_nullspace.measuring.distributed import Ranks
-from pytest_nullspace.measuring.drift import Base, Predictions, compared
+from pytest_nullspace.measuring.drift import CHUNK, Base, Predictions, compared
 from pytest_nullspace.measuring.forward import run
 from pytest_nullspace.model import AdaptedModel
 from pytest_nullspace.run.figures import Text
+from pytest_nullspace.run.predictions import Headroom
 from pytest_nullspace.run.stats import Drift, TextDrift
 from pytest_nullspace.run.texts import key_of
+from pytest_nullspace.run.uncertainty import jackknife
 
 Windows = Sequence[Sequence[int]]
+LEAST_WINDOWS = 4
+"""Of the task text on which more of the update is tried, where it has so many: fewer tell no margin."""
 NO_BASE = 1e-4
 """The divergence, in nats a token, from which on a model without its update is not its base; rounding makes less."""
 
@@ -85,6 +90,57 @@ class Scales:
         return [predictions.of(len(windows)) for predictions in kept]
 
 
+def headroom(
+    checkpoint: Checkpoint, adapted: AdaptedModel, task: Predictions, windows: Windows, ranks: Ranks
+) -> Headroom | None:
+    """What the task text would gain from twice the update, on a quarter of its windows.
+
+    Args:
+        checkpoint: Of which the model is.
+        adapted: The model.
+        task: Its predictions on the task text, as it is.
+        windows: Of the task text, which were all read.
+        ranks: The processes that share them.
+
+    Returns:
+        None where the update's scale is not that of what was learned alone, or nothing is gained there as it is.
+    """
+    if not windows or _not_by_scale(checkpoint) is not None:
+        return None
+    few = min(len(windows), max(LEAST_WINDOWS, math.ceil(len(windows) / 4)))
+    share, read = ranks.share(range(few)), []
+    doubled = torch.zeros(few, dtype=torch.float64)
+    with torch.inference_mode():
+        if checkpoint.carries_base and not _is_base_without(adapted, task, windows[0]):
+            return None
+        with scaled(adapted, 2.0):
+            for number in share:
+                tokens = torch.tensor([list(windows[number])], device=adapted.device)
+                logits = run(adapted.model, tokens).logits[0]
+                for first in range(0, tokens.shape[1] - 1, CHUNK):
+                    rows, targets = logits[:-1][first : first + CHUNK], tokens[0, 1:][first : first + CHUNK]
+                    loss = cross_entropy(rows.to(targets.device).double(), targets, reduction="sum")
+                    doubled[number] += loss.cpu()
+                read.append(number)
+    ranks.add("the predictions at twice the update", range(few), read, doubled)
+    scored, base, as_it_is = task.losses(few).T
+    gains, more = base - as_it_is, base - doubled
+    gain = float(gains.sum())
+    if not 0 < gain < math.inf or not math.isfinite(float(more.sum())):
+        return None
+    without = [float((more.sum() - more[left]) / (gain - gains[left])) for left in range(few)] if few > 1 else []
+    count = int(scored.sum())
+    return Headroom(count, gain / count, float(more.sum()) / count, jackknife(without))
+
+
+def _is_base_without(adapted: AdaptedModel, task: Predictions, window: Sequence[int]) -> bool:
+    """Whether the model without its update is its base: what a start put into A and B is none of what was learned."""
+    tokens = torch.tensor([list(window)], device=adapted.device)
+    with scaled(adapted, 0.0):
+        rows, _, _, _, divergence, *_ = task.compared(run(adapted.model, tokens).logits, tokens)[0].tolist()
+    return bool(divergence / rows < NO_BASE)
+
+
 def remedy(checkpoint: Checkpoint, drift: Drift, expectations: Expectations, scales: Scales) -> Remedy | None:
     """The largest scale of the update that passes every bound on the preserved text; None where it passes as it is.
 
@@ -105,7 +161,7 @@ def remedy(checkpoint: Checkpoint, drift: Drift, expectations: Expectations, sca
 
     def moved(at: Mapping[str, TextDrift]) -> Drift:
         further = {name: at[key_of(name)] for name in drift.further}
-        return replace(drift, preserved=at["preserved"], further=further, task=at.get("task"))
+        return replace(drift, preserved=at["preserved"], further=further, task=at.get("task"), headroom=None)
 
     def on_preserved(asked: Sequence[float]) -> list[Drift]:
         return [moved(at) for at in scales.at(asked, kept)]

@@ -302,6 +302,25 @@ FIGURES: dict[str, Figure] = {
                 ("the task was learned", "the task was hardly learned", "the task was not learned"),
             ),
         ),
+        Figure(
+            name="headroom",
+            symbol="gain at 2x / gain",
+            formula="the task gain with twice the update, over the task gain, on a quarter of the task text",
+            meaning="Whether the task asks for more of it: near 2 where its scale was lost or training ended early.",
+            text=Text.TASK,
+            of_predictions=True,
+            needs_task=True,
+            trained=Bounds(
+                1.5,
+                1.8,
+                True,
+                (
+                    "the task gains little from more of the update",
+                    "the task would gain noticeably from more of the update",
+                    "the task gains with the update as it grows: its scale was lost, or training ended early",
+                ),
+            ),
+        ),
     )
 }
 """By name, in the order of reports; those of layers first."""

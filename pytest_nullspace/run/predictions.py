@@ -1,5 +1,6 @@
 """What the adapter made of the base model's predictions: on which text how far, and where most. Pure data."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -65,6 +66,28 @@ class TextDrift:
 
 
 @dataclass(frozen=True, slots=True)
+class Headroom:
+    """What the task text would gain from twice the update, on some of its windows.
+
+    Attributes:
+        tokens: How many predictions were scored.
+        gain: By how much the update lowers the loss there, in nats a token.
+        doubled: By how much twice the update would.
+        margin: How far the quotient of the two may lie from what more text would give.
+    """
+
+    tokens: int
+    gain: float
+    doubled: float
+    margin: float
+
+    @property
+    def ratio(self) -> float:
+        """What twice the update gains over what it gains: near 2 where the loss falls on and on with its scale."""
+        return self.doubled / self.gain if self.gain else math.nan
+
+
+@dataclass(frozen=True, slots=True)
 class Drift:
     """How far the adapted model's predictions lie from the base model's.
 
@@ -74,6 +97,8 @@ class Drift:
         task: On the task text, if there was one.
         name: How the preserved text is called, if it has a name.
         further: On each further preserved text, by its name.
+        headroom: What the task text would gain from more of the update; None where it gains nothing from it, or where
+            its scale is not that of what was learned alone.
     """
 
     base: str
@@ -81,6 +106,7 @@ class Drift:
     task: TextDrift | None = None
     name: str = ""
     further: Mapping[str, TextDrift] = field(default_factory=dict)
+    headroom: Headroom | None = None
 
     @property
     def texts(self) -> Mapping[str, TextDrift]:
@@ -101,4 +127,6 @@ class Drift:
         }
         if self.task is not None and name == self.name:
             found["task-gain"] = -self.task.loss_change, self.task.loss_margin
+            if self.headroom is not None:
+                found["headroom"] = self.headroom.ratio, self.headroom.margin
         return found

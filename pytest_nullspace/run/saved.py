@@ -25,12 +25,12 @@ from pytest_nullspace.run.entries import (
     plain,
     what_is_told,
 )
-from pytest_nullspace.run.predictions import Passage
+from pytest_nullspace.run.predictions import Headroom, Passage
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats, TextDrift
 from pytest_nullspace.run.texts import is_name
 from pytest_nullspace.run.windows import OF_PREDICTIONS, ByWindow
 
-_DRIFT = "drift"
+_DRIFT, _HEADROOM = "drift", "headroom"
 _VERDICT = "verdict"
 _PASSAGES = "passages"
 _ROUNDED = 1e-6
@@ -171,6 +171,8 @@ def _plain_drift(drift: Drift) -> dict[str, Any]:
     texts = {"preserved": drift.preserved, "task": drift.task}
     told: dict[str, Any] = {"base": drift.base}
     told |= {name: _plain_text_drift(text) for name, text in texts.items() if text is not None}
+    if drift.headroom is not None:
+        told[_HEADROOM] = {name: plain(value) for name, value in asdict(drift.headroom).items()}
     if drift.name:
         told["name"] = drift.name
     if drift.further:
@@ -198,7 +200,16 @@ def _drift(told: object, where: str) -> Drift:
         _text_drift(told["task"], f"{where}: task") if "task" in told else None,
         name,
         {text: _text_drift(of, f"{where}: texts: {text}") for text, of in further.items()},
+        _headroom(told[_HEADROOM], f"{where}: {_HEADROOM}") if _HEADROOM in told else None,
     )
+
+
+def _headroom(told: object, where: str) -> Headroom:
+    if not isinstance(told, dict) or not is_count(told.get("tokens")):
+        raise StatsError(f"{where}: tokens must be a whole number from 0; {AGAIN}")
+    margin = told.get("margin")
+    gain, doubled = (number(told.get(name), f"{where}: {name}", signed=True) for name in ("gain", "doubled"))
+    return Headroom(told["tokens"], gain, doubled, math.inf if margin is None else number(margin, f"{where}: margin"))
 
 
 def _text_drift(told: object, where: str) -> TextDrift:

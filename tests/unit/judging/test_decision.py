@@ -9,6 +9,7 @@ import pytest
 from pytest_nullspace.judging.decision import DECIDING, Call, Decision, decide, not_gated, plain
 from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage
 from pytest_nullspace.run.figures import FIGURES
+from pytest_nullspace.run.predictions import Headroom
 from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
 from pytest_nullspace.run.texts import DRIFT
 from tests import saved
@@ -62,6 +63,8 @@ def test_what_was_not_measured_or_not_judged_is_never_safe() -> None:
     """No predictions is a reason to look; a layer or a test that is lacking leaves the adapter ungated, by its name."""
     assert verdict(saved.run()).call is Call.LOOK
     assert "--nullspace-drift" in verdict(saved.run()).sentence
+    untold = verdict(good(dataclasses.replace(drift(), task=None)))
+    assert (untold.call, untold.sentence) == (Call.LOOK, "what it learned was not judged (--nullspace-task-dataset)")
     part = verdict(dataclasses.replace(good(), checkpoint_layers=10))
     assert (part.call, part.sentence) == (Call.NOT_GATED, "only 9 of 10 layers were measured")
     one = verdict(good(), judged={*ALL} - {saved.NAMES[4]}, asked=ALL)
@@ -107,6 +110,14 @@ def test_a_warning_and_predictions_near_a_bound_are_to_be_looked_at() -> None:
     assert near.sentence.endswith("0.05 nats a token, but more text might change that")
     loud = verdict(good(mean_leakage=0.04))
     assert loud.sentence == "1 of 9 layers lie between the bounds of leakage"
+
+
+def test_an_update_that_is_too_weak_is_told_by_what_twice_of_it_would_gain() -> None:
+    """A task gain that grows with the update is a failure, one that does not is among what is good."""
+    lost = verdict(good(dataclasses.replace(drift(), headroom=Headroom(144, 0.2, 0.44, 0.01))))
+    assert lost.call is Call.STOP
+    assert lost.sentence == "it is too weak: twice the update would gain 2.2 x as much on the task"
+    assert verdict(good(dataclasses.replace(drift(), headroom=Headroom(144, 0.2, 0.1, 0.01)))).call is Call.SAFE
 
 
 def test_defects_and_faults_are_told_once_with_their_number() -> None:

@@ -13,6 +13,7 @@ from pytest_nullspace.judging.baseline import compare
 from pytest_nullspace.judging.diagnosis import diagnose
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import Expectations, Stage, passes
+from pytest_nullspace.run.predictions import Headroom
 from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
 from tests import saved
 
@@ -67,6 +68,23 @@ def test_with_a_task_text_it_is_the_text_on_which_an_update_may_be_too_weak() ->
             found = diagnose(dataclasses.replace(quiet, layers=layers))
             assert [cause.cause for cause in found] == causes, (unseen, seen)
             assert all("effectiveness 1.25e-10 to" in cause.evidence for cause in found if seen)
+
+
+def test_a_gain_that_grows_with_the_update_is_a_lost_scale_or_little_training() -> None:
+    """Near twice the gain from twice the update names the scale, unless the start has named it already."""
+    task = TextDrift(480, 3.0, 2.9, 0.5, 0.01, 0.02)
+    drift = Drift(
+        "the base", TextDrift(480, 2.0, 2.0, 0.001, 0.001, 0.001), task, headroom=Headroom(144, 0.1, 0.22, 0.01)
+    )
+    weak = dataclasses.replace(run(), drift=drift)
+    (cause,) = diagnose(weak)
+    assert cause.cause == "scale-wrong"
+    assert cause.evidence == "the task gain grows with the update: 0.1 nats a token as it is, 0.22 with twice of it"
+    sated = dataclasses.replace(drift, headroom=Headroom(144, 0.1, 0.12, 0.01))
+    assert not diagnose(dataclasses.replace(weak, drift=sated))
+    told: dict[str, Any] = {"scale": "alpha 1 / rank 4 = 0.25", "initial_scale": "alpha 8 / rank 4 = 2"}
+    (cause,) = diagnose(weak, audited(NAMES, **told))
+    assert cause.evidence.startswith("the scale is not the one of the start")
 
 
 def test_a_scale_of_zero_has_its_own_name() -> None:

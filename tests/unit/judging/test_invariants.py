@@ -197,7 +197,7 @@ def test_globs_tell_upper_from_lower_case() -> None:
             0.2,
             "no figure 'speed' is judged at stage trained; there are "
             "preservation, effectiveness, contribution, leakage, forgetting, selectivity, divergence, loss-rise, "
-            "task-gain",
+            "task-gain, headroom",
         ),
     ],
 )

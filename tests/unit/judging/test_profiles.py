@@ -157,7 +157,7 @@ def test_what_decides_about_forgetting_is_what_predicts_it() -> None:
     for figure in KEPT:
         assert min(partial[JUDGED_AS[figure]]) >= PREDICTS, figure
     assert min(partial["true update, preserved"]) >= PREDICTS
-    promise, learned = {"preservation", "leakage"}, {"effectiveness", "contribution", "task-gain"}
+    promise, learned = {"preservation", "leakage"}, {"effectiveness", "contribution", "task-gain", "headroom"}
     for profile in (Profile.NULLSPACE, Profile.LORA):
         judged = {t.figure for test in ("l", MODEL, DRIFT) for t in held(profile).thresholds(test)}
         assert judged - KEPT - STAND_IN - promise - learned == set()

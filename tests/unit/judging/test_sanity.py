@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pytest_nullspace.judging.sanity import ENOUGH, insane
+from pytest_nullspace.run.predictions import Headroom
 from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
 from tests import saved
 
@@ -24,6 +25,15 @@ def run(preserved: TextDrift, task: TextDrift | None = None, **about: Any) -> Ru
 
 
 SANE = drifted(2.0, 2.1)
+
+
+@pytest.mark.parametrize(("gain", "said"), [(2.2, 0), (1.0, 1)], ids=["rises", "does not"])
+def test_a_task_that_is_learned_with_every_bit_of_the_update_is_the_right_one(gain: float, said: int) -> None:
+    """Where twice the update would gain twice as much, what is too little learned is the update's, not the text's."""
+    of = run(SANE, drifted(9.0, 8.9))
+    assert of.drift is not None
+    told = dataclasses.replace(of, drift=dataclasses.replace(of.drift, headroom=Headroom(144, 0.1, 0.1 * gain, 0.01)))
+    assert len(list(insane(told))) == said
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.judging.invariants import Expectations, Override
 from pytest_nullspace.judging.remedy import Remedy, passes
 from pytest_nullspace.measuring.distributed import ALONE
-from pytest_nullspace.measuring.drift import drift
-from pytest_nullspace.measuring.scaling import Scales, remedy, scaled
+from pytest_nullspace.measuring.drift import Predictions, drift
+from pytest_nullspace.measuring.scaling import Scales, headroom, remedy, scaled
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.run.figures import Text
 from pytest_nullspace.run.stats import Drift, TextDrift
@@ -211,3 +211,49 @@ def test_one_window_tells_no_margin(base: Path, tmp_path: Path) -> None:
     found = remedy(open_checkpoint(directory), Drift("the base", whole["preserved"]), strict, scales)
     assert found is not None
     assert found.said == "one window tells no margin; give more by --nullspace-calib-size"
+
+
+def predicted(adapted: AdaptedModel) -> Predictions:
+    """Those of every window, beside those of the model with its adapter switched off."""
+    assert adapted.switched_off is not None
+    found = Predictions(adapted.switched_off, len(WINDOWS), CPU)
+    with torch.inference_mode():
+        for number, window in enumerate(WINDOWS):
+            tokens = torch.tensor([window])
+            found.add(number, found.compared(adapted.model(input_ids=tokens).logits, tokens))
+    return found
+
+
+@pytest.fixture
+def gaining(base: Path, tmp_path: Path) -> Path:
+    """An adapter that gains on the windows; nobody trained it, so it may have to be turned round."""
+    directory = adapter(tmp_path, tiny.llama())
+    if predicted(loaded(directory, base)).of(4).loss_change > 0:
+        change(directory, louder(-1.0))
+    return directory
+
+
+def test_headroom_is_what_two_adapters_gain(gaining: Path, base: Path) -> None:
+    """It is the quotient of the gains of two adapters, of which one has twice the factor, on the first windows."""
+    few, once = 4, loaded(gaining, base)
+    found = headroom(open_checkpoint(gaining), once, predicted(once), WINDOWS, ALONE)
+    gain = -predicted(once).of(few).loss_change
+    change(gaining, louder(2.0))
+    doubled = -predicted(loaded(gaining, base)).of(few).loss_change
+    assert found is not None
+    assert found.gain == pytest.approx(gain, rel=1e-6)
+    assert found.doubled == pytest.approx(doubled, rel=1e-6)
+    assert found.ratio == pytest.approx(doubled / gain, rel=1e-6)
+    assert found.tokens == few * (len(WINDOWS[0]) - 1)
+    assert 0 < found.margin < 10
+
+
+def test_no_headroom_where_the_scale_is_not_of_what_was_learned(gaining: Path, base: Path) -> None:
+    """A start that holds a part of W tells none, and neither does an adapter that gains nothing."""
+    once = loaded(gaining, base)
+    whole = dataclasses.replace(open_checkpoint(gaining), changed_base="its start took a part of W")
+    assert headroom(whole, once, predicted(once), WINDOWS, ALONE) is None
+    with scaled(once, 0.0):
+        nothing = predicted(once)
+    assert nothing.of(4).loss_change == 0
+    assert headroom(open_checkpoint(gaining), once, nothing, WINDOWS, ALONE) is None

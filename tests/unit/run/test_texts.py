@@ -131,7 +131,7 @@ def test_the_task_is_judged_with_the_first_text_alone() -> None:
     """Its gain is no figure of the others."""
     drift = run().drift
     assert drift is not None
-    assert list(drift.figures) == ["divergence", "loss-rise", "task-gain"]
+    assert list(drift.figures) == ["divergence", "loss-rise", "task-gain", "headroom"]
     assert list(drift.figures_on("code")) == ["divergence", "loss-rise"]
     assert isinstance(drift, Drift)
 
