@@ -90,10 +90,13 @@ class Gate:
         """Say what is gated, before anything is loaded."""
         size = self.settings.ranks.size
         together = [f"nullspace: {size} processes, each reads its share of the windows"] if size > 1 else []
-        here = f"{self._config.invocation_params.dir}{os.sep}"  # paths are told as one types them
-        lines = [*(line.replace(here, "") for run in self.runs for line in run.header()), *together]
+        lines = [*(self._as_typed(line) for run in self.runs for line in run.header()), *together]
         width = terminal.columns(self._config.get_terminal_writer())
         return [part for line in lines for part in wrapped(line, width)]
+
+    def _as_typed(self, line: str) -> str:
+        """A line with paths as one types them."""
+        return line.replace(f"{self._config.invocation_params.dir}{os.sep}", "")
 
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
         """Answer for a checkpoint's file that was named on the command line, as an id copied from a report is."""
@@ -275,7 +278,7 @@ class Gate:
             self._no_room = append_step_summary(pages)
             for run in self.runs if self.settings.card else ():
                 if (said := cards.write(run, self._decision(run))) is not None:
-                    self._saved.append(f"card: {said}")
+                    self._saved.append(self._as_typed(f"card: {said}"))
         except NullspaceError as error:
             self._problems.append(str(error))
 

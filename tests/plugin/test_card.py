@@ -37,7 +37,7 @@ def test_a_whole_run_writes_a_card_and_the_second_changes_no_byte(adapter: Path,
     """Where there is no card one is made, with what the gate found; a second run, on two workers, leaves it alone."""
     first = gated(pytester)
     assert first.ret == 0, first.outlines
-    first.stdout.fnmatch_lines(["nullspace: card: the result stands in *ft/README.md"])
+    first.stdout.fnmatch_lines(["nullspace: card: the result stands in ft/README.md"])
     written = (adapter / "README.md").read_bytes()
     card = ModelCard(written.decode())
     assert card.data.get("library_name") == "peft"
@@ -84,7 +84,7 @@ def test_a_run_in_part_writes_nothing_and_says_so(
     """What was left out, or was not measured, leaves the card as it was, red or not."""
     (adapter / "README.md").write_text(OWN, "utf-8")
     result = gated(pytester, *arguments)
-    result.stdout.fnmatch_lines(["nullspace: card: *ft/README.md is left as it was: *only * of *"])
+    result.stdout.fnmatch_lines(["nullspace: card: ft/README.md is left as it was: *only * of *"])
     assert (adapter / "README.md").read_text("utf-8") == OWN
 
 
