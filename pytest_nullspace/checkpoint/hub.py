@@ -77,6 +77,18 @@ def _local(name: str) -> Path | None:
         return None
 
 
+def at_hand(name: str, revision: str | None) -> Path | None:
+    """The directory of that path, or what the hub's own cache holds of that id; nothing is asked of the hub."""
+    local = local_directory(name)
+    if local is not None or not _HUB_ID.fullmatch(name):
+        return local
+    from huggingface_hub import try_to_load_from_cache
+
+    identity, _, said = name.partition("@")
+    held = try_to_load_from_cache(identity, "config.json", revision=said or revision)
+    return Path(held).parent if isinstance(held, str) else None
+
+
 def downloaded(name: str, revision: str | None, how: str) -> Path:
     """The directory in the hub's own cache that holds ``name``, downloaded if it is not there; see `base_path`."""
     if not _HUB_ID.fullmatch(name) or name in (".", ".."):

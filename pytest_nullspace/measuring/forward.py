@@ -41,7 +41,7 @@ def forwards(
             return run(adapted.model, batch)
 
     with ExitStack() as ends:
-        ends.enter_context(torch.inference_mode())
+        ends.enter_context(adapted.without_grad())
         if not whole:
             decoder = _decoder(adapted.model, layers)
             ends.enter_context(_stopping_after(decoder))
@@ -63,7 +63,7 @@ def require_tokens_read(adapted: AdaptedModel, checkpoint: Checkpoint) -> None:
     if "input_ids" not in taken:
         raise CheckpointError(_not_on_text(adapted, checkpoint, reads))
     try:
-        with torch.inference_mode():
+        with adapted.without_grad():
             run(adapted.model, torch.zeros(1, 2, dtype=torch.long, device=adapted.device))
     except torch.OutOfMemoryError:
         raise
@@ -85,7 +85,7 @@ def model_told(adapted: AdaptedModel, checkpoint: Checkpoint, tokens: Sequence[i
         raise
     except Exception:
         try:
-            with torch.inference_mode():
+            with adapted.without_grad():
                 run(adapted.model, torch.tensor([list(tokens)], device=adapted.device))
         except Exception as error:
             raise CheckpointError(_not_on_text(adapted, checkpoint, "", error)) from error

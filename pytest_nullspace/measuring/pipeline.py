@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import Stamps, TensorInfo, read_tensors, require_unchanged, stamps
 from pytest_nullspace.checkpoint.hub import base_of
-from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.errors import CheckpointError, OptionError
 from pytest_nullspace.judging.audit import Audit, audit
 from pytest_nullspace.judging.weights import STATEMENT, weigh
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
+from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.inputs import NOT_AT_HAND, Texts, is_base_read, read_texts, sources
 from pytest_nullspace.measuring.limits import (
     default_length,
@@ -46,7 +47,7 @@ from pytest_nullspace.run.stats import WITHOUT_DRIFT, Drift, LayerStats, RunStat
 from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.choice import TokenizerChoice
-from pytest_nullspace.text.sources import SelfText
+from pytest_nullspace.text.sources import OPTION, SELF, SelfText
 from pytest_nullspace.text.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_hashes
 from pytest_nullspace.text.windows import Window, draw_windows, windows_at
 
@@ -62,6 +63,7 @@ def measure_checkpoint(
     bases: Bases | None = None,
     initial: Checkpoint | None = None,
     texts: Texts | None = None,
+    live: InMemory | None = None,
 ) -> RunStats:
     """Read the text, load the model, and measure ``layers`` in one pass.
 
@@ -73,14 +75,16 @@ def measure_checkpoint(
         bases: Keeps the base model of an adapter for the next adapter of the same base.
         initial: The checkpoint from which training started, if it is known.
         texts: The texts, where they were read before.
+        live: The checkpoint's model, where it is in memory.
 
     Raises:
         NullspaceError: Any of it is not possible.
     """
-    free_earlier_models()
-    keep_freed_memory()
+    if live is None:  # else the process is somebody else's, amid training
+        free_earlier_models()
+        keep_freed_memory()
     clock = Clock()
-    read = _Read.of(checkpoint, settings, initial, texts)
+    read = _Read.of(checkpoint, settings, initial, texts, live)
     clock.on("text")
 
     # Only now torch, for what is wrong with the text need not wait for it.
@@ -90,7 +94,7 @@ def measure_checkpoint(
 
     import_libraries(checkpoint)
     clock.on("imports")
-    loaded = _loaded(checkpoint, settings, read.base, bases, initial)
+    loaded = _loaded(checkpoint, settings, read.base, bases, initial, live)
     adapted = loaded.adapted
     clock.on("model")
     seqlen = window_length(settings.seqlen, adapted.model)
@@ -183,14 +187,24 @@ class _Read:
     written: Mapping[str, Written] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None, texts: Texts | None) -> "_Read":
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        initial: Checkpoint | None,
+        texts: Texts | None,
+        live: InMemory | None,
+    ) -> "_Read":
         """Find the base, and read the texts unless they were."""
-        base = base_of(checkpoint, settings.base) if is_base_read(checkpoint, settings, initial) else None
+        if live is not None:
+            base = live.base
+        else:
+            base = base_of(checkpoint, settings.base) if is_base_read(checkpoint, settings, initial) else None
         require_unchanged(checkpoint.stamps)
         held = checkpoint.stamps | (stamps(base) if base is not None else frozenset())
         if settings.drift and initial is not None:
             held |= initial.stamps
-        tokenizer = TokenizerChoice.of(checkpoint.directory, base)
+        tokenizer = TokenizerChoice.of(checkpoint.directory, base) if live is None else live.tokenizer
         return cls(base, held, texts or read_texts(settings), tokenizer, load_tokenizer(tokenizer.used))
 
     def with_written(self, checkpoint: Checkpoint, settings: Settings, loaded: "_Loaded", seqlen: int) -> "_Read":
@@ -247,14 +261,19 @@ class _Loaded(NamedTuple):
 
 
 def _loaded(
-    checkpoint: Checkpoint, settings: Settings, base: Path | None, bases: Bases | None, initial: Checkpoint | None
+    checkpoint: Checkpoint,
+    settings: Settings,
+    base: Path | None,
+    bases: Bases | None,
+    initial: Checkpoint | None,
+    live: InMemory | None,
 ) -> _Loaded:
-    """Load the model, and what its predictions are held against."""
+    """Load the model unless it is there, and what its predictions are held against."""
     from pytest_nullspace.measuring.forward import require_tokens_read
     from pytest_nullspace.measuring.moved import with_start
 
-    device = device_of(settings)
-    dtype = dtype_of(settings.dtype, checkpoint, device, base)
+    device = device_of(settings) if live is None else live.adapted.device
+    dtype: Any = dtype_of(settings.dtype, checkpoint, device, base) if live is None else live.adapted.model.dtype
     precision = str(dtype).removeprefix("torch.")
     running = f"{precision} on {device}"
     with shortage_told(
@@ -263,7 +282,7 @@ def _loaded(
             + one_of(*half_precision(running, "lower it by"), "take a machine with more")
         )
     ):
-        adapted = load(checkpoint, settings, device, dtype, base, bases)
+        adapted = load(checkpoint, settings, device, dtype, base, bases) if live is None else live.adapted
     require_tokens_read(adapted, checkpoint)
     if initial is not None and settings.profile != "reference":  # whose formulas know of no start
         adapted = with_start(adapted, checkpoint, initial)
@@ -283,6 +302,8 @@ def _written(read: _Read, checkpoint: Checkpoint, settings: Settings, loaded: _L
 
     adapted = loaded.adapted
     require_base(adapted, checkpoint)
+    if read.base is None and not checkpoint.carries_base:  # by whose files the text is known again
+        raise OptionError(f"{OPTION}={SELF}: the base model in memory names no directory of its own; give it as base=")
     switched_off = adapted.switched_off
     assert switched_off is not None
     request = Request(

@@ -75,7 +75,7 @@ class Scales:
     def _on(self, windows: Windows, scales: Sequence[float]) -> list[TextDrift]:
         kept = [Predictions(self._base, len(windows), self._place) for _ in scales]
         share, read = self._ranks.share(range(len(windows))), []
-        with torch.inference_mode():
+        with self._adapted.without_grad():
             for number in share:
                 tokens = torch.tensor([list(windows[number])], device=self._adapted.device)
                 with self._base() as plain:
@@ -110,7 +110,7 @@ def headroom(
     few = min(len(windows), max(LEAST_WINDOWS, math.ceil(len(windows) / 4)))
     share, read = ranks.share(range(few)), []
     doubled = torch.zeros(few, dtype=torch.float64)
-    with torch.inference_mode():
+    with adapted.without_grad():
         if checkpoint.carries_base and not _is_base_without(adapted, task, windows[0]):
             return None
         with scaled(adapted, 2.0):

@@ -109,6 +109,7 @@ class AdaptedModel:
         kind: Its class and where that comes from, in words.
         remarks: What was done to fit adapter and base, in sentences.
         since: The start against which its update is told, where that held a part of W.
+        without_grad: Within this context nothing is kept for a backward pass.
     """
 
     model: nn.Module
@@ -119,6 +120,7 @@ class AdaptedModel:
     kind: str = ""
     remarks: tuple[str, ...] = ()
     since: str = ""
+    without_grad: Callable[[], AbstractContextManager[object]] = torch.inference_mode
 
     @property
     def is_encoder_decoder(self) -> bool:

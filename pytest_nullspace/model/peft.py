@@ -73,11 +73,11 @@ def load(
     _fill(wrapped, checkpoint, base)
     is_written = untouched.is_written()
     model.to(device).eval()
-    views = {name: _view(name, found[place]) for name, place in at.layers.items()}
+    views = {name: view(name, found[place], *found[place].lora_A) for name, place in at.layers.items()}
     if at.remarks:
         _require_scales(checkpoint, views)
     if checkpoint.changed_base is not None:
-        _require_changed(checkpoint, base, views.values())
+        require_changed(checkpoint, base, views.values())
 
     def take_off() -> None:
         wrapped.unload()
@@ -277,8 +277,8 @@ def _require_scales(checkpoint: Checkpoint, views: Mapping[str, AdaptedLayer]) -
             )
 
 
-def _view(name: str, layer: Any) -> AdaptedLayer:
-    (adapter,) = layer.lora_A
+def view(name: str, layer: Any, adapter: str) -> AdaptedLayer:
+    """One layer of PEFT's under one of its adapters."""
     down, base = layer.lora_A[adapter], layer.get_base_layer()
     return AdaptedLayer(
         name=name,
@@ -294,7 +294,7 @@ def _view(name: str, layer: Any) -> AdaptedLayer:
     )
 
 
-def _require_changed(checkpoint: Checkpoint, base: Path, views: Iterable[AdaptedLayer]) -> None:
+def require_changed(checkpoint: Checkpoint, base: Path | str, views: Iterable[AdaptedLayer]) -> None:
     """Refuse a base that still holds what the adapter's initialisation took out of it.
 
     PiSSA, CorDA and OLoRA start from ``s·A₀B₀``, take it out of W, and make it orthogonal to what is left. So the share

@@ -2,20 +2,22 @@
 
 import html as escaping
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.errors import OptionError, quoted
 from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import Expectations, judge, verdicts_of
 from pytest_nullspace.judging.verdicts import Tier
+from pytest_nullspace.measuring.distributed import Ranks
+from pytest_nullspace.measuring.inmemory import InMemory, in_memory
 from pytest_nullspace.report import changes, html, markdown
 from pytest_nullspace.report.words import faults
 from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
-from pytest_nullspace.settings import PREFIX
+from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.shell import values
 from pytest_nullspace.shell.asked import settings_of
 from pytest_nullspace.shell.collect import FROZEN
@@ -24,6 +26,14 @@ from pytest_nullspace.shell.opening import check_inputs, open_runs
 from pytest_nullspace.shell.options import OPTIONS, Option
 from pytest_nullspace.shell.runs import GatedRun
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Texts = str | os.PathLike[str] | Sequence[str]
+IN_MEMORY = "PeftModel"
+"""What stands for a model in memory where a directory is asked for."""
+_AS_IT_IS = ("device", "device-map", "dtype")
+"""Options that say how a model is loaded, and mean nothing for one that is there."""
 _NOT_HERE = ("model", "stats", "require", "report", "save-stats", "strict-scope", "weights-only", "card")
 """Options of a run of pytest that mean nothing here, or that `Report` stands for."""
 
@@ -86,17 +96,23 @@ class Report:
 
 
 def gate(
-    model: str | os.PathLike[str],
-    preserved: str | os.PathLike[str] | Sequence[str] = "wikitext2",
+    model: "str | os.PathLike[str] | PeftModel",
+    preserved: Texts = "wikitext2",
     task: str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: Any = None,
     **options: Any,
 ) -> Report:
     """Measure an adapter and judge it, as ``pytest --nullspace-model=DIR`` does.
 
+    A model in memory is measured where and as it is, under its active adapter, and left as it was: its modules and
+    their hooks and modes, what requires a gradient and the gradients, and the state of chance.
+
     Args:
-        model: The adapter's directory, or its id on the hub.
+        model: The adapter's directory, its id on the hub, or a ``peft.PeftModel`` in memory.
         preserved: The text that must survive, as ``--nullspace-calib-dataset`` takes it; a list for several.
         task: The text of what was learned, as ``--nullspace-task-dataset`` takes it.
+        tokenizer: Of a model in memory: its tokenizer, or the directory of it; by default that of its base.
         **options: The other options by their names, such as ``calib_size=32``, ``device="cuda"``, ``drift=True``; one
             that may be given several times takes a list. `docs/options.md` has them all.
 
@@ -105,6 +121,21 @@ def gate(
 
     Raises:
         NullspaceError: What cannot be gated, with what to do; ``OptionError`` for a value that an option does not take.
+    """
+    if isinstance(model, str | os.PathLike):
+        if tokenizer is not None:
+            raise OptionError("gate: tokenizer is of a model in memory; a directory's lies in it, or in base=")
+        return _reported(asked(model, preserved, task, options), {})
+    return of_model(model, tokenizer, asked(IN_MEMORY, preserved, task, options), {})
+
+
+def asked(
+    model: str | os.PathLike[str], preserved: Texts, task: str | os.PathLike[str] | None, options: Mapping[str, Any]
+) -> Settings:
+    """The settings that the arguments of `gate` make.
+
+    Raises:
+        OptionError: There is no such option, or one does not take its value.
     """
     given: dict[str, Any] = {"model": [model], "calib-dataset": preserved}
     if task is not None:
@@ -115,10 +146,35 @@ def gate(
     unknown = next((name for name in given if name not in known or (name != "model" and name in _NOT_HERE)), None)
     if unknown is not None:
         raise OptionError(f"gate: takes no option {quoted(unknown.replace('-', '_'))}; see docs/options.md")
-    settings = settings_of({name: _read(option, given.get(name)) for name, option in known.items()}, Path.cwd())
-    texts: dict[str, str] = {}
-    (run,) = open_runs(settings, texts)
-    check_inputs([run], settings, texts, look=False)
+    fixed = next((name for name in given if model is IN_MEMORY and name in _AS_IT_IS), None)
+    if fixed is not None:
+        raise OptionError(
+            f"gate: a model in memory is measured where and as it is; leave {fixed.replace('-', '_')} out"
+        )
+    return settings_of({name: _read(option, given.get(name)) for name, option in known.items()}, Path.cwd())
+
+
+def of_model(model: Any, tokenizer: Any, settings: Settings, texts: dict[str, str]) -> Report:
+    """What the gate finds of a model in memory.
+
+    Args:
+        model: The model, which may be wrapped for training.
+        tokenizer: Its tokenizer, or the directory of it; that of its base if None.
+        settings: As `asked` for.
+        texts: The texts, where they were read before; takes them where they were not.
+
+    Raises:
+        NullspaceError: It cannot be gated.
+    """
+    settings = replace(settings, ranks=Ranks())  # each process holds the whole adapter
+    with in_memory(model, tokenizer, settings.base) as live:
+        return _reported(settings, texts, live)
+
+
+def _reported(settings: Settings, texts: dict[str, str], live: InMemory | None = None) -> Report:
+    (run,) = open_runs(settings, texts, live)
+    if not texts:
+        check_inputs([run], settings, texts, look=False)
     run.selected, run.drift_selected = set(run.gated), set(run.drift_tests)
     outcome = run.measured()
     expectations = run.expectations(outcome)

@@ -10,18 +10,20 @@ from pytest_nullspace.checkpoint.header import quoted
 from pytest_nullspace.checkpoint.hub import downloaded
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.measuring import inputs
+from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.settings import PREFIX, Settings, model_name
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun, SavedRun
 
 
-def open_runs(settings: Settings, texts: dict[str, str]) -> tuple[GatedRun, ...]:
+def open_runs(settings: Settings, texts: dict[str, str], live: InMemory | None = None) -> tuple[GatedRun, ...]:
     """Every checkpoint and every saved run that the settings name, read without torch.
 
     Args:
         settings: What is gated.
         texts: Holds the texts where they were read before the measurement.
+        live: The one model, where it is in memory.
 
     Raises:
         CheckpointError: A directory is no checkpoint.
@@ -29,10 +31,11 @@ def open_runs(settings: Settings, texts: dict[str, str]) -> tuple[GatedRun, ...]
         OptionError: The option ``layers`` matches no layer of one, or a bound would hold nothing.
     """
     bases: Bases = {}
-    runs = (
-        *(CheckpointRun(_opened(model), model_name(model), settings, bases, texts) for model in settings.models),
-        *(SavedRun(file, settings) for file in settings.stats),
-    )
+    if live is not None:
+        models = [CheckpointRun(live.checkpoint, live.checkpoint.directory.name, settings, bases, texts, live)]
+    else:
+        models = [CheckpointRun(_opened(of), model_name(of), settings, bases, texts) for of in settings.models]
+    runs = (*models, *(SavedRun(file, settings) for file in settings.stats))
     _require_held(runs, settings)
     return runs
 

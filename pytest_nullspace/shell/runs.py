@@ -17,6 +17,7 @@ from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import MODEL, Expectations
 from pytest_nullspace.judging.remedy import Remedy
 from pytest_nullspace.measuring import inputs, pipeline
+from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.report import notes
 from pytest_nullspace.report import weights as weights_report
@@ -145,7 +146,13 @@ class CheckpointRun(GatedRun):
     """A checkpoint, whose layers are measured when the first of them is asked for."""
 
     def __init__(
-        self, checkpoint: Checkpoint, name: str, settings: Settings, bases: Bases, texts: dict[str, str]
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        settings: Settings,
+        bases: Bases,
+        texts: dict[str, str],
+        live: InMemory | None = None,
     ) -> None:
         directory, layers = checkpoint.directory, [spec.name for spec in checkpoint.layers]
         super().__init__(directory, checkpoint.config_file, name, layers, settings)
@@ -156,7 +163,7 @@ class CheckpointRun(GatedRun):
             )
         self.checkpoint = checkpoint
         self._initial = None if settings.init_directory is None else open_checkpoint(settings.init_directory)
-        self._bases, self._texts = bases, texts
+        self._bases, self._texts, self._live = bases, texts, live
         asked = settings.drift is None and not settings.weights_only
         self._without_drift = inputs.why_no_drift(checkpoint, settings) if asked else None
         if self.against.earlier is not None or self.against.start is not None:
@@ -213,7 +220,8 @@ class CheckpointRun(GatedRun):
 
     def check_models(self, *, look: bool) -> None:
         """Refuse a base model or a tokenizer that cannot be read; with ``look`` only what can be told at a glance."""
-        inputs.check_models(self.checkpoint, self._initial, self._settings, look=look)
+        if self._live is None:
+            inputs.check_models(self.checkpoint, self._initial, self._settings, look=look)
 
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         if progress is not None:
@@ -248,6 +256,7 @@ class CheckpointRun(GatedRun):
                 self._bases,
                 self._initial,
                 self._texts,
+                self._live,
             )
         if self._without_drift is not None:
             outcome = replace(outcome, about={**outcome.about, WITHOUT_DRIFT: self._without_drift})

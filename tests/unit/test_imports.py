@@ -20,7 +20,9 @@ TENSORS = {
     "measuring.rows", "measuring.scaling", "measuring.spectrum", "measuring.streaming", "measuring.writing",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
-DOORS = {"measuring.pipeline", "measuring.loading", "measuring.measurement", "measuring.distributed"}
+DOORS = {
+    "measuring.pipeline", "measuring.loading", "measuring.measurement", "measuring.distributed", "measuring.inmemory",
+}  # fmt: skip
 """Those that reach them, inside functions only."""
 PYTEST = {"plugin", "shell.gate", "shell.last", "shell.collect", "shell.fixtures", "shell.progress"}
 """Those that import pytest."""
@@ -97,8 +99,8 @@ ORDERS = {
     "judging": "verdicts invariants baseline start audit weights evidence tensors diagnosis",
     "text": "sources readers tokenizer windows",
     "measuring": (
-        "memory written passages about distributed forward drift moved recorder streaming spectrum writing loading "
-        "measurement pipeline"
+        "memory inmemory written passages about distributed forward drift moved recorder streaming spectrum writing "
+        "loading measurement pipeline"
     ),
     "shell": "values options asked shared once against runs opening outputs progress collect gate",
 }
