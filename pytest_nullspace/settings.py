@@ -75,6 +75,7 @@ class Settings:
             loading another model.
         spectrum: Whether the best that any subspace could do is reported.
         suggest: Whether the largest scale of the update is looked for whose predictions pass.
+        chat: Whether conversations are rendered, one of `pytest_nullspace.text.conversations.MODES`.
         strict_scope: Whether a trained tensor that no layer test covers is a failure.
         card: Whether the result is written into each adapter's model card.
     """
@@ -114,6 +115,7 @@ class Settings:
     task_folder: Path = Path()
     calib_most: int = AUTO_MOST
     weights_only: bool = False
+    chat: str = "auto"
     text_name: str = ""
     further: tuple[GivenText, ...] = ()
 

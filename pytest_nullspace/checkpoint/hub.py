@@ -12,7 +12,15 @@ from pytest_nullspace.settings import PREFIX
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
-_WANTED = ("*.json", "*.safetensors", "tokenizer.model", "spiece.model", "vocab.txt", "merges.txt")
+_WANTED = (
+    "*.json",
+    "*.safetensors",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
 """What is downloaded: no code and no pickles."""
 _UNWANTED = ("*/*",)
 """Nor what lies in folders, such as the states of training."""

@@ -314,6 +314,16 @@ def _about(section: str, key: str) -> Callable[[RunStats, Collection[str]], Any]
     return read
 
 
+def _written_by(run: RunStats) -> Iterator[str]:
+    """By which template each text of conversations was written, and whether the assistant's tokens alone counted."""
+    for key in (*preserved(run.about), "task_text"):
+        entry = run.about.get(key)
+        told = entry.get("chat") if isinstance(entry, Mapping) else None
+        if isinstance(told, Mapping):
+            only = " of the assistant alone" if told.get("assistant_only") else ""
+            yield f"{name_of(key) or key} by template {str(told.get('template_sha256'))[:12]}{only}"
+
+
 COMPARED: Mapping[str, Callable[[RunStats, Collection[str]], Any]] = {
     "text": _about("text", "sha256"),
     "texts": lambda run, _: [
@@ -327,6 +337,7 @@ COMPARED: Mapping[str, Callable[[RunStats, Collection[str]], Any]] = {
     "widths": _layers(lambda layer: (layer.in_features, layer.out_features) if layer.in_features else ()),
     "base": _layers(lambda layer: layer.base_weight_norm),
     "task": _about("task_text", "sha256"),
+    "chat": lambda run, _: [*_written_by(run)],
     "update": lambda run, _: "since start" if run.about.get("update_against") else "as a whole",
     "figures": lambda run, _: list(run.measured),
 }

@@ -12,6 +12,7 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.measuring.written import Written
 from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import GivenText, Settings
+from pytest_nullspace.text.chat import Chat
 from pytest_nullspace.text.windows import Window, distinct_rows, text_hash, unigram_loss, windows_hash
 
 
@@ -76,14 +77,16 @@ def of_texts(
     written: Mapping[str, Written],
     vocabulary: int | None = None,
     preserved: Sequence[GivenText] = (),
+    chats: Mapping[str, Chat] | None = None,
 ) -> dict[str, Any]:
-    """Each text that was read, the windows of it that were used, and of what the base wrote whence it comes."""
+    """Each text that was read, the windows of it that were used, and what made it: the base, or a chat template."""
+    talks = chats or {}
     told: dict[str, dict[str, Any]] = {key_of(text.name): {"given": text.spec} for text in preserved[1:]}
     if preserved and preserved[0].name:
         told[FIRST] = {"name": preserved[0].name}
     return {
         what: {
-            "sha256": text_hash(texts[what]),
+            "sha256": talks[what].sha256 if what in talks else text_hash(texts[what]),
             "windows": len(windows),
             "seqlen": seqlen,
             "tokens": sum(len(window.tokens) for window in windows),
@@ -91,6 +94,7 @@ def of_texts(
             "starts": [window.start for window in windows],
             **_without_language(windows, vocabulary),
             **({"written": written[what].about} if what in written else {}),
+            **({"chat": talks[what].about} if what in talks else {}),
             "windows_sha256": windows_hash(windows),
             **told.get(what, {}),
         }

@@ -4,6 +4,7 @@ The adapted predictions are those of the forward that is measured; the base read
 predictions of one batch are all that is kept.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -23,6 +24,9 @@ from pytest_nullspace.run.windows import OF_PREDICTIONS, ByWindow
 CHUNK = 64
 """Rows whose predictions are compared at once, so that no second copy of a batch's is made."""
 
+IGNORED = -100
+"""The target of what is not scored."""
+
 SPOTS, APART = 3, 16
 """Predictions of each window that are kept as the most changed, at most one of so many that follow each other."""
 _SUMS, _OF_SPOT = 5, 6
@@ -38,25 +42,29 @@ class Predictions:
         seconds: What the base's forwards and the comparisons took.
     """
 
-    def __init__(self, base: Base, windows: int, place: torch.device) -> None:
+    def __init__(
+        self, base: Base, windows: int, place: torch.device, counted: Sequence[Sequence[int]] | None = None
+    ) -> None:
         """Begin with nothing compared.
 
         Args:
             base: Gives the base model.
             windows: How many windows there are at most.
             place: Where the base model takes its input.
+            counted: The places in each of the tokens whose predictions alone count; None where all do.
         """
-        self._base, self._place = base, place
+        self._base, self._place, self._counted = base, place, counted
         self._by_window = torch.zeros(windows, _SUMS, dtype=torch.float64)
         self._spots = torch.full((windows, SPOTS * _OF_SPOT), -1.0, dtype=torch.float64)
         self.seconds = 0.0
 
-    def compared(self, adapted: Tensor, tokens: Tensor) -> Tensor:
+    def compared(self, adapted: Tensor, tokens: Tensor, first: int = 0) -> Tensor:
         """Compare the predictions of one batch; nothing is counted yet.
 
         Args:
             adapted: The adapted model's logits, shape ``(b, length, vocabulary)``.
             tokens: What it read, shape ``(b, length)``.
+            first: The number of its first window.
 
         Returns:
             A row a window, for `add`.
@@ -65,9 +73,14 @@ class Predictions:
         start = time.perf_counter()
         with self._base() as plain:
             before = run(plain, tokens.to(self._place)).logits
-        found = torch.stack([compared(*of) for of in zip(adapted, before, tokens, strict=True)]).cpu()
+        kept = [None] * len(tokens) if self._counted is None else self._counted[first : first + len(tokens)]
+        found = torch.stack([compared(*of) for of in zip(adapted, before, tokens, kept, strict=True)]).cpu()
         self.seconds += time.perf_counter() - start
         return found
+
+    def targets(self, window: int, tokens: Tensor) -> Tensor:
+        """What is to be predicted from each of the ``tokens`` of the window of that number, as far as it counts."""
+        return targets_of(tokens, None if self._counted is None else self._counted[window])
 
     def add(self, first: int, compared: Tensor) -> None:
         """Count a batch whose first window is the one of that number."""
@@ -120,7 +133,7 @@ def drift(
     with torch.inference_mode():
         for number, window in enumerate(windows):
             tokens = torch.tensor([list(window)], device=device)
-            predictions.add(number, predictions.compared(run(model, tokens).logits, tokens))
+            predictions.add(number, predictions.compared(run(model, tokens).logits, tokens, number))
     return predictions.of(len(windows))
 
 
@@ -130,28 +143,41 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def compared(adapted: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
+def compared(adapted: Tensor, before: Tensor, tokens: Tensor, counted: Sequence[int] | None = None) -> Tensor:
     """Tokens predicted from, tokens scored, sums of base loss, adapted loss and divergence, and the window's spots.
 
     Args:
         adapted: Logits, shape ``(length, vocabulary)``, of one as large as the base's or larger.
         before: The base's.
         tokens: What both read, none of them unknown to the base.
+        counted: The places of the tokens whose predictions alone count, which are then all of both; None for all.
     """
     divergences = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
     sums = torch.zeros(3, dtype=torch.float64, device=tokens.device)
-    targets = torch.cat((tokens[1:], tokens.new_full((1,), -100)))  # nothing follows the last token
+    targets = targets_of(tokens, counted)
+    left_out = torch.zeros_like(targets, dtype=torch.bool) if counted is None else targets == IGNORED
     for first in range(0, len(tokens), CHUNK):
         rows = slice(first, first + CHUNK)
         # In float32 what is left of a small divergence once its parts cancel is rounding.
         q, p = (log_softmax(logits[rows].to(tokens.device).double(), dim=-1) for logits in (adapted, before))
         q = q[:, : p.shape[-1]]  # to tokens that training added the base gives nothing, so they add nothing
-        divergence = kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)
+        divergence = kl_div(q, p, reduction="none", log_target=True).sum(dim=-1).masked_fill(left_out[rows], 0)
         losses = [nll_loss(of, targets[rows], reduction="none") for of in (p, q)]
         sums += torch.stack([part.sum() for part in (*losses, divergence)])
         divergences[rows] = divergence
-    counts = torch.tensor([len(tokens), len(tokens) - 1], dtype=torch.float64, device=tokens.device)
+    counts = torch.stack([(~left_out).sum(), (targets != IGNORED).sum()]).double()
+    divergences = divergences.masked_fill(left_out, -math.inf)
     return torch.cat((counts, sums, _most_changed(divergences[:-1], adapted, before, tokens)))
+
+
+def targets_of(tokens: Tensor, counted: Sequence[int] | None) -> Tensor:
+    """The token that is to be predicted from each of ``tokens``; `IGNORED` at the last, and where it does not count."""
+    targets = torch.cat((tokens[1:], tokens.new_full((1,), IGNORED)))  # nothing follows the last token
+    if counted is None:
+        return targets
+    kept = torch.zeros_like(tokens, dtype=torch.bool)
+    kept[[place - 1 for place in counted if place]] = True
+    return targets.masked_fill(~kept, IGNORED)
 
 
 def _most_changed(divergences: Tensor, adapted: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
@@ -173,7 +199,7 @@ def _most_changed(divergences: Tensor, adapted: Tensor, before: Tensor, tokens: 
             q.argmax(dim=-1),
         )
         rows = torch.stack([column.double() for column in told], dim=-1)
-        rows[~rows.isfinite().all(dim=-1)] = -1
+        rows[~(rows.isfinite().all(dim=-1) & divergences[places].isfinite())] = -1
         found[: len(places)] = rows
     return found.flatten()
 

@@ -17,12 +17,14 @@ from pytest_nullspace.errors import CheckpointError, TextError
 from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.choice import TokenizerChoice
-from pytest_nullspace.text.readers import read_text
-from pytest_nullspace.text.sources import OPTION, TASK_OPTION, SelfText, Source, parse_source
+from pytest_nullspace.text.conversations import ASSISTANT, AUTO, OFF, Conversations
+from pytest_nullspace.text.readers import Text, read
+from pytest_nullspace.text.sources import NAMED_SETS, OPTION, TASK_OPTION, FileText, SelfText, Source, parse_source
+from pytest_nullspace.text.templates import Template, require_template
 from pytest_nullspace.text.tokenizer import check_tokenizer, require_tokenizer
 from pytest_nullspace.text.windows import require_length
 
-Texts = Mapping[str, str]
+Texts = Mapping[str, Text]
 """The texts of one run by what they are called in its statistics."""
 
 
@@ -47,13 +49,60 @@ def read_texts(settings: Settings) -> Texts:
         TextError: One cannot be had, or is shorter than a window of the length that was asked for.
     """
     given = {what: source for what, source in sources(settings).items() if not isinstance(source, SelfText)}
-    texts = {what: read_text(source) for what, source in given.items()}
+    texts = {what: read(source, settings.chat) for what, source in given.items()}
     for what, source in given.items():
-        try:
-            require_length(texts[what], settings.seqlen or 0)
-        except TextError as error:
-            raise TextError(f"{source}: {error}") from None
+        if isinstance(text := texts[what], str):
+            try:
+                require_length(text, settings.seqlen or 0)
+            except TextError as error:
+                raise TextError(f"{source}: {error}") from None
+    if settings.chat not in (AUTO, OFF) and all(isinstance(text, str) for text in texts.values()):
+        raise TextError(
+            f"{PREFIX}chat: no text holds conversations; give a table with a column messages, or with the columns "
+            "prompt and completion, or leave the option out"
+        )
     return texts
+
+
+def template_of(tokenizer: Path, texts: Texts, settings: Settings) -> Template | None:
+    """The chat template by which the conversations among ``texts`` are written; None where there are none.
+
+    Raises:
+        CheckpointError: None lies beside the tokenizer.
+    """
+    held = next((what for what, text in texts.items() if isinstance(text, Conversations)), None)
+    return None if held is None else require_template(tokenizer, sources(settings)[held])
+
+
+def check_chat(
+    checkpoint: Checkpoint, initial: Checkpoint | None, settings: Settings, texts: Texts, tokenizer: Path | None = None
+) -> None:
+    """Refuse conversations that the tokenizer's template cannot write, as far as the first of each text tells.
+
+    Raises:
+        NullspaceError: There is no template, or it cannot be followed.
+    """
+    held = [text for text in texts.values() if isinstance(text, Conversations)]
+    if not held:
+        return
+    if tokenizer is None:
+        base = base_of(checkpoint, settings.base) if is_base_read(checkpoint, settings, initial) else None
+        tokenizer = TokenizerChoice.of(checkpoint.directory, base).used
+    template = template_of(tokenizer, texts, settings)
+    for conversations in held:
+        assert template is not None
+        template.render(conversations.rows[:1], assistant=settings.chat == ASSISTANT)
+
+
+def may_converse(settings: Settings) -> bool:
+    """Whether a text may hold conversations, of which nobody knows how many windows they fill before they are read."""
+    if settings.chat == OFF:
+        return False
+    return any(
+        source.path.suffix.lower() != ".txt" if isinstance(source, FileText) else not isinstance(source, SelfText)
+        for source in sources(settings).values()
+        if source not in NAMED_SETS.values()
+    )
 
 
 def is_base_read(checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None) -> bool:

@@ -53,7 +53,7 @@ def passages(
 
 def _passage(spot: Spot, window: Window, text: str, tokenizer: LoadedTokenizer, seqlen: int) -> Passage:
     target = spot.place + 1
-    spans = tokenizer.spans(text[window.start : window.start + 10 * seqlen])
+    spans, begin = _spans(window, text, tokenizer, seqlen)
     start: int
     end: int | None
     if spans is None:
@@ -61,12 +61,23 @@ def _passage(spot: Spot, window: Window, text: str, tokenizer: LoadedTokenizer, 
         before = tokenizer.decode(window.tokens[max(0, target - BEFORE) : target])
         token = tokenizer.decode(window.tokens[target : target + 1])
     else:
-        start, end = (window.start + at for at in spans[target])
+        start, end = (begin + at for at in spans[target])
         before, token = text[max(window.start, start - BEFORE) : start], text[start:end]
     likeliest, instead = (tokenizer.decode([which])[:LONGEST] for which in (spot.likeliest, spot.instead))
     return Passage(
         start, end, before[-BEFORE:], token[:LONGEST], spot.base, spot.adapted, likeliest, instead, spot.divergence
     )
+
+
+def _spans(
+    window: Window, text: str, tokenizer: LoadedTokenizer, seqlen: int
+) -> tuple[Sequence[tuple[int, int]] | None, int]:
+    """The characters of each token of ``window``, and from which one of the text they are counted."""
+    if window.within is None:
+        return tokenizer.spans(text[window.start : window.start + 10 * seqlen]), window.start
+    begin, end, before = window.within
+    spans = tokenizer.bare(text[begin:end])[1]
+    return (None if spans is None else spans[before : before + seqlen]), begin
 
 
 def _overlap(one: Passage, other: Passage) -> bool:

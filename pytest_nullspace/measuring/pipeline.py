@@ -3,24 +3,27 @@
 The parts that hold tensors are reached from here and from `loading` alone, and only inside functions.
 """
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import Stamps, TensorInfo, read_tensors, require_unchanged, stamps
+from pytest_nullspace.checkpoint.header import Stamps, require_unchanged, stamps
 from pytest_nullspace.checkpoint.hub import base_of
-from pytest_nullspace.errors import CheckpointError, OptionError
-from pytest_nullspace.judging.audit import Audit, audit
-from pytest_nullspace.judging.weights import STATEMENT, weigh
+from pytest_nullspace.errors import OptionError
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
 from pytest_nullspace.measuring.inmemory import InMemory
-from pytest_nullspace.measuring.inputs import NOT_AT_HAND, Texts, is_base_read, read_texts, sources
+from pytest_nullspace.measuring.inputs import (
+    NOT_AT_HAND,
+    Texts,
+    is_base_read,
+    read_texts,
+    sources,
+    template_of,
+)
 from pytest_nullspace.measuring.limits import (
-    default_length,
     require_known_to_base,
     require_known_tokens,
     vocabulary,
@@ -38,7 +41,7 @@ from pytest_nullspace.measuring.loading import (
     shortage_told,
     true_base,
 )
-from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement, with_task
+from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement
 from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory
 from pytest_nullspace.measuring.passages import passages
 from pytest_nullspace.measuring.written import Request, Written, base_sha256, had, require_base
@@ -46,8 +49,11 @@ from pytest_nullspace.run.predictions import Headroom
 from pytest_nullspace.run.stats import WITHOUT_DRIFT, Drift, LayerStats, RunStats, TextDrift
 from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import PREFIX, Settings
+from pytest_nullspace.text.chat import Chat, chat
 from pytest_nullspace.text.choice import TokenizerChoice
+from pytest_nullspace.text.conversations import ASSISTANT, Conversations
 from pytest_nullspace.text.sources import OPTION, SELF, SelfText
+from pytest_nullspace.text.templates import Template
 from pytest_nullspace.text.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_hashes
 from pytest_nullspace.text.windows import Window, draw_windows, windows_at
 
@@ -98,7 +104,7 @@ def measure_checkpoint(
     adapted = loaded.adapted
     clock.on("model")
     seqlen = window_length(settings.seqlen, adapted.model)
-    read = read.with_written(checkpoint, settings, loaded, seqlen)
+    read = read.with_written(checkpoint, settings, loaded, seqlen).with_chats(settings, seqlen)
     drawn = read.windows(settings, seqlen)
     _require_known(drawn, loaded, checkpoint)
     clock.on("windows")
@@ -122,7 +128,9 @@ def measure_checkpoint(
             **({WITHOUT_DRIFT: NOT_AT_HAND} if settings.drift is None and run.drift is None else {}),
             **passed.suggested,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
-            **about.of_texts(read.texts, run.read, seqlen, read.written, vocabulary(adapted.model), settings.preserved),
+            **about.of_texts(
+                read.texts, run.read, seqlen, read.written, vocabulary(adapted.model), settings.preserved, read.chats
+            ),
             "tokenizer": read.tokenizer.told(read.texts, run.read, seqlen),
             "settings": about.of_settings(settings),
             "device": places(adapted),
@@ -173,18 +181,24 @@ class _Read:
     Attributes:
         base: The base model, where it is needed.
         stamps: The files that must stay what they are until the end.
-        texts: Each text, by what it is.
+        texts: Each text, by what it is; of one of conversations what was rendered of it.
         tokenizer: The tokenizers at hand, and the one that is used.
         tokenize: What that makes of a text.
+        template: What writes conversations.
+        unrendered: Those, until they are rendered.
         written: The texts among them that the base wrote.
+        chats: Those that were conversations.
     """
 
     base: Path | None
     stamps: Stamps
-    texts: Texts
+    texts: Mapping[str, str]
     tokenizer: TokenizerChoice
     tokenize: LoadedTokenizer
+    template: Template | None
+    unrendered: Mapping[str, Conversations]
     written: Mapping[str, Written] = field(default_factory=dict)
+    chats: Mapping[str, Chat] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -205,7 +219,11 @@ class _Read:
         if settings.drift and initial is not None:
             held |= initial.stamps
         tokenizer = TokenizerChoice.of(checkpoint.directory, base) if live is None else live.tokenizer
-        return cls(base, held, texts or read_texts(settings), tokenizer, load_tokenizer(tokenizer.used))
+        texts = texts or read_texts(settings)
+        template = template_of(tokenizer.used, texts, settings)
+        plain = {what: "" if isinstance(text, Conversations) else text for what, text in texts.items()}
+        talks = {what: text for what, text in texts.items() if isinstance(text, Conversations)}
+        return cls(base, held, plain, tokenizer, load_tokenizer(tokenizer.used), template, talks)
 
     def with_written(self, checkpoint: Checkpoint, settings: Settings, loaded: "_Loaded", seqlen: int) -> "_Read":
         """The same with what the base writes itself, where that is asked for.
@@ -219,6 +237,25 @@ class _Read:
         text = _written(self, checkpoint, settings, loaded, seqlen)
         texts = {what: text.text if what in asked else self.texts[what] for what in sources(settings)}
         return replace(self, texts=texts, written=dict.fromkeys(asked, text))
+
+    def with_chats(self, settings: Settings, seqlen: int) -> "_Read":
+        """The same with the conversations in the model's own form."""
+        if self.template is None:
+            return self
+        chats = {
+            what: chat(
+                talks,
+                self.template,
+                self.tokenize,
+                count=settings.most_windows,
+                seqlen=seqlen,
+                seed=settings.seed,
+                assistant=settings.chat == ASSISTANT,
+            )
+            for what, talks in self.unrendered.items()
+        }
+        texts = {what: chats[what].text if what in chats else text for what, text in self.texts.items()}
+        return replace(self, texts=texts, chats=chats)
 
     def with_passages(self, run: Measurement, headroom: Headroom | None) -> Drift | None:
         """How far the predictions moved, and where most in each text, with what more of the update would gain."""
@@ -236,12 +273,15 @@ class _Read:
 
     def windows(self, settings: Settings, seqlen: int) -> dict[str, Sequence[Window]]:
         """The windows of each text that may be used: drawn from it, or the stretches in which the base wrote it."""
-        return {
-            what: windows_at(text, self.tokenize, self.written[what].starts, seqlen)
-            if what in self.written
-            else draw_windows(text, self.tokenize, count=settings.most_windows, seqlen=seqlen, seed=settings.seed)
-            for what, text in self.texts.items()
-        }
+
+        def of(what: str, text: str) -> Sequence[Window]:
+            if what in self.chats:
+                return self.chats[what].windows
+            if what in self.written:
+                return windows_at(text, self.tokenize, self.written[what].starts, seqlen)
+            return draw_windows(text, self.tokenize, count=settings.most_windows, seqlen=seqlen, seed=settings.seed)
+
+        return {what: of(what, text) for what, text in self.texts.items()}
 
 
 class _Loaded(NamedTuple):
@@ -334,74 +374,3 @@ def _written(read: _Read, checkpoint: Checkpoint, settings: Settings, loaded: _L
         )
     ):
         return had(request, write, first_token(adapted.model))
-
-
-def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, frozenset[str]]:
-    """The run as it will be, as far as that is known before the text is read and the model loaded.
-
-    Returns:
-        A run without figures, and the conditions in `pytest_nullspace.baseline.COMPARED` that it already tells.
-    """
-    seqlen = settings.seqlen
-    if seqlen is None and checkpoint.carries_base:
-        seqlen = default_length(checkpoint.config)
-    lost = math.nan
-    layers = tuple(
-        LayerStats(
-            spec.name, 0, spec.in_features, spec.rank, spec.out_features,
-            lost, lost, lost, lost, lost, lost, lost, lost, lost,
-        )
-        for spec in checkpoint.layers
-    )  # fmt: skip
-    if settings.task_dataset is not None:
-        layers = with_task(layers, layers)
-    told = {"windows": settings.calib_size, "seqlen": seqlen}
-    tells = {"text": told, "settings": {"seed": settings.seed}}
-    known = {"seed", "rank", "widths", "figures"} | {what for what, value in told.items() if value is not None}
-    return RunStats(str(checkpoint.directory), settings.calib_dataset, layers, len(layers), tells), frozenset(known)
-
-
-def read_files(checkpoint: Checkpoint, settings: Settings, layers: Collection[str]) -> RunStats:
-    """A run in which nothing was measured: no text, no model, no torch; weighed where the settings ask for it."""
-    weighed = {"statement": STATEMENT, "weights": weigh(checkpoint, layers).to_list()} if settings.weights_only else {}
-    return RunStats(
-        model_path=str(checkpoint.directory),
-        calib_dataset="",
-        layers=(),
-        checkpoint_layers=len(checkpoint.layers),
-        about={
-            **weighed,
-            **about.of_checkpoint(checkpoint),
-            "settings": {"layers": settings.layers, "stage": settings.stage},
-            "libraries": about.of_libraries(),
-        },
-    )
-
-
-def audit_checkpoint(checkpoint: Checkpoint, initial: Checkpoint, settings: Settings, layers: Collection[str]) -> Audit:
-    """Hold every tensor of the checkpoint against its start; across formats against the tensors of the base as well.
-
-    Raises:
-        CheckpointError: The two do not belong together, or a file cannot be read.
-    """
-
-    def base(of: Checkpoint, other: Checkpoint) -> Mapping[str, TensorInfo] | None:
-        if of.carries_base or not other.carries_base:
-            return None
-        path = base_of(of, settings.base)
-        if path.is_file():
-            raise CheckpointError(
-                f"{path}: {PREFIX}init holds the base's weights against those of the start one by one, and a GGUF file "
-                f"holds others, quantised; give them as safetensors by {PREFIX}base=DIR"
-            )
-        return read_tensors(path, "model")
-
-    require_unchanged(checkpoint.stamps | initial.stamps)
-    return audit(
-        checkpoint,
-        initial,
-        layers=layers,
-        variant=settings.variant,
-        trained_base=base(checkpoint, initial),
-        initial_base=base(initial, checkpoint),
-    )

@@ -24,12 +24,14 @@ class Batch:
         first: The number of the first window.
         rows: The numbers of the counted rows among the ``b · length``, or None for all.
         counts: How many of them each window has.
+        chosen: Whether the counted rows are meant and no others, be they as many and spread alike.
     """
 
     tokens: Tensor
     first: int
     rows: Tensor | None
     counts: list[int]
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ class Rows:
                 told = shape[:1] == (windows,) or windows == 1
                 return self._of_windows(each, each, whole=True) if told and not each % length else None
 
-    def _of_windows(self, each: int, kept: int, *, tokens_first: bool = False, whole: bool | None = None) -> Layout:
+    def _of_windows(
+        self, each: int, kept: int, *, tokens_first: bool = False, whole: bool | None = None
+    ) -> Layout | None:
         """Of ``each`` rows that every window has, the first so many, as far as they are counted."""
         windows, length = self._batch.tokens.shape
         rows, size = self._batch.rows, windows * each
@@ -142,13 +146,15 @@ class Rows:
             return Layout(size, numbers, (kept,) * windows, whole)
         if kept == length:
             return Layout(size, numbers[rows], tuple(self._batch.counts), whole)
+        if self._batch.chosen:
+            return None
         # Where a window has fewer rows than tokens, or more, the same share of them is counted, spread alike.
         share: Tensor = (rows // length * kept + rows % length * kept // length).unique()  # type: ignore[no-untyped-call]
         return Layout(size, numbers[share], tuple((share // kept).bincount(minlength=windows).tolist()), whole)
 
     def _routed(self, rows: int) -> Layout | None:
         """An expert sees only the rows that were routed to it: which of several windows they are of nobody knows."""
-        if rows and len(self._batch.tokens) > 1:
+        if rows and (len(self._batch.tokens) > 1 or self._batch.chosen):
             return None
         if self._batch.rows is None or not rows:
             return Layout(rows, None, (rows,))

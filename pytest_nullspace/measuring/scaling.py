@@ -15,7 +15,7 @@ from pytest_nullspace.errors import printable
 from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.remedy import Remedy, guess, largest, passes
 from pytest_nullspace.measuring.distributed import Ranks
-from pytest_nullspace.measuring.drift import CHUNK, Base, Predictions, compared
+from pytest_nullspace.measuring.drift import CHUNK, IGNORED, Base, Predictions, compared
 from pytest_nullspace.measuring.forward import run
 from pytest_nullspace.model import AdaptedModel
 from pytest_nullspace.run.figures import Text
@@ -51,7 +51,13 @@ class Scales:
     """
 
     def __init__(
-        self, adapted: AdaptedModel, base: Base, place: torch.device, texts: Mapping[str, Windows], ranks: Ranks
+        self,
+        adapted: AdaptedModel,
+        base: Base,
+        place: torch.device,
+        texts: Mapping[str, Windows],
+        ranks: Ranks,
+        counted: Mapping[str, Windows] | None = None,
     ) -> None:
         """Ask nothing yet.
 
@@ -61,29 +67,33 @@ class Scales:
             place: Where that takes its input.
             texts: The windows of each text.
             ranks: The processes that share them.
+            counted: Of a text the places in each window of the tokens that alone count, where not all do.
         """
         self._adapted, self._base, self._place, self._texts, self._ranks = adapted, base, place, texts, ranks
+        self._counted = counted or {}
 
     def at(self, scales: Sequence[float], texts: Sequence[str]) -> list[dict[str, TextDrift]]:
         """The drift on some of the texts at each of ``scales``."""
         found: list[dict[str, TextDrift]] = [{} for _ in scales]
         for text in texts:
-            for at, drift in zip(found, self._on(self._texts[text], scales), strict=True):
+            for at, drift in zip(found, self._on(text, scales), strict=True):
                 at[text] = drift
         return found
 
-    def _on(self, windows: Windows, scales: Sequence[float]) -> list[TextDrift]:
+    def _on(self, text: str, scales: Sequence[float]) -> list[TextDrift]:
+        windows, counted = self._texts[text], self._counted.get(text)
         kept = [Predictions(self._base, len(windows), self._place) for _ in scales]
         share, read = self._ranks.share(range(len(windows))), []
         with self._adapted.without_grad():
             for number in share:
                 tokens = torch.tensor([list(windows[number])], device=self._adapted.device)
+                places = None if counted is None else counted[number]
                 with self._base() as plain:
                     before = run(plain, tokens.to(self._place)).logits[0]
                 for scale, predictions in zip(scales, kept, strict=True):
                     with scaled(self._adapted, scale):
                         logits = run(self._adapted.model, tokens).logits[0]
-                    predictions.add(number, compared(logits, before, tokens[0])[None].cpu())
+                    predictions.add(number, compared(logits, before, tokens[0], places)[None].cpu())
                 read.append(number)
         for predictions in kept:
             predictions.merge(self._ranks, range(len(windows)), read)
@@ -116,10 +126,10 @@ def headroom(
         with scaled(adapted, 2.0):
             for number in share:
                 tokens = torch.tensor([list(windows[number])], device=adapted.device)
-                logits = run(adapted.model, tokens).logits[0]
-                for first in range(0, tokens.shape[1] - 1, CHUNK):
-                    rows, targets = logits[:-1][first : first + CHUNK], tokens[0, 1:][first : first + CHUNK]
-                    loss = cross_entropy(rows.to(targets.device).double(), targets, reduction="sum")
+                logits, targets = run(adapted.model, tokens).logits[0], task.targets(number, tokens[0])
+                for first in range(0, tokens.shape[1], CHUNK):
+                    rows = logits[first : first + CHUNK].to(targets.device).double()
+                    loss = cross_entropy(rows, targets[first : first + CHUNK], reduction="sum", ignore_index=IGNORED)
                     doubled[number] += loss.cpu()
                 read.append(number)
     ranks.add("the predictions at twice the update", range(few), read, doubled)

@@ -47,6 +47,7 @@ def spectrum(
     held_bytes: int = HELD_BYTES,
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks = ALONE,
+    counted: Sequence[Sequence[int]] | None = None,
 ) -> Mapping[str, Spectrum]:
     """Take the covariance of each distinct input of ``layers``, as many in one pass as fit, and what follows from it.
 
@@ -57,6 +58,7 @@ def spectrum(
         held_bytes: What the covariances of one pass may need.
         progress: Told how many windows of how many are done, all passes taken together.
         ranks: The processes that share the windows.
+        counted: The places in each window of the tokens whose rows alone count; None where all do.
 
     Returns:
         For each layer that the first window reached, and whose input is finite, its `Spectrum`.
@@ -76,7 +78,7 @@ def spectrum(
                 read = []
                 for window in ranks.share(range(len(windows))):
                     tokens = torch.tensor([list(windows[window])], device=adapted.device)
-                    rows.start(Batch(tokens, window, None, [tokens.shape[1]]))
+                    rows.start(_batch(tokens, window, None if counted is None else counted[window]))
                     forward(tokens)
                     read.append(window)
                     if progress is not None:
@@ -88,6 +90,13 @@ def spectrum(
                 found |= _spectra(of)
                 of.covariance = torch.empty(0)
     return {name: found[name] for name in layers if name in found}
+
+
+def _batch(tokens: Tensor, number: int, places: Sequence[int] | None) -> Batch:
+    """A window by itself, of which the rows at ``places`` count; all where there is none."""
+    if places is None:
+        return Batch(tokens, number, None, [tokens.shape[1]])
+    return Batch(tokens, number, torch.tensor(places, device=tokens.device), [len(places)], chosen=True)
 
 
 def _inputs(adapted: AdaptedModel, layers: Sequence[AdaptedLayer], tokens: Sequence[int]) -> list[_Input]:

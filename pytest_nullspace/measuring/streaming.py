@@ -43,6 +43,7 @@ def measure(
     ranks: Ranks = ALONE,
     shrunk: Callable[[int], None] | None = None,
     predictions: Predictions | None = None,
+    counted: Sequence[Sequence[int]] | None = None,
 ) -> tuple[LayerStats, ...]:
     """Run ``windows`` through the model and take every figure of the chosen layers.
 
@@ -59,6 +60,7 @@ def measure(
         ranks: The processes that share the windows; each gets the figures of all.
         shrunk: Told the batch size after each halving.
         predictions: Takes the predictions of each forward, which then goes to its end, beside the base model's.
+        counted: The places in each window of the tokens whose rows alone count; None where all do.
 
     Returns:
         The figures in the model's order of layers, with margins from how they vary between windows. A layer that saw no
@@ -73,7 +75,7 @@ def measure(
     chosen = [layer for name, layer in adapted.layers.items() if layers is None or name in layers]
     if not chosen and predictions is None:
         return ()
-    drawn = draw_rows([len(window) for window in windows], max_rows, seed)
+    drawn = _rows(windows, counted, max_rows, seed)
     recorder = Recorder(adapted.device, len(windows))
     sums = torch.zeros(len(chosen), 0, len(kernels.Sums._fields), dtype=torch.float64)
     by_octave = torch.zeros(len(chosen), *OCTAVES, dtype=torch.float64)
@@ -90,7 +92,7 @@ def measure(
         for part in _rounds(len(windows), settled is not None):
             share, done, told = ranks.share(part), 0, part.start
             while done < len(share):
-                batch = _batch(windows, share[done : done + batch_size], drawn, adapted.device)
+                batch = _batch(windows, share[done : done + batch_size], drawn, adapted.device, counted is not None)
                 if not _fits(recorder, forward, batch, predictions):
                     batch_size = 1 if recorder.alone else len(batch.tokens) // 2
                     if shrunk is not None and not recorder.alone:
@@ -169,7 +171,7 @@ def _compared(recorder: Recorder, forward: Callable[[Tensor], Any], batch: Batch
     """Run ``batch``, and hold its predictions against the base model's, which may run through the same layers."""
     logits = forward(batch.tokens).logits
     with recorder.silent():
-        return predictions.compared(logits, batch.tokens)
+        return predictions.compared(logits, batch.tokens, batch.first)
 
 
 def _stats(layer: AdaptedLayer, down_rank: int, by_window: Tensor, by_octave: Tensor) -> LayerStats:
@@ -220,6 +222,18 @@ def _without_sinks(found: LayerStats, by_octave: Tensor) -> WithoutSinks:
     return WithoutSinks(rows, *([norm / rows for norm in norms] if rows < found.rows else found.norms))
 
 
+def _rows(
+    windows: Sequence[Sequence[int]], counted: Sequence[Sequence[int]] | None, max_rows: int | None, seed: int
+) -> Sequence[Sequence[int]] | None:
+    """Which rows of each window count, at most so many of those that may; None where all do."""
+    if counted is None:
+        return draw_rows([len(window) for window in windows], max_rows, seed)
+    drawn = draw_rows([len(places) for places in counted], max_rows, seed)
+    if drawn is None:
+        return counted
+    return [[places[row] for row in rows] for places, rows in zip(counted, drawn, strict=True)]
+
+
 def draw_rows(lengths: Sequence[int], max_rows: int | None, seed: int) -> list[list[int]] | None:
     """Which rows of each window are counted when ``max_rows`` caps them.
 
@@ -246,7 +260,11 @@ def draw_rows(lengths: Sequence[int], max_rows: int | None, seed: int) -> list[l
 
 
 def _batch(
-    windows: Sequence[Sequence[int]], numbers: range, drawn: list[list[int]] | None, device: torch.device
+    windows: Sequence[Sequence[int]],
+    numbers: range,
+    drawn: Sequence[Sequence[int]] | None,
+    device: torch.device,
+    chosen: bool,
 ) -> Batch:
     """The first of the windows of these ``numbers``, and those of its length that follow it."""
     length = len(windows[numbers[0]])
@@ -258,4 +276,4 @@ def _batch(
         return Batch(tokens, alike[0], None, [length] * len(alike))
     of = [drawn[number] for number in alike]
     counted = [position * length + row for position, rows in enumerate(of) for row in rows]
-    return Batch(tokens, alike[0], torch.tensor(counted, dtype=torch.long, device=device), list(map(len, of)))
+    return Batch(tokens, alike[0], torch.tensor(counted, dtype=torch.long, device=device), list(map(len, of)), chosen)

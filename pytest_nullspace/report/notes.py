@@ -1,7 +1,7 @@
 """What is to be said of a run beside its figures, once, for every format."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -235,9 +235,11 @@ def measured_on(run: RunStats) -> str | None:
         seconds = run.about["measured"]["seconds"]
         of = (*(preserved(run.about) or ["text"]), *(["task_text"] if run.has_task else []))
         tokens = " and ".join(f"{run.about[what]['tokens']:,}" for what in of)
+        talks = _conversations(run.about[what] for what in of)
+        place = f"{printable(run.about['device'])} {printable(run.about['dtype'])}"
         return (
-            f"{tokens} tokens; {printable(run.about['device'])} {printable(run.about['dtype'])}; "
-            f"loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s{_backed_off(run)}"
+            f"{tokens} tokens{talks}; {place}; loaded in {seconds['load']:.1f} s, pass {seconds['pass']:.1f} s"
+            f"{_backed_off(run)}"
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
@@ -257,7 +259,8 @@ def _extent(run: RunStats, name: str | None, what: str) -> str:
     text = run.about[what]
     given = run.calib_dataset if name is None else text["given"] if name == "given" else run.about[name]
     named = _named(text["name"] if "name" in text else name_of(what))
-    return f"{named} {printable(given, 1000)}: {text['windows']:,} windows, {text['tokens']:,} tokens{_written(text)}"
+    made = f"{_written(text)}{_chat(text)}"
+    return f"{named} {printable(given, 1000)}: {text['windows']:,} windows, {text['tokens']:,} tokens{made}"
 
 
 def _written(text: Mapping[str, Any]) -> str:
@@ -265,6 +268,24 @@ def _written(text: Mapping[str, Any]) -> str:
     if not isinstance(told := text.get("written"), Mapping):
         return ""
     return " (written by the base before)" if told["was_kept"] else f" (written by the base in {told['seconds']:.1f} s)"
+
+
+def _chat(text: Mapping[str, Any]) -> str:
+    """That it is of conversations, how many, and by which template; nothing of other texts."""
+    if not isinstance(told := text.get("chat"), Mapping):
+        return ""
+    only = f"; figures of {told['counted_tokens']:,} tokens of the assistant alone" if told["assistant_only"] else ""
+    return (
+        f" ({told['conversations']:,} of {told['of']:,} conversations by the chat template "
+        f"{printable(told['template_sha256'])[:12]}{only})"
+    )
+
+
+def _conversations(texts: Iterable[Mapping[str, Any]]) -> str:
+    """That some of the texts are conversations, in a few words."""
+    told = [of["chat"] for of in texts if isinstance(of.get("chat"), Mapping)]
+    only = ", figures of the assistant's alone" if any(of["assistant_only"] for of in told) else ""
+    return f" of conversations by the tokenizer's chat template{only}" if told else ""
 
 
 _START_UP = ("text", "imports", "model", "windows")

@@ -54,6 +54,7 @@ def settings_of(read: Mapping[str, Any], folder: Path) -> Settings:
         calib_most=read["calib-size"][1],
         task_dataset=read["task-dataset"][0] if read["task-dataset"] is not None else None,
         task_folder=read["task-dataset"][1] if read["task-dataset"] is not None else Path(),
+        chat=read["chat"],
         seqlen=read["seqlen"],
         max_activation_samples=read["max-activation-samples"],
         seed=read["seed"],

@@ -25,6 +25,7 @@ from pytest_nullspace.shell.decided import decided
 from pytest_nullspace.shell.opening import check_inputs, open_runs
 from pytest_nullspace.shell.options import OPTIONS, Option
 from pytest_nullspace.shell.runs import GatedRun
+from pytest_nullspace.text.readers import Text
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -154,7 +155,7 @@ def asked(
     return settings_of({name: _read(option, given.get(name)) for name, option in known.items()}, Path.cwd())
 
 
-def of_model(model: Any, tokenizer: Any, settings: Settings, texts: dict[str, str]) -> Report:
+def of_model(model: Any, tokenizer: Any, settings: Settings, texts: dict[str, Text]) -> Report:
     """What the gate finds of a model in memory.
 
     Args:
@@ -171,7 +172,7 @@ def of_model(model: Any, tokenizer: Any, settings: Settings, texts: dict[str, st
         return _reported(settings, texts, live)
 
 
-def _reported(settings: Settings, texts: dict[str, str], live: InMemory | None = None) -> Report:
+def _reported(settings: Settings, texts: dict[str, Text], live: InMemory | None = None) -> Report:
     (run,) = open_runs(settings, texts, live)
     if not texts:
         check_inputs([run], settings, texts, look=False)

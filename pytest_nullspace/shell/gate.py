@@ -30,6 +30,7 @@ from pytest_nullspace.shell.last import LastWord, message, record
 from pytest_nullspace.shell.opening import check_inputs, open_runs
 from pytest_nullspace.shell.outputs import append_step_summary, check_outputs
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun
+from pytest_nullspace.text.readers import Text
 
 _SHARED = "nullspace_shared_folder"
 
@@ -45,7 +46,7 @@ class Gate:
                 f"-n shares out the tests of one process, but torchrun started {settings.ranks.size} that measure "
                 "together; leave out -n"
             )
-        texts: dict[str, str] = {}
+        texts: dict[str, Text] = {}
         self.runs = open_runs(settings, texts)
         self._files = {run.file: run for run in self.runs}
         named = [run.checkpoint.base for run in self.runs if isinstance(run, CheckpointRun)]

@@ -15,9 +15,10 @@ from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.settings import PREFIX, Settings, model_name
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun, SavedRun
+from pytest_nullspace.text.readers import Text
 
 
-def open_runs(settings: Settings, texts: dict[str, str], live: InMemory | None = None) -> tuple[GatedRun, ...]:
+def open_runs(settings: Settings, texts: dict[str, Text], live: InMemory | None = None) -> tuple[GatedRun, ...]:
     """Every checkpoint and every saved run that the settings name, read without torch.
 
     Args:
@@ -40,7 +41,7 @@ def open_runs(settings: Settings, texts: dict[str, str], live: InMemory | None =
     return runs
 
 
-def check_inputs(runs: Sequence[GatedRun], settings: Settings, texts: dict[str, str], *, look: bool) -> None:
+def check_inputs(runs: Sequence[GatedRun], settings: Settings, texts: dict[str, Text], *, look: bool) -> None:
     """Refuse texts, base models and tokenizers that cannot be read, before any test asks for the measurement.
 
     Args:
@@ -62,6 +63,8 @@ def check_inputs(runs: Sequence[GatedRun], settings: Settings, texts: dict[str, 
         run.check_models(look=look)
     if not look:  # last, for it may take a while to have a text of the hub, or to learn that there is no network
         texts |= inputs.read_texts(settings)
+        for run in measured:
+            run.check_chat()
 
 
 def _require_held(runs: Sequence[GatedRun], settings: Settings) -> None:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 class Option(NamedTuple):
     """A row of the table: how an option is called, read and explained; ``more`` stands in docs/options.md alone.
 
-    ``off`` is what the switch that turns it off is called, of one that is neither on nor off unless somebody says so.
+    ``bare`` is the value of one that may stand without any, where it does. ``off`` is what the switch that turns it off
+    is called, of one that is neither on nor off unless somebody says so.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Option(NamedTuple):
     default: Any = None
     repeatable: bool = False
     switch: bool = False
+    bare: str | None = None
     off: str = ""
     more: str = ""
 
@@ -102,6 +104,17 @@ OPTIONS = (
         "The text of what was learned, given like the text that must survive: the update is judged on it, and must be "
         "larger there.",
         lambda given: (values.text(given), given.folder),
+    ),
+    Option(
+        "chat",
+        "WHAT",
+        "How conversations (columns messages, or prompt and completion) are read, by the tokenizer's chat template: "
+        "auto where a table holds no text beside them, whole (or no value) in any case, assistant with the figures of "
+        "what the assistant says alone, off not at all.",
+        values.chat,
+        default="auto",
+        bare="whole",
+        more="See [conversations](texts.md#conversations).",
     ),
     Option(
         "calib-size",
@@ -329,6 +342,7 @@ def add_options(parser: "pytest.Parser") -> None:
                 action="append" if option.repeatable else "store",
                 default=None,
                 help=shown,
+                **({} if option.bare is None else {"nargs": "?", "const": option.bare}),
             )
         kind: Literal["linelist", "string"] = "linelist" if option.repeatable else "string"
         parser.addini(option.dest, text, type=kind, default=None)

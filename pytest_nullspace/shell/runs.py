@@ -16,7 +16,7 @@ from pytest_nullspace.judging.audit import Audit
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import MODEL, Expectations
 from pytest_nullspace.judging.remedy import Remedy
-from pytest_nullspace.measuring import inputs, pipeline
+from pytest_nullspace.measuring import inputs, pipeline, unmeasured
 from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.report import notes
@@ -27,6 +27,7 @@ from pytest_nullspace.run.texts import drift_test, preserved
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.shell.against import Against, read_run
 from pytest_nullspace.shell.once import MeasuredOnce
+from pytest_nullspace.text.readers import Text
 
 READ_ALIKE = ("weights_sha256", "task_text", "settings", "dtype")
 """What the processes that measure together must have found alike, of what a run tells."""
@@ -151,7 +152,7 @@ class CheckpointRun(GatedRun):
         name: str,
         settings: Settings,
         bases: Bases,
-        texts: dict[str, str],
+        texts: dict[str, Text],
         live: InMemory | None = None,
     ) -> None:
         directory, layers = checkpoint.directory, [spec.name for spec in checkpoint.layers]
@@ -167,7 +168,7 @@ class CheckpointRun(GatedRun):
         asked = settings.drift is None and not settings.weights_only
         self._without_drift = inputs.why_no_drift(checkpoint, settings) if asked else None
         if self.against.earlier is not None or self.against.start is not None:
-            self.against.check_comparable(*pipeline.planned(checkpoint, settings))
+            self.against.check_comparable(*unmeasured.planned(checkpoint, settings))
 
     @property
     def tells_all(self) -> bool:
@@ -223,6 +224,11 @@ class CheckpointRun(GatedRun):
         if self._live is None:
             inputs.check_models(self.checkpoint, self._initial, self._settings, look=look)
 
+    def check_chat(self) -> None:
+        """Refuse conversations among the texts that were read, where the tokenizer's template cannot write them."""
+        known = None if self._live is None else self._live.tokenizer.used
+        inputs.check_chat(self.checkpoint, self._initial, self._settings, self._texts, known)
+
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         if progress is not None:
             progress(0, 0)  # the model loads, and how many windows its text has is not known yet
@@ -246,7 +252,7 @@ class CheckpointRun(GatedRun):
     def _measured_here(self, progress: Callable[[int, int], None] | None) -> RunStats:
         checkpoint, settings, layers = self.checkpoint, self._settings, self.selected or set(self.gated)
         if self.weights_only or not (self.selected or self.drift_selected):  # as where `frozen` alone is selected
-            outcome = pipeline.read_files(checkpoint, settings, layers)
+            outcome = unmeasured.read_files(checkpoint, settings, layers)
         else:
             outcome = pipeline.measure_checkpoint(
                 checkpoint,
@@ -262,7 +268,7 @@ class CheckpointRun(GatedRun):
             outcome = replace(outcome, about={**outcome.about, WITHOUT_DRIFT: self._without_drift})
         if self._initial is None:
             return outcome
-        audited = pipeline.audit_checkpoint(checkpoint, self._initial, settings, layers)
+        audited = unmeasured.audit_checkpoint(checkpoint, self._initial, settings, layers)
         return replace(outcome, about={**outcome.about, "audit": audited.to_dict()})
 
 

@@ -164,6 +164,12 @@ def auto_or_truth(given: Given) -> bool | None:
         raise OptionError(f"takes auto, true or false, not {quoted(given.text)}") from None
 
 
+def chat(given: Given) -> str:
+    """How conversations are read, as a word, or true or false."""
+    said = {"true": "whole", "false": "off"}.get(given.text.lower(), given.text)
+    return one_of("auto", "whole", "assistant", "off")(given._replace(text=said))
+
+
 def report(given: Given) -> Path:
     """A file for a report, whose suffix says of which kind."""
     file = path(given)

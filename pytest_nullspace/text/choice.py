@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nullspace.errors import first_line
-from pytest_nullspace.text.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_hashes
-from pytest_nullspace.text.windows import Tokenize, Window, tokens_at
+from pytest_nullspace.text.tokenizer import TOKENIZER_FILES, LoadedTokenizer, load_tokenizer, tokenizer_hashes
+from pytest_nullspace.text.windows import Window, tokens_at
 
 FIRST_IDS = 8
 """How many ids of the first window are kept, which show what a tokenizer puts before a text."""
@@ -55,11 +55,18 @@ class TokenizerChoice:
 
     @staticmethod
     def compared(
-        tokenize: Tokenize, texts: Mapping[str, str], read: Mapping[str, Sequence[Window]], seqlen: int
+        tokenizer: LoadedTokenizer, texts: Mapping[str, str], read: Mapping[str, Sequence[Window]], seqlen: int
     ) -> dict[str, Any]:
-        """In how many windows ``tokenize``, the base's, gives other ids, and the first of them."""
+        """In how many windows ``tokenizer``, the base's, gives other ids, and the first of them."""
+
+        def other_tokens(text: str, window: Window) -> tuple[int, ...]:
+            if window.within is None:
+                return tokens_at(text, tokenizer, window.start, seqlen)
+            begin, end, before = window.within
+            return tuple(tokenizer.bare(text[begin:end])[0][before : before + seqlen])
+
         pairs = {
-            what: [(window.tokens, tokens_at(texts[what], tokenize, window.start, seqlen)) for window in windows]
+            what: [(window.tokens, other_tokens(texts[what], window)) for window in windows]
             for what, windows in read.items()
         }
         own, other = next(iter(pairs.values()))[0]

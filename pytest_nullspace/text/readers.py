@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint.header import POINTER
 from pytest_nullspace.errors import TextError, first_line, printable
+from pytest_nullspace.text.conversations import AUTO, FORMS, OFF, TOOLS, Conversations, conversations
 from pytest_nullspace.text.sources import OPTION, FileText, FolderText, HubText, Source
 
 if TYPE_CHECKING:
@@ -22,9 +23,26 @@ DEFAULT_COLUMNS = ("text", "sentence", "question", "content")
 """Where a text is looked for when no column is named, in this order."""
 _MAX_CSV_FIELD = 2**31 - 1
 
+Text = str | Conversations
+
 
 def read_text(source: Source) -> str:
     """All texts of ``source``, joined by a blank line.
+
+    Raises:
+        TextError: It cannot be read, has no such column, or holds no text.
+    """
+    text = read(source, OFF)
+    assert isinstance(text, str)
+    return text
+
+
+def read(source: Source, chat: str) -> Text:
+    """All texts of ``source``, or its conversations.
+
+    Args:
+        source: Where they are.
+        chat: One of `pytest_nullspace.text.conversations.MODES`.
 
     Raises:
         TextError: It cannot be read, has no such column, or holds no text.
@@ -37,6 +55,9 @@ def read_text(source: Source) -> str:
             table = _read_folder(source)
         case HubText():
             table = _read_hub(source)
+    if held := _conversing(table, source, chat):
+        values = {name: table.values(name) for name in (*held, TOOLS) if name in table.columns}
+        return conversations(values, held, table.row, source)
     text = "\n\n".join(_texts(table, _column(table, source), source))
     if not text.strip():
         raise TextError(f"{source}: holds no text")
@@ -69,6 +90,20 @@ class _Table:
     columns: Mapping[str, bool]
     values: Callable[[str], Sequence[object]]
     row: str = "row"
+
+
+def _conversing(table: _Table, source: Source, chat: str) -> tuple[str, ...]:
+    """The columns of ``table`` that hold conversations and are to be taken; none where a text is."""
+    if chat == OFF:
+        return ()
+    if source.column is not None:
+        if source.column not in table.columns or table.columns[source.column]:
+            return ()
+        held = next((value for value in table.values(source.column) if value is not None), None)
+        return (source.column,) if isinstance(held, list) else ()
+    if chat == AUTO and any(name in table.columns for name in DEFAULT_COLUMNS):
+        return ()
+    return next((form for form in FORMS if all(name in table.columns for name in form)), ())
 
 
 def _column(table: _Table, source: Source) -> str:

@@ -32,11 +32,13 @@ class LoadedTokenizer:
         encode: The ids of a text.
         decode: The text of ids, special tokens left out.
         spans: Of each id of a text the characters that it stands for; None where the tokenizer does not tell.
+        bare: The ids of a text that brings its own special tokens, and the characters of each likewise.
     """
 
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     spans: Callable[[str], Spans | None]
+    bare: Callable[[str], tuple[list[int], Spans | None]]
 
     def __call__(self, text: str) -> list[int]:
         """The ids of ``text``."""
@@ -116,7 +118,11 @@ def _fast(directory: Path) -> LoadedTokenizer:
         found: Spans = tokenizer.encode(text).offsets
         return found
 
-    return LoadedTokenizer(encode, decode, spans)
+    def bare(text: str) -> tuple[list[int], Spans]:
+        found = tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    return LoadedTokenizer(encode, decode, spans, bare)
 
 
 def _slow(directory: Path) -> LoadedTokenizer:
@@ -142,7 +148,11 @@ def _slow(directory: Path) -> LoadedTokenizer:
         found: Spans = tokenizer(text, verbose=False, return_offsets_mapping=True).offset_mapping
         return found
 
-    return LoadedTokenizer(encode, decode, spans)
+    def bare(text: str) -> tuple[list[int], Spans | None]:
+        told = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+        return told.input_ids, told.get("offset_mapping")
+
+    return LoadedTokenizer(encode, decode, spans, bare)
 
 
 def require_tokenizer(directory: Path) -> None:

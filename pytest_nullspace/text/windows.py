@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pytest_nullspace.errors import TextError
 
@@ -18,6 +19,20 @@ CONTEXT = 64
 """Tokens that no text repeats by chance, or so seldom that it does not count."""
 
 
+class Stretch(NamedTuple):
+    """A part of a text that is cut into tokens as a whole, as a conversation is.
+
+    Attributes:
+        begin: Its first character.
+        end: The one after its last.
+        before: How many of its tokens come before the window.
+    """
+
+    begin: int
+    end: int
+    before: int
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """One calibration sequence.
@@ -25,10 +40,29 @@ class Window:
     Attributes:
         start: The character of the text at which it begins.
         tokens: Its token ids.
+        counted: The places of those that count; None where all do.
+        within: The part of the text that it is of, where that brings its own special tokens.
     """
 
     start: int
     tokens: tuple[int, ...]
+    counted: tuple[int, ...] | None = None
+    within: Stretch | None = None
+
+    @property
+    def predicted(self) -> tuple[int, ...]:
+        """The tokens that count among those that a model predicts, which is all but the first."""
+        if self.counted is None:
+            return self.tokens[1:]
+        return tuple(self.tokens[place] for place in self.counted if place)
+
+
+def counted(windows: Sequence[Window]) -> list[tuple[int, ...]] | None:
+    """Of each of ``windows`` the places of the tokens that count; None where all of all do."""
+    places = [window.counted for window in windows]
+    if all(of is None for of in places):
+        return None
+    return [tuple(range(len(window.tokens))) if of is None else of for window, of in zip(windows, places, strict=True)]
 
 
 def draw_windows(text: str, tokenize: Tokenize, *, count: int, seqlen: int, seed: int) -> tuple[Window, ...]:
@@ -99,11 +133,11 @@ def distinct_rows(windows: Sequence[Window]) -> int:
 def unigram_loss(windows: Sequence[Window], vocabulary: int) -> float | None:
     """The loss of a model that only counts tokens, in nats a token; None where no token is predicted.
 
-    Each token that a model predicts, which is all but the first of a window, is predicted here from how often it is
+    Each token that a model predicts, and that counts, is predicted here from how often it is
     among the others, so that a short text, which an entropy of its own counts would flatter, does not look easy. What
     is new has the chance of Witten and Bell, as many as there are distinct tokens, spread over the vocabulary.
     """
-    counts = Counter(token for window in windows for token in window.tokens[1:])
+    counts = Counter(token for window in windows for token in window.predicted)
     others = counts.total() - 1
     if others < 1:
         return None

@@ -114,6 +114,20 @@ def test_no_trap_in_an_adapter_or_its_base_is_sprung(gate: Gate, pytester: pytes
     assert left(pytester) == before
 
 
+def test_a_template_that_reaches_for_python_is_stopped(
+    checkpoint: Path, gate: Gate, pytester: pytest.Pytester, sprung: Path
+) -> None:
+    """Asked to write conversations, a planted chat template is refused by the sandbox before anything is loaded."""
+    plant(checkpoint)
+    (pytester.path / "chat.jsonl").write_text(json.dumps({"prompt": "hi", "completion": "hello"}))
+    before = left(pytester)
+    result = gate("--nullspace-calib-dataset=chat.jsonl")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: *chat_template.jinja: its chat template cannot be followed: SecurityError: *"])
+    assert not sprung.exists(), sprung.read_text()
+    assert left(pytester) == before
+
+
 def test_a_checkpoint_is_not_gated_from_a_place_that_python_imports_from(
     checkpoint: Path, gate: Gate, pytester: pytest.Pytester, sprung: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

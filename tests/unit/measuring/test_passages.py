@@ -91,7 +91,12 @@ def test_windows_that_overlap_tell_a_place_once(tokenizer: LoadedTokenizer) -> N
 
 def test_a_tokenizer_that_does_not_tell_where_gives_the_window() -> None:
     """Then the passage is told by what its tokens are, from the character at which the window begins."""
-    tokenizer = LoadedTokenizer(lambda text: list(map(ord, text)), lambda ids: "".join(map(chr, ids)), lambda _: None)
+    tokenizer = LoadedTokenizer(
+        lambda text: list(map(ord, text)),
+        lambda ids: "".join(map(chr, ids)),
+        lambda _: None,
+        lambda text: (list(map(ord, text)), None),
+    )
     window = Window(7, tuple(map(ord, "abcdefgh")))
     (found,) = passages([Spot(0, 3, 1.0, 0.9, 0.1, 97, 98)], [window], "…", tokenizer, 8)
     assert (found.start, found.end, found.before, found.token) == (7, None, "abcd", "e")

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from pytest_nullspace.report.doubts import other_tokenizer
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.text.choice import FIRST_IDS, TokenizerChoice
-from pytest_nullspace.text.tokenizer import load_tokenizer
+from pytest_nullspace.text.tokenizer import LoadedTokenizer, load_tokenizer
 from pytest_nullspace.text.windows import Window, draw_windows
 from tests.saved import LAYER
 from tests.tiny import TEXT
@@ -131,7 +131,8 @@ def test_windows_that_differ_are_counted_exactly(pairs: list[tuple[list[int], li
     def tokenize(of: str) -> list[int]:
         return pairs[int(of[0])][1]
 
-    about = choice.compared(tokenize, {"text": text}, {"text": windows}, 6)
+    of_base = LoadedTokenizer(tokenize, str, lambda _: None, lambda of: (tokenize(of), None))
+    about = choice.compared(of_base, {"text": text}, {"text": windows}, 6)
     unlike = [(own, other) for own, other in pairs if own != other]
     assert about["windows_differ"] == len(unlike)
     if unlike:

@@ -1,0 +1,178 @@
+"""The chat template beside a tokenizer: a stranger's data, bounded, and run only in `sandbox`'s own process."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pytest_nullspace.checkpoint import gguf
+from pytest_nullspace.checkpoint.header import opened, read_json_object
+from pytest_nullspace.errors import CheckpointError, TextError, printable
+from pytest_nullspace.text import sandbox
+
+FILE, CONFIG, SPECIAL = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
+TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The special tokens that a template may name."""
+MAX_TEMPLATE = 1_000_000
+"""Characters of a template; the longest that models have are 20,000."""
+MAX_RENDERED = 20_000_000
+"""Characters that it may write of one conversation."""
+SECONDS, WALL_SECONDS, MEMORY = 10, 120, 1 << 30
+"""What it may take for one batch of conversations: of a processor, in all, and in bytes."""
+
+
+class Rendered(NamedTuple):
+    """A conversation as a template wrote it.
+
+    Attributes:
+        text: All of it.
+        spans: Where the assistant speaks, first character and the one after the last.
+    """
+
+    text: str
+    spans: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Template:
+    """A tokenizer's chat template.
+
+    Attributes:
+        file: Where it lies.
+        text: What it is.
+        special: The special tokens that it may name.
+    """
+
+    file: Path
+    text: str
+    special: Mapping[str, str]
+
+    @property
+    def sha256(self) -> str:
+        """The digest of all that decides what it writes."""
+        told = json.dumps([self.text, dict(self.special)], sort_keys=True)
+        return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
+
+    @classmethod
+    def beside(cls, directory: Path) -> "Template | None":
+        """The template of the tokenizer in ``directory``; None where it has none, as a GGUF file's, which is not read.
+
+        Raises:
+            CheckpointError: What holds it cannot be read, or it is longer than any is.
+        """
+        if directory.suffix == gguf.SUFFIX or directory.is_file():
+            return None
+        config = _object(directory / CONFIG)
+        file = directory / (FILE if (directory / FILE).is_file() else CONFIG)
+        text = _read(file) if file.name == FILE else _default(config.get("chat_template"))
+        if text is None:
+            return None
+        if len(text) > MAX_TEMPLATE:
+            raise CheckpointError(
+                f"{file}: its chat template has {len(text):,} characters; at most {MAX_TEMPLATE:,} are read"
+            )
+        told = {**_object(directory / SPECIAL), **config}
+        special = {name: token for name in TOKENS if (token := _token(told.get(name))) is not None}
+        return cls(file, text, special)
+
+    def render(self, conversations: Sequence[str], *, assistant: bool) -> list[Rendered]:
+        """Each of the ``conversations``, with what the assistant says in them where that is asked for.
+
+        Raises:
+            TextError: The template does not end, takes too much, or refuses one.
+        """
+        asked = {
+            "template": self.text,
+            "special": self.special,
+            "conversations": conversations,
+            "assistant": assistant,
+            "most": MAX_RENDERED,
+            "seconds": SECONDS,
+            "memory": MEMORY,
+        }
+        answer = self._asked(json.dumps(asked).encode("ascii"))
+        if "error" in answer:
+            raise self._refused(f"cannot be followed: {printable(answer['error'], 400)}")
+        return [
+            Rendered(text, [(first, after) for first, after in spans])
+            for text, spans in zip(answer["texts"], answer["spans"], strict=True)
+        ]
+
+    def _asked(self, question: bytes) -> dict[str, Any]:
+        """What `sandbox` answers in a process of its own."""
+        import jinja2
+        import markupsafe
+
+        folders = dict.fromkeys(str(Path(str(module.__file__)).parents[1]) for module in (jinja2, markupsafe))
+        command = [sys.executable, "-I", "-S", sandbox.__file__, *folders]
+        try:
+            done = subprocess.run(command, input=question, capture_output=True, timeout=WALL_SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            raise self._endless() from None
+        except OSError as error:
+            raise TextError(f"{self.file}: no process could be started for its chat template: {error}") from None
+        if done.returncode in (-getattr(signal, "SIGXCPU", 0), -getattr(signal, "SIGKILL", 0)):
+            raise self._endless()
+        try:
+            answer: dict[str, Any] = json.loads(done.stdout)
+        except ValueError:
+            lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+            raise self._refused(f"ended its process: {printable(lines[-1] if lines else done.returncode)}") from None
+        return answer
+
+    def _endless(self) -> TextError:
+        return self._refused(f"does not come to an end: it was stopped after {SECONDS} s")
+
+    def _refused(self, reason: str) -> TextError:
+        return TextError(f"{self.file}: its chat template {reason}. Put the base model's own there, or give plain text")
+
+
+def require_template(directory: Path, source: object) -> Template:
+    """The template in ``directory``, which the conversations of ``source`` need.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
+    template = Template.beside(directory)
+    if template is None:
+        raise CheckpointError(
+            f"{directory}: its tokenizer has no chat template (looked for {FILE}, and chat_template in {CONFIG}), and "
+            f"{source} holds conversations, which it would write; save the base model's tokenizer with its template "
+            "there, or name a column of plain text"
+        )
+    return template
+
+
+def _object(file: Path) -> Mapping[str, Any]:
+    return read_json_object(file, "the tokenizer's configuration") if file.is_file() else {}
+
+
+def _read(file: Path) -> str:
+    with opened(file, "the chat template") as (stream, status):
+        if status.st_size > 4 * MAX_TEMPLATE:
+            raise CheckpointError(f"{file}: has {status.st_size:,} bytes, and no chat template has so many")
+        try:
+            return stream.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file}: not UTF-8 text (byte {error.start})") from None
+
+
+def _default(told: object) -> str | None:
+    """The template of a config: itself, or of several that have names the one called ``default``."""
+    if isinstance(told, list):
+        named = {of.get("name"): of.get("template") for of in told if isinstance(of, Mapping)}
+        told = named.get("default")
+    elif isinstance(told, Mapping):
+        told = told.get("default")
+    return told if isinstance(told, str) else None
+
+
+def _token(told: object) -> str | None:
+    """A special token's text, which a config may hold with how it is split off."""
+    text = told.get("content") if isinstance(told, Mapping) else told
+    return text if isinstance(text, str) else None
