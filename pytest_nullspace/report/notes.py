@@ -259,8 +259,8 @@ def _extent(run: RunStats, name: str | None, what: str) -> str:
     text = run.about[what]
     given = run.calib_dataset if name is None else text["given"] if name == "given" else run.about[name]
     named = _named(text["name"] if "name" in text else name_of(what))
-    made = f"{_written(text)}{_chat(text)}"
-    return f"{named} {printable(given, 1000)}: {text['windows']:,} windows, {text['tokens']:,} tokens{made}"
+    told = f"{named} {printable(given, 1000)}: {text['windows']:,} windows, {text['tokens']:,} tokens"
+    return f"{told}{_written(text)}{_chat(text)}"
 
 
 def _written(text: Mapping[str, Any]) -> str:
