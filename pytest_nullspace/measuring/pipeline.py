@@ -128,9 +128,7 @@ def measure_checkpoint(
             **({WITHOUT_DRIFT: NOT_AT_HAND} if settings.drift is None and run.drift is None else {}),
             **passed.suggested,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
-            **about.of_texts(
-                read.texts, run.read, seqlen, read.written, vocabulary(adapted.model), settings.preserved, read.chats
-            ),
+            **read.told(run),
             "tokenizer": read.tokenizer.told(read.texts, run.read, seqlen),
             "settings": about.of_settings(settings),
             "device": places(adapted),
@@ -256,6 +254,11 @@ class _Read:
         }
         texts = {what: chats[what].text if what in chats else text for what, text in self.texts.items()}
         return replace(self, texts=texts, chats=chats)
+
+    def told(self, run: Measurement) -> dict[str, Any]:
+        """What a run tells of its texts."""
+        known, preserved = vocabulary(run.adapted.model), run.settings.preserved
+        return about.of_texts(self.texts, run.read, run.seqlen, self.written, known, preserved, self.chats)
 
     def with_passages(self, run: Measurement, headroom: Headroom | None) -> Drift | None:
         """How far the predictions moved, and where most in each text, with what more of the update would gain."""

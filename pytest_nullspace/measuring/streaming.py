@@ -81,10 +81,8 @@ def measure(
     by_octave = torch.zeros(len(chosen), *OCTAVES, dtype=torch.float64)
 
     def figures() -> tuple[LayerStats, ...]:
-        return tuple(
-            _stats(layer, recorder.down_ranks[layer.name], *of)
-            for layer, *of in zip(chosen, sums, by_octave, strict=True)
-        )
+        summed = zip(chosen, sums, by_octave, strict=True)
+        return tuple(_stats(layer, recorder.down_ranks[layer.name], *of) for layer, *of in summed)
 
     watching = recorder.rows.watching(adapted.model), recorder.watching(chosen)
     running = forwards(adapted, chosen, windows[0], whole=predictions is not None)
