@@ -129,7 +129,6 @@ def measure_checkpoint(
             **passed.suggested,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
             **read.told(run),
-            "tokenizer": read.tokenizer.told(read.texts, run.read, seqlen),
             "settings": about.of_settings(settings),
             "device": places(adapted),
             "dtype": loaded.precision,
@@ -256,9 +255,10 @@ class _Read:
         return replace(self, texts=texts, chats=chats)
 
     def told(self, run: Measurement) -> dict[str, Any]:
-        """What a run tells of its texts."""
+        """What a run tells of its texts, and of the tokenizer that cut them."""
         known, preserved = vocabulary(run.adapted.model), run.settings.preserved
-        return about.of_texts(self.texts, run.read, run.seqlen, self.written, known, preserved, self.chats)
+        texts = about.of_texts(self.texts, run.read, run.seqlen, self.written, known, preserved, self.chats)
+        return {**texts, "tokenizer": self.tokenizer.told(self.texts, run.read, run.seqlen)}
 
     def with_passages(self, run: Measurement, headroom: Headroom | None) -> Drift | None:
         """How far the predictions moved, and where most in each text, with what more of the update would gain."""
