@@ -1,6 +1,7 @@
 """Layers that a model never calls, for it computes with their weight itself: what PEFT adds to them is left out."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from pytest_nullspace.model import AdaptedLayer
 def bypassed(
     layers: Sequence[AdaptedLayer], forward: Callable[[Tensor], Any], tokens: Sequence[int], device: torch.device
 ) -> set[str]:
-    """The names of those of ``layers``, none of which ran, whose base weight a forward computes with all the same.
+    """The names of those of ``layers`` that a forward does not call, and computes with their base weight all the same.
 
     Mamba's time steps are ``dt_proj.weight @ x``: an adapter of ``dt_proj`` trains nothing and changes no output.
 
     Args:
-        layers: That no row reached.
+        layers: Of which no row was counted.
         forward: Runs the model on tokens ``(b, length)``.
         tokens: A window of the text.
         device: Where they go.
@@ -26,9 +27,14 @@ def bypassed(
     if not layers:
         return set()
     weights = {id(layer.base.weight): layer.name for layer in layers if hasattr(layer.base, "weight")}
-    with _Using(weights.keys()) as using:
+    ran: set[str] = set()
+    with ExitStack() as hooks:
+        for layer in layers:
+            handle = layer.layer.register_forward_pre_hook(lambda *_, name=layer.name: ran.add(name))
+            hooks.callback(handle.remove)
+        using = hooks.enter_context(_Using(weights.keys()))
         forward(torch.tensor([list(tokens)], device=device))
-    return {weights[key] for key in using.used}
+    return {weights[key] for key in using.used} - ran
 
 
 class _Using(TorchFunctionMode):

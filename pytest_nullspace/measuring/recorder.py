@@ -173,12 +173,12 @@ class Recorder:
     def end(self) -> bool:
         """Count the batch; False, and nothing counted, where `alone` the rows of one window could be told apart."""
         self._sum_held()
-        if unplaced := self._unclear - {name for name, *_ in self._of_batch}:
+        first, of_tokens = self._batch.first, {name for name, whole, *_ in self._of_batch if whole}
+        if unplaced := self._unclear - of_tokens:  # other rows may have been told, but not those of the tokens
             if len(self._batch.tokens) > 1:
                 self.alone = True
                 return False
             self.unplaced.update(unplaced)
-        first, of_tokens = self._batch.first, {name for name, whole, *_ in self._of_batch if whole}
         for name, whole, summed, apart in self._of_batch:
             # An expert may run more than once a forward. Beside the tokens a layer may read what is none: distances.
             if whole or name not in of_tokens:

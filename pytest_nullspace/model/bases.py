@@ -211,7 +211,9 @@ def _told_of(base: Path) -> Iterator[None]:
     except ImportError as error:
         method = None if base.is_file() else _quantiser(base)
         if method is None:
-            raise
+            raise CheckpointError(
+                f"{base}: transformers builds this model with a package that is not installed: {printable(error, 300)}"
+            ) from error
         raise CheckpointError(
             f"{base}: its weights are quantised by {printable(method)}, and what reads them is not installed: "
             f"{printable(error, 300)}; pip install {_QUANTISERS.get(method, 'what it names')}"

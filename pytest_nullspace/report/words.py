@@ -133,7 +133,12 @@ _OF_PRESERVED = tuple(name for name in of_layers() if FIGURES[name].text is Text
 
 
 def layer_failure(layer: LayerStats, verdict: Verdict) -> str:
-    """The message of a failed layer: the verdict first, then every figure with its bounds, then a reading."""
+    """The message of a failed layer: the verdict first, then every figure with its bounds, then a reading.
+
+    Of a layer to which no row came there are none.
+    """
+    if not any(of.rows for of in (layer, *layer.further.values(), layer.task or layer)):
+        return "\n".join([verdict.summary, *(f"{MARKS[Tier.FAIL]} {fault}" for fault in verdict.faults)])
     norms = (
         f"mean norms over {layer.rows} rows: ||X|| {layer.input_norm:.6g}, ||BX|| {layer.down_norm:.6g}, "
         f"||ABX|| {layer.update_norm:.6g}, ||W_residual X|| {layer.base_norm:.6g}, ||output|| {layer.output_norm:.6g}"

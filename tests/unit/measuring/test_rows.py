@@ -182,6 +182,18 @@ def test_what_nobody_can_tell_to_be_tokens_is_refused_as_that(tmp_path: Path) ->
         assert [layer.unplaced for layer in from_json(to_json(run), "f").layers] == [0, unplaced]
 
 
+def test_rows_beside_the_tokens_do_not_stand_for_them(tmp_path: Path) -> None:
+    """PEGASUS-X pads every other block, so its tokens cannot be told there: global rows alone make no figure."""
+    sizes = {"vocab_size": 128, "d_model": 32, "block_size": WINDOW, "num_global_tokens": 4, "pad_token_id": 0}
+    sides = {f"{side}_{of}": n for side in ("encoder", "decoder") for of, n in (SIDE | {"layers": 2}).items()}
+    model = transformers.PegasusXForConditionalGeneration(transformers.PegasusXConfig(**sizes, **sides))
+    directory = adapter(tmp_path, model, "SEQ_2_SEQ_LM", r=4, target_modules=r".*encoder.*self_attn.k_proj")
+    whole = [window[:WINDOW] for window in TEXT]
+    even, staggered = measure(opened(directory)[1], whole, batch_size=2)
+    assert (even.rows, even.defect) == (6 * WINDOW, None)
+    assert staggered.defect == f"in 6 windows {UNPLACED}"
+
+
 def test_as_many_windows_as_tokens_do_not_share_a_forward(tmp_path: Path) -> None:
     """Where both are as many the two axes look alike, so a forward takes one window fewer."""
     adapted = loaded("tokens first", tmp_path)

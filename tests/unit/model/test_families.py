@@ -20,7 +20,7 @@ from pytest_nullspace.report.model import built_as, remarks, unreached
 from pytest_nullspace.run.stats import UNREACHED, RunStats
 from tests import tiny
 from tests.adapters import adapter, change
-from tests.families import MAKERS, qwen3_5
+from tests.families import MAKERS
 from tests.unit.model.test_peft import SMALL, WINDOWS, check_figures, opened
 
 # PEFT's own, while the tests make adapters with it.
@@ -59,33 +59,38 @@ def test_an_adapter_is_put_on_the_class_that_has_its_layers(family: str, tmp_pat
     assert _writes_text(adapted.model)
 
 
-def test_both_shapes_of_one_base_are_measured_alike(tmp_path: Path) -> None:
-    """Qwen3.5 is adapted whole, and as the text model that its auto class gives: one update, the same figures."""
+@pytest.mark.parametrize(
+    ("family", "inside", "targets"),
+    [
+        ("qwen3_5", "model.language_model.", ["q_proj", "in_proj_qkv", "out_proj"]),
+        ("llama4", "language_model.model.", ["q_proj", "down_proj"]),
+        ("mllama", "model.language_model.", ["v_proj"]),
+    ],
+)
+def test_both_shapes_of_one_base_are_measured_alike(
+    family: str, inside: str, targets: list[str], tmp_path: Path
+) -> None:
+    """Some are adapted whole, and as the text model that their auto class gives: one update, the same figures."""
+    how: dict[str, Any] = {"r": 4, "target_modules": targets, "exclude_modules": ".*(visual|vision).*"}
     torch.manual_seed(0)
-    whole = adapter(
-        tmp_path, qwen3_5(), r=4, target_modules=["q_proj", "in_proj_qkv", "out_proj"], exclude_modules=".*visual.*"
-    )
-    text = adapter(
-        tmp_path / "text",
-        qwen3_5(),
-        r=4,
-        target_modules=["q_proj", "in_proj_qkv", "out_proj"],
-        exclude_modules=".*visual.*",
-    )
+    whole = adapter(tmp_path, MAKERS[family](), **how)
+    text = adapter(tmp_path / "text", MAKERS[family](), **how)
 
     def as_text(tensors: dict[str, Any], config: dict[str, Any]) -> None:
         config["base_model_name_or_path"] = str(tmp_path / "base")
         for name in list(tensors):
-            tensors[name.replace("model.language_model.", "model.")] = tensors.pop(name)
+            tensors[name.replace(inside, "model.")] = tensors.pop(name)
 
     change(text, as_text)
     (_, one), (_, two) = opened(whole), opened(text)
-    assert one.kind == "Qwen3_5ForConditionalGeneration, named by the base's architectures"
-    assert two.kind == "Qwen3_5ForCausalLM, of task_type CAUSAL_LM"
-    by_name = {layer.name.replace("model.language_model.", "model."): layer for layer in measure(one, WINDOWS)}
+    assert one.kind.endswith("ForConditionalGeneration, named by the base's architectures")
+    assert two.kind.endswith("ForCausalLM, of task_type CAUSAL_LM")
+    by_name = {layer.name.replace(inside, "model."): layer for layer in measure(one, WINDOWS)}
+    assert any(layer.rows for layer in by_name.values())
     for layer in measure(two, WINDOWS):
+        assert layer.rows == by_name[layer.name].rows
         for figure in ("input_norm", "down_norm", "update_norm", "base_norm", "output_norm"):
-            assert getattr(layer, figure) == pytest.approx(getattr(by_name[layer.name], figure), rel=1e-9)
+            assert getattr(layer, figure) == pytest.approx(getattr(by_name[layer.name], figure), rel=1e-9, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +128,18 @@ def test_a_base_of_no_class_of_transformers_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match="its architecture 'pipeline' is not one of transformers' own, which have"
     ):
+        load_model(directory)
+
+
+def test_a_package_that_a_model_wants_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some models are built with packages of others, such as timm; that one is missing is said in one sentence."""
+    directory = adapter(tmp_path, tiny.llama(), r=4, target_modules=["q_proj"])
+
+    def needs_timm(*_: Any, **__: Any) -> Any:
+        raise ImportError("TimmWrapperModel requires the timm library")
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "__init__", needs_timm)
+    with pytest.raises(CheckpointError, match=r"with a package that is not installed: TimmWrapperModel requires the"):
         load_model(directory)
 
 

@@ -18,7 +18,7 @@ from pytest_nullspace.judging.profiles import Chosen, Profile
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report import doubts, markdown, notes, terminal, words
 from pytest_nullspace.run.figures import beside_a_task, of_layers
-from pytest_nullspace.run.stats import LayerStats, RunStats
+from pytest_nullspace.run.stats import UNREACHED, LayerStats, RunStats
 from pytest_nullspace.settings import GivenText
 
 TRAINED, INIT = Expectations(), Expectations(Stage.INIT)
@@ -528,3 +528,13 @@ def test_the_matrices_are_called_as_the_adapters_files_do(told: str, peft: str) 
     of_peft = dataclasses.replace(run_of(EXAMPLE), about={"format": "PEFT LoRA"})
     assert words.named(told, of_peft) == peft
     assert words.named(told, run_of(EXAMPLE)) == told
+
+
+def test_a_layer_that_no_row_reached_fails_in_a_line() -> None:
+    """Where nothing was measured its message is the defect alone, without five norms that are no numbers."""
+    lost = dataclasses.replace(EXAMPLE, rows=0, without_sinks=None)
+    assert words.layer_failure(lost, judge(lost, TRAINED)) == UNREACHED
+    task = dataclasses.replace(lost, task=EXAMPLE)
+    assert "mean norms over" in words.layer_failure(task, judge(task, TRAINED))
+    moved = dataclasses.replace(judge(lost, TRAINED), faults=("B was trained",))
+    assert words.layer_failure(lost, moved).splitlines()[1:] == ["✗ B was trained"]
