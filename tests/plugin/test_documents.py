@@ -88,9 +88,9 @@ def test_what_no_test_runs_says_why(document: str) -> None:
     assert [code for remark, code in with_remark if not run_by_a_test(remark)] == []
 
 
-def test_the_ini_file_of_the_readme_gates(place: Path, pytester: pytest.Pytester) -> None:
-    """README's pytest.ini gates the adapter beside it, thresholds by layer and all, with no option given."""
-    (ini,) = (code for _, kind, code in blocks("README.md") if kind == "ini")
+def test_the_ini_file_of_the_document_gates(place: Path, pytester: pytest.Pytester) -> None:
+    """The pytest.ini of docs/ci.md gates the adapter beside it, thresholds by layer and all, with no option given."""
+    (ini,) = (code for _, kind, code in blocks("docs/ci.md") if kind == "ini")
     (place / "pytest.ini").write_text(f"{ini}nullspace_model = runs/ft\nnullspace_seqlen = 256\n")
     result = pytester.runpytest_subprocess("runs/ft")
     assert result.ret == 0, result.outlines
@@ -98,9 +98,9 @@ def test_the_ini_file_of_the_readme_gates(place: Path, pytester: pytest.Pytester
 
 
 @pytest.mark.usefixtures("place")
-def test_the_tests_of_the_readme_run(pytester: pytest.Pytester) -> None:
-    """README's own tests, as a user would copy them, run beside the gate and pass on the shipped adapter."""
-    (code,) = (code for _, kind, code in blocks("README.md") if kind == "python" and "nullspace_layer" in code)
+def test_the_tests_of_the_document_run(pytester: pytest.Pytester) -> None:
+    """The tests of docs/your-tests.md, copied as they are, run beside the gate and pass on the shipped adapter."""
+    (code,) = (code for _, kind, code in blocks("docs/your-tests.md") if kind == "python")
     pytester.makepyfile(test_own=code)
     result = pytester.runpytest_subprocess("--nullspace-model=runs/ft", "--nullspace-task-dataset=task.txt")
     assert result.ret == 0, result.outlines

@@ -85,9 +85,7 @@ def test_llms_txt_names_every_page_with_what_it_says(built: Path) -> None:
 
 def test_links_of_the_repository_become_those_of_the_site() -> None:
     """A file that is a page is linked as such, another one is told as text, and code is left alone."""
-    assert site.linked("[a](../README.md#in-ci) [b](../mistakes.md)", "causes/x.md") == "[a](../README.md#in-ci) " + (
-        "[b](../mistakes.md)"
-    )
+    assert site.linked("[a](../../README.md) [b](../cost.md)", "causes/x.md") == "[a](../index.md) [b](../cost.md)"
     assert site.linked("[a](../README.md#in-ci)", "ci.md") == "[a](index.md#in-ci)"
     assert site.linked("![p](docs/report.png) [c](docs/causes)", "index.md") == "![p](report.png) [c](symptoms.md)"
     assert site.linked("[`y`](ci/gitlab.yml)\n```text\n[y](ci/gitlab.yml)\n```\n", "index.md") == (
