@@ -8,13 +8,15 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from pytest_nullspace.checkpoint import grammar
+from pytest_nullspace.checkpoint.grammar import Object
 from pytest_nullspace.errors import CheckpointError, printable, quoted
 
 __all__ = [
@@ -54,6 +56,8 @@ _BITS = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,
 }  # fmt: skip
+
+_FIELDS = ("dtype", "shape", "data_offsets")
 
 FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
 """The dtypes in which adapter weights can be measured."""
@@ -127,14 +131,17 @@ def read_json_object(file: Path, what: str) -> dict[str, Any]:
         if size > MAX_JSON_BYTES:
             raise CheckpointError(f"{file}: {what} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read; {AGAIN}")
         data = stream.read(MAX_JSON_BYTES)
-    return _json_object(data, f"{file}: {what}")
+    where = f"{file}: {what}"
+    return _json_object(data, where, lambda text: json.loads(text, object_pairs_hook=lambda of: _unique(of, where)))
 
 
-def _json_object(data: bytes, where: str) -> dict[str, Any]:
+def _json_object(data: bytes, where: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_JSON_VALUES:
         raise CheckpointError(f"{where} has more than {MAX_JSON_VALUES:,} values, which no model needs; {AGAIN}")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, where))
+        value = parse(data.decode("utf-8"))
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{where} holds half of a surrogate pair, which is no text; {AGAIN}") from None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{where} is not UTF-8 text (byte {error.start}); {AGAIN}") from None
     except json.JSONDecodeError as error:
@@ -171,12 +178,25 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 + (f" and claims a header of {length:,}" if len(prefix) == 8 else "")
                 + f"; {AGAIN}"
             )
-        header = _json_object(stream.read(length), f"{file}: the safetensors header")
-    header.pop("__metadata__", None)
+        where = f"{file}: the safetensors header"
+        header = _json_object(stream.read(length), where, grammar.parsed)
+    _once(header, where)
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise CheckpointError(f"{where} has a __metadata__ that is no object of texts; {AGAIN}")
     stamp = stamp_of(status)
     tensors = {name: _tensor(file, name, entry, stamp) for name, entry in header.items()}
     _check_ranges(file, tensors.values(), size - 8 - length)
     return tensors
+
+
+def _once(entries: dict[str, Any], where: str, among: Collection[str] | None = None) -> None:
+    """Refuse an object of a header in which a key stands twice, if it is ``among`` those that matter."""
+    twice = sorted(key for key in entries.twice if among is None or key in among) if isinstance(entries, Object) else []
+    if twice:
+        raise CheckpointError(f"{where} names {quoted(twice[0])} twice; {AGAIN}")
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, int]:
@@ -214,7 +234,7 @@ def require_unchanged(stamps: Stamps) -> None:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
 
 
 def _tensor(file: Path, name: str, entry: object, stamp: tuple[int, int]) -> TensorInfo:
@@ -223,9 +243,16 @@ def _tensor(file: Path, name: str, entry: object, stamp: tuple[int, int]) -> Ten
 
     if len(name) > MAX_NAME:
         raise wrong(f"its name has {len(name):,} characters; at most {MAX_NAME} are read; {AGAIN}")
+    if isinstance(entry, list) and len(entry) == len(_FIELDS):  # as the library takes it too
+        entry = dict(zip(_FIELDS, entry, strict=True))
     if not isinstance(entry, dict):
         raise wrong(f"its header entry is not an object; {AGAIN}")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    _once(entry, f"{file}: tensor {quoted(name)}: the safetensors header", _FIELDS)
+    if len(entry) > len(_FIELDS) and grammar.is_deeper(entry, grammar.DEEPEST - 1):
+        raise wrong(f"its header entry is nested too deeply; {AGAIN}")
+    dtype, shape, offsets = map(entry.get, _FIELDS)
+    if isinstance(dtype, dict) and list(dtype.values()) == [None]:
+        (dtype,) = dtype
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise wrong(f"unknown dtype {quoted(dtype)}; save it in a floating point type")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
@@ -236,8 +263,12 @@ def _tensor(file: Path, name: str, entry: object, stamp: tuple[int, int]) -> Ten
     elements = 1
     for size in shape:  # stop early: the whole product of a hostile shape can have millions of digits
         elements *= size
-        if elements >= 2**63:
+        if elements >= 2**64:
             raise wrong(f"its shape {printable(shape)} is larger than any file; {AGAIN}")
+    if elements * _BITS[dtype] >= 2**64:
+        raise wrong(f"its shape {printable(shape)} is larger than any file; {AGAIN}")
+    if elements * _BITS[dtype] % 8:
+        raise wrong(f"its shape {printable(shape)} of {dtype} does not end with a byte; {AGAIN}")
     if end - begin != elements * _BITS[dtype] // 8:
         raise wrong(
             f"shape {printable(shape)} of {dtype} takes {elements * _BITS[dtype] // 8:,} bytes, "

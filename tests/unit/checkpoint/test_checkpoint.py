@@ -136,7 +136,7 @@ def test_a_header_that_is_no_json_object_is_refused(tmp_path: Path, header: byte
         ({"dtype": "F32", "shape": [-1]}, "its shape [-1] is not a list of sizes"),
         ({"dtype": "F32", "shape": [1.0]}, "its shape [1.0] is not a list of sizes"),
         ({"dtype": "F32", "shape": ["1"]}, "its shape ['1'] is not a list of sizes"),
-        ({"dtype": "F32", "shape": [2**63]}, "is not a list of sizes"),
+        ({"dtype": "F32", "shape": [2**64]}, "is not a list of sizes"),
         ({"dtype": "F32", "shape": [1]}, "its data_offsets None are not a begin and an end"),
         ({"dtype": "F32", "shape": [1], "data_offsets": [0]}, "its data_offsets [0] are not a begin and an end"),
         ({"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}, "are not a begin and an end"),
@@ -146,6 +146,7 @@ def test_a_header_that_is_no_json_object_is_refused(tmp_path: Path, header: byte
         ({"dtype": "BF16", "shape": [1], "data_offsets": [0, 4]}, "takes 2 bytes, but its data_offsets hold 4"),
         ({"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}, "takes 4 bytes, but its data_offsets hold -4"),
         ({"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 0]}, "] is larger than any file"),
+        ({"dtype": "F4", "shape": [3], "data_offsets": [0, 1]}, "its shape [3] of F4 does not end with a byte"),
         ({"dtype": "F32", "shape": [2**62] * 1000, "data_offsets": [0, 0]}, "is larger than any file"),
         ({"dtype": "F32", "shape": [2**62] * 200_000, "data_offsets": [0, 0]}, "is larger than any file"),
     ],
@@ -172,7 +173,7 @@ def entry(begin: int, end: int) -> dict[str, object]:
         ({"a": entry(0, 4)}, 3, "describes 4 bytes of data, but the file holds 3"),
         ({"a": entry(0, 4)}, 5, "describes 4 bytes of data, but the file holds 5"),
         ({}, 5, "describes 0 bytes of data, but the file holds 5"),
-        ({"a": entry(0, 4), "b": entry(4, 2**62)}, 8, "but the file holds 8"),
+        ({"a": entry(0, 4), "b": entry(4, 2**60)}, 8, "but the file holds 8"),
     ],
 )
 def test_data_that_the_header_does_not_cover_exactly_is_refused(
