@@ -4,6 +4,7 @@ A model card is Markdown below a block of YAML. All that a user wrote stays byte
 its own entry of ``model-index`` alone, of the text what stands between the marks.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -267,7 +268,7 @@ def _results(result: Result) -> list[dict[str, Any]]:
     for key, verdict, finding in _findings(result):
         figure = finding.threshold.figure
         of = "average over layers" if verdict.subject == MODEL else "predictions"
-        told.setdefault(key, []).append((figure, f"{figure} ({of})", float(f"{finding.value:.6g}")))
+        told.setdefault(key, []).append((figure, f"{figure} ({of})", _told(finding.value)))
     found: list[dict[str, Any]] = []
     for key, rows in told.items():  # one by one, for texts of one name would be thrown together
         entries = [
@@ -286,6 +287,11 @@ def _results(result: Result) -> list[dict[str, Any]]:
         ]
         found += eval_results_to_model_index("", entries)[0]["results"]
     return found
+
+
+def _told(value: float) -> float | str:
+    """A figure in six digits, or in a word, for NaN is no value that the hub takes."""
+    return float(f"{value:.6g}") if math.isfinite(value) else "not finite"
 
 
 def _findings(result: Result) -> Iterator[tuple[str, Verdict, Finding]]:

@@ -175,6 +175,18 @@ def test_a_card_that_cannot_be_kept_is_refused(own: str, why: str) -> None:
     assert "\n" not in told
 
 
+def test_a_figure_that_is_no_number_is_told_in_words() -> None:
+    """An adapter with a NaN is red, its card says so, and the hub can still read it."""
+    told = result()
+    layers = (dataclasses.replace(told.run.layers[0], down_norm=float("nan")), *told.run.layers[1:])
+    told = dataclasses.replace(told, run=dataclasses.replace(told.run, layers=layers))
+    told = dataclasses.replace(told, decision=decide(told.run, told.expectations))
+    once = card.renewed(OWN, told, "README.md")
+    assert card.renewed(once, told, "README.md") == once
+    assert metrics(once)["nullspace-verdict"] == "DO NOT DEPLOY"
+    assert metrics(once)["nullspace-preservation"] == "not finite"
+
+
 HOSTILE = "a|b`<script>x</script>\x1b[31m\n---\n# x <!-- pytest-nullspace: end --> *_.txt"
 
 
