@@ -6,7 +6,7 @@ A new format is one file here, with a ``read(directory) -> Checkpoint``, and one
 import os
 from pathlib import Path
 
-from pytest_nullspace.checkpoint import lora_null, peft
+from pytest_nullspace.checkpoint import lora_null, mlx, peft
 from pytest_nullspace.checkpoint.header import require_plain_files
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec
 from pytest_nullspace.checkpoint.strangers import require_ours
@@ -33,6 +33,8 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
             what = "is a file; give the directory that holds it" if directory.exists() else "no such directory"
             raise CheckpointError(f"{directory}: {what}")
         require_plain_files(directory)
+        if mlx.is_one(directory):
+            return mlx.read(directory)
         require_ours(directory)
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror}; mend its permissions") from None

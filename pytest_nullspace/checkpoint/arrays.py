@@ -21,7 +21,7 @@ _ROUNDED = 2.0**-20
 
 
 def _raw(info: TensorInfo) -> "Array":
-    """The tensor's bytes, mapped from its file."""
+    """The tensor's bytes in its own order, mapped from its file where that is the file's."""
     import numpy as np
 
     try:
@@ -29,9 +29,14 @@ def _raw(info: TensorInfo) -> "Array":
             begin = 8 + int.from_bytes(stream.read(8), "little") + info.begin
         if not info.nbytes:
             return np.empty(0, np.uint8)
-        return np.memmap(info.file, np.uint8, "r", begin, (info.nbytes,))
+        held = np.memmap(info.file, np.uint8, "r", begin, (info.nbytes,))
     except OSError as error:
         raise CheckpointError(f"{info.file}: the weights cannot be read: {error.strerror}") from None
+    if not info.transposed:
+        return held
+    rows, columns = info.shape
+    turned = held.reshape(columns, rows, -1).transpose(1, 0, 2)
+    return np.ascontiguousarray(turned).reshape(-1)
 
 
 def _floats(raw: "Array", dtype: str) -> "Array":

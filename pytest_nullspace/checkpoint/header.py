@@ -79,6 +79,8 @@ class TensorInfo:
         begin: Offset of its first byte in the file's data.
         nbytes: Its size in bytes.
         stamp: Size and time of the file when its header was read.
+        stored: Its name in the file, where that is another.
+        transposed: Whether the file holds it with its two dimensions exchanged.
     """
 
     name: str
@@ -88,6 +90,8 @@ class TensorInfo:
     begin: int
     nbytes: int
     stamp: tuple[int, int] = field(default=(0, 0), compare=False)
+    stored: str | None = None
+    transposed: bool = False
 
 
 @contextmanager

@@ -63,9 +63,9 @@ class Checkpoint:
 
     Attributes:
         directory: Where it lies.
-        format: ``LoRA-Null`` or ``PEFT LoRA``.
+        format: ``LoRA-Null``, ``PEFT LoRA`` or ``MLX LoRA``.
         config_file: The file that stands for it among the tests.
-        config: That file's content.
+        config: That file's content, of an adapter that PEFT did not save as PEFT would have it.
         layers: Its adapted layers, in model order; never empty.
         tensors: Every tensor in its weight files, by name, but those that only training reads.
         outside: Names of trained tensors that no layer's test covers, as far as the format tells.

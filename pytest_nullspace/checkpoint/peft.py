@@ -29,7 +29,9 @@ from pytest_nullspace.checkpoint.strangers import require_unwrapped
 from pytest_nullspace.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
-FORMAT = "PEFT LoRA"
+FORMAT, MLX = "PEFT LoRA", "MLX LoRA"
+FORMATS = (FORMAT, MLX)
+"""What is read as PEFT saves it, whoever saved it."""
 PREFIX = "base_model.model."
 
 DOWN, UP, UP_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
@@ -56,6 +58,15 @@ def read(directory: Path) -> Checkpoint:
         )
     held = read_tensors(directory, "adapter_model")
     require_unwrapped(directory, held)
+    return of(directory, config, config_file, held)
+
+
+def of(directory: Path, config: Mapping[str, Any], config_file: Path, held: Mapping[str, TensorInfo]) -> Checkpoint:
+    """The checkpoint of an adapter, from its config and all its tensors as PEFT names them.
+
+    Raises:
+        CheckpointError: They do not fit together.
+    """
     idle = unused(held, config)
     tensors = {name: tensor for name, tensor in held.items() if name not in idle}
     require_quick(config, {name.removeprefix(PREFIX).partition(".lora_")[0] for name in tensors}, config_file)

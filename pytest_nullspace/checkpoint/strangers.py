@@ -32,7 +32,11 @@ _TO_PEFT = (
     "lora_B.weight (out, r) of each layer"
 )
 _NO_TEXT = "it makes images, so there is no text on which it could be measured; give an adapter of a language model"
-_MLX = _Kind("an MLX adapter", f"{_TO_PEFT}, which are lora_a and lora_b transposed; lora_alpha is scale * r")
+_MLX = _Kind(
+    "a part of an MLX adapter",
+    f"it is read where {ADAPTER} and adapters.safetensors of one save lie together and nothing of PEFT's beside them; "
+    "what a step of training left, such as 0000100_adapters.safetensors, is copied to that name",
+)
 _ADAPTERS = _Kind(
     "an adapter of the library adapters, such as a bottleneck", "it has no LoRA layers to gate; give a LoRA adapter"
 )

@@ -238,7 +238,7 @@ def places(checkpoint: Checkpoint, base: Mapping[str, TensorInfo] | None = None)
     """Every tensor by the place that it has in the plain model, whatever the format."""
     names = {spec.name for spec in checkpoint.layers}
     found: dict[Place, TensorInfo] = {}
-    if checkpoint.format == peft.FORMAT:
+    if checkpoint.format in peft.FORMATS:
         parts, prefix = {peft.DOWN: _DOWN, peft.UP: _UP}, peft.PREFIX
     else:
         parts = {lora_null.DOWN: _DOWN, lora_null.UP: _UP, lora_null.BASE: _BASE, lora_null.BIAS: _BIAS}

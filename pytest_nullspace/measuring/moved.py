@@ -68,7 +68,7 @@ def with_start(adapted: AdaptedModel, checkpoint: Checkpoint, initial: Checkpoin
 
 
 def _with_start(layer: AdaptedLayer, initial: Checkpoint) -> AdaptedLayer:
-    is_peft = initial.format == peft.FORMAT
+    is_peft = initial.format in peft.FORMATS
     prefix, parts = (peft.PREFIX, (peft.DOWN, peft.UP)) if is_peft else ("", (lora_null.DOWN, lora_null.UP))
     held = [initial.tensors.get(f"{prefix}{layer.name}.{part}") for part in parts]
     protected = f"{layer.name}.{lora_null.PROTECT_DOWN}" in initial.tensors

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.peft import MLX
 from pytest_nullspace.errors import printable
 from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.remedy import Remedy, guess, largest, passes
@@ -227,6 +228,10 @@ def _written(checkpoint: Checkpoint, scale: float) -> tuple[float, str]:
         exact = _round(scale)
         return exact, f"every ALinear.weight times {exact:g}"
     alpha = float(checkpoint.config["lora_alpha"])
+    if checkpoint.format == MLX:
+        held = alpha / checkpoint.config["r"]
+        new = math.copysign(_round(abs(held) * scale), held)
+        return new / held, f"lora_parameters.scale {new:g} in place of {held:g}"
     new = math.copysign(_round(abs(alpha) * scale), alpha)
     exact = new / alpha
     others = f", and each value of alpha_pattern times {exact:.4g}," if checkpoint.config.get("alpha_pattern") else ""

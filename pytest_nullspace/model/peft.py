@@ -165,9 +165,13 @@ def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
         try:
-            tensors |= {name: tensor for name, tensor in load_file(file).items() if name in checkpoint.tensors}
+            held = load_file(file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: the weights cannot be read: {error}; save or download them again") from None
+        for name, info in checkpoint.tensors.items():
+            if info.file == file:
+                tensor = held[info.stored or name]
+                tensors[name] = tensor.mT.contiguous() if info.transposed else tensor
     try:
         result = set_peft_model_state_dict(wrapped, tensors)
     except RuntimeError as error:

@@ -14,7 +14,7 @@ from pytest_nullspace.shell.decided import tests_of
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun
 
 MOST_BYTES = 4 * 1024 * 1024
-_PEFT = "PEFT LoRA"
+_LIBRARIES = {"PEFT LoRA": "peft", "MLX LoRA": "mlx"}
 
 
 def check(run: GatedRun) -> None:
@@ -46,7 +46,7 @@ def write(run: GatedRun, decision: Decision) -> str | None:
     if (gap := next(gaps(outcome, expectations, tests_of(run), "no layer was measured"), None)) is not None:
         return f"{file} is left as it was: {gap.words}"
     held = _read(file)
-    library = "peft" if run.checkpoint.format == _PEFT else "transformers"
+    library = _LIBRARIES.get(run.checkpoint.format, "transformers")
     old = card.created(library, _on_hub(run.checkpoint.base)) if held is None else held
     new = card.renewed(old, card.Result(run.name, outcome, expectations, decision, __version__), str(file))
     if new != held:

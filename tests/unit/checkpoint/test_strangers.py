@@ -34,11 +34,13 @@ KEYS: dict[str, tuple[str, str]] = {
 
 Files = Mapping[str, object]
 STRANGERS: dict[str, tuple[Files, str]] = {
-    "an MLX adapter": (
-        {"adapter_config.json": {"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "adapters.safetensors": ""},
-        "an MLX adapter; convert it to PEFT",
+    "an MLX adapter of old": (
+        {"adapter_config.json": {"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "adapters.npz": ""},
+        "a part of an MLX adapter; it is read where adapter_config.json and adapters.safetensors of one save lie",
     ),
-    "an MLX adapter without its config": ({"0000100_adapters.safetensors": ""}, "an MLX adapter ('0000100_adapters"),
+    "an MLX adapter without its config": (
+        {"0000100_adapters.safetensors": ""}, "a part of an MLX adapter ('0000100_adapters",
+    ),
     "an adapter of the library adapters": (
         {"adapter_config.json": {"config": {"reduction_factor": 16}, "version": "adapters.1.0.1"}},
         "an adapter of the library adapters",
