@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax, nll_loss
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, nll_loss
 
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.forward import run
@@ -135,6 +135,17 @@ def drift(
             tokens = torch.tensor([list(window)], device=device)
             predictions.add(number, predictions.compared(run(model, tokens).logits, tokens, number))
     return predictions.of(len(windows))
+
+
+def begun(base: Base, tokens: Sequence[int], first: int, place: torch.device) -> tuple[float, float]:
+    """The base's loss on ``tokens``, in nats a token, as they are and behind the token ``first``."""
+    losses = []
+    for before in ((), (first,)):
+        read = torch.tensor([[*before, *tokens]], device=place)
+        with torch.inference_mode(), base() as plain:
+            logits = run(plain, read).logits[0, -len(tokens) : -1].double()
+        losses.append(float(cross_entropy(logits, read[0, 1 - len(tokens) :])))
+    return losses[0], losses[1]
 
 
 def _wait(device: torch.device) -> None:

@@ -13,7 +13,7 @@ from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judg
 from pytest_nullspace.judging.profiles import choose
 from pytest_nullspace.judging.remedy import KEY as SUGGESTION
 from pytest_nullspace.measuring.about import of_format
-from pytest_nullspace.measuring.limits import vocabulary
+from pytest_nullspace.measuring.limits import of_text, vocabulary
 from pytest_nullspace.measuring.loading import TrueBase, half_precision, one_of, shortage_told
 from pytest_nullspace.run.figures import FIGURES, on_the_task
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
@@ -31,6 +31,9 @@ CPU_TOKENS, GPU_TOKENS = 256, 16384
 them little is gained (docs/cost.md); a GPU wants more, as far as they fit."""
 PREDICTED = 1 << 28
 """Numbers that the predictions of a forward may be, where the base's are held against them."""
+
+BEGUN, UNBEGUN = 256, 0.5
+"""Tokens that are read with and without the one that begins a text, and by how many nats a token these must differ."""
 
 Figures = tuple[LayerStats, ...]
 
@@ -228,6 +231,25 @@ class Measurement:
         task, windows = self.predictions["task_text"], [window.tokens for window in self.read["task_text"]]
         with shortage_told(lambda: f"{self._short} for the predictions at twice the update, in {self.running}"):
             return headroom(self.checkpoint, self.adapted, task, windows, self.settings.ranks)
+
+    def unbegun(self) -> dict[str, Any]:
+        """That the base reads the preserved text far better behind the token that begins one, which it does not have.
+
+        A tokenizer that lost it makes Gemma's kind a model that cannot read; others hardly mind.
+        """
+        window, first = self.drawn[FIRST][0], of_text(self.adapted.model.config, "bos_token_id")
+        tokens = window.tokens[:BEGUN]
+        is_id = isinstance(first, int) and 0 <= first < (vocabulary(self.adapted.model) or 0)
+        is_first = window.within is None or not window.within.before
+        if self.held_against is None or not is_id or not is_first or len(tokens) < 2 or tokens[0] == first:
+            return {}
+        from pytest_nullspace.measuring.drift import begun
+
+        _, base, place = self.held_against
+        without, behind = begun(base, tokens, first, place)
+        if not without - behind > UNBEGUN:
+            return {}
+        return {"first_token": {"id": first, "base_loss": without, "base_loss_behind": behind}}
 
     def suggestion(self, figures: Figures) -> dict[str, Any]:
         """The largest scale of the update whose predictions pass, as a run tells it; nothing where they pass already.

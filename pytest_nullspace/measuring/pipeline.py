@@ -126,7 +126,7 @@ def measure_checkpoint(
             **of_checkpoint,
             **about.of_model(adapted.kind, adapted.remarks, adapted.since),
             **({WITHOUT_DRIFT: NOT_AT_HAND} if settings.drift is None and run.drift is None else {}),
-            **passed.suggested,
+            **passed.told,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
             **read.told(run),
             "settings": about.of_settings(settings),
@@ -147,12 +147,12 @@ def _require_known(drawn: Mapping[str, Sequence[Window]], loaded: "_Loaded", che
 
 
 class _Passed(NamedTuple):
-    """What the model gave: figures, batch sizes, what more of the update would gain, and what is suggested."""
+    """What the model gave: figures, batch sizes, what more of the update would gain, and what is told beside."""
 
     figures: tuple[LayerStats, ...]
     batches: list[int]
     headroom: Headroom | None
-    suggested: dict[str, Any]
+    told: dict[str, Any]
 
 
 def _passed(run: Measurement, layers: Collection[str], clock: Clock) -> _Passed:
@@ -164,11 +164,11 @@ def _passed(run: Measurement, layers: Collection[str], clock: Clock) -> _Passed:
     headroom = run.headroom()
     if headroom is not None:
         clock.on("headroom")
-    suggested = run.suggestion(figures)
+    suggested, unbegun = run.suggestion(figures), run.unbegun()
     run.adapted.take_off()
     if suggested:
         clock.on("suggestion")
-    return _Passed(figures, batches, headroom, suggested)
+    return _Passed(figures, batches, headroom, suggested | unbegun)
 
 
 @dataclass(frozen=True)

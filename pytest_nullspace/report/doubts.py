@@ -145,7 +145,8 @@ def cautions(run: RunStats, verdicts: Sequence[Verdict]) -> list[str]:
 def all_of(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> Iterator[str]:
     """What keeps the figures from being trusted as they stand."""
     told = uncertain(verdicts, run, expectations), uncertain_drift(run, expectations), few_rows(run), repeated(run)
-    first = without_drift(run), without_scale(run), other_tokenizer(run), sinks(verdicts, run)
+    of_text = other_tokenizer(run), no_first_token(run)
+    first = without_drift(run), without_scale(run), *of_text, sinks(verdicts, run)
     yield from (doubt for doubt in (*first, *told) if doubt is not None)
     for name, of in _further(run).items():
         yield from (f"on the text {name}: {doubt}" for doubt in (few_rows(of), repeated(of)) if doubt is not None)
@@ -194,6 +195,22 @@ def other_tokenizer(run: RunStats) -> str | None:
         f"tokenizer: the adapter's own, which was taken, gives other ids than its base's in {differ} of "
         f"{printable(windows)} windows: first at token {printable(first.get('token'))} {ids[0]}, where the base's "
         f"gives {ids[1]}; if the adapter was trained with the base's, remove the older copy from its directory"
+    )
+
+
+def no_first_token(run: RunStats) -> str | None:
+    """That the tokenizer does not put the token before a text by which the base reads it; None if not, or untold."""
+    told = run.about.get("first_token")  # a file of another making may hold anything
+    if not isinstance(told, dict):
+        return None
+    token, *losses = (told.get(what) for what in ("id", "base_loss", "base_loss_behind"))
+    if not isinstance(token, int) or not all(isinstance(loss, float) for loss in losses):
+        return None
+    return (
+        f"tokenizer: it does not begin a text with the token {token}, bos_token_id of the config, without which the "
+        f"base's loss is {losses[0]:.3g} and behind which it is {losses[1]:.3g}: every figure is of a text that the "
+        "model cannot read so well; save the base's own tokenizer, which adds it, or give conversations to a model of "
+        "chat, whose template writes it"
     )
 
 

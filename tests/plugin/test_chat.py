@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.model import AdaptedModel, load_model
+from tests import tiny
 from tests.plugin.conftest import LOOSE, Gate
 
 TEMPLATE = (
@@ -175,3 +178,37 @@ def test_runs_of_two_templates_do_not_compare(
     told = result.stdout.str() + result.stderr.str()
     assert "chat (text by template " in told
     assert gate(*asked, "--nullspace-compare=before.json", "--nullspace-compare-allow=chat").ret == 0
+
+
+def counting(folder: Path) -> Path:
+    """A LoRA-Null directory of a Llama that was trained to count letters, but only behind the token ``~``."""
+    torch.manual_seed(0)
+    model: Any = tiny.llama(num_hidden_layers=1, bos_token_id=ord("~"), tie_word_embeddings=False)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(120):
+        starts = torch.randint(26, (16, 1))
+        ids = ord("a") + (starts + torch.arange(24)) % 26
+        ids[:8] = ord("a") + torch.randint(26, (8, 24))
+        begun = torch.cat((torch.full((16, 1), ord("~")), ids), dim=1)
+        begun[:8, 0] = ord("a")
+        loss = model(input_ids=begun, labels=begun).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return tiny.lora_null(folder, model.eval(), up_scale=0.001)
+
+
+def test_a_first_token_that_the_base_needs_and_does_not_get_is_told(gate: Gate, pytester: pytest.Pytester) -> None:
+    """A base that was trained behind its bos_token_id, under a tokenizer that adds none: both losses are told."""
+    counting(pytester.path / "runs" / "ft")
+    (pytester.path / "pytest.ini").write_text("[pytest]\n")
+    (pytester.path / "text.txt").write_text("abcdefghijklmnopqrstuvwxyz" * 40)
+    result = gate("--nullspace-drift", "-v", *LOOSE)
+    told = [line for line in result.outlines if "does not begin a text with the token 126, bos_token_id" in line]
+    assert len(told) == 1, result.outlines
+    backend = Tokenizer.from_file(str(pytester.path / "runs" / "ft" / "tokenizer.json"))
+    backend.post_processor = TemplateProcessing(single="~ $A", special_tokens=[("~", ord("~"))])
+    backend.save(str(pytester.path / "runs" / "ft" / "tokenizer.json"))
+    result = gate("--nullspace-drift", "-v", *LOOSE)
+    assert not any("does not begin a text" in line for line in result.outlines)

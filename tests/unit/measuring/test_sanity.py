@@ -1,5 +1,6 @@
 """Mistakes in how a base is measured: each makes it look as if it could not read, and is told."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from fixtures.build import WORLD
 from pytest_nullspace.judging.sanity import insane
 from pytest_nullspace.measuring.about import of_texts
-from pytest_nullspace.measuring.drift import drift
+from pytest_nullspace.measuring.drift import begun, drift
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.run.stats import Drift, RunStats
 from pytest_nullspace.text.tokenizer import load_tokenizer
@@ -98,3 +99,10 @@ def test_a_missing_first_token_is_told(begins: bool) -> None:
     found = told(Counting(), lambda: nullcontext(Counting()), windows, Counting.VOCABULARY)
     wrong = [fault for fault in found if "is not below" in fault]
     assert bool(wrong) is not begins
+
+
+def test_what_the_first_token_is_worth_is_the_difference_of_losses() -> None:
+    """Without it the loss is that of guessing, behind it that of counting, of the very same predictions."""
+    without, behind = begun(lambda: nullcontext(Counting()), range(5, 60), Counting.BEGIN, CPU)
+    assert without == pytest.approx(math.log(Counting.VOCABULARY), rel=1e-6)
+    assert behind == pytest.approx(math.log(1 + (Counting.VOCABULARY - 1) * math.exp(-9)), rel=1e-5)
