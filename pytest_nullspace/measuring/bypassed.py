@@ -1,14 +1,14 @@
 """Layers that a model never calls, for it computes with their weight itself: what PEFT adds to them is left out."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pytest_nullspace.model import AdaptedLayer
+from pytest_nullspace.model.used import Uses
 
 
 def bypassed(
@@ -26,29 +26,12 @@ def bypassed(
     """
     if not layers:
         return set()
-    weights = {id(layer.base.weight): layer.name for layer in layers if hasattr(layer.base, "weight")}
-    ran: set[str] = set()
+    weights: dict[str, Any] = {layer.name: layer.base.weight for layer in layers if hasattr(layer.base, "weight")}
+    ran, used = set[str](), set[int]()
     with ExitStack() as hooks:
         for layer in layers:
             handle = layer.layer.register_forward_pre_hook(lambda *_, name=layer.name: ran.add(name))
             hooks.callback(handle.remove)
-        using = hooks.enter_context(_Using(weights.keys()))
+        hooks.enter_context(Uses(weights.values(), used.add))
         forward(torch.tensor([list(tokens)], device=device))
-    return {weights[key] for key in using.used} - ran
-
-
-class _Using(TorchFunctionMode):
-    """Sees of which tensors, by their ids, something is computed; to ask for a type or a shape gives no tensor."""
-
-    def __init__(self, of: Iterable[int]) -> None:
-        super().__init__()
-        self._of, self.used = frozenset(of), set[int]()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do what was asked for."""
-        given = kwargs or {}
-        result = func(*args, **given)
-        if isinstance(result, Tensor):
-            for one in (*args, *given.values()):
-                self.used |= self._of & set(map(id, one if isinstance(one, tuple | list) else [one]))
-        return result
+    return {name for name, weight in weights.items() if id(weight) in used} - ran

@@ -16,7 +16,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from pytest_nullspace.checkpoint import Checkpoint, gguf
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, quoted, read_header, read_json_object
 from pytest_nullspace.checkpoint.strangers import require_unwrapped
-from pytest_nullspace.errors import CheckpointError, some
+from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
 from pytest_nullspace.model.known import known_config, own_code
 from pytest_nullspace.model.names import of_today
@@ -30,6 +30,8 @@ _CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_LAST = "AutoModelForImageTextToText"
+"""What a base is that names no class, for a task that has none for it: of what sees beside reading there is one."""
 _QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """The packages that read a base quantised so; of others transformers' message tells."""
 
@@ -101,6 +103,7 @@ def _kinds(checkpoint: Checkpoint | None, task: str, fields: Mapping[str, Any], 
         _of_task(task, config),
         _named(first, config, "named by the base's architectures"),
         _named(adapted, config, "named by the adapter's auto_mapping"),
+        _of_mapping(_LAST, config, "of its model_type") if task == "CAUSAL_LM" else None,
     ]
     kinds: dict[Any, Kind] = {}
     for kind in found:
@@ -116,10 +119,13 @@ def _kinds(checkpoint: Checkpoint | None, task: str, fields: Mapping[str, Any], 
 
 
 def _of_task(task: str, config: Any) -> Kind | None:
-    """The class that transformers has for ``task`` and this config, if any; some take a part of the config alone."""
-    if task not in _CLASSES:
-        return None
-    mapping = getattr(transformers, _CLASSES[task])._model_mapping
+    """The class that transformers has for ``task`` and this config, if any."""
+    return _of_mapping(_CLASSES[task], config, f"of task_type {task}") if task in _CLASSES else None
+
+
+def _of_mapping(auto: str, config: Any, why: str) -> Kind | None:
+    """The class that the auto class of that name has for this config, if any; some take a part of the config alone."""
+    mapping = getattr(transformers, auto)._model_mapping
     if type(config) not in mapping:
         return None
     build = _get_model_class(config, mapping)
@@ -128,7 +134,7 @@ def _of_task(task: str, config: Any) -> Kind | None:
         packed, config = getattr(config, "quantization_config", None), config.get_text_config()
         if packed is not None:
             config.quantization_config = packed
-    return Kind(build, config, f"of task_type {task}")
+    return Kind(build, config, why)
 
 
 def _named(name: Any, config: Any, why: str) -> Kind | None:
@@ -163,8 +169,10 @@ def _fitted(kind: Kind, checkpoint: Checkpoint) -> Kind:
     return replace(kind, config=config, fitted=fitted)
 
 
-def load_base(kind: Kind, base: Path, dtype: torch.dtype, replaced: Collection[str] = ()) -> nn.Module:
-    """The whole base model, on the CPU.
+def load_base(
+    kind: Kind, base: Path, dtype: torch.dtype, replaced: Collection[str] = ()
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The base model, on the CPU, and the names of its weights that ``base`` does not hold, which are random.
 
     Args:
         kind: As what it is built.
@@ -173,7 +181,7 @@ def load_base(kind: Kind, base: Path, dtype: torch.dtype, replaced: Collection[s
         replaced: The names of modules that need no weights, for the adapter brings them.
 
     Raises:
-        CheckpointError: It cannot be loaded, or its weights are not those of a whole model of that kind.
+        CheckpointError: It cannot be loaded.
     """
     with _told_of(base):
         config, tensors, how = _from_gguf(base) if base.is_file() else _from_directory(kind, base)
@@ -192,13 +200,8 @@ def load_base(kind: Kind, base: Path, dtype: torch.dtype, replaced: Collection[s
                 model.resize_token_embeddings(kind.fitted.vocabulary, mean_resizing=False)
     missing, mismatched = sorted(report["missing_keys"]), [key for key, *_ in report["mismatched_keys"]]
     wrong = [key for key in (*missing, *mismatched) if not any(part in replaced for part in key.split("."))]
-    if wrong:
-        raise CheckpointError(
-            f"{base}: its weights are not those of a whole {kind.build.__name__}: {some(wrong)} have no tensor of "
-            f"their shape there{own_code(base)}"
-        )
     assert isinstance(model, nn.Module)
-    return model
+    return model, tuple(wrong)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from pytest_nullspace.checkpoint.header import printable, stamps
 from pytest_nullspace.checkpoint.patterns import require_quick
 from pytest_nullspace.checkpoint.peft import FIELDS
 from pytest_nullspace.errors import CheckpointError, some
+from pytest_nullspace.model.absent import not_whole, told_behind
 from pytest_nullspace.model.bases import kind_of, load_base
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.names import OLDER, Placed, are_older, placed
@@ -50,10 +51,11 @@ def load(
     kind = kind_of(checkpoint, base)
     replaced = tuple(checkpoint.config.get("modules_to_save") or ())
     key = base.resolve(), stamps(base), device, dtype, kind.build, kind.fitted, replaced
-    model = bases.pop(key, None)
+    model, absent = bases.pop(key, None), tuple[str, ...]()
     if model is None:
         bases.clear()  # of the bases one is in memory at a time
-        model = load_base(kind, base, dtype, replaced).to(device)
+        model, absent = load_base(kind, base, dtype, replaced)
+        model.to(device)
     untouched = _Untouched(model)
     # What is off is left out: an older PEFT does not know every field.
     fields = {key: value for key in FIELDS if (value := checkpoint.config.get(key)) is not None and value is not False}
@@ -74,6 +76,7 @@ def load(
     is_written = untouched.is_written()
     model.to(device).eval()
     views = {name: view(name, found[place], *found[place].lora_A) for name, place in at.layers.items()}
+    behind = told_behind(model, absent, [layer.layer for layer in views.values()], base)
     if at.remarks:
         _require_scales(checkpoint, views)
     if checkpoint.changed_base is not None:
@@ -81,7 +84,7 @@ def load(
 
     def take_off() -> None:
         wrapped.unload()
-        if untouched.restored():
+        if untouched.restored() and not absent:
             bases[key] = model
 
     @contextmanager
@@ -91,11 +94,9 @@ def load(
 
     # What was written into the base's own tensors stays on, and an initialisation that changed the base is not undone.
     # Nor is a vocabulary that was resized the base's.
-    whole = checkpoint.changed_base is None and not is_written and kind.fitted.vocabulary is None
-    told = f"{kind.build.__name__}, {kind.why}"
-    return AdaptedModel(
-        model, views, device, take_off, switched_off if whole else None, told, kind.fitted.remarks + at.remarks
-    )
+    whole = checkpoint.changed_base is None and not is_written and kind.fitted.vocabulary is None and not absent
+    told, remarks = f"{kind.build.__name__}, {kind.why}", kind.fitted.remarks + at.remarks + behind
+    return AdaptedModel(model, views, device, take_off, switched_off if whole else None, told, remarks)
 
 
 def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Checkpoint | None) -> nn.Module:
@@ -106,7 +107,10 @@ def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Ch
     """
     kind = kind_of(adapter, base)
     of_adapter, kind = kind.fitted.vocabulary, replace(kind, fitted=replace(kind.fitted, vocabulary=None))
-    model: Any = load_base(kind, base, dtype).to(device).eval()
+    loaded, absent = load_base(kind, base, dtype)
+    if absent:
+        raise not_whole(loaded, absent, base)
+    model: Any = loaded.to(device).eval()
     if adapter is not None and of_adapter is not None and of_adapter < model.get_input_embeddings().num_embeddings:
         raise CheckpointError(
             f"{adapter.directory}: its vocabulary is smaller than that of the base {base}, so their predictions "
@@ -172,6 +176,10 @@ def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
             if info.file == file:
                 tensor = held[info.stored or name]
                 tensors[name] = tensor.mT.contiguous() if info.transposed else tensor
+    for name in [name for name in tensors if ".modules_to_save." in name]:
+        # Of a vocabulary that was resized PEFT writes a whole module twice, and reads it under its plain name.
+        if (plain := tensors.get(name.replace(".modules_to_save.", "."))) is not None and plain.equal(tensors[name]):
+            del tensors[name]
     try:
         result = set_peft_model_state_dict(wrapped, tensors)
     except RuntimeError as error:

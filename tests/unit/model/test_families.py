@@ -119,6 +119,17 @@ def test_the_class_is_found_whatever_the_task_says(
     assert remarks(told) == ["a"]
 
 
+def test_a_base_that_sees_and_names_no_class_is_what_its_type_is(tmp_path: Path) -> None:
+    """Where neither task, config nor adapter name a class that transformers has, the one of its type is taken."""
+    torch.manual_seed(0)
+    directory = adapter(tmp_path, MAKERS["qwen2_5_vl"](), r=4, target_modules=READS)
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": ["SomeonesOwnModel"]}))
+    _, adapted = opened(directory)
+    assert adapted.kind == "Qwen2_5_VLForConditionalGeneration, of its model_type"
+    same_logits(directory, adapted, transformers.Qwen2_5_VLForConditionalGeneration)
+
+
 def test_a_base_of_no_class_of_transformers_is_an_error(tmp_path: Path) -> None:
     """A name that is none of transformers' models, be it that of a function there, is refused by name."""
     directory = adapter(tmp_path, tiny.llama(), None, r=4, target_modules=["q_proj"])

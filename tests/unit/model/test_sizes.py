@@ -155,3 +155,25 @@ def test_an_adapter_of_tied_embeddings_is_loaded_as_peft_loads_it(how: str, flag
     same_logits(adapted, peft.PeftModel.from_pretrained(base, directory).eval())
     assert sum("q_proj" in name for name in adapted.layers) == 3
     assert any("embed_tokens" in name for name in checkpoint.outside)
+
+
+def test_whole_modules_beside_a_vocabulary_that_grew_are_read_once(tmp_path: Path) -> None:
+    """PEFT then writes each of them under three names, and reads one: logits are those of training."""
+
+    def resized(folder: Path) -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(160)
+        return model
+
+    modules = ["embed_tokens", "lm_head"]
+    base = tiny.llama(tie_word_embeddings=False)
+    directory, wrapped = trained(
+        tmp_path, base, resized, "CAUSAL_LM", target_modules=["q_proj"], modules_to_save=modules
+    )
+    checkpoint, adapted = opened(directory)
+    assert any(".modules_to_save." in name for name in checkpoint.outside)
+    same_logits(adapted, wrapped)
+    key = "base_model.model.lm_head.modules_to_save.weight"
+    change(directory, lambda tensors, _: tensors.update({key: tensors[key] + 1}))
+    with pytest.raises(CheckpointError, match=r"modules_to_save\.weight have no place in the base model"):
+        load_model(directory)

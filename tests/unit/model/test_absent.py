@@ -1,0 +1,83 @@
+"""A base that lacks weights: measured where all that is gated comes before them, and refused elsewhere."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.measuring.streaming import measure
+from pytest_nullspace.model import load_model
+from tests import tiny
+from tests.adapters import adapter
+from tests.unit.model.test_peft import SMALL, WINDOWS, check_figures, opened
+
+# PEFT's own, while the tests make adapters with it.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+def bert(kind: str) -> Any:
+    return getattr(transformers, kind)(transformers.BertConfig(**SMALL, intermediate_size=48))
+
+
+def distilbert(kind: str) -> Any:
+    sizes = {"vocab_size": 128, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
+    return getattr(transformers, kind)(transformers.DistilBertConfig(**sizes))
+
+
+def t5(kind: str) -> Any:
+    return getattr(transformers, kind)(
+        transformers.T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "adapted_as", "saved_as", "task", "target", "lost"),
+    [
+        (bert, "BertModel", "BertForMaskedLM", "FEATURE_EXTRACTION", "query", "pooler.dense.bias"),
+        (distilbert, "DistilBertForSequenceClassification", "DistilBertForMaskedLM", "SEQ_CLS", "q_lin", "pre_classif"),
+        (t5, "T5ForSequenceClassification", "T5ForConditionalGeneration", "SEQ_CLS", "q", "classification_head.dense"),
+    ],
+    ids=["pooler", "before the head", "a head that wants more than tokens"],
+)
+def test_what_comes_behind_all_layers_may_be_random(
+    make: Any, adapted_as: str, saved_as: str, task: str, target: str, lost: str, tmp_path: Path
+) -> None:
+    """PEFT saves no pooler, nor what lies before a head: every layer is measured all the same, and that is told."""
+    torch.manual_seed(0)
+    directory = adapter(tmp_path, make(adapted_as), task, r=4, target_modules=[target])
+    make(saved_as).save_pretrained(tmp_path / "base")
+    _, adapted = opened(directory)
+    told = adapted.remarks[-1]
+    assert told.startswith(("2 weights that the base does not hold", "4 weights that the base does not hold"))
+    assert f"are random, such as {lost}" in told
+    assert adapted.switched_off is None, "its predictions are no base's"
+    if make is t5:  # whose head the tests' own forward would not leave out
+        assert {layer.defect for layer in measure(adapted, WINDOWS)} == {None}
+    else:
+        check_figures(adapted)
+
+
+@pytest.mark.parametrize(
+    ("lost", "targets"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", ["q_proj"]),
+        ("model.layers.0.self_attn.q_proj.weight", ["q_proj"]),
+        ("model.layers.2.mlp.up_proj.weight", r".*layers\.0\..*q_proj"),
+        ("model.norm.weight", r".*layers\.0\..*q_proj"),
+        ("lm_head.weight", ["q_proj"]),
+    ],
+    ids=["between the layers", "of a layer", "before the predictions", "a norm", "the predictions"],
+)
+def test_what_a_layer_or_the_predictions_follow_from_must_be_there(lost: str, targets: Any, tmp_path: Path) -> None:
+    """Random weights before an adapted layer, or before the logits, make figures of another model."""
+    directory = adapter(tmp_path, tiny.llama(tie_word_embeddings=False), r=4, target_modules=targets)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="its weights are not those of a whole LlamaForCausalLM: "):
+        load_model(directory)
