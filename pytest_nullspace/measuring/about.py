@@ -13,6 +13,7 @@ from pytest_nullspace.measuring.written import Written
 from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import GivenText, Settings
 from pytest_nullspace.text.chat import Chat
+from pytest_nullspace.text.images import Images
 from pytest_nullspace.text.windows import Window, distinct_rows, text_hash, unigram_loss, windows_hash
 
 
@@ -78,15 +79,16 @@ def of_texts(
     vocabulary: int | None = None,
     preserved: Sequence[GivenText] = (),
     chats: Mapping[str, Chat] | None = None,
+    images: Mapping[str, Images] | None = None,
 ) -> dict[str, Any]:
     """Each text that was read, the windows of it that were used, and what made it: the base, or a chat template."""
-    talks = chats or {}
+    talks, rows = chats or {}, images or {}
     told: dict[str, dict[str, Any]] = {key_of(text.name): {"given": text.spec} for text in preserved[1:]}
     if preserved and preserved[0].name:
         told[FIRST] = {"name": preserved[0].name}
     return {
         what: {
-            "sha256": talks[what].sha256 if what in talks else text_hash(texts[what]),
+            "sha256": _digest(what, texts, talks, rows),
             "windows": len(windows),
             "seqlen": seqlen,
             "tokens": sum(len(window.tokens) for window in windows),
@@ -95,11 +97,18 @@ def of_texts(
             **_without_language(windows, vocabulary),
             **({"written": written[what].about} if what in written else {}),
             **({"chat": talks[what].about} if what in talks else {}),
+            **({"images": rows[what].count(window.start for window in windows)} if what in rows else {}),
             "windows_sha256": windows_hash(windows),
             **told.get(what, {}),
         }
         for what, windows in read.items()
     }
+
+
+def _digest(what: str, texts: Mapping[str, str], chats: Mapping[str, Chat], images: Mapping[str, Images]) -> str:
+    if what in images:
+        return images[what].sha256()
+    return chats[what].sha256 if what in chats else text_hash(texts[what])
 
 
 def _without_language(windows: Sequence[Window], vocabulary: int | None) -> dict[str, Any]:

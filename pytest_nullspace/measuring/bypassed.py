@@ -5,14 +5,14 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.model import AdaptedLayer
 from pytest_nullspace.model.used import Uses
 
 
 def bypassed(
-    layers: Sequence[AdaptedLayer], forward: Callable[[Tensor], Any], tokens: Sequence[int], device: torch.device
+    layers: Sequence[AdaptedLayer], forward: Callable[[Batch], Any], window: Sequence[int], device: torch.device
 ) -> set[str]:
     """The names of those of ``layers`` that a forward does not call, and computes with their base weight all the same.
 
@@ -20,9 +20,9 @@ def bypassed(
 
     Args:
         layers: Of which no row was counted.
-        forward: Runs the model on tokens ``(b, length)``.
-        tokens: A window of the text.
-        device: Where they go.
+        forward: Runs the model on a batch.
+        window: One of the text.
+        device: Where it goes.
     """
     if not layers:
         return set()
@@ -33,5 +33,5 @@ def bypassed(
             handle = layer.layer.register_forward_pre_hook(lambda *_, name=layer.name: ran.add(name))
             hooks.callback(handle.remove)
         hooks.enter_context(Uses(weights.values(), used.add))
-        forward(torch.tensor([list(tokens)], device=device))
+        forward(Batch.of([window], device))
     return {name for name, weight in weights.items() if id(weight) in used} - ran

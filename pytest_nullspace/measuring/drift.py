@@ -6,9 +6,10 @@ predictions of one batch are all that is kept.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, nll_loss
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.forward import run
 from pytest_nullspace.measuring.passages import Spot
+from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.run.stats import TextDrift
 from pytest_nullspace.run.uncertainty import jackknife
 from pytest_nullspace.run.windows import OF_PREDICTIONS, ByWindow
@@ -58,13 +60,16 @@ class Predictions:
         self._spots = torch.full((windows, SPOTS * _OF_SPOT), -1.0, dtype=torch.float64)
         self.seconds = 0.0
 
-    def compared(self, adapted: Tensor, tokens: Tensor, first: int = 0) -> Tensor:
+    def compared(
+        self, adapted: Tensor, tokens: Tensor, first: int = 0, beside: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Tensor:
         """Compare the predictions of one batch; nothing is counted yet.
 
         Args:
             adapted: The adapted model's logits, shape ``(b, length, vocabulary)``.
             tokens: What it read, shape ``(b, length)``.
             first: The number of its first window.
+            beside: What it read beside them.
 
         Returns:
             A row a window, for `add`.
@@ -72,7 +77,7 @@ class Predictions:
         _wait(tokens.device)
         start = time.perf_counter()
         with self._base() as plain:
-            before = run(plain, tokens.to(self._place)).logits
+            before = run(plain, tokens.to(self._place), beside).logits
         kept = [None] * len(tokens) if self._counted is None else self._counted[first : first + len(tokens)]
         found = torch.stack([compared(*of) for of in zip(adapted, before, tokens, kept, strict=True)]).cpu()
         self.seconds += time.perf_counter() - start
@@ -132,8 +137,9 @@ def drift(
     predictions = Predictions(base, len(windows), base_device or device)
     with torch.inference_mode():
         for number, window in enumerate(windows):
-            tokens = torch.tensor([list(window)], device=device)
-            predictions.add(number, predictions.compared(run(model, tokens).logits, tokens, number))
+            batch = Batch.of([window], device, number)
+            logits = run(model, batch.tokens, batch.beside).logits
+            predictions.add(number, predictions.compared(logits, batch.tokens, number, batch.beside))
     return predictions.of(len(windows))
 
 

@@ -1,8 +1,9 @@
 """Running a model on tokens, no further than the layers that are watched."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from inspect import Parameter, signature
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.errors import CheckpointError, NullspaceError
+from pytest_nullspace.errors import CheckpointError, NullspaceError, first_line
+from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.layers import is_encoder_decoder
+from pytest_nullspace.text.windows import Shown
 
 _OTHER_INPUTS = ("pixel_values", "input_features", "input_values", "audio_values")
 """What a model that sees or hears reads beside token ids, or in place of them."""
@@ -22,9 +25,9 @@ PROBE_TOKENS = 8
 
 @contextmanager
 def forwards(
-    adapted: AdaptedModel, layers: Sequence[AdaptedLayer], tokens: Sequence[int], *, whole: bool = False
-) -> Iterator[Callable[[Tensor], Any]]:
-    """Within this context what is given runs the model on tokens ``(b, length)`` until all ``layers`` have run.
+    adapted: AdaptedModel, layers: Sequence[AdaptedLayer], windows: Sequence[Sequence[int]], *, whole: bool = False
+) -> Iterator[Callable[[Batch], Any]]:
+    """Within this context what is given runs the model on a batch until all ``layers`` have run.
 
     It is always the whole model that is called, for a head's forward can shape what its decoder computes: Longformer's
     puts global attention on the first token. What is left out is what would come after, by ending the forward there.
@@ -32,20 +35,20 @@ def forwards(
     Args:
         adapted: The model.
         layers: The layers that have to run.
-        tokens: Some tokens of the text, of which a few are run to find out where the others may end.
+        windows: Those of the text, of which a few tokens are run to find out where the others may end.
         whole: Whether a forward goes to its end, and gives the model's output.
     """
 
-    def forward(batch: Tensor) -> Any:
+    def forward(batch: Batch) -> Any:
         with suppress(_PassedLastError):
-            return run(adapted.model, batch)
+            return run(adapted.model, batch.tokens, batch.beside)
 
     with ExitStack() as ends:
         ends.enter_context(adapted.without_grad())
         if not whole:
             decoder = _decoder(adapted.model, layers)
             ends.enter_context(_stopping_after(decoder))
-            ends.enter_context(_stopping_after(_last_block(decoder, layers, adapted, tokens[:PROBE_TOKENS])))
+            ends.enter_context(_stopping_after(_last_block(decoder, layers, adapted, telling(windows))))
         yield forward
 
 
@@ -86,7 +89,8 @@ def model_told(adapted: AdaptedModel, checkpoint: Checkpoint, tokens: Sequence[i
     except Exception:
         try:
             with adapted.without_grad():
-                run(adapted.model, torch.tensor([list(tokens)], device=adapted.device))
+                batch = Batch.of([tokens], adapted.device)
+                run(adapted.model, batch.tokens, batch.beside)
         except Exception as error:
             raise CheckpointError(_not_on_text(adapted, checkpoint, "", error)) from error
         raise
@@ -100,6 +104,37 @@ def _not_on_text(adapted: AdaptedModel, checkpoint: Checkpoint, reads: str, erro
     )
 
 
+def require_images_read(adapted: AdaptedModel, checkpoint: Checkpoint, sees: str, window: Sequence[int]) -> None:
+    """Refuse images for a model that takes none, or others than its processor makes.
+
+    Args:
+        adapted: The model.
+        checkpoint: Of which it is.
+        sees: The input that holds an image.
+        window: One with an image.
+
+    Raises:
+        CheckpointError: It is so.
+    """
+    kind = type(adapted.model).__name__
+    if sees not in signature(adapted.model.forward).parameters:
+        raise CheckpointError(
+            f"{checkpoint.directory}: its base model is run as a {kind}, which takes no images; give text alone, of a "
+            "table by the name of its column as in FILE:text"
+        )
+    batch = Batch.of([window], adapted.device)
+    try:
+        with adapted.without_grad():
+            run(adapted.model, batch.tokens, batch.beside)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each model complains in its own way of what does not fit it
+        raise CheckpointError(
+            f"{checkpoint.directory}: its base model, a {kind}, cannot read what the processor makes of images: "
+            f"{first_line(error)}; put the processor of the base model there, or give text alone"
+        ) from error
+
+
 class _PassedLastError(Exception):
     """Raised inside the model to end a forward after the last module that holds a measured layer."""
 
@@ -111,9 +146,21 @@ def _decoder(model: nn.Module, layers: Sequence[AdaptedLayer]) -> nn.Module:
     return decoder if all(id(layer.layer) in inside for layer in layers) else model
 
 
-def run(model: nn.Module, tokens: Tensor) -> Any:
-    """What the model makes of ``tokens (b, length)``; an encoder-decoder reads them on both sides."""
+def telling(windows: Sequence[Sequence[int]]) -> Sequence[int]:
+    """A window that reaches what the others do: the first that holds an image, or else the first."""
+    shown = (window for window in windows if isinstance(window, Shown) and not window.unscored.isdisjoint(window))
+    return next(shown, windows[0])
+
+
+def run(model: nn.Module, tokens: Tensor, beside: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
+    """What the model makes of ``tokens (b, length)``; an encoder-decoder reads them on both sides.
+
+    What is ``beside`` them goes where they are, numbers in the model's precision.
+    """
     given = {"input_ids": tokens, "use_cache": False}
+    for name, value in beside.items():
+        dtype = next(model.parameters()).dtype if value.is_floating_point() else value.dtype
+        given[name] = value.to(tokens.device, dtype)
     if is_encoder_decoder(model):
         given["decoder_input_ids"] = tokens
     taken = signature(model.forward).parameters
@@ -123,7 +170,7 @@ def run(model: nn.Module, tokens: Tensor) -> Any:
 
 
 def _last_block(
-    decoder: nn.Module, layers: Sequence[AdaptedLayer], adapted: AdaptedModel, tokens: Sequence[int]
+    decoder: nn.Module, layers: Sequence[AdaptedLayer], adapted: AdaptedModel, window: Sequence[int]
 ) -> nn.Module | None:
     """The block after which no measured layer can run, found by watching a short forward; None where there is none.
 
@@ -139,7 +186,8 @@ def _last_block(
         for block in holding.values():
             hooks.callback(block.register_forward_hook(lambda module, *_: ran.append(module)).remove)
         with suppress(_PassedLastError):
-            run(adapted.model, torch.tensor([list(tokens)], device=adapted.device))
+            batch = Batch.of([window if isinstance(window, Shown) else window[:PROBE_TOKENS]], adapted.device)
+            run(adapted.model, batch.tokens, batch.beside)
     return ran[-1] if len(ran) == len(holding) == len(set(map(id, ran))) else None
 
 

@@ -18,6 +18,8 @@ from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.choice import TokenizerChoice
 from pytest_nullspace.text.conversations import ASSISTANT, AUTO, OFF, Conversations
+from pytest_nullspace.text.images import Images, require_pillow
+from pytest_nullspace.text.processor import require_processor
 from pytest_nullspace.text.readers import Text, read
 from pytest_nullspace.text.sources import NAMED_SETS, OPTION, TASK_OPTION, FileText, SelfText, Source, parse_source
 from pytest_nullspace.text.templates import Template, require_template
@@ -51,7 +53,10 @@ def read_texts(settings: Settings) -> Texts:
     given = {what: source for what, source in sources(settings).items() if not isinstance(source, SelfText)}
     texts = {what: read(source, settings.chat) for what, source in given.items()}
     for what, source in given.items():
-        if isinstance(text := texts[what], str):
+        text = texts[what]
+        if isinstance(text, Images):
+            require_pillow(text)
+        elif isinstance(text, str):
             try:
                 require_length(text, settings.seqlen or 0)
             except TextError as error:
@@ -94,15 +99,24 @@ def check_chat(
         template.render(conversations.rows[:1], assistant=settings.chat == ASSISTANT)
 
 
-def may_converse(settings: Settings) -> bool:
-    """Whether a text may hold conversations, of which nobody knows how many windows they fill before they are read."""
-    if settings.chat == OFF:
-        return False
+def may_be_rows(settings: Settings) -> bool:
+    """Whether a text may hold conversations or images, of which nobody knows how many windows they are unread."""
     return any(
         source.path.suffix.lower() != ".txt" if isinstance(source, FileText) else not isinstance(source, SelfText)
         for source in sources(settings).values()
         if source not in NAMED_SETS.values()
     )
+
+
+def check_processor(checkpoint: Checkpoint, initial: Checkpoint | None, settings: Settings, texts: Texts) -> None:
+    """Refuse rows of images where what makes a model's input of them is not there or cannot be read.
+
+    Raises:
+        CheckpointError: It is so.
+    """
+    if any(isinstance(text, Images) for text in texts.values()):
+        base = base_of(checkpoint, settings.base) if is_base_read(checkpoint, settings, initial) else None
+        require_processor(checkpoint, base)
 
 
 def is_base_read(checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None) -> bool:

@@ -7,7 +7,7 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.errors import CheckpointError, TextError
 from pytest_nullspace.settings import PREFIX
-from pytest_nullspace.text.windows import Window
+from pytest_nullspace.text.windows import Shown, Window
 
 DEFAULT_SEQLEN = 2048
 """Tokens a window, as in the reference, where the model allows as many."""
@@ -50,7 +50,7 @@ def require_known_tokens(texts: Iterable[Sequence[Window]], model: Any, checkpoi
     Raises:
         CheckpointError: There is one.
     """
-    largest = max(max(window.tokens) for windows in texts for window in windows)
+    largest = _largest(texts)
     known = vocabulary(model)
     if known is not None and largest >= known:
         raise CheckpointError(
@@ -65,13 +65,19 @@ def require_known_to_base(texts: Iterable[Sequence[Window]], base: Any, checkpoi
     Raises:
         CheckpointError: There is one that it has no embedding for.
     """
-    largest = max(max(window.tokens) for windows in texts for window in windows)
+    largest = _largest(texts)
     known = vocabulary(base)
     if known is not None and largest >= known:
         raise CheckpointError(
             f"{checkpoint.directory}: the text has the token {largest}, which training added, for the base knows only "
             f"{known}; its predictions cannot be compared on that text: give another, or leave {PREFIX}drift out"
         )
+
+
+def _largest(texts: Iterable[Sequence[Window]]) -> int:
+    """The largest token of all; what stands for an image may lie beyond the vocabulary, and is none of it."""
+    ids = (window.tokens for windows in texts for window in windows)
+    return max(max(set(of) - of.unscored, default=0) if isinstance(of, Shown) else max(of) for of in ids)
 
 
 def vocabulary(model: Any) -> int | None:

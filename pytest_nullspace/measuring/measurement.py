@@ -19,7 +19,7 @@ from pytest_nullspace.run.figures import FIGURES, on_the_task
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
 from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import PREFIX, Settings
-from pytest_nullspace.text.windows import Window, counted
+from pytest_nullspace.text.windows import Window, counted, predicted
 
 if TYPE_CHECKING:
     from pytest_nullspace.measuring.drift import Base, Predictions
@@ -169,7 +169,7 @@ class Measurement:
             from pytest_nullspace.measuring.drift import Predictions
 
             _, base, place = self.held_against
-            self.predictions[what] = Predictions(base, len(self.drawn[what]), place, counted(self.drawn[what]))
+            self.predictions[what] = Predictions(base, len(self.drawn[what]), place, predicted(self.drawn[what]))
 
         def tell(done: int, _: int) -> None:
             self.used[what] = done
@@ -264,7 +264,9 @@ class Measurement:
         _, base, place = self.held_against
         names = {"text": "preserved", "task_text": "task"}
         texts = {names.get(what, what): [window.tokens for window in windows] for what, windows in self.read.items()}
-        kept = {names.get(what, what): places for what, of in self.read.items() if (places := counted(of)) is not None}
+        kept = {
+            names.get(what, what): places for what, of in self.read.items() if (places := predicted(of)) is not None
+        }
         short = f"{self._short} for the predictions at other scales, in {self.running}; "
         with shortage_told(lambda: short + one_of(f"lower {PREFIX}seqlen", f"leave {PREFIX}suggest out")):
             scales = Scales(self.adapted, base, place, texts, self.settings.ranks, kept)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from pytest_nullspace.run.predictions import Passage
 from pytest_nullspace.text.tokenizer import LoadedTokenizer
-from pytest_nullspace.text.windows import Window
+from pytest_nullspace.text.windows import Shown, Window
 
 TOLD = 5
 """Passages of each text."""
@@ -64,8 +64,9 @@ def _passage(spot: Spot, window: Window, text: str, tokenizer: LoadedTokenizer, 
         start, end = (begin + at for at in spans[target])
         before, token = text[max(window.start, start - BEFORE) : start], text[start:end]
     likeliest, instead = (tokenizer.decode([which])[:LONGEST] for which in (spot.likeliest, spot.instead))
+    row = window.tokens.where[-LONGEST:] if isinstance(window.tokens, Shown) else ""
     return Passage(
-        start, end, before[-BEFORE:], token[:LONGEST], spot.base, spot.adapted, likeliest, instead, spot.divergence
+        start, end, before[-BEFORE:], token[:LONGEST], spot.base, spot.adapted, likeliest, instead, spot.divergence, row
     )
 
 
@@ -73,6 +74,8 @@ def _spans(
     window: Window, text: str, tokenizer: LoadedTokenizer, seqlen: int
 ) -> tuple[Sequence[tuple[int, int]] | None, int]:
     """The characters of each token of ``window``, and from which one of the text they are counted."""
+    if isinstance(window.tokens, Shown):
+        return None, window.start
     if window.within is None:
         return tokenizer.spans(text[window.start : window.start + 10 * seqlen]), window.start
     begin, end, before = window.within

@@ -4,13 +4,11 @@ The parts that hold tensors are reached from here and from `loading` alone, and 
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import Stamps, require_unchanged, stamps
-from pytest_nullspace.checkpoint.hub import base_of
+from pytest_nullspace.checkpoint.header import require_unchanged
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
@@ -18,15 +16,11 @@ from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.inputs import (
     NOT_AT_HAND,
     Texts,
-    is_base_read,
-    read_texts,
     sources,
-    template_of,
 )
 from pytest_nullspace.measuring.limits import (
     require_known_to_base,
     require_known_tokens,
-    vocabulary,
     window_length,
 )
 from pytest_nullspace.measuring.loading import (
@@ -43,19 +37,15 @@ from pytest_nullspace.measuring.loading import (
 )
 from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement
 from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory
-from pytest_nullspace.measuring.passages import passages
+from pytest_nullspace.measuring.reading import Reading
 from pytest_nullspace.measuring.written import Request, Written, base_sha256, had, require_base
 from pytest_nullspace.run.predictions import Headroom
-from pytest_nullspace.run.stats import WITHOUT_DRIFT, Drift, LayerStats, RunStats, TextDrift
-from pytest_nullspace.run.texts import FIRST, key_of
+from pytest_nullspace.run.stats import WITHOUT_DRIFT, LayerStats, RunStats
+from pytest_nullspace.run.texts import FIRST
 from pytest_nullspace.settings import PREFIX, Settings
-from pytest_nullspace.text.chat import Chat, chat
-from pytest_nullspace.text.choice import TokenizerChoice
-from pytest_nullspace.text.conversations import ASSISTANT, Conversations
 from pytest_nullspace.text.sources import OPTION, SELF, SelfText
-from pytest_nullspace.text.templates import Template
-from pytest_nullspace.text.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_hashes
-from pytest_nullspace.text.windows import Window, draw_windows, windows_at
+from pytest_nullspace.text.tokenizer import tokenizer_hashes
+from pytest_nullspace.text.windows import Window
 
 if TYPE_CHECKING:
     from pytest_nullspace.model import AdaptedModel
@@ -90,7 +80,7 @@ def measure_checkpoint(
         free_earlier_models()
         keep_freed_memory()
     clock = Clock()
-    read = _Read.of(checkpoint, settings, initial, texts, live)
+    read = Reading.of(checkpoint, settings, initial, texts, live)
     clock.on("text")
 
     # Only now torch, for what is wrong with the text need not wait for it.
@@ -100,13 +90,13 @@ def measure_checkpoint(
 
     import_libraries(checkpoint)
     clock.on("imports")
-    loaded = _loaded(checkpoint, settings, read.base, bases, initial, live)
+    loaded = _loaded(checkpoint, settings, read, bases, initial, live)
     adapted = loaded.adapted
     clock.on("model")
     seqlen = window_length(settings.seqlen, adapted.model)
-    read = read.with_written(checkpoint, settings, loaded, seqlen).with_chats(settings, seqlen)
+    read = _with_written(read, checkpoint, settings, loaded, seqlen).with_chats(settings, seqlen)
     drawn = read.windows(settings, seqlen)
-    _require_known(drawn, loaded, checkpoint)
+    _require_known(read, drawn, loaded, checkpoint)
     clock.on("windows")
     load_seconds = sum(clock.seconds.values())
 
@@ -138,12 +128,20 @@ def measure_checkpoint(
     )
 
 
-def _require_known(drawn: Mapping[str, Sequence[Window]], loaded: "_Loaded", checkpoint: Checkpoint) -> None:
-    """Refuse tokens that the model does not know, or the base that it is held against."""
+def _require_known(
+    read: Reading, drawn: Mapping[str, Sequence[Window]], loaded: "_Loaded", checkpoint: Checkpoint
+) -> None:
+    """Refuse tokens that the model, or the base it is held against, does not know, and images that it cannot read."""
     require_known_tokens(drawn.values(), loaded.adapted.model, checkpoint)
     if loaded.held_against is not None:
         with loaded.held_against.base() as plain:
             require_known_to_base(drawn.values(), plain, checkpoint)
+    if read.processor is not None:
+        from pytest_nullspace.measuring.forward import require_images_read, telling
+
+        for what in read.images:
+            window = telling([window.tokens for window in drawn[what]])
+            require_images_read(loaded.adapted, checkpoint, read.processor.sees, window)
 
 
 class _Passed(NamedTuple):
@@ -171,122 +169,6 @@ def _passed(run: Measurement, layers: Collection[str], clock: Clock) -> _Passed:
     return _Passed(figures, batches, headroom, suggested | unbegun)
 
 
-@dataclass(frozen=True)
-class _Read:
-    """What is read before anything is loaded.
-
-    Attributes:
-        base: The base model, where it is needed.
-        stamps: The files that must stay what they are until the end.
-        texts: Each text, by what it is; of one of conversations what was rendered of it.
-        tokenizer: The tokenizers at hand, and the one that is used.
-        tokenize: What that makes of a text.
-        template: What writes conversations.
-        unrendered: Those, until they are rendered.
-        written: The texts among them that the base wrote.
-        chats: Those that were conversations.
-    """
-
-    base: Path | None
-    stamps: Stamps
-    texts: Mapping[str, str]
-    tokenizer: TokenizerChoice
-    tokenize: LoadedTokenizer
-    template: Template | None
-    unrendered: Mapping[str, Conversations]
-    written: Mapping[str, Written] = field(default_factory=dict)
-    chats: Mapping[str, Chat] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        checkpoint: Checkpoint,
-        settings: Settings,
-        initial: Checkpoint | None,
-        texts: Texts | None,
-        live: InMemory | None,
-    ) -> "_Read":
-        """Find the base, and read the texts unless they were."""
-        if live is not None:
-            base = live.base
-        else:
-            base = base_of(checkpoint, settings.base) if is_base_read(checkpoint, settings, initial) else None
-        require_unchanged(checkpoint.stamps)
-        held = checkpoint.stamps | (stamps(base) if base is not None else frozenset())
-        if settings.drift and initial is not None:
-            held |= initial.stamps
-        tokenizer = TokenizerChoice.of(checkpoint.directory, base) if live is None else live.tokenizer
-        texts = texts or read_texts(settings)
-        template = template_of(tokenizer.used, texts, settings)
-        plain = {what: "" if isinstance(text, Conversations) else text for what, text in texts.items()}
-        talks = {what: text for what, text in texts.items() if isinstance(text, Conversations)}
-        return cls(base, held, plain, tokenizer, load_tokenizer(tokenizer.used), template, talks)
-
-    def with_written(self, checkpoint: Checkpoint, settings: Settings, loaded: "_Loaded", seqlen: int) -> "_Read":
-        """The same with what the base writes itself, where that is asked for.
-
-        Raises:
-            NullspaceError: The base cannot be had, or writes too little.
-        """
-        asked = [what for what, source in sources(settings).items() if isinstance(source, SelfText)]
-        if not asked:
-            return self
-        text = _written(self, checkpoint, settings, loaded, seqlen)
-        texts = {what: text.text if what in asked else self.texts[what] for what in sources(settings)}
-        return replace(self, texts=texts, written=dict.fromkeys(asked, text))
-
-    def with_chats(self, settings: Settings, seqlen: int) -> "_Read":
-        """The same with the conversations in the model's own form."""
-        if self.template is None:
-            return self
-        chats = {
-            what: chat(
-                talks,
-                self.template,
-                self.tokenize,
-                count=settings.most_windows,
-                seqlen=seqlen,
-                seed=settings.seed,
-                assistant=settings.chat == ASSISTANT,
-            )
-            for what, talks in self.unrendered.items()
-        }
-        texts = {what: chats[what].text if what in chats else text for what, text in self.texts.items()}
-        return replace(self, texts=texts, chats=chats)
-
-    def told(self, run: Measurement) -> dict[str, Any]:
-        """What a run tells of its texts, and of the tokenizer that cut them."""
-        known, preserved = vocabulary(run.adapted.model), run.settings.preserved
-        texts = about.of_texts(self.texts, run.read, run.seqlen, self.written, known, preserved, self.chats)
-        return {**texts, "tokenizer": self.tokenizer.told(self.texts, run.read, run.seqlen)}
-
-    def with_passages(self, run: Measurement, headroom: Headroom | None) -> Drift | None:
-        """How far the predictions moved, and where most in each text, with what more of the update would gain."""
-        drift = run.drift
-        if drift is None:
-            return None
-
-        def told(what: str, of: TextDrift) -> TextDrift:
-            windows = run.read[what]
-            spots = run.predictions[what].spots(len(windows))
-            return replace(of, passages=passages(spots, windows, self.texts[what], self.tokenize, run.seqlen))
-
-        further = {name: told(key_of(name), of) for name, of in drift.further.items()}
-        return replace(drift, preserved=told(FIRST, drift.preserved), further=further, headroom=headroom)
-
-    def windows(self, settings: Settings, seqlen: int) -> dict[str, Sequence[Window]]:
-        """The windows of each text that may be used: drawn from it, or the stretches in which the base wrote it."""
-
-        def of(what: str, text: str) -> Sequence[Window]:
-            if what in self.chats:
-                return self.chats[what].windows
-            if what in self.written:
-                return windows_at(text, self.tokenize, self.written[what].starts, seqlen)
-            return draw_windows(text, self.tokenize, count=settings.most_windows, seqlen=seqlen, seed=settings.seed)
-
-        return {what: of(what, text) for what, text in self.texts.items()}
-
-
 class _Loaded(NamedTuple):
     """The model, and how it runs.
 
@@ -306,7 +188,7 @@ class _Loaded(NamedTuple):
 def _loaded(
     checkpoint: Checkpoint,
     settings: Settings,
-    base: Path | None,
+    read: Reading,
     bases: Bases | None,
     initial: Checkpoint | None,
     live: InMemory | None,
@@ -315,6 +197,7 @@ def _loaded(
     from pytest_nullspace.measuring.forward import require_tokens_read
     from pytest_nullspace.measuring.moved import with_start
 
+    base = read.base
     device = device_of(settings) if live is None else live.adapted.device
     dtype: Any = dtype_of(settings.dtype, checkpoint, device, base) if live is None else live.adapted.model.dtype
     precision = str(dtype).removeprefix("torch.")
@@ -326,7 +209,8 @@ def _loaded(
         )
     ):
         adapted = load(checkpoint, settings, device, dtype, base, bases) if live is None else live.adapted
-    require_tokens_read(adapted, checkpoint)
+    if read.has_text(settings):
+        require_tokens_read(adapted, checkpoint)
     if initial is not None and settings.profile != "reference":  # whose formulas know of no start
         adapted = with_start(adapted, checkpoint, initial)
     found = None
@@ -339,7 +223,21 @@ def _loaded(
     return _Loaded(adapted, HeldAgainst.of(checkpoint, found, running), precision, running)
 
 
-def _written(read: _Read, checkpoint: Checkpoint, settings: Settings, loaded: _Loaded, seqlen: int) -> Written:
+def _with_written(read: Reading, checkpoint: Checkpoint, settings: Settings, loaded: _Loaded, seqlen: int) -> Reading:
+    """The same with what the base writes itself, where that is asked for.
+
+    Raises:
+        NullspaceError: The base cannot be had, or writes too little.
+    """
+    asked = [what for what, source in sources(settings).items() if isinstance(source, SelfText)]
+    if not asked:
+        return read
+    text = _written(read, checkpoint, settings, loaded, seqlen)
+    texts = {what: text.text if what in asked else read.texts[what] for what in sources(settings)}
+    return replace(read, texts=texts, written=dict.fromkeys(asked, text))
+
+
+def _written(read: Reading, checkpoint: Checkpoint, settings: Settings, loaded: _Loaded, seqlen: int) -> Written:
     """What the base writes itself, as it is kept or now."""
     from pytest_nullspace.measuring.writing import first_token, stretches
 

@@ -6,13 +6,15 @@ distances besides.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pytest_nullspace.text.windows import Shown
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Batch:
         rows: The numbers of the counted rows among the ``b · length``, or None for all.
         counts: How many of them each window has.
         chosen: Whether the counted rows are meant and no others, be they as many and spread alike.
+        beside: What the model reads beside the tokens, of one window.
     """
 
     tokens: Tensor
@@ -32,6 +35,36 @@ class Batch:
     rows: Tensor | None
     counts: list[int]
     chosen: bool = False
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        windows: Sequence[Sequence[int]],
+        device: torch.device,
+        first: int = 0,
+        rows: Sequence[Sequence[int]] | None = None,
+        chosen: bool = False,
+    ) -> "Batch":
+        """The batch of ``windows`` of equal length; one with images goes alone.
+
+        Args:
+            windows: Their token ids.
+            device: Where they go.
+            first: The number of the first.
+            rows: The places in each of the counted rows, or None for all.
+            chosen: Whether these are meant and no others.
+        """
+        tokens = torch.tensor([list(window) for window in windows], device=device)
+        length, window = tokens.shape[1], windows[0]
+        beside = (
+            {name: value.to(device) for name, value in window.beside().items()} if isinstance(window, Shown) else {}
+        )
+        if rows is None:
+            return cls(tokens, first, None, [length] * len(windows), beside=beside)
+        counted = [position * length + row for position, of in enumerate(rows) for row in of]
+        numbers = torch.tensor(counted, dtype=torch.long, device=device)
+        return cls(tokens, first, numbers, list(map(len, rows)), chosen, beside)
 
 
 @dataclass(frozen=True)
@@ -105,6 +138,8 @@ class Rows:
 
     def _layout(self, shape: tuple[int, ...], routed: bool) -> Layout | None:
         windows, length = self._batch.tokens.shape
+        if self._batch.beside and (layout := self._routed(math.prod(shape))) is not None:
+            return replace(layout, whole=not routed)  # of its images if not of its text: the window is alone
         match shape:
             case (rows,) if routed:
                 return self._routed(rows)

@@ -18,6 +18,7 @@ from pytest_nullspace.judging.remedy import Remedy, guess, largest, passes
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.drift import CHUNK, IGNORED, Base, Predictions, compared
 from pytest_nullspace.measuring.forward import run
+from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.model import AdaptedModel
 from pytest_nullspace.run.figures import Text
 from pytest_nullspace.run.predictions import Headroom
@@ -87,14 +88,14 @@ class Scales:
         share, read = self._ranks.share(range(len(windows))), []
         with self._adapted.without_grad():
             for number in share:
-                tokens = torch.tensor([list(windows[number])], device=self._adapted.device)
+                batch = Batch.of([windows[number]], self._adapted.device, number)
                 places = None if counted is None else counted[number]
                 with self._base() as plain:
-                    before = run(plain, tokens.to(self._place)).logits[0]
+                    before = run(plain, batch.tokens.to(self._place), batch.beside).logits[0]
                 for scale, predictions in zip(scales, kept, strict=True):
                     with scaled(self._adapted, scale):
-                        logits = run(self._adapted.model, tokens).logits[0]
-                    predictions.add(number, compared(logits, before, tokens[0], places)[None].cpu())
+                        logits = run(self._adapted.model, batch.tokens, batch.beside).logits[0]
+                    predictions.add(number, compared(logits, before, batch.tokens[0], places)[None].cpu())
                 read.append(number)
         for predictions in kept:
             predictions.merge(self._ranks, range(len(windows)), read)
@@ -126,9 +127,10 @@ def headroom(
             return None
         with scaled(adapted, 2.0):
             for number in share:
-                tokens = torch.tensor([list(windows[number])], device=adapted.device)
-                logits, targets = run(adapted.model, tokens).logits[0], task.targets(number, tokens[0])
-                for first in range(0, tokens.shape[1], CHUNK):
+                batch = Batch.of([windows[number]], adapted.device, number)
+                logits = run(adapted.model, batch.tokens, batch.beside).logits[0]
+                targets = task.targets(number, batch.tokens[0])
+                for first in range(0, len(targets), CHUNK):
                     rows = logits[first : first + CHUNK].to(targets.device).double()
                     loss = cross_entropy(rows, targets[first : first + CHUNK], reduction="sum", ignore_index=IGNORED)
                     doubled[number] += loss.cpu()
@@ -146,9 +148,10 @@ def headroom(
 
 def _is_base_without(adapted: AdaptedModel, task: Predictions, window: Sequence[int]) -> bool:
     """Whether the model without its update is its base: what a start put into A and B is none of what was learned."""
-    tokens = torch.tensor([list(window)], device=adapted.device)
+    batch = Batch.of([window], adapted.device)
     with scaled(adapted, 0.0):
-        rows, _, _, _, divergence, *_ = task.compared(run(adapted.model, tokens).logits, tokens)[0].tolist()
+        logits = run(adapted.model, batch.tokens, batch.beside).logits
+        rows, _, _, _, divergence, *_ = task.compared(logits, batch.tokens, 0, batch.beside)[0].tolist()
     return bool(divergence / rows < NO_BASE)
 
 

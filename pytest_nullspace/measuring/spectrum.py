@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pytest_nullspace import kernels
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
-from pytest_nullspace.measuring.forward import forwards
+from pytest_nullspace.measuring.forward import forwards, telling
 from pytest_nullspace.measuring.rows import Batch, Rows
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.run.stats import Spectrum
@@ -66,10 +66,10 @@ def spectrum(
     chosen = [adapted.layers[name] for name in layers]
     if not chosen:
         return {}
-    groups = list(_groups(_inputs(adapted, chosen, windows[0]), held_bytes))
+    groups = list(_groups(_inputs(adapted, chosen, windows), held_bytes))
     found: dict[str, Spectrum] = {}
     for number, group in enumerate(groups):
-        with forwards(adapted, [layer for of in group for layer in of.layers], windows[0]) as forward:
+        with forwards(adapted, [layer for of in group for layer in of.layers], windows) as forward:
             with ExitStack() as hooks:
                 hooks.enter_context((rows := Rows()).watching(adapted.model))
                 for of in group:
@@ -77,9 +77,10 @@ def spectrum(
                     hooks.callback(of.layers[0].layer.register_forward_pre_hook(_adding(of, rows)).remove)
                 read = []
                 for window in ranks.share(range(len(windows))):
-                    tokens = torch.tensor([list(windows[window])], device=adapted.device)
-                    rows.start(_batch(tokens, window, None if counted is None else counted[window]))
-                    forward(tokens)
+                    places = None if counted is None else [counted[window]]
+                    batch = Batch.of([windows[window]], adapted.device, window, places, counted is not None)
+                    rows.start(batch)
+                    forward(batch)
                     read.append(window)
                     if progress is not None:
                         done = min(ranks.size * len(read), len(windows))
@@ -92,15 +93,8 @@ def spectrum(
     return {name: found[name] for name in layers if name in found}
 
 
-def _batch(tokens: Tensor, number: int, places: Sequence[int] | None) -> Batch:
-    """A window by itself, of which the rows at ``places`` count; all where there is none."""
-    if places is None:
-        return Batch(tokens, number, None, [tokens.shape[1]])
-    return Batch(tokens, number, torch.tensor(places, device=tokens.device), [len(places)], chosen=True)
-
-
-def _inputs(adapted: AdaptedModel, layers: Sequence[AdaptedLayer], tokens: Sequence[int]) -> list[_Input]:
-    """The distinct inputs of ``layers``, in the order in which a short forward meets them."""
+def _inputs(adapted: AdaptedModel, layers: Sequence[AdaptedLayer], windows: Sequence[Sequence[int]]) -> list[_Input]:
+    """The distinct inputs of ``layers``, in the order in which a forward meets them."""
     found: list[_Input] = []
     latest: Tensor | None = None
 
@@ -116,10 +110,10 @@ def _inputs(adapted: AdaptedModel, layers: Sequence[AdaptedLayer], tokens: Seque
 
         return hook
 
-    with forwards(adapted, layers, tokens) as forward, ExitStack() as hooks:
+    with forwards(adapted, layers, windows) as forward, ExitStack() as hooks:
         for layer in layers:
             hooks.callback(layer.layer.register_forward_pre_hook(meet(layer)).remove)
-        forward(torch.tensor([list(tokens)], device=adapted.device))
+        forward(Batch.of([telling(windows)], adapted.device))
     return found
 
 

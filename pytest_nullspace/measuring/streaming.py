@@ -15,13 +15,14 @@ from pytest_nullspace.measuring.bypassed import bypassed
 from pytest_nullspace.measuring.distinct import together
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
 from pytest_nullspace.measuring.drift import Predictions
-from pytest_nullspace.measuring.forward import forwards
+from pytest_nullspace.measuring.forward import forwards, telling
 from pytest_nullspace.measuring.recorder import OCTAVES, Recorder
 from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.run.stats import SINK, LayerStats, WithoutSinks
 from pytest_nullspace.run.uncertainty import margins
 from pytest_nullspace.run.windows import OF_LAYER, ByWindow
+from pytest_nullspace.text.windows import Shown
 
 FIRST_ROUND = 16
 """Windows after which a pass may end early, and again whenever they have doubled."""
@@ -85,7 +86,7 @@ def measure(
         return tuple(_stats(layer, recorder.down_ranks[layer.name], *of) for layer, *of in summed)
 
     watching = recorder.rows.watching(adapted.model), recorder.watching(chosen)
-    running = forwards(adapted, chosen, windows[0], whole=predictions is not None)
+    running = forwards(adapted, chosen, windows, whole=predictions is not None)
     with running as forward, watching[0], watching[1]:
         for part in _rounds(len(windows), settled is not None):
             share, done, told = ranks.share(part), 0, part.start
@@ -112,7 +113,7 @@ def measure(
                 break
         lost = [layer for layer, of in zip(chosen, sums, strict=True) if not of[:, 0].any()]
         with recorder.silent():
-            unused = bypassed(lost, forward, windows[0], adapted.device)
+            unused = bypassed(lost, forward, telling(windows), adapted.device)
     return _with_rows(figures(), ranks, recorder, unused)
 
 
@@ -140,13 +141,13 @@ def _rounds(windows: int, early: bool) -> Iterator[range]:
         first, last = last, 2 * last
 
 
-def _fits(recorder: Recorder, forward: Callable[[Tensor], Any], batch: Batch, predictions: Predictions | None) -> bool:
+def _fits(recorder: Recorder, forward: Callable[[Batch], Any], batch: Batch, predictions: Predictions | None) -> bool:
     """Run and count ``batch``; False, nothing counted and its memory given back, where it must be a smaller one."""
     compared = None
     try:
         recorder.start(batch)
         if predictions is None:
-            forward(batch.tokens)
+            forward(batch)
         else:
             compared = _compared(recorder, forward, batch, predictions)
         if not recorder.end():
@@ -165,11 +166,11 @@ def _fits(recorder: Recorder, forward: Callable[[Tensor], Any], batch: Batch, pr
     return False
 
 
-def _compared(recorder: Recorder, forward: Callable[[Tensor], Any], batch: Batch, predictions: Predictions) -> Tensor:
+def _compared(recorder: Recorder, forward: Callable[[Batch], Any], batch: Batch, predictions: Predictions) -> Tensor:
     """Run ``batch``, and hold its predictions against the base model's, which may run through the same layers."""
-    logits = forward(batch.tokens).logits
+    logits = forward(batch).logits
     with recorder.silent():
-        return predictions.compared(logits, batch.tokens, batch.first)
+        return predictions.compared(logits, batch.tokens, batch.first, batch.beside)
 
 
 def _stats(layer: AdaptedLayer, down_rank: int, by_window: Tensor, by_octave: Tensor) -> LayerStats:
@@ -264,14 +265,14 @@ def _batch(
     device: torch.device,
     chosen: bool,
 ) -> Batch:
-    """The first of the windows of these ``numbers``, and those of its length that follow it."""
-    length = len(windows[numbers[0]])
-    alike = list(takewhile(lambda number: len(windows[number]) == length, numbers))
-    if len(alike) == length > 1:
+    """The first of the windows of these ``numbers``, and those of its length that follow it, if none has images."""
+    first = windows[numbers[0]]
+
+    def is_like(number: int) -> bool:
+        return len(windows[number]) == len(first) and not isinstance(windows[number], Shown)
+
+    alike = [numbers[0], *takewhile(is_like, () if isinstance(first, Shown) else numbers[1:])]
+    if len(alike) == len(first) > 1:
         alike.pop()  # of as many windows as tokens nobody could tell which are which
-    tokens = torch.tensor([list(windows[number]) for number in alike], device=device)
-    if drawn is None:
-        return Batch(tokens, alike[0], None, [length] * len(alike))
-    of = [drawn[number] for number in alike]
-    counted = [position * length + row for position, rows in enumerate(of) for row in rows]
-    return Batch(tokens, alike[0], torch.tensor(counted, dtype=torch.long, device=device), list(map(len, of)), chosen)
+    rows = None if drawn is None else [drawn[number] for number in alike]
+    return Batch.of([windows[number] for number in alike], device, alike[0], rows, chosen)

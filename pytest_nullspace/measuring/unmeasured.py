@@ -10,7 +10,7 @@ from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.judging.audit import Audit, audit
 from pytest_nullspace.judging.weights import STATEMENT, weigh
 from pytest_nullspace.measuring import about
-from pytest_nullspace.measuring.inputs import may_converse
+from pytest_nullspace.measuring.inputs import may_be_rows
 from pytest_nullspace.measuring.limits import default_length
 from pytest_nullspace.measuring.measurement import with_task
 from pytest_nullspace.run.stats import LayerStats, RunStats
@@ -36,7 +36,7 @@ def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, froze
     )  # fmt: skip
     if settings.task_dataset is not None:
         layers = with_task(layers, layers)
-    told = {"windows": None if may_converse(settings) else settings.calib_size, "seqlen": seqlen}
+    told = {"windows": None if may_be_rows(settings) else settings.calib_size, "seqlen": seqlen}
     tells = {"text": told, "settings": {"seed": settings.seed}}
     known = {"seed", "rank", "widths", "figures"} | {what for what, value in told.items() if value is not None}
     return RunStats(str(checkpoint.directory), settings.calib_dataset, layers, len(layers), tells), frozenset(known)

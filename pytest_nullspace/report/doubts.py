@@ -139,7 +139,8 @@ def cautions(run: RunStats, verdicts: Sequence[Verdict]) -> list[str]:
     """What lies outside of what was judged, and what is unusual in it."""
     names = notes.outside_of(run)
     told = notes.not_measured(run), notes.negative_scales(run.layers), notes.outside(names) if names else None
-    return [line for line in (*told, *model.remarks(run), *model.unreached(verdicts)) if line is not None]
+    unreached = model.unreached(verdicts, saw=model.saw(run))
+    return [line for line in (*told, *model.remarks(run), *unreached) if line is not None]
 
 
 def all_of(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> Iterator[str]:

@@ -23,12 +23,17 @@ def remarks(run: RunStats) -> list[str]:
     return [printable(remark, 1000) for remark in told] if isinstance(told, list) else []
 
 
-_OTHERS = (("vision|visual|image", "images only"), ("audio|speech", "sound only"), ("", "no row of this text"))
+_SEES, _OTHERS = "vision|visual|image", (("audio|speech", "sound only"), ("", "no row of this text"))
 """By what a subtree is reached, as its name tells; the first that fits."""
 
 
-def unreached(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """The parts of the model that no row reached, where they hold several layers, and how to allow them."""
+def unreached(verdicts: Sequence[Verdict], *, saw: bool = False) -> Iterator[str]:
+    """The parts of the model that no row reached, where they hold several layers, and how to reach or allow them.
+
+    Args:
+        verdicts: Those of the run.
+        saw: Whether it read images.
+    """
     lost = {verdict.subject for verdict in verdicts if verdict.defect == UNREACHED}
     reached = {parent for verdict in verdicts if verdict.subject not in lost for parent in _parents(verdict.subject)}
     parts: defaultdict[str, int] = defaultdict(int)
@@ -36,11 +41,18 @@ def unreached(verdicts: Sequence[Verdict]) -> Iterator[str]:
         parts[_part(name, reached)] += 1
     for part, layers in sorted(parts.items()):
         if layers > 1:
-            by = next(words for names, words in _OTHERS if re.search(names, part))
+            by, cure = next(words for names, words in _OTHERS if re.search(names, part)), ""
+            if re.search(_SEES, part) and not saw:
+                by, cure = "images only", "; rows of images in place of the text reach them (docs/texts.md)"
             yield (
                 f"{layers} layers of {printable(part)} are reached by {by}; to allow them: "
-                f"--nullspace-allow-unreached='{printable(part)}.*'"
+                f"--nullspace-allow-unreached='{printable(part)}.*'{cure}"
             )
+
+
+def saw(run: RunStats) -> bool:
+    """Whether the run read images."""
+    return any(isinstance(told, dict) and told.get("images") for told in run.about.values())
 
 
 def _parents(name: str) -> list[str]:

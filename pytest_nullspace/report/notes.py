@@ -206,6 +206,8 @@ def passages(told: Drift) -> Iterator[str]:
             where = f"from character {of.start:,} on"
             if of.end is not None:
                 where = f"characters {of.start:,} to {of.end:,}"
+            if of.row:
+                where = printable(of.row, 200)
             yield (
                 f"  {where}: after {quoted(of.before)} {quoted(of.token)} had probability {of.base:.2g} and has "
                 f"{of.adapted:.2g}; likeliest was {quoted(of.likeliest)}, is {quoted(of.instead)} "

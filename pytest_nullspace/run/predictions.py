@@ -22,6 +22,7 @@ class Passage:
         likeliest: What the base holds likeliest there.
         instead: What the adapted model does.
         divergence: Of the adapted prediction from the base's, in nats.
+        row: Which row it is where rows hold images; empty in a text.
     """
 
     start: int
@@ -33,6 +34,7 @@ class Passage:
     likeliest: str
     instead: str
     divergence: float
+    row: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ def check_inputs(runs: Sequence[GatedRun], settings: Settings, texts: dict[str, 
         texts |= inputs.read_texts(settings)
         for run in measured:
             run.check_chat()
+            run.check_processor()
 
 
 def _require_held(runs: Sequence[GatedRun], settings: Settings) -> None:

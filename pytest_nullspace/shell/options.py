@@ -82,8 +82,8 @@ OPTIONS = (
         "calib-dataset",
         "[NAME=]TEXT",
         "The text whose knowledge must survive: wikitext2, c4, ptb, triviaqa, nqopen, a .txt, .jsonl, .json, .csv or "
-        ".parquet file, a folder saved by datasets, hub:owner/name[:config[:split[:column]]], or self: what the base "
-        "writes.",
+        ".parquet file, a folder saved by datasets or of images, hub:owner/name[:config[:split[:column]]], or self: "
+        "what the base writes.",
         values.preserved,
         default=DEFAULT_TEXT,
         repeatable=True,
@@ -92,11 +92,12 @@ OPTIONS = (
         "judged by the text on which it is worst, so that nothing is green that is loud on one of ten; the "
         "predictions are judged text by text, in the tests `drift[NAME]`, the first of which holds the gain "
         "on the task too. Of a table `FILE:column` names the column, of a folder `DIR:split:column`. A part "
-        "left empty is the default one. `self` is text that the base model, its adapter switched off, writes "
-        "itself from the token that begins a text, at temperature 1, seeded by `--nullspace-seed`; it is kept "
-        "in the user's cache folder by the base's digest and the settings, and the saved run names the file, "
-        "which is a text that can be given elsewhere. A file or folder of a name that stands for a text is "
-        "given as `./self`.",
+        "left empty is the default one. Rows with images go through the model's own processor; `FILE:image+caption` "
+        "names both columns, `FILE:caption` reads the text alone. `self` is text that the base model, its adapter "
+        "switched off, writes itself from the token that begins a text, at temperature 1, seeded by "
+        "`--nullspace-seed`; it is kept in the user's cache folder by the base's digest and the settings, and the "
+        "saved run names the file, which is a text that can be given elsewhere. A file or folder of a name that stands "
+        "for a text is given as `./self`.",
     ),
     Option(
         "task-dataset",

@@ -229,6 +229,11 @@ class CheckpointRun(GatedRun):
         known = None if self._live is None else self._live.tokenizer.used
         inputs.check_chat(self.checkpoint, self._initial, self._settings, self._texts, known)
 
+    def check_processor(self) -> None:
+        """Refuse rows of images for a model that has no processor of them."""
+        if self._live is None:
+            inputs.check_processor(self.checkpoint, self._initial, self._settings, self._texts)
+
     def _measure(self, progress: Callable[[int, int], None] | None) -> RunStats | NullspaceError:
         if progress is not None:
             progress(0, 0)  # the model loads, and how many windows its text has is not known yet

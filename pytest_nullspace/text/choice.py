@@ -7,7 +7,7 @@ from typing import Any
 
 from pytest_nullspace.errors import first_line
 from pytest_nullspace.text.tokenizer import TOKENIZER_FILES, LoadedTokenizer, load_tokenizer, tokenizer_hashes
-from pytest_nullspace.text.windows import Window, tokens_at
+from pytest_nullspace.text.windows import Shown, Window, tokens_at
 
 FIRST_IDS = 8
 """How many ids of the first window are kept, which show what a tokenizer puts before a text."""
@@ -45,7 +45,8 @@ class TokenizerChoice:
         first = next(iter(read))
         files = tokenizer_hashes(self.used)
         told = {"files": files, "first_ids": list(read[first][0].tokens[:FIRST_IDS])}
-        if self.base is None or (base_files := tokenizer_hashes(self.base)) == files:
+        read = {what: windows for what, windows in read.items() if not isinstance(windows[0].tokens, Shown)}
+        if not read or self.base is None or (base_files := tokenizer_hashes(self.base)) == files:
             return told
         told["base_files"] = base_files
         try:

@@ -7,13 +7,15 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint.header import POINTER
 from pytest_nullspace.errors import TextError, first_line, printable
 from pytest_nullspace.text.conversations import AUTO, FORMS, OFF, TOOLS, Conversations, conversations
+from pytest_nullspace.text.gallery import from_folder, from_table, is_gallery, media_of_columns, media_of_schema
+from pytest_nullspace.text.images import Images
 from pytest_nullspace.text.sources import OPTION, FileText, FolderText, HubText, Source
 
 if TYPE_CHECKING:
@@ -23,7 +25,8 @@ DEFAULT_COLUMNS = ("text", "sentence", "question", "content")
 """Where a text is looked for when no column is named, in this order."""
 _MAX_CSV_FIELD = 2**31 - 1
 
-Text = str | Conversations
+Text = str | Conversations | Images
+"""What a source holds: text, conversations, or rows of images and text."""
 
 
 def read_text(source: Source) -> str:
@@ -38,7 +41,7 @@ def read_text(source: Source) -> str:
 
 
 def read(source: Source, chat: str) -> Text:
-    """All texts of ``source``, or its conversations.
+    """All texts of ``source``, or its conversations, or its rows where they hold images.
 
     Args:
         source: Where they are.
@@ -47,14 +50,20 @@ def read(source: Source, chat: str) -> Text:
     Raises:
         TextError: It cannot be read, has no such column, or holds no text.
     """
+    folder = None
     match source:
         case FileText():
             _require_whole(source.path)
-            table = _READERS[source.path.suffix.lower()](source.path)
+            table, folder = _read_file(source.path), source.path.parent
         case FolderText():
+            part = source.path / source.split if source.split else source.path
+            if part.is_dir() and is_gallery(part):
+                return from_folder(part, source.column, _read_file)
             table = _read_folder(source)
         case HubText():
             table = _read_hub(source)
+    if (images := from_table(table, str(source), source.column, folder)) is not None:
+        return images
     if held := _conversing(table, source, chat):
         values = {name: table.values(name) for name in (*held, TOOLS) if name in table.columns}
         return conversations(values, held, table.row, source)
@@ -85,11 +94,13 @@ class _Table:
         columns: Every column, and whether it holds strings.
         values: The values of one, None where there is none.
         row: What a row is called.
+        media: The columns that hold something else than text, and what.
     """
 
     columns: Mapping[str, bool]
     values: Callable[[str], Sequence[object]]
     row: str = "row"
+    media: Mapping[str, str] = field(default_factory=dict)
 
 
 def _conversing(table: _Table, source: Source, chat: str) -> tuple[str, ...]:
@@ -146,7 +157,8 @@ def _texts(table: _Table, column: str, source: Source) -> Iterator[str]:
 
 def _from_columns(columns: Mapping[str, list[Any]], row: str = "row") -> _Table:
     kinds = {name: {type(value) for value in values if value is not None} for name, values in columns.items()}
-    return _Table({name: found == {str} for name, found in kinds.items()}, columns.__getitem__, row)
+    strings = {name: found == {str} for name, found in kinds.items()}
+    return _Table(strings, columns.__getitem__, row, media_of_columns(columns))
 
 
 def _from_rows(rows: list[Any], path: Path, row: str = "row") -> _Table:
@@ -243,7 +255,7 @@ def _read_parquet(path: Path) -> _Table:
             column: list[object] = file.read(columns=[name]).column(name).to_pylist()
         return column
 
-    return _Table(_string_columns(file.schema_arrow), values)
+    return _Table(_string_columns(file.schema_arrow), values, media=media_of_schema(file.schema_arrow))
 
 
 @contextmanager
@@ -317,8 +329,20 @@ def _without_bars() -> Iterator[None]:
 
 
 def _from_dataset(dataset: Any) -> _Table:
+    import datasets
+
     plain = dataset.with_format(None)
-    return _Table(_string_columns(plain.features.arrow_schema), lambda name: plain[name][:])
+    for name, feature in plain.features.items():
+        if isinstance(feature, datasets.Image):  # whose bytes are opened here, within bounds
+            plain = plain.cast_column(name, datasets.Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), datasets.Image):
+            plain = plain.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    schema = plain.features.arrow_schema
+    return _Table(_string_columns(schema), lambda name: plain[name][:], media=media_of_schema(schema))
+
+
+def _read_file(path: Path) -> _Table:
+    return _READERS[path.suffix.lower()](path)
 
 
 _READERS: Mapping[str, Callable[[Path], _Table]] = {

@@ -69,6 +69,33 @@ def load_tokenizer(directory: Path) -> LoadedTokenizer:
         ) from error
 
 
+def backend(directory: Path) -> Any:
+    """The tokenizer in ``directory`` as the object of transformers that a model's processor wants.
+
+    Built of ``tokenizer.json`` and the names of the special tokens, where there is one, of nothing else.
+
+    Raises:
+        CheckpointError: There is no tokenizer, or it needs code of its own.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    require_tokenizer(directory)
+    if not (directory / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    config = directory / "tokenizer_config.json"
+    told = read_json_object(config, "the tokenizer's configuration") if config.is_file() else {}
+    special = told.get("extra_special_tokens")
+    named = {**told, **(special if isinstance(special, dict) else {})}
+    tokens = {name: _content(value) for name, value in named.items() if name.endswith("_token") and _content(value)}
+    return PreTrainedTokenizerFast(tokenizer_object=_whole(directory), **tokens)
+
+
+def _content(value: object) -> str | None:
+    """A special token as a configuration has it."""
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
+
+
 def tokenizer_hashes(directory: Path) -> dict[str, str]:
     """The SHA-256 of each file that `load_tokenizer` reads in ``directory``, by name; of a GGUF file none.
 
@@ -92,7 +119,8 @@ def check_tokenizer(directory: Path) -> None:
         require_tokenizer(directory)
 
 
-def _fast(directory: Path) -> LoadedTokenizer:
+def _whole(directory: Path) -> Any:
+    """What ``tokenizer.json`` describes, without cutting or padding."""
     from tokenizers import Tokenizer
 
     with opened(directory / "tokenizer.json", "the tokenizer") as (stream, status):
@@ -105,6 +133,11 @@ def _fast(directory: Path) -> LoadedTokenizer:
     tokenizer = Tokenizer.from_buffer(data)
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    return tokenizer
+
+
+def _fast(directory: Path) -> LoadedTokenizer:
+    tokenizer = _whole(directory)
 
     def encode(text: str) -> list[int]:
         ids: list[int] = tokenizer.encode(text).ids

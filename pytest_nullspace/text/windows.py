@@ -6,9 +6,9 @@ import random
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 from pytest_nullspace.errors import TextError
 
@@ -33,12 +33,45 @@ class Stretch(NamedTuple):
     before: int
 
 
+class Shown(tuple[int, ...]):
+    """The token ids of a row of text and images, and what the model reads beside them.
+
+    Attributes:
+        beside: Gives it, each tensor by the name of the model's input, on the CPU.
+        unscored: The ids that stand for parts of an image, which nobody predicts.
+        sha256: A digest of what is read beside, in hexadecimal.
+        where: Which row it is, in words.
+    """
+
+    beside: Callable[[], Mapping[str, Any]]
+    unscored: frozenset[int]
+    sha256: str
+    where: str
+
+    def __new__(
+        cls,
+        ids: Iterable[int],
+        beside: Callable[[], Mapping[str, Any]],
+        unscored: frozenset[int],
+        sha256: str,
+        where: str,
+    ) -> Self:
+        """The ids, and what is beside them."""
+        shown = super().__new__(cls, ids)
+        shown.beside, shown.unscored, shown.sha256, shown.where = beside, unscored, sha256, where
+        return shown
+
+
+def _unscored(tokens: Sequence[int]) -> frozenset[int]:
+    return tokens.unscored if isinstance(tokens, Shown) else frozenset()
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """One calibration sequence.
 
     Attributes:
-        start: The character of the text at which it begins.
+        start: The character of the text at which it begins; of rows of images the number of the row.
         tokens: Its token ids.
         counted: The places of those that count; None where all do.
         within: The part of the text that it is of, where that brings its own special tokens.
@@ -50,11 +83,16 @@ class Window:
     within: Stretch | None = None
 
     @property
+    def places(self) -> Sequence[int]:
+        """The places of the tokens that count and that a model can predict, which no part of an image is."""
+        unscored = _unscored(self.tokens)
+        counted = range(len(self.tokens)) if self.counted is None else self.counted
+        return [place for place in counted if self.tokens[place] not in unscored] if unscored else counted
+
+    @property
     def predicted(self) -> tuple[int, ...]:
         """The tokens that count among those that a model predicts, which is all but the first."""
-        if self.counted is None:
-            return self.tokens[1:]
-        return tuple(self.tokens[place] for place in self.counted if place)
+        return tuple(self.tokens[place] for place in self.places if place)
 
 
 def counted(windows: Sequence[Window]) -> list[tuple[int, ...]] | None:
@@ -63,6 +101,13 @@ def counted(windows: Sequence[Window]) -> list[tuple[int, ...]] | None:
     if all(of is None for of in places):
         return None
     return [tuple(range(len(window.tokens))) if of is None else of for window, of in zip(windows, places, strict=True)]
+
+
+def predicted(windows: Sequence[Window]) -> Sequence[Sequence[int]] | None:
+    """Of each of ``windows`` the places of the tokens whose predictions count; None where all of all do."""
+    if all(window.counted is None and not _unscored(window.tokens) for window in windows):
+        return None
+    return [window.places for window in windows]
 
 
 def draw_windows(text: str, tokenize: Tokenize, *, count: int, seqlen: int, seed: int) -> tuple[Window, ...]:
@@ -126,7 +171,9 @@ def distinct_rows(windows: Sequence[Window]) -> int:
     for window in windows:
         data = array("q", window.tokens).tobytes()
         ends = range(8, len(data) + 1, 8)
-        seen.update(hash(data[max(0, end - 8 * CONTEXT) : end]) for end in ends)
+        # The same tokens behind another image are others.
+        image = window.tokens.sha256.encode() if isinstance(window.tokens, Shown) else b""
+        seen.update(hash(image + data[max(0, end - 8 * CONTEXT) : end]) for end in ends)
     return len(seen)
 
 
@@ -154,11 +201,13 @@ def text_hash(text: str) -> str:
 
 
 def windows_hash(windows: Sequence[Window]) -> str:
-    """The SHA-256 of the token ids of all ``windows``, in hexadecimal: two runs that share it read the very same."""
+    """The SHA-256 of all that is read of ``windows``, in hexadecimal: two runs that share it read the very same."""
     digest = hashlib.sha256()
     for window in windows:
         tokens = array("q", (len(window.tokens), *window.tokens))
         if sys.byteorder == "big":
             tokens.byteswap()
         digest.update(tokens.tobytes())
+        if isinstance(window.tokens, Shown):
+            digest.update(window.tokens.sha256.encode())
     return digest.hexdigest()

@@ -97,10 +97,10 @@ ORDERS = {
     "checkpoint": "header layers arrays gguf lora_null peft hub",
     "run": "texts figures windows predictions stats uncertainty paired entries saved",
     "judging": "verdicts invariants baseline start audit weights evidence tensors diagnosis",
-    "text": "sources readers tokenizer windows",
+    "text": "sources images gallery readers windows tokenizer processor",
     "measuring": (
-        "memory inmemory written passages about distributed forward drift moved recorder streaming spectrum writing "
-        "loading measurement pipeline"
+        "memory inmemory written passages about distributed rows forward drift moved recorder streaming spectrum "
+        "writing loading measurement reading pipeline"
     ),
     "shell": "values options asked shared once against runs opening outputs progress collect gate",
 }

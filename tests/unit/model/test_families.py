@@ -250,8 +250,11 @@ def test_a_part_that_text_does_not_reach_is_told_in_one_line() -> None:
         "2 layers of model.audio_tower are reached by sound only; to allow them: "
         "--nullspace-allow-unreached='model.audio_tower.*'",
         "54 layers of model.vision_tower are reached by images only; to allow them: "
-        "--nullspace-allow-unreached='model.vision_tower.*'",
+        "--nullspace-allow-unreached='model.vision_tower.*'; rows of images in place of the text reach them "
+        "(docs/texts.md)",
     ]
+    (line,) = unreached([*read, *(Verdict(name, (), UNREACHED) for name in tower)], saw=True)
+    assert "are reached by no row of this text; to allow them" in line, "where images were read"
     assert not list(unreached(read))
     part = [Verdict(f"model.mlp.experts.{n}.wi", (), UNREACHED) for n in range(2)]
     (line,) = unreached([*read, *part])

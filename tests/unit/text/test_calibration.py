@@ -32,7 +32,7 @@ from pytest_nullspace.text.windows import CONTEXT, Window, distinct_rows, draw_w
 
 TAKES = (
     "It takes wikitext2, c4, ptb, triviaqa, nqopen, self, a file (.txt .jsonl .json .csv .parquet; FILE:column), "
-    "a folder saved by datasets (DIR:split:column), or hub:owner/name[:config[:split[:column]]]."
+    "a folder of images or saved by datasets (DIR:split:column), or hub:owner/name[:config[:split[:column]]]."
 )
 
 

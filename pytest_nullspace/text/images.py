@@ -1,0 +1,197 @@
+"""Rows of images with their text: where they lie, and an image opened within bounds. Pillow is imported only here.
+
+An image is a stranger's file. Only what is plainly an image is opened, by no reader that starts another program, and no
+more pixels of it than `MOST_PIXELS`.
+"""
+
+import hashlib
+import io
+import random
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_nullspace.checkpoint.header import opened
+from pytest_nullspace.errors import CheckpointError, TextError, first_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""What a file is called that holds an image."""
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MOST_PIXELS = 1024**3 // 4 // 3
+"""Of one image, as Pillow's own bound; what is larger may be a small file that fills all memory."""
+MOST_BYTES = 1 << 28
+"""Of the file of one image."""
+_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image, not yet read.
+
+    Attributes:
+        held: Its file, or its bytes.
+        where: Where it lies, in words.
+    """
+
+    held: Path | bytes
+    where: str
+
+    def data(self) -> bytes:
+        """The bytes of its file.
+
+        Raises:
+            TextError: It is missing, cannot be read, or is too large.
+        """
+        if isinstance(self.held, bytes):
+            return self.held
+        try:
+            with opened(self.held, "the image") as (stream, status):
+                if status.st_size > MOST_BYTES:
+                    raise TextError(f"{self.where}: has {status.st_size:,} bytes; at most {MOST_BYTES:,} are read")
+                return stream.read(MOST_BYTES)
+        except CheckpointError as error:
+            raise TextError(f"{self.where}: {error}") from None
+
+    def image(self) -> "Image":
+        """It, read to its end, turned as its camera says.
+
+        Raises:
+            TextError: It is no image, a truncated one, or one of too many pixels.
+        """
+        from PIL import Image, ImageOps
+
+        with self._told(), warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(self.data()), formats=_FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise TextError(
+                        f"{self.where}: has {image.width:,} x {image.height:,} pixels; at most {MOST_PIXELS:,} are "
+                        "read; scale it down"
+                    )
+                image.load()
+                if image.getexif().get(_ORIENTATION) is not None:
+                    return ImageOps.exif_transpose(image)
+                return image.copy()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say of which image it is what Pillow, which raises many kinds of errors, cannot read."""
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            yield
+        except TextError:
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise TextError(f"{self.where}: {first_line(error)}; scale it down") from None
+        except UnidentifiedImageError:
+            kinds = ", ".join(_FORMATS)
+            raise TextError(f"{self.where}: no image that is read ({kinds}); replace or remove it") from None
+        except Exception as error:
+            raise TextError(f"{self.where}: not a whole image: {first_line(error)}; replace or remove it") from error
+
+
+@dataclass(frozen=True)
+class Row:
+    """A text and the images that stand in it.
+
+    Attributes:
+        text: Its text, which may be empty.
+        pictures: Its images, in order; there may be none.
+        where: Where it stands, in words.
+    """
+
+    text: str
+    pictures: tuple[Picture, ...]
+    where: str
+
+
+@dataclass(frozen=True)
+class Images:
+    """What stands in place of a text where rows hold images: each of them is a window.
+
+    Attributes:
+        source: What was given.
+        rows: All of them.
+    """
+
+    source: str
+    rows: tuple[Row, ...]
+
+    def drawn(self, count: int, seed: int) -> Sequence[int]:
+        """The numbers of ``count`` rows, each at most once; in the order in which they are read."""
+        if count >= len(self.rows):
+            return range(len(self.rows))
+        return random.Random(seed).sample(range(len(self.rows)), count)
+
+    def count(self, numbers: Iterable[int]) -> int:
+        """How many images the rows of these numbers have."""
+        return sum(len(self.rows[number].pictures) for number in numbers)
+
+    def sha256(self) -> str:
+        """A digest of the text and the image files of all rows, in hexadecimal."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            for part in (row.text.encode(), *(picture.data() for picture in row.pictures)):
+                digest.update(len(part).to_bytes(8, "little") + part)
+            digest.update(b"\xff" * 8)
+        return digest.hexdigest()
+
+
+def require_pillow(images: Images) -> None:
+    """Refuse images where what reads them is not installed.
+
+    Raises:
+        TextError: It is so.
+    """
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError:
+        raise TextError(
+            f"{images.source}: holds images, and Pillow, which reads them, is not installed; pip install "
+            "'pytest-nullspace[images]', or name the column of the text to read that alone"
+        ) from None
+
+
+def pictures_of(value: Any, folder: Path | None, where: str) -> tuple[Picture, ...]:
+    """The images that a cell of a table holds: a path, bytes, a struct of both, or a list of these.
+
+    Args:
+        value: The cell.
+        folder: In which its paths lie; None where none can.
+        where: The cell, in words.
+
+    Raises:
+        TextError: It holds something else, or a path that leads out of ``folder``.
+    """
+    match value:
+        case None:
+            return ()
+        case list() | tuple():
+            return tuple(picture for item in value for picture in pictures_of(item, folder, where))
+        case bytes():
+            return (Picture(value, where),)
+        case {"bytes": bytes(data)}:
+            return (Picture(data, where),)
+        case {"path": str(name)} | str(name):
+            return (Picture(_inside(name, folder, where), f"{where}, {name}"),)
+        case _:
+            kind = type(value).__name__
+            raise TextError(f"{where}: holds {kind}, neither an image's path nor its bytes; name another column")
+
+
+def _inside(name: str, folder: Path | None, where: str) -> Path:
+    if folder is None or "://" in name:
+        raise TextError(
+            f"{where}: {name!r} is not at hand, and nothing is fetched; save the images' bytes with the rows"
+        )
+    path = folder / name
+    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        raise TextError(f"{where}: {name!r} leads out of {folder}; put the images beside the file, or below")
+    return path

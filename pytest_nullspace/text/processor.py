@@ -1,0 +1,324 @@
+"""The processor that lies beside a model, read as data: what it makes of a row of images and text.
+
+As with the tokenizer code beside it is never run, and the hub is never asked. The class is one of transformers, with
+its backend of Pillow and NumPy, the same on every machine; no config makes more than `MOST_PIXELS` of a row.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.header import opened, printable, read_json_object
+from pytest_nullspace.errors import CheckpointError, TextError, first_line
+from pytest_nullspace.text.images import MOST_PIXELS, Images, Row
+from pytest_nullspace.text.tokenizer import backend
+from pytest_nullspace.text.windows import Shown, Window
+
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+_PARTS = ("image_processor", "video_processor", "audio_processor", "feature_extractor", "tokenizer", "audio_tokenizer")
+_NO_FIELDS = ("auto_map", "processor_class", "image_processor_type", "feature_extractor_type", "chat_template")
+_FINE = ("patch", "merge", "channels", "frames")
+"""By these an image is cut into parts, of which each holds so many times its pixels."""
+MOST_COUNT, MOST_FINE = 1_000_000, 256
+"""The largest count in a processor's config, and the largest by which an image is cut."""
+_AROUND = (("<|vision_start|>", "<|vision_end|>"), ("<|begin_of_image|>", "<|end_of_image|>"))
+"""What a model's chat template puts about an image, and its processor does not."""
+_MARK = "<image>"
+"""What rows of any model say where an image stands."""
+_NOT_READ = ("input_ids", "attention_mask", "labels")
+"""Of what a processor gives: nothing is padded, so all is attended to, and nothing is trained."""
+_PADDED = ("pixel_attention_mask", "aspect_ratio_mask", "aspect_ratio_ids")
+"""What tells that some of the patches are no part of any image."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A model's own processor.
+
+    Attributes:
+        directory: Where it lies.
+        kind: What its class is called.
+        call: It.
+        sees: What it calls the pixels that the model reads.
+        mark: What stands in a text where an image does.
+        about: What is put before and behind that, where the text does not say where its images stand.
+        unscored: The ids of the tokens that stand for an image's parts, which nobody predicts.
+    """
+
+    directory: Path
+    kind: str
+    call: Any
+    sees: str
+    mark: str
+    about: tuple[str, str]
+    unscored: frozenset[int]
+
+    def told(self) -> dict[str, Any]:
+        """What a run tells of it: its class, and the digests of its files."""
+        hashes = {}
+        for name in (PROCESSOR, PREPROCESSOR):
+            if (self.directory / name).is_file():
+                with opened(self.directory / name, "the processor") as (stream, _):
+                    hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return {"class": self.kind, "files": hashes}
+
+    def windows(self, images: Images, numbers: Sequence[int], seqlen: int) -> tuple[Window, ...]:
+        """The rows of these numbers, each as a window of at most ``seqlen`` tokens.
+
+        Raises:
+            TextError: One cannot be read, or its images alone are more.
+        """
+        return tuple(Window(number, self.window(images.rows[number], seqlen)) for number in numbers)
+
+    def window(self, row: Row, seqlen: int) -> Shown:
+        """What it makes of a row, the text cut to ``seqlen`` tokens.
+
+        Raises:
+            TextError: The row cannot be read, or its images alone are more.
+        """
+        ids, beside = self._made(row)
+        last = max((place for place, token in enumerate(ids) if token in self.unscored), default=-1)
+        if not ids:
+            raise TextError(f"{row.where}: has no tokens; remove it")
+        if last >= seqlen:
+            raise TextError(
+                f"{row.where}: its images end at token {last + 1:,}, and a window has {seqlen:,}; raise "
+                "--nullspace-seqlen, or scale the image down"
+            )
+        digest = hashlib.sha256()
+        for name, value in sorted(beside.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+            digest.update(value.contiguous().numpy().tobytes())
+        return Shown(
+            ids[:seqlen], partial(self._beside, row, len(ids), seqlen), self.unscored, digest.hexdigest(), row.where
+        )
+
+    def _beside(self, row: Row, length: int, seqlen: int) -> Mapping[str, Any]:
+        """What the model reads beside the ids; made anew each time, for the pixels of all rows would fill memory."""
+        _, beside = self._made(row)
+        return {
+            name: value[:, :seqlen] if tuple(value.shape[:2]) == (1, length) else value
+            for name, value in beside.items()
+        }
+
+    def _made(self, row: Row) -> tuple[list[int], dict[str, Any]]:
+        text, how = self._text(row), {}
+        images = [picture.image() for picture in row.pictures]
+        if "suffix" in signature(self.call.__call__).parameters:  # PaliGemma reads the rest both ways
+            text, how = self.mark * len(images), {"suffix": [text.rpartition(self.mark)[2]]}
+        try:
+            with _bounded(row.where):
+                made = self.call(text=[text], images=images or None, return_tensors="pt", **how)
+        except TextError:
+            raise
+        except Exception as error:
+            raise TextError(f"{row.where}: the model's processor cannot take it: {first_line(error)}") from error
+        ids = made["input_ids"][0].tolist()
+        beside = {name: value for name, value in made.items() if name not in _NOT_READ and hasattr(value, "dtype")}
+        for name in _PADDED:
+            if name in beside and (name == "aspect_ratio_ids" or not bool(beside[name].all())):
+                raise TextError(
+                    f"{row.where}: the model pads its images, whose padding would be counted as patches; give rows of "
+                    "one image, or gate the model on text alone"
+                )
+        return ids, beside
+
+    def _text(self, row: Row) -> str:
+        """The row's text with what stands for an image in it, where it does not say itself where they stand."""
+        count = len(row.pictures)
+        for mark in (self.mark, _MARK):
+            if count and (told := row.text.count(mark)):
+                if told != count:
+                    raise TextError(
+                        f"{row.where}: its text says {mark} {told} times, and it has {count} images; mend one of them"
+                    )
+                return row.text.replace(mark, self.mark)
+        before, behind = self.about
+        return (before + self.mark + behind) * count + row.text
+
+
+def processor_of(checkpoint: Checkpoint, base: Path | None, tokenizer: Path) -> Processor:
+    """The processor of a checkpoint's model: that in its own directory, or else its base's.
+
+    Args:
+        checkpoint: The checkpoint.
+        base: Its base model, where that is another directory or a GGUF file.
+        tokenizer: Where the tokenizer lies.
+
+    Raises:
+        CheckpointError: There is none, or none that can be taken.
+    """
+    model = checkpoint.directory if base is None else base
+    return load_processor(require_processor(checkpoint, base), model, tokenizer)
+
+
+def require_processor(checkpoint: Checkpoint, base: Path | None) -> Path:
+    """Where the processor of a checkpoint's model lies; nothing is loaded.
+
+    Raises:
+        CheckpointError: There is none, or its configuration cannot be read or asks for too much.
+    """
+    model = checkpoint.directory if base is None else base
+    for place in (checkpoint.directory, model):
+        if any((place / name).is_file() for name in (PROCESSOR, PREPROCESSOR)) and not model.is_file():
+            _configs(place)
+            return place
+    raise CheckpointError(
+        f"{model}: no processor of images lies in it (looked for {PROCESSOR}, {PREPROCESSOR}); give text alone, of a "
+        "table by the name of its column as in FILE:text, or save the base model's processor there"
+    )
+
+
+def load_processor(directory: Path, base: Path, tokenizer: Path) -> Processor:
+    """The processor of a model.
+
+    Args:
+        directory: Where its files lie.
+        base: Where the model's config does.
+        tokenizer: Where its tokenizer does.
+
+    Raises:
+        CheckpointError: It cannot be read, asks for too much, or transformers has none of its own for the model.
+    """
+    fields, of_image = _configs(directory)
+    model = read_json_object(base / "config.json", "the base model's config").get("model_type")
+    kind, image_kind = _classes(fields, of_image, model, directory)
+    try:
+        image_processor = image_kind.from_dict(_plain(of_image))
+        held = {"image_processor": image_processor, "tokenizer": backend(tokenizer)}
+        arguments = [held.get(name) for name in kind.get_attributes()]
+        # What hears, and what reads video, which needs torchvision, is left out: there is neither.
+        lenient: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
+        call = lenient.from_args_and_dict(arguments, _plain(fields, *_PARTS))
+        mark = str(call.image_token)
+        unscored = frozenset(token for token in call.image_token_ids if isinstance(token, int))
+        known = held["tokenizer"].get_vocab()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{directory}: transformers cannot build the processor of its images: {first_line(error)}; save the base "
+            "model's processor into the directory"
+        ) from error
+    around = next((pair for pair in _AROUND if all(part in known for part in pair)), ("", ""))
+    return Processor(directory, kind.__name__, call, image_processor.model_input_names[0], mark, around, unscored)
+
+
+def _configs(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of the processor, and those of its part that reads images."""
+    fields, of_image = (
+        read_json_object(directory / name, "the processor's configuration") if (directory / name).is_file() else {}
+        for name in (PROCESSOR, PREPROCESSOR)
+    )
+    if isinstance(nested := fields.get("image_processor"), dict):
+        of_image = nested
+    for file, held in ((PROCESSOR, fields), (PREPROCESSOR, of_image)):
+        _check(held, directory / file)
+    return fields, of_image
+
+
+def _check(fields: Mapping[str, Any], file: Path) -> None:
+    """Refuse what would make of a small image a giant one, or very many."""
+
+    def refuse(name: str, value: object) -> None:
+        raise CheckpointError(
+            f"{file}: {printable(name)} is {printable(value)}, more than any processor asks for; give the one that was "
+            "saved with the model"
+        )
+
+    def check(name: str, value: object) -> None:
+        match value:
+            case {"height": int(height), "width": int(width)} | [int(height), int(width)]:
+                if height * width > MOST_PIXELS:
+                    refuse(name, value)
+            case Mapping():
+                for inner, held in value.items():
+                    check(str(inner), held)
+            case list():
+                for held in value:
+                    check(name, held)
+            case bool():
+                pass
+            case int() | float():
+                if not abs(value) <= _most(name):
+                    refuse(name, value)
+
+    for name, value in fields.items():
+        check(name, value)
+
+
+def _most(name: str) -> int:
+    """The largest number that a field of that name may have."""
+    if "pixels" in name or name.endswith(("edge", "height", "width")):
+        return MOST_PIXELS
+    if any(part in name for part in _FINE) and "max" not in name:
+        return MOST_FINE
+    return isqrt(MOST_PIXELS) if "size" in name else MOST_COUNT
+
+
+def _classes(fields: Mapping[str, Any], of_image: Mapping[str, Any], model: object, directory: Path) -> tuple[Any, Any]:
+    """The processor's class, and that of its part that reads images with Pillow: both of transformers itself."""
+    import transformers
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    def known(names: Sequence[object], parent: str) -> Any:
+        for name in names:
+            found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+            if isinstance(found, type) and issubclass(found, getattr(transformers, parent)):
+                return found
+        return None
+
+    model = model if isinstance(model, str) else ""
+    kind = known(
+        [fields.get("processor_class"), of_image.get("processor_class"), PROCESSOR_MAPPING_NAMES.get(model)],
+        "ProcessorMixin",
+    )
+    said = str(of_image.get("image_processor_type") or of_image.get("feature_extractor_type") or "")
+    said = said.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
+    image_kind = known([f"{said}Pil", IMAGE_PROCESSOR_MAPPING_NAMES.get(model, {}).get("pil")], "ImageProcessingMixin")
+    if kind is None or image_kind is None or not hasattr(kind, "get_attributes"):
+        raise CheckpointError(
+            f"{directory}: transformers {transformers.__version__} has no processor of its own that reads images for "
+            f"model_type {printable(model)} with what is installed (some want torchvision); gate the model on text"
+        )
+    return kind, image_kind
+
+
+def _plain(fields: Mapping[str, Any], *others: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in (*_NO_FIELDS, *others)}
+
+
+@contextmanager
+def _bounded(where: str) -> Iterator[None]:
+    """Within this context images, and the tiles into which they are cut, become no more than `MOST_PIXELS`.
+
+    Every backend comes to its sizes in its own way, and all of them have Pillow do it.
+    """
+    from PIL import Image
+
+    resize, pixels = Image.Image.resize, 0
+
+    def held(image: Any, size: Any, *args: Any, **how: Any) -> Any:
+        nonlocal pixels
+        width, height = size
+        pixels += width * height
+        if pixels > MOST_PIXELS:
+            raise TextError(
+                f"{where}: the model's processor would make {width:,} x {height:,} pixels of an image; give an image "
+                "of another shape, or the processor that was saved with the model"
+            )
+        return resize(image, size, *args, **how)
+
+    Image.Image.resize = held  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Image.Image.resize = resize  # type: ignore[method-assign]

@@ -1,0 +1,206 @@
+"""Rows of images and text: figures and predictions of the whole model, as PEFT's own forward has them."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.measuring.drift import Predictions
+from pytest_nullspace.measuring.forward import require_images_read, telling
+from pytest_nullspace.measuring.spectrum import spectrum
+from pytest_nullspace.measuring.streaming import measure
+from pytest_nullspace.text.processor import Processor, processor_of
+from pytest_nullspace.text.sources import FolderText
+from pytest_nullspace.text.windows import Shown, Window, distinct_rows, predicted, windows_hash
+from tests import tiny
+from tests.adapters import adapter
+from tests.seeing import CAPTIONS, IMAGE, KINDS, gallery, rows, seeing
+from tests.unit.model.test_peft import EXACT, figures, naive, opened
+
+# PEFT's own, while the tests make adapters with it.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+CPU = torch.device("cpu")
+NO_HEAD = {"exclude_modules": r".*(vision_tower\.head|lm_head).*"}
+"""SigLIP's pooler, of which the language model reads nothing."""
+ON_TORCHVISION = "qwen2_5_vl"
+"""Whose processor transformers itself builds only where torchvision is, for its videos."""
+
+
+class Case:
+    """An adapter of a family, its processor, and the windows of a gallery."""
+
+    def __init__(self, folder: Path, family: str, seqlen: int = 64) -> None:
+        self.directory = seeing(folder, family, **NO_HEAD)
+        self.base = folder / "base"
+        checkpoint, self.adapted = opened(self.directory)
+        self.processor: Processor = processor_of(checkpoint, self.base, self.base)
+        self.images = images = rows(FolderText(gallery(folder / "gallery")))
+        self.windows: Sequence[Window] = self.processor.windows(images, range(len(images.rows)), seqlen)
+        self.shown = [window.tokens for window in self.windows]
+
+    def theirs(self) -> Any:
+        """PEFT's own model."""
+        return peft.PeftModel.from_pretrained(self.plain(), self.directory).get_base_model().eval()
+
+    def plain(self) -> Any:
+        """The base model alone."""
+        kind: Any = type(self.adapted.model)
+        return kind.from_pretrained(self.base, dtype=torch.float32).eval()
+
+    def given(self, number: int) -> dict[str, Tensor]:
+        """What transformers' own processor makes of a row."""
+        row = self.images.rows[number]
+        image = row.pictures[0].image()
+        if ON_TORCHVISION in self.directory.parent.name:
+            config = KINDS[ON_TORCHVISION].preprocessor
+            seen = transformers.Qwen2VLImageProcessorPil(**config)([image], return_tensors="pt")
+            places = int(seen["image_grid_thw"].prod()) // 4
+            ids = [122, *[IMAGE] * places, 123, *map(ord, row.text)]
+            kinds = [[int(token == IMAGE) for token in ids]]
+            return {"input_ids": torch.tensor([ids]), "mm_token_type_ids": torch.tensor(kinds), **seen}
+        own = transformers.AutoProcessor.from_pretrained(self.base)
+        if self.processor.kind == "PaliGemmaProcessor":
+            made = own(text=[own.image_token], images=[image], suffix=[row.text], return_tensors="pt")
+            return {name: value for name, value in made.items() if name != "labels"}
+        mark = getattr(own, "boi_token", own.image_token)
+        return dict(own(text=[mark + row.text], images=[image], return_tensors="pt"))
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
+    """That of one family."""
+    folder = tmp_path / request.param
+    folder.mkdir()
+    return Case(folder, request.param)
+
+
+FAMILIES = pytest.mark.parametrize("case", [ON_TORCHVISION, "gemma3", "llava", "paligemma"], indirect=True)
+MAIN = pytest.mark.parametrize("case", [ON_TORCHVISION, "gemma3"], indirect=True)
+
+
+@FAMILIES
+def test_every_layer_is_measured_as_pefts_own_forward_has_it(case: Case) -> None:
+    """Tower, projector and text path: each mean agrees with float64 arithmetic on hooks on PEFT's model to 1e-6."""
+    model = case.theirs()
+    caught: dict[str, list[Tensor]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            module.register_forward_hook(
+                lambda _, args, __, name=name: caught[name].append(args[0].detach().double().flatten(0, -2))
+            )
+    with torch.inference_mode():
+        for number in range(len(case.windows)):
+            model(**case.given(number))
+    measured = {layer.name: layer for layer in measure(case.adapted, case.shown)}
+    assert measured.keys() == caught.keys()
+    assert {"vision", "text"} <= {part for name in measured for part in ("vision", "text") if part in _wing(name)}
+    modules = dict(model.named_modules())
+    for name, layer in measured.items():
+        rows = torch.cat(caught[name])
+        assert layer.rows == len(rows), name
+        assert figures(layer) == pytest.approx(naive(rows, case.adapted.layers[name], modules[name]), rel=EXACT), name
+        assert layer.defect is None
+        assert not layer.unplaced
+        assert layer.margins, "from windows, of which each is a row"
+
+
+def _wing(name: str) -> str:
+    return "vision" if any(part in name for part in ("visual", "vision", "projector")) else "text"
+
+
+@MAIN
+def test_predictions_are_held_against_the_bases_on_text_alone(case: Case) -> None:
+    """Losses and divergence are of where a token comes next that stands for no image, and agree with float64."""
+    switched_off = case.adapted.switched_off
+    assert switched_off is not None
+    predictions = Predictions(switched_off, len(case.windows), CPU, predicted(case.windows))
+    assert measure(case.adapted, case.shown, predictions=predictions)
+    found = predictions.of(len(case.windows))
+    base, theirs, sums, count = case.plain(), case.theirs(), torch.zeros(3, dtype=torch.float64), 0
+    for number in range(len(case.windows)):
+        given = case.given(number)
+        tokens = given["input_ids"][0]
+        with torch.inference_mode():
+            p, q = (model(**given).logits[0].double().log_softmax(-1) for model in (base, theirs))
+        targets = tokens[1:].masked_fill(tokens[1:] == IMAGE, -100)
+        losses = [cross_entropy(of[:-1], targets, reduction="sum", ignore_index=-100) for of in (p, q)]
+        sums += torch.stack([*losses, (p.exp() * (p - q)).sum(-1)[:-1][targets >= 0].sum()])
+        count += int((targets >= 0).sum())
+    want = [float(of) / count for of in sums]
+    assert [found.base_loss, found.adapted_loss, found.divergence] == pytest.approx(want, rel=EXACT)
+    assert found.tokens == count < sum(map(len, case.shown))
+
+
+@MAIN
+def test_rows_that_are_drawn_are_spread_over_tokens_and_patches(case: Case) -> None:
+    """With fewer rows a layer each counts some of its own of every window, whatever they are, and no more."""
+    most = sum(map(len, case.shown)) // 2
+    for layer in measure(case.adapted, case.shown, max_rows=most):
+        assert most / 2 < layer.rows <= most or "visual.merger" in layer.name, layer.name
+        assert layer.by_window is not None
+        assert all(layer.by_window.rows)
+
+
+def test_the_spectrum_reaches_the_tower(tmp_path: Path) -> None:
+    """Each layer has its spectrum, though the first row holds no image."""
+    case = Case(tmp_path, "gemma3")
+    text = Shown(map(ord, "no image in it"), dict, frozenset({IMAGE}), "", "row 0")
+    found = spectrum(case.adapted, [text, *case.shown], list(case.adapted.layers))
+    assert found.keys() == case.adapted.layers.keys()
+
+
+def test_windows_tell_other_images_apart(tmp_path: Path) -> None:
+    """The same text with another image is another window, with rows of its own; placeholders are no language."""
+    case = Case(tmp_path, "llava")
+    gallery(tmp_path / "gallery", ["the same"] * 2)
+    images = rows(FolderText(tmp_path / "gallery"))
+    one, other = case.processor.windows(images, range(2), 64)
+    assert one.tokens == other.tokens
+    assert windows_hash([one]) != windows_hash([other])
+    assert distinct_rows([one, other]) == 2 * distinct_rows([one]) == 2 * len(one.tokens)
+    assert bytes(one.predicted) == b"the same"
+    again = case.processor.windows(images, range(2), 64)
+    assert windows_hash(again) == windows_hash([one, other]), "a row read again is the same"
+
+
+def test_a_long_text_is_cut_and_an_image_is_not(tmp_path: Path) -> None:
+    """What goes beside the tokens is cut with them; an image beyond the window's end is named with its row."""
+    case = Case(tmp_path, ON_TORCHVISION, seqlen=20)
+    assert [len(tokens) for tokens in case.shown] == [min(8 + len(CAPTIONS[0]), 20), 20, 20, 20, 15]
+    beside = case.shown[0].beside() if isinstance(case.shown[0], Shown) else {}
+    assert beside["mm_token_type_ids"].shape == (1, 20)
+    assert measure(case.adapted, case.shown)
+    with pytest.raises(
+        ValueError, match="line 3: its images end at token 17, and a window has 16; raise --nullspace-seq"
+    ):
+        case.processor.windows(case.images, [2], 16)
+
+
+def test_a_model_that_takes_no_images_is_refused(tmp_path: Path) -> None:
+    """One sentence for a model of text alone, and one for a processor of another model."""
+    case = Case(tmp_path / "seeing", "llava")
+    directory = adapter(tmp_path, tiny.llama(), r=4, target_modules=["q_proj"])
+    checkpoint, adapted = opened(directory)
+    with pytest.raises(CheckpointError, match="is run as a LlamaForCausalLM, which takes no images; give text alone"):
+        require_images_read(adapted, checkpoint, "pixel_values", case.shown[0])
+    other = Case(tmp_path / "other", "gemma3")
+    with pytest.raises(CheckpointError, match="a LlavaForConditionalGeneration, cannot read what the processor makes"):
+        require_images_read(case.adapted, open_checkpoint(case.directory), "pixel_values", other.shown[0])
+
+
+def test_what_tells_most_is_run_first() -> None:
+    """The window that shows where a forward may end is one with an image, if there is any."""
+    text = Shown((1, 2), dict, frozenset({7}), "", "")
+    seen = Shown((1, 7), dict, frozenset({7}), "", "")
+    assert telling([text, seen]) is seen
+    assert telling([text]) is text
