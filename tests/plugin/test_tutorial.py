@@ -31,11 +31,10 @@ def compared(report: str) -> list[tuple[str, list[float]]]:
 
 def test_the_ten_minutes_go_as_they_are_told(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training, a red gate, the mended scale and a green gate, with the figures and the words that the page shows."""
-    (pytester.path / "fixtures").symlink_to(ROOT / "fixtures")
+    shutil.copytree(WORLD / "base", pytester.path / "base")
     for name, of in (("preserved.txt", "facts.txt"), ("task.txt", "task.txt")):
         shutil.copy(WORLD / of, pytester.path / name)
     monkeypatch.setenv("COLUMNS", "80")
-    (pytester.path / "pytest.ini").write_text("[pytest]\n")
     run = [(kind, code) for remark, kind, code in blocks(PAGE) if remark.startswith("run by ")]
     stated = re.findall(r"```text\n(.*?)```", (ROOT / PAGE).read_text("utf-8"), re.DOTALL)
     assert [kind for kind, _ in run] == ["python", "sh", "sh", "sh", "sh"]
