@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pytest_nullspace.judging.baseline import Limit
     from pytest_nullspace.judging.invariants import Override
+    from pytest_nullspace.judging.served import Asked
     from pytest_nullspace.measuring.distributed import Ranks
 
 PREFIX = "--nullspace-"
@@ -78,6 +79,7 @@ class Settings:
         chat: Whether conversations are rendered, one of `pytest_nullspace.text.conversations.MODES`.
         strict_scope: Whether a trained tensor that no layer test covers is a failure.
         card: Whether the result is written into each adapter's model card.
+        serve: The servers that are to take each adapter.
     """
 
     models: tuple[Path | str, ...]
@@ -101,6 +103,7 @@ class Settings:
     allow_unreached: tuple[str, ...] = ()
     strict_scope: bool = False
     card: bool = False
+    serve: "tuple[Asked, ...]" = ()
     drift: bool | None = False
     spectrum: bool = False
     suggest: bool = False

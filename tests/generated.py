@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pytest_nullspace.judging.profiles import BOUNDS, OF_AVERAGES, OF_LAYERS, STAND_IN
+from pytest_nullspace.judging.served import SERVERS
+from pytest_nullspace.judging.servers import Rule, rules_of
+from pytest_nullspace.judging.serving import versions
 from pytest_nullspace.run.figures import FIGURES, Bounds, Figure, Text
 from pytest_nullspace.settings import PREFIX
 from pytest_nullspace.shell.options import OPTIONS, Option
@@ -119,11 +122,36 @@ def _tiers(stage: str, bounds: Bounds) -> str:
     )
 
 
+def servers() -> str:
+    """Every rule of every server, with its source."""
+    return "\n\n".join(map(_server, SERVERS))
+
+
+def _held(rule: Rule) -> str:
+    """For which versions a rule holds, where it does not for all."""
+    if rule.until:
+        return f" (up to {rule.until})"
+    return f" (since {rule.since})" if rule.since else ""
+
+
+def _server(server: str) -> str:
+    rows = [
+        f"| {rule.name} | {rule.says}{_held(rule)} | "
+        f"{'held' if rule.check is not None else 'taken as it is'} | {rule.source}; {versions(rule)} |"
+        for rule in rules_of(server)
+    ]
+    settings = ", ".join(f"`--{name}`" for name in SERVERS[server])
+    told = [f"Its settings that may be told: {settings}.", ""] if settings else []
+    table = ["| rule | what the server says or does | here | source |", "| --- | --- | --- | --- |", *rows]
+    return "\n".join([f"## {server}", "", *told, *table])
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     "options": options,
     "first options": first_options,
     "figures": figures,
     "figure pages": figure_pages,
+    "servers": servers,
 }
 """Each table by the name that its place in a document has."""
 

@@ -97,6 +97,19 @@ def at_hand(name: str, revision: str | None) -> Path | None:
     return Path(held).parent if isinstance(held, str) else None
 
 
+def cached(name: str, revision: str | None) -> Path | None:
+    """The directory in the hub's own cache that holds ``name``, if it was downloaded before."""
+    if not _HUB_ID.fullmatch(name) or name in (".", ".."):
+        return None
+    from huggingface_hub import snapshot_download
+
+    identity, _, said = name.partition("@")
+    try:
+        return Path(snapshot_download(identity, revision=said or revision, local_files_only=True))
+    except Exception:  # not there, or no cache at all: huggingface_hub has an exception for each
+        return None
+
+
 def downloaded(name: str, revision: str | None, how: str) -> Path:
     """The directory in the hub's own cache that holds ``name``, downloaded if it is not there; see `base_path`."""
     if not _HUB_ID.fullmatch(name) or name in (".", ".."):

@@ -141,6 +141,11 @@ def not_gated(why: str) -> Decision:
     return Decision(Call.NOT_GATED, (Reason(why, Tier.FAIL),))
 
 
+def stopped(failed: Mapping[str, str]) -> Decision:
+    """The verdict where nothing was measured, and what needs no measurement failed."""
+    return Decision(Call.STOP, tuple(_other((), failed)))
+
+
 def decide(
     run: RunStats,
     expectations: Expectations,
@@ -148,6 +153,7 @@ def decide(
     asked: Collection[str] | None = None,
     failed: Mapping[str, str] | None = None,
     unmeasured: str = "no layer was measured",
+    further: Sequence[str] = (),
 ) -> Decision:
     """What to do with the adapter of which ``run`` tells.
 
@@ -158,6 +164,7 @@ def decide(
         asked: The names of all tests that it has; None for those that follow from ``run``.
         failed: The names of the tests that failed, each with what it said; None for those that fail by their figures.
         unmeasured: What is said where no layer was measured.
+        further: What else is to be looked at, of tests that measure nothing.
     """
     found = [verdict for verdict in verdicts_of(run, expectations) if verdict.gated]
     excused = [v for v in found if failed is not None and v.tier is Tier.FAIL and v.subject not in failed]
@@ -175,6 +182,7 @@ def decide(
     if lacking := list(gaps(run, expectations, asked, unmeasured)):
         return called(Call.NOT_GATED, lacking)
     doubts = [*_expected_to_fail(excused), *_found(verdicts, Tier.WARN, len(run.layers))]
+    doubts += [Reason(words, Tier.WARN) for words in further]
     doubts += _doubts(run, expectations, verdicts)
     if doubts:
         return called(Call.LOOK, doubts)

@@ -71,6 +71,7 @@ def settings_of(read: Mapping[str, Any], folder: Path) -> Settings:
         allow_unreached=read["allow-unreached"],
         strict_scope=read["strict-scope"],
         card=read["card"],
+        serve=tuple(server for given in read["serve"] for server in given),
         drift=read["suggest"] or read["drift"],
         spectrum=read["spectrum"],
         suggest=read["suggest"],
@@ -150,6 +151,7 @@ def _check_together(settings: Settings) -> None:
     if settings.device_map is not None and settings.device != "auto":
         raise OptionError(f"{PREFIX}device-map: chooses the devices itself; leave {PREFIX}device out")
     _check_card(settings)
+    _check_serve(settings)
     _check_weights_only(settings)
     _check_compare(settings)
     for option, template in (("save-stats", settings.save_stats), ("compare", settings.compare)):
@@ -171,6 +173,19 @@ def _check_card(settings: Settings) -> None:
         why = f"{PREFIX}weights-only measures no activations, which is no result; leave one of the two out"
     if why is not None:
         raise OptionError(f"{PREFIX}card: {why}")
+
+
+def _check_serve(settings: Settings) -> None:
+    """Servers load the files of a trained adapter, each server once."""
+    named = [str(server) for server in settings.serve]
+    twice = next((name for place, name in enumerate(named) if name in named[:place]), None)
+    why = None
+    if twice is not None:
+        why = f"{twice} is given twice"
+    elif named and not settings.models:
+        why = "a saved run holds no files that a server could load; give the model as well"
+    if why is not None:
+        raise OptionError(f"{PREFIX}serve: {why}")
 
 
 def _check_weights_only(settings: Settings) -> None:

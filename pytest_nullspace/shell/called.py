@@ -190,6 +190,7 @@ def _failed(run: GatedRun, outcome: RunStats) -> dict[str, str]:
     audited = run.against.told(outcome).audit
     if audited is not None and audited.others:
         failed[FROZEN] = changes.moved(audited)
+    failed |= run.servers.failed()
     return failed | dict.fromkeys(run.against.missing, "the earlier run has this layer, and the adapter has not")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_nullspace.errors import NullspaceWarning
+from pytest_nullspace.errors import NullspaceError, NullspaceWarning
 from pytest_nullspace.judging.invariants import MODEL, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.judging.weights import STATEMENT
@@ -58,6 +58,8 @@ class CheckpointFile(pytest.File):
             yield DriftItem.from_parent(self, name=name)
         if self.run.gates_scope:
             yield ScopeItem.from_parent(self, name=SCOPE)
+        for name in self.run.servers.tests:
+            yield ServeItem.from_parent(self, name=name)
 
 
 def node_id(file: Path, rootdir: Path) -> str:
@@ -92,6 +94,14 @@ class GateItem(pytest.Item):
         """Put figures into the report, for JUnit and other reporters."""
         self.user_properties.extend(properties.items())
 
+    def warn_of(self, message: str, explanation: str) -> None:
+        """Pass with a warning; fail with the explanation where warnings are errors."""
+        try:
+            # No line of the config is to blame, so none is quoted, as `Node.warn` would.
+            warnings.warn_explicit(NullspaceWarning(message), None, filename=str(self.path), lineno=0)
+        except NullspaceWarning:
+            raise pytest.fail.Exception(f"{explanation}\n(warnings are errors here)", pytrace=False) from None
+
 
 class MeasuredItem(GateItem):
     """A test that judges what was measured; the first to be set up measures, for all."""
@@ -112,14 +122,6 @@ class MeasuredItem(GateItem):
     def warning(self, verdict: Verdict) -> str:
         """The warning's message: subject and figures."""
         return f"{self.name}: {verdict.summary}"
-
-    def warn_of(self, message: str, explanation: str) -> None:
-        """Pass with a warning; fail with the explanation where warnings are errors."""
-        try:
-            # No line of the config is to blame, so none is quoted, as `Node.warn` would.
-            warnings.warn_explicit(NullspaceWarning(message), None, filename=str(self.path), lineno=0)
-        except NullspaceWarning:
-            raise pytest.fail.Exception(f"{explanation}\n(warnings are errors here)", pytrace=False) from None
 
     def judge(self, run: RunStats) -> tuple[Verdict, str]:
         """The verdict, and the message that a failure shows."""
@@ -228,6 +230,22 @@ class ScopeItem(GateItem):
         self.record(outside=len(outside))
         if outside:
             pytest.fail(notes.outside(outside), pytrace=False)
+
+
+class ServeItem(GateItem):
+    """Holds that a server would take the adapter and find all of it, by headers and configs alone."""
+
+    def runtest(self) -> None:
+        """Fail where it would be refused or served otherwise than it was trained, warn of what nobody knows."""
+        try:
+            outcome = self.parent.run.servers.outcome(self.name)
+        except NullspaceError as error:
+            pytest.fail(str(error), pytrace=False)
+        self.record(server=str(outcome.asked), serve_tier=str(outcome.tier), rules=outcome.rules)
+        if outcome.tier is Tier.FAIL:
+            pytest.fail("\n".join(outcome.lines()), pytrace=False)
+        if outcome.tier is Tier.WARN:
+            self.warn_of(f"{self.name}: {outcome.summary}", "\n".join(outcome.lines()))
 
 
 def select(items: list[pytest.Item], runs: tuple[GatedRun, ...]) -> list[pytest.Item]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from pytest_nullspace.judging.decision import Decision, decide, not_gated
+from pytest_nullspace.judging.decision import Decision, decide, not_gated, stopped
 from pytest_nullspace.judging.invariants import MODEL
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report.words import named
@@ -19,7 +19,7 @@ def tests_of(run: GatedRun) -> Sequence[str]:
         *((name, True) for name in run.drift_tests),
         (SCOPE, run.gates_scope),
     )
-    return (*run.gated, *run.against.missing, *(name for name, has in single if has))
+    return (*run.gated, *run.against.missing, *(name for name, has in single if has), *run.servers.tests)
 
 
 def decided(run: GatedRun, failed: Mapping[str, str]) -> Decision:
@@ -31,7 +31,8 @@ def decided(run: GatedRun, failed: Mapping[str, str]) -> Decision:
     """
     outcome = run.peek()
     if outcome is None:
-        return not_gated(max(failed.values(), key=len, default="not measured"))
+        refused = {name: message for name, message in failed.items() if name in run.servers.tests}
+        return stopped(refused) if refused else not_gated(max(failed.values(), key=len, default="not measured"))
     told = decide(
         outcome,
         run.expectations(outcome),
@@ -39,5 +40,6 @@ def decided(run: GatedRun, failed: Mapping[str, str]) -> Decision:
         tests_of(run),
         failed,
         STATEMENT if run.weights_only else "no layer was measured",
+        run.servers.doubts(run.judged),
     )
     return replace(told, reasons=tuple(replace(one, words=named(one.words, outcome)) for one in told.reasons))

@@ -316,7 +316,9 @@ class Gate:
         """Print the report of every checkpoint, then whatever keeps the run from being complete."""
         for run in self.runs:
             outcome = run.peek()
-            if outcome is not None:
+            if outcome is None:
+                terminal.write_lines(terminalreporter, reports.servers(run))
+            else:
                 terminalreporter.ensure_newline()
                 terminalreporter.section(f"nullspace: {self._where(run)}")
                 every = terminalreporter.verbosity > 0

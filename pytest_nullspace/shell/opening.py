@@ -55,6 +55,9 @@ def check_inputs(runs: Sequence[GatedRun], settings: Settings, texts: dict[str, 
         TextError: A text cannot be read.
     """
     measured = [run for run in runs if isinstance(run, CheckpointRun)]
+    for run in measured:
+        for test in run.servers.tests:
+            run.servers.outcome(test)
     # Several processes must first meet, to fail together.
     if not measured or settings.weights_only or settings.ranks.size > 1:
         return

@@ -313,6 +313,18 @@ OPTIONS = (
         more="They are left out of the averages; their weights are held all the same.",
     ),
     Option(
+        "serve",
+        "SERVER[==VERSION]",
+        "Add the test `serve[SERVER]`: would vllm, sglang, tgi, llama.cpp or peft take the adapter and find all of it? "
+        "Several are named as vllm,sglang.",
+        values.servers,
+        repeatable=True,
+        more="By headers and configs alone; no server is needed, and none is asked. What the server would refuse, "
+        "leave out or scale otherwise fails, what nobody knows warns. The server's own settings may stand behind it: "
+        "`--nullspace-serve='vllm==0.17 --max-lora-rank 64 --lora-target-modules qkv_proj'`. See "
+        "[what servers take](serving.md).",
+    ),
+    Option(
         "strict-scope",
         "",
         "Add the test `scope`, which fails where a PEFT adapter trained tensors that no layer test covers.",

@@ -1,6 +1,6 @@
 """What is written of the runs when all tests have run: what is saved, and the report in the form of each file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -62,10 +62,13 @@ def written(suffix: str, told: Sequence[Told], pages: Sequence[Page]) -> str:
 
 
 def diagnosed(run: GatedRun, outcome: RunStats) -> RunStats:
-    """The outcome as it is saved, its causes named, and how many layers' tests came to a verdict."""
+    """The outcome as it is saved: its causes, the servers, and how many layers' tests came to a verdict."""
     causes = [cause.to_dict() for cause in run.diagnoses(outcome)]
     gated = sum(map(run.expectations(outcome).gates, run.gated))
-    return replace(outcome, about={**outcome.about, "diagnosis": causes, "gated_layers": gated})
+    about = {**outcome.about, "diagnosis": causes, "gated_layers": gated}
+    if run.servers.tests:
+        about["servers"] = [run.servers.outcome(test).to_dict() for test in run.servers.tests]
+    return replace(outcome, about=about)
 
 
 def changed(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple[str, Tier | None]]:
@@ -84,4 +87,11 @@ def changed(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple
         lines.append(changes.held_out(outcome, run.against.start))
     if compared is not None and run.against.earlier_file is not None:
         lines += changes.comparison(compared, run.against.earlier_file, run.against.missing)
-    return [*lines, *changes.remedy(outcome)]
+    return [*lines, *changes.remedy(outcome), *servers(run)]
+
+
+def servers(run: GatedRun) -> Iterator[tuple[str, Tier | None]]:
+    """What became of the adapter before each server, a line each."""
+    for test in run.servers.tests:
+        outcome = run.servers.outcome(test)
+        yield f"{test}: {outcome.summary}", None if outcome.tier is Tier.PASS else outcome.tier

@@ -27,6 +27,7 @@ from pytest_nullspace.run.texts import drift_test, preserved
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.shell.against import Against, read_run
 from pytest_nullspace.shell.once import MeasuredOnce
+from pytest_nullspace.shell.served import Servers
 from pytest_nullspace.text.readers import Text
 
 READ_ALIKE = ("weights_sha256", "task_text", "settings", "dtype")
@@ -46,6 +47,7 @@ class GatedRun(MeasuredOnce):
         drift_selected: The selected tests of the predictions; they are measured where there is one.
         judged: The names of its tests that came to a verdict, once all have run.
         against: What it is held against.
+        servers: The servers that are to take it.
     """
 
     def __init__(self, path: Path, file: Path, name: str, layers: Sequence[str], settings: Settings) -> None:
@@ -62,6 +64,7 @@ class GatedRun(MeasuredOnce):
         self.judged: Collection[str] | None = None
         self._settings = settings
         self.against = Against(path, name, layers, settings)
+        self.servers = Servers(settings)
 
     @property
     @abstractmethod
@@ -162,7 +165,7 @@ class CheckpointRun(GatedRun):
                 f"{PREFIX}strict-scope: {checkpoint.directory} holds a whole model, and its files do not tell which of "
                 "its other tensors were trained; leave the option out for it"
             )
-        self.checkpoint = checkpoint
+        self.checkpoint, self.servers = checkpoint, Servers(settings, checkpoint)
         self._initial = None if settings.init_directory is None else open_checkpoint(settings.init_directory)
         self._bases, self._texts, self._live = bases, texts, live
         asked = settings.drift is None and not settings.weights_only

@@ -13,6 +13,7 @@ from pytest_nullspace.settings import AUTO_MOST, GivenText
 if TYPE_CHECKING:
     from pytest_nullspace.judging.baseline import Limit
     from pytest_nullspace.judging.invariants import Override
+    from pytest_nullspace.judging.served import Asked
 
 _HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 
@@ -210,6 +211,13 @@ def limit(given: Given) -> "Limit":
         raise OptionError(f"takes FIGURE:5% or FIGURE:0.001, not {quoted(given.text)}")
     relative = amount.endswith("%")
     return Limit(figure, value / 100 if relative else value, relative)
+
+
+def servers(given: Given) -> "tuple[Asked, ...]":
+    """Servers that are to take the adapter."""
+    from pytest_nullspace.judging.served import asked
+
+    return asked(text(given))
 
 
 def allowed(given: Given) -> str:

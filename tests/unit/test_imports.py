@@ -96,13 +96,16 @@ def test_every_wing_imports_what_architecture_says() -> None:
 ORDERS = {
     "checkpoint": "header layers arrays gguf lora_null peft hub",
     "run": "texts figures windows predictions stats uncertainty paired entries saved",
-    "judging": "verdicts invariants baseline start audit weights evidence tensors diagnosis",
+    "judging": (
+        "verdicts invariants baseline start audit weights evidence tensors diagnosis served serve_checks servers "
+        "serving"
+    ),
     "text": "sources images gallery readers windows tokenizer processor",
     "measuring": (
         "memory inmemory written passages about distributed rows forward drift moved recorder streaming spectrum "
         "writing loading measurement reading pipeline"
     ),
-    "shell": "values options asked shared once against runs opening outputs progress collect gate",
+    "shell": "values options asked shared once served against runs opening outputs progress collect gate",
 }
 """Inside a wing, the modules whose order matters: none imports one that stands after it."""
 
