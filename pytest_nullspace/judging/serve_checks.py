@@ -15,12 +15,14 @@ from pytest_nullspace.judging.served import Check, Facts, Finding, doubt, is_exp
 
 
 def is_adapter(facts: Facts) -> Iterator[Finding]:
-    """A directory without an adapter's config is none."""
+    """A directory of another format is no adapter of PEFT's, which is what servers load."""
     if not facts.is_peft:
-        yield refused(
-            f"{facts.checkpoint.config_file.name} is of a {facts.checkpoint.format} model, and no adapter_config.json "
-            "is there; merge it into a plain model (W_res + A B in each layer), and serve that"
+        cure = (
+            "merge it into a plain model (W_res + A B in each layer), and serve that"
+            if facts.checkpoint.carries_base
+            else "convert it to PEFT's names first, and gate what is served"
         )
+        yield refused(f"its {facts.checkpoint.config_file.name} is of {facts.checkpoint.format}, not of PEFT; {cure}")
 
 
 def one_file(facts: Facts) -> Iterator[Finding]:

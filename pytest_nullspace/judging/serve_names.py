@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from pytest_nullspace.errors import printable, quoted
 from pytest_nullspace.judging.served import Check, Facts, Finding, doubt, more, refused
-from pytest_nullspace.settings import PREFIX
 
 
 def mapped(module: str, prefixes: Mapping[str, str]) -> str:
@@ -19,7 +18,7 @@ def mapped(module: str, prefixes: Mapping[str, str]) -> str:
 
 NOT_AT_HAND = (
     "its base is not at hand, so nobody held the names of its modules against those of the base; give it by "
-    f"{PREFIX}base=DIR"
+    "--nullspace-base=DIR"
 )
 
 

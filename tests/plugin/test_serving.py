@@ -1,6 +1,8 @@
 """The test of a server beside those of the layers, as its user meets it."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,18 @@ def test_what_nobody_knows_is_not_safe(folder: Path, gate: Gate, mode: tuple[str
     strict = gate(*error, "--nullspace-serve=vllm==99", "-k", "serve", *mode, model="adapter")
     strict.assert_outcomes(failed=1)
     strict.stdout.fnmatch_lines(["(warnings are errors here)"])
+
+
+def test_the_commands_of_the_document_run(folder: Path, pytester: pytest.Pytester) -> None:
+    """Each command of docs/serving.md ends well for an adapter that is taken; here without its pass."""
+    adapter(folder / "runs", tiny.llama(), name="ft", r=4, target_modules=["q_proj"])
+    document = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    commands = re.findall(r"^pytest (.*)$", document, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        result = pytester.runpytest_subprocess(*shlex.split(command), ONLY, "-p", "no:randomly")
+        assert result.ret == 0, command
+        result.stdout.fnmatch_lines(["serve[[]vllm]: vllm* takes it by all * rules that are known*"])
 
 
 def test_it_stands_in_for_no_measurement(folder: Path, gate: Gate) -> None:

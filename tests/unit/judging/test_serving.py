@@ -422,7 +422,7 @@ def test_a_whole_lora_null_model_is_no_adapter(tmp_path: Path, server: str) -> N
     """A LoRA-Null directory has no adapter_config.json; each server is told so once, and nothing else is asked."""
     checkpoint = open_checkpoint(tiny.lora_null(tmp_path / "ft"))
     outcome = hold(Asked(server, "0.21" if server == "peft" else None), checkpoint, None)
-    assert "no adapter_config.json is there" in refused(outcome, "adapter")
+    assert "its config.json is of LoRA-Null, not of PEFT; merge it" in refused(outcome, "adapter")
     assert outcome.rules == 1
 
 
