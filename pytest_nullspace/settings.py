@@ -54,6 +54,8 @@ class Settings:
             None where it is not spread.
         dtype: ``auto`` or a torch dtype.
         layers: A glob that the names of the gated layers match.
+        rank: How many right singular vectors of what changed stand for the down projections of a whole model; 0 for
+            none.
         stage: ``trained`` or ``init``.
         overrides: Thresholds of the user's own.
         save_stats: Where to save the statistics.
@@ -119,6 +121,7 @@ class Settings:
     calib_most: int = AUTO_MOST
     weights_only: bool = False
     chat: str = "auto"
+    rank: int = 0
     text_name: str = ""
     further: tuple[GivenText, ...] = ()
 

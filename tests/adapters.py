@@ -34,6 +34,26 @@ def adapter(folder: Path, model: Any, task: str | None = "CAUSAL_LM", name: str 
     return folder / name
 
 
+def merged(folder: Path, directory: Path, dtype: torch.dtype = torch.float32, name: str = "merged") -> Path:
+    """Merge the adapter in ``directory`` into ``folder/base`` as PEFT does, saved in ``dtype`` as ``folder/<name>``."""
+    import peft
+    import transformers
+
+    with warnings.catch_warnings(action="ignore"):
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        whole: Any = peft.PeftModel.from_pretrained(base, directory).merge_and_unload()
+        whole.to(dtype).save_pretrained(folder / name)
+    return folder / name
+
+
+def edit(directory: Path, to: Callable[[dict[str, Tensor]], None]) -> Path:
+    """Edit the tensors of a whole model in place; returns its directory."""
+    tensors = load_file(directory / "model.safetensors")
+    to(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
 def change(directory: Path, edit: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> None:
     """Edit the adapter's tensors and config in place."""
     file = directory / "adapter_model.safetensors"

@@ -6,20 +6,25 @@ A new format is one file here, with a ``read(directory) -> Checkpoint``, and one
 import os
 from pathlib import Path
 
-from pytest_nullspace.checkpoint import lora_null, mlx, peft
+from pytest_nullspace.checkpoint import lora_null, mlx, peft, whole
 from pytest_nullspace.checkpoint.header import require_plain_files
+from pytest_nullspace.checkpoint.hub import base_path
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec
 from pytest_nullspace.checkpoint.strangers import require_ours
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.settings import PREFIX
 
 __all__ = ["Checkpoint", "LayerSpec", "open_checkpoint"]
 
 
-def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(directory: str | os.PathLike[str], base: str | None = None, rank: int = 0) -> Checkpoint:
     """Find out what is adapted in ``directory``.
 
     Args:
-        directory: A LoRA-Null or CorDA directory as transformers saves it, or a LoRA adapter as PEFT does.
+        directory: A LoRA-Null or CorDA directory as transformers saves it, or a LoRA adapter as PEFT does; with a
+            ``base`` also a whole model without adapter.
+        base: The base model, as `pytest_nullspace.checkpoint.hub.base_path` takes it; read for a whole model alone.
+        rank: Of what stands for the down projections of a whole model; 0 for none.
 
     Returns:
         The checkpoint, with at least one adapted layer.
@@ -40,4 +45,6 @@ def open_checkpoint(directory: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror}; mend its permissions") from None
     if (directory / peft.CONFIG_FILE).exists():  # first: an adapter's directory may hold its base's config as well
         return peft.read(directory)
+    if base is not None and not lora_null.is_adapted(directory):
+        return whole.read(directory, base_path(base, None, f"{PREFIX}base"), rank)
     return lora_null.read(directory)

@@ -96,6 +96,37 @@ def change(now: TensorInfo, before: TensorInfo, *, absolute: bool = False) -> fl
     return math.sqrt(far) if absolute else _quotient(math.sqrt(far), math.sqrt(size))
 
 
+def is_same(now: TensorInfo, before: TensorInfo) -> bool:
+    """Whether two tensors of one shape hold the same numbers, as far as the type of ``now`` can hold them."""
+    import numpy as np
+
+    a, b, count = _raw(now), _raw(before), math.prod(now.shape)
+    numbers = {now.dtype, before.dtype} <= FLOATING
+    wide, narrow = (len(raw) // count if count else 0 for raw in (a, b))
+    for start in range(0, count, _CHUNK):
+        x, y = a[start * wide : (start + _CHUNK) * wide], b[start * narrow : (start + _CHUNK) * narrow]
+        if now.dtype == before.dtype and np.array_equal(x, y):
+            continue
+        same = numbers and np.array_equal(
+            _floats(x, now.dtype), _rounded(_floats(y, before.dtype), now.dtype), equal_nan=True
+        )
+        if not same:
+            return False
+    return True
+
+
+def _rounded(values: "Array", dtype: str) -> "Array":
+    """Numbers as a type holds them, in float64: what lies between two is rounded to the even one."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        if dtype != "BF16":
+            return values.astype(_DTYPES[dtype]).astype(np.float64)
+        bits = values.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
 def _quotient(part: float, whole: float) -> float:
     if whole:
         return part / whole

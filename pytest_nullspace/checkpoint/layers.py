@@ -44,7 +44,7 @@ class LayerSpec:
 
     Attributes:
         name: Its module path in the plain model.
-        rank: Rows of its down projection.
+        rank: Rows of its down projection; 0 where its update is a whole matrix, and so there is none.
         in_features: Width of its input.
         out_features: Width of its output.
         scale: What its update is multiplied with; None where the format has no such factor.
@@ -63,7 +63,7 @@ class Checkpoint:
 
     Attributes:
         directory: Where it lies.
-        format: ``LoRA-Null``, ``PEFT LoRA`` or ``MLX LoRA``.
+        format: ``LoRA-Null``, ``PEFT LoRA``, ``MLX LoRA`` or ``whole model``.
         config_file: The file that stands for it among the tests.
         config: That file's content, of an adapter that PEFT did not save as PEFT would have it.
         layers: Its adapted layers, in model order; never empty.
@@ -72,6 +72,9 @@ class Checkpoint:
         base: The base model that its config names, a path or a hub id; None where it carries its base.
         base_revision: That base's revision on the hub.
         changed_base: Where an initialisation changed the base's weights, which base must be given, and why.
+        is_whole: Whether it is a model without an adapter, whose layers are those that differ from its base's.
+        is_cut: Whether its vocabulary is smaller than that of its base, so that their predictions cannot be compared.
+        remarks: What its files tell beside, in sentences.
     """
 
     directory: Path
@@ -84,11 +87,19 @@ class Checkpoint:
     base: str | None = None
     base_revision: str | None = None
     changed_base: str | None = None
+    is_whole: bool = False
+    is_cut: bool = False
+    remarks: tuple[str, ...] = ()
 
     @property
     def carries_base(self) -> bool:
         """Whether the directory holds the whole model."""
         return self.base is None
+
+    @property
+    def has_no_down(self) -> bool:
+        """Whether its updates are whole matrices, for which no down projection was asked."""
+        return self.is_whole and all(layer.rank == 0 for layer in self.layers)
 
     @property
     def stamps(self) -> Stamps:
@@ -99,6 +110,8 @@ class Checkpoint:
     def ranks(self) -> str:
         """The ranks of its layers in words: ``rank 16`` or ``ranks 8-64``."""
         ranks = {layer.rank for layer in self.layers}
+        if ranks == {0}:
+            return "no down projection"
         return f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)}-{max(ranks)}"
 
 

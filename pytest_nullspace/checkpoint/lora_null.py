@@ -48,6 +48,15 @@ def read(directory: Path) -> Checkpoint:
     return Checkpoint(directory, FORMAT, config_file, config, layers, tensors)
 
 
+def is_adapted(directory: Path) -> bool:
+    """Whether a model's directory holds any part of such a layer.
+
+    Raises:
+        CheckpointError: Its weights are unreadable.
+    """
+    return any(_layer_of(name) is not None for name in read_tensors(directory, "model"))
+
+
 def _layer_of(tensor: str) -> str | None:
     """The layer of which ``tensor`` is a part; anything under one of the four adapter modules is one."""
     for part in _PARTS:

@@ -145,7 +145,8 @@ def whole_model(directory: Path, tensors: Iterable[str]) -> str:
         return f"it is a whole model with PEFT's layers inside, as a training state holds it; {_SAVE}"
     return (
         "was the plain model saved instead of the adapted one? After a full fine-tune, and in a merged model, there is "
-        f"no adapter left to gate; {_below(directory) or 'give the directory of the adapter before it was merged'}"
+        "no adapter left to gate: give its base by --nullspace-base=DIR, and what differs from that is gated, or "
+        f"{_below(directory) or 'give the directory of the adapter before it was merged'}"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage, verdicts_of
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
+from pytest_nullspace.run.figures import OF_DOWN
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import DRIFT, called, is_drift
 
@@ -265,7 +266,8 @@ def _expected_to_fail(verdicts: Sequence[Verdict]) -> Iterator[Reason]:
 
 def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdict]) -> Iterator[Reason]:
     """Why what passed is not safe yet."""
-    absent = [figure for figure in run.expected if figure in run.absent and figure not in expectations.left_out]
+    known = dict.fromkeys((*OF_DOWN, *run.expected))
+    absent = [figure for figure in known if figure in run.absent and figure not in expectations.left_out]
     if absent:
         yield Reason(f"not measured: {', '.join(absent)}", Tier.WARN)
     if expectations.stage is Stage.TRAINED and not any(is_drift(verdict.subject) for verdict in verdicts):

@@ -35,7 +35,9 @@ def diagnose(
         One diagnosis for each cause; none for an adapter that shows no mistake.
     """
     case = Case(run, [layer for layer in run.layers if layer.defect is None], audit, compared, weights, left_out)
-    finders = _FINDERS if not passed else () if audit is None else _PROVEN
+    finders = _OF_WHOLE if run.is_whole else _FINDERS
+    if passed:
+        finders = () if audit is None else _PROVEN
     return [found for find in finders for found in find(case)]
 
 
@@ -55,6 +57,9 @@ _FINDERS: Sequence[Callable[[Case], Iterator[Diagnosis]]] = (
     activations.underflow,
     activations.strength,
 )
+
+_OF_WHOLE: Sequence[Callable[[Case], Iterator[Diagnosis]]] = (activations.non_finite, activations.strength)
+"""Those of an update that is a whole matrix, which has neither A nor B."""
 
 _PROVEN: Sequence[Callable[[Case], Iterator[Diagnosis]]] = (
     tensors.b_trained,

@@ -86,6 +86,8 @@ def choose(run: RunStats, asked: str = "auto", variant: str = "auto", start: tup
     named = run.about.get("format")
     if named is None:
         return Chosen(Profile.REFERENCE, "its file tells no more than the reference script's")
+    if named == "whole model":
+        return Chosen(Profile.LORA, "a whole model")
     if named == "LoRA-Null":
         return Chosen(Profile.NULLSPACE, "a LoRA-Null directory")
     initialised = run.about.get("init_lora_weights")  # a file of another making may hold anything

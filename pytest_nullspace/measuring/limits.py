@@ -70,7 +70,7 @@ def require_known_to_base(texts: Iterable[Sequence[Window]], base: Any, checkpoi
     if known is not None and largest >= known:
         raise CheckpointError(
             f"{checkpoint.directory}: the text has the token {largest}, which training added, for the base knows only "
-            f"{known}; its predictions cannot be compared on that text: give another, or leave {PREFIX}drift out"
+            f"{known}; its predictions cannot be compared on that text: give another, or {PREFIX}no-drift"
         )
 
 

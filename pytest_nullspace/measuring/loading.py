@@ -159,6 +159,8 @@ def true_base(
     """
     if not _is_compared(adapted):
         raise OptionError(f"{PREFIX}drift: {checkpoint.directory} is no causal language model; leave the option out")
+    if checkpoint.is_cut:
+        raise OptionError(f"{PREFIX}drift: {checkpoint.directory}: {checkpoint.remarks[-1]}; leave the option out")
     if initial is not None:
         of_start = None if initial.carries_base else base_of(initial, settings.base)
 
@@ -191,7 +193,7 @@ def base_at_hand(adapted: "AdaptedModel") -> TrueBase | None:
     switched_off = adapted.switched_off
     if switched_off is None or not _is_compared(adapted):
         return None
-    return TrueBase("the model with its adapter switched off", lambda: (switched_off, adapted.device))
+    return TrueBase(adapted.base_name, lambda: (switched_off, adapted.device))
 
 
 def _is_compared(adapted: "AdaptedModel") -> bool:

@@ -72,7 +72,7 @@ def _with_start(layer: AdaptedLayer, initial: Checkpoint) -> AdaptedLayer:
     prefix, parts = (peft.PREFIX, (peft.DOWN, peft.UP)) if is_peft else ("", (lora_null.DOWN, lora_null.UP))
     held = [initial.tensors.get(f"{prefix}{layer.name}.{part}") for part in parts]
     protected = f"{layer.name}.{lora_null.PROTECT_DOWN}" in initial.tensors
-    has_more = protected or layer.magnitude is not None or isinstance(getattr(layer.up, "bias", None), Tensor)
+    has_more = protected or layer.update is not None or isinstance(getattr(layer.up, "bias", None), Tensor)
     if has_more or any(info is None for info in held):
         return layer
     # As the model rounds its own, so that what did not move is what it was.

@@ -52,7 +52,7 @@ class Watched:
     Attributes:
         layer: Where its parts are.
         factors: `kernels.factors` of its weights, the matrices on the device.
-        in_parts: Whether its parts must be put together anew, for a bias, a magnitude or a start.
+        in_parts: Whether its parts must be put together anew, for a bias, a start or an update that is more than A B.
         moved: What became of its start, where that held a part of W.
         seen: What its parts gave in the forward that is under way.
     """
@@ -66,7 +66,7 @@ class Watched:
     @property
     def updates_by_more(self) -> bool:
         """Whether its update is more than ``scale · A B x``."""
-        return self.layer.magnitude is not None or _has_bias(self.layer.up)
+        return self.layer.update is not None or _has_bias(self.layer.up)
 
     def blurs(self, dtype: torch.dtype) -> bool:
         """Whether a ``Bx`` in ``dtype`` cannot tell ``Px``: its rounding outweighs it, or short rows of B underflow."""
@@ -222,7 +222,7 @@ class Recorder:
                 watched = Watched(
                     layer,
                     factors._replace(matrices=factors.matrices.to(self._device)),
-                    layer.magnitude is not None or layer.has_bias or _has_bias(layer.up) or moved is not None,
+                    layer.update is not None or layer.has_bias or _has_bias(layer.up) or moved is not None,
                     moved,
                 )
                 self._watched.append(watched)
@@ -231,7 +231,7 @@ class Recorder:
                 takes: dict[str, _Take] = {"down": self._output, "base": self._output_norms}
                 if watched.in_parts:
                     takes["base"] = self._product
-                    takes["up" if layer.magnitude is None else "magnitude"] = self._output
+                    takes["up" if layer.update is None else "update"] = self._output
                 for part, take in takes.items():
                     handle = getattr(layer, part).register_forward_hook(partial(self._keep, watched.seen, part, take))
                     hooks.callback(handle.remove)
@@ -272,7 +272,7 @@ class Recorder:
             down = self._counted(x).double() @ layer.down_matrix().to(x.device).mT
         if watched.in_parts:
             # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.
-            update = watched.seen["magnitude"] if layer.magnitude is not None else layer.scale * watched.seen["up"]
+            update = watched.seen["update"] if layer.update is not None else layer.scale * watched.seen["up"]
             output = self._norms_of(base + update)
             change = [self._norms_of(update)] if watched.updates_by_more else []
             if watched.moved is not None:

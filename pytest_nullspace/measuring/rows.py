@@ -85,7 +85,7 @@ class Layout:
 
     def counted(self, values: Tensor) -> Tensor:
         """The counted rows of ``values (…, d)``, shape ``(n, d)``; all rows of what is of another size."""
-        values = values.reshape(-1, values.shape[-1])
+        values = values.flatten(0, -2)
         if self.index is None or len(values) != self.size:
             return values
         return values.index_select(0, self.index.to(values.device))

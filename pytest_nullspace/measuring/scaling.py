@@ -202,6 +202,8 @@ def remedy(checkpoint: Checkpoint, drift: Drift, expectations: Expectations, sca
 
 def _not_by_scale(checkpoint: Checkpoint) -> str | None:
     """Why the factor of the format does not scale what was learned alone, as far as the files tell."""
+    if checkpoint.is_whole:
+        return "a whole model has no factor of its update: scale the adapter before it is merged"
     if checkpoint.changed_base is not None:
         start = printable(checkpoint.config.get("init_lora_weights"), 60)
         return f"its start (init_lora_weights {start}) holds a part of W, so a smaller scale is no smaller update"

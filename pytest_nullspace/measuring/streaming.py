@@ -175,10 +175,10 @@ def _compared(recorder: Recorder, forward: Callable[[Batch], Any], batch: Batch,
 
 def _stats(layer: AdaptedLayer, down_rank: int, by_window: Tensor, by_octave: Tensor) -> LayerStats:
     down, up, base = layer.weight_norms()
-    whole = kernels.merge(by_window)
+    whole, rank = kernels.merge(by_window), None if layer.effective_rank is None else layer.effective_rank()
 
     def stats(summed: Tensor) -> LayerStats:
-        means = kernels.compute(summed)
+        means, has_down = kernels.compute(summed), layer.rank > 0
         return LayerStats(
             name=layer.name,
             rows=means.rows,
@@ -186,16 +186,17 @@ def _stats(layer: AdaptedLayer, down_rank: int, by_window: Tensor, by_octave: Te
             rank=layer.rank,
             out_features=layer.out_features,
             input_norm=means.input,
-            down_norm=means.down,
+            down_norm=means.down if has_down else None,
             update_norm=means.update,
             base_norm=means.base,
             output_norm=means.output,
-            mean_leakage=means.leakage,
+            mean_leakage=means.leakage if has_down else None,
             down_weight_norm=down,
             up_weight_norm=up,
             base_weight_norm=base,
-            down_rank=down_rank,
-            scale=layer.scale,
+            down_rank=down_rank if has_down else None,
+            scale=None if layer.is_whole else layer.scale,
+            effective_rank=rank,
         )
 
     seen = [window for window in by_window if window[0] > 0]
@@ -217,8 +218,10 @@ def _kept(found: LayerStats, by_window: Tensor) -> ByWindow | None:
 def _without_sinks(found: LayerStats, by_octave: Tensor) -> WithoutSinks:
     total, *norms = kernels.without_sinks(by_octave, SINK).tolist()
     rows = int(total)
-    # Of all rows the mean norms are the very same, not added up in another order.
-    return WithoutSinks(rows, *([norm / rows for norm in norms] if rows < found.rows else found.norms))
+    if rows == found.rows:  # the mean norms are the very same, not added up in another order
+        return WithoutSinks(rows, *found.norms)
+    quiet = WithoutSinks(rows, *(norm / rows for norm in norms))
+    return quiet if found.down_norm is not None else replace(quiet, down_norm=None)
 
 
 def _rows(

@@ -27,10 +27,11 @@ def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, froze
     if seqlen is None and checkpoint.carries_base:
         seqlen = default_length(checkpoint.config)
     lost = math.nan
+    down = (None if checkpoint.has_no_down else lost,)
     layers = tuple(
         LayerStats(
             spec.name, 0, spec.in_features, spec.rank, spec.out_features,
-            lost, lost, lost, lost, lost, lost, lost, lost, lost,
+            lost, *down, lost, lost, lost, *down, *down, lost, lost,
         )
         for spec in checkpoint.layers
     )  # fmt: skip

@@ -60,7 +60,8 @@ def _quietly() -> Iterator[None]:
 
 
 def _loader(checkpoint: Checkpoint) -> Any:
-    return import_module("pytest_nullspace.model." + ("lora_null" if checkpoint.carries_base else "peft"))
+    name = "lora_null" if checkpoint.carries_base else "whole" if checkpoint.is_whole else "peft"
+    return import_module(f"pytest_nullspace.model.{name}")
 
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -108,7 +109,7 @@ def load_model(
         device: Where to run it.
         dtype: In which precision to run it.
         base: The base model of a checkpoint that does not carry its own: a directory, a GGUF file or a hub id; None
-            for what its config names.
+            for what its config names. With it a whole model without adapter is held against that.
         bases: Keeps that base model, once `AdaptedModel.take_off` was called, for the next adapter of the same.
 
     Raises:
@@ -117,7 +118,7 @@ def load_model(
     """
     place, precision = device_named(device, "device"), _dtype_named(dtype)
     if not isinstance(checkpoint, Checkpoint):
-        checkpoint = open_checkpoint(checkpoint)
+        checkpoint = open_checkpoint(checkpoint, None if base is None else os.fspath(base))
     found = None if checkpoint.carries_base else base_of(checkpoint, None if base is None else os.fspath(base), "base")
     import_libraries(checkpoint)
     with _quietly():
@@ -125,6 +126,12 @@ def load_model(
             from pytest_nullspace.model import lora_null
 
             return lora_null.load(checkpoint, place, precision)
+        if checkpoint.is_whole:
+            from pytest_nullspace.model import whole
+
+            if bases is not None:
+                bases.clear()  # of the bases one is in memory at a time
+            return whole.load(checkpoint, found, place, precision)
         from pytest_nullspace.model import peft
 
         return peft.load(checkpoint, found, place, precision, {} if bases is None else bases)

@@ -92,6 +92,19 @@ def kind_of(checkpoint: Checkpoint | None, base: Path) -> Kind:
         return _fitted(kind, checkpoint)
 
 
+def kind_as_saved(directory: Path) -> Kind:
+    """As what a whole model was saved: the class that its config names, else the one that writes text.
+
+    Raises:
+        CheckpointError: Its config cannot be read or asks for too much, or transformers has no class of its own for it.
+    """
+    fields = known_config(directory)
+    check_counts(fields, directory / "config.json")
+    with _told_of(directory), held_to(_tensors(directory), directory / "config.json"):
+        kinds = _kinds(None, "" if fields.get("architectures") else "CAUSAL_LM", fields, directory)
+        return kinds[0]
+
+
 def _kinds(checkpoint: Checkpoint | None, task: str, fields: Mapping[str, Any], base: Path) -> list[Kind]:
     """The classes that may be meant, in order; never none."""
     named, parent = fields.get("architectures"), None if checkpoint is None else checkpoint.config.get("auto_mapping")

@@ -29,7 +29,8 @@ class AdaptedLayer:
     """Where to look at one adapted linear layer while the model runs.
 
     Its modules are called in each forward of the layer: ``layer(x) = scale · up(down(x)) + base(x) [+ bias]``, or,
-    where it has a magnitude (DoRA), ``layer(x) = m ∘ (scale · up(down(x)) + base(x)) [+ bias]``.
+    where it has a magnitude (DoRA), ``layer(x) = m ∘ (scale · up(down(x)) + base(x)) [+ bias]``, or, where it was
+    merged or trained whole, ``layer(x) = update(x) + base(x) [+ bias]``; then ``up`` is not called.
 
     Attributes:
         name: Its module path in the plain model.
@@ -41,10 +42,12 @@ class AdaptedLayer:
         down_matrix: Gives the matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64 on the CPU.
         base_matrix: Gives ``W_res`` or its transpose; None where it is quantised and cannot be had as numbers.
         has_bias: Whether the layer's output holds a bias on top of the two parts.
-        magnitude: Of a DoRA layer the module whose output is all that it changes, ``layer(x) - base(x)``; it is then
-            its update.
+        update: Of a DoRA layer, or one that was trained whole, the module whose output is all that it changes,
+            ``layer(x) - base(x)``.
         start: What it was before training, where that held a part of W and is known; its update is then what changed
             since, and ``W x`` what that is added to.
+        effective_rank: Of an update that is a whole matrix, gives its effective rank; B has as many rows as were asked
+            for then, or none.
     """
 
     name: str
@@ -56,8 +59,9 @@ class AdaptedLayer:
     down_matrix: Callable[[], Tensor]
     base_matrix: Callable[[], Tensor | None]
     has_bias: bool
-    magnitude: nn.Module | None = None
+    update: nn.Module | None = None
     start: Start | None = None
+    effective_rank: Callable[[], float] | None = None
 
     @property
     def out_features(self) -> int:
@@ -79,11 +83,20 @@ class AdaptedLayer:
         """A as the model holds it, shape ``(out, r)``."""
         return stored(self.up, "weight")
 
-    def weight_norms(self) -> tuple[float, float, float | None]:
-        """The Frobenius norms of B, of A with its scale and, where it can be had, of W_res, summed in float64."""
+    @property
+    def is_whole(self) -> bool:
+        """Whether its update is a whole matrix, that is not A B."""
+        return self.effective_rank is not None
+
+    def weight_norms(self) -> tuple[float | None, float, float | None]:
+        """The Frobenius norms of B, of A with its scale and, where it can be had, of W_res, summed in float64.
+
+        Of an update that is a whole matrix its own stands for that of A, and B may be none.
+        """
         down, base = stored(self.down, "weight"), self.base_matrix()
-        up = abs(self.scale) * _frobenius(self.up_matrix)
-        return _frobenius(down), up, None if base is None else _frobenius(base)
+        whole = stored(self.update, "weight") if self.is_whole and self.update is not None else None
+        up = abs(self.scale) * _frobenius(self.up_matrix if whole is None else whole)
+        return _frobenius(down) if self.rank else None, up, None if base is None else _frobenius(base)
 
     @staticmethod
     def _shape(linear: nn.Module) -> torch.Size:
@@ -110,6 +123,7 @@ class AdaptedModel:
         remarks: What was done to fit adapter and base, in sentences.
         since: The start against which its update is told, where that held a part of W.
         without_grad: Within this context nothing is kept for a backward pass.
+        base_name: What it is where it is switched off, in words.
     """
 
     model: nn.Module
@@ -121,6 +135,7 @@ class AdaptedModel:
     remarks: tuple[str, ...] = ()
     since: str = ""
     without_grad: Callable[[], AbstractContextManager[object]] = torch.inference_mode
+    base_name: str = "the model with its adapter switched off"
 
     @property
     def is_encoder_decoder(self) -> bool:

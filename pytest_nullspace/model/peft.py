@@ -302,7 +302,7 @@ def view(name: str, layer: Any, adapter: str) -> AdaptedLayer:
         down_matrix=lambda: stored(down, "weight").to("cpu", torch.float64),
         base_matrix=lambda: _weight(base, {layer.in_features, layer.out_features}),
         has_bias=getattr(base, "bias", None) is not None,
-        magnitude=layer.lora_magnitude_vector[adapter] if layer.use_dora.get(adapter) else None,
+        update=layer.lora_magnitude_vector[adapter] if layer.use_dora.get(adapter) else None,
     )
 
 

@@ -34,7 +34,12 @@ def spread(adapted: AdaptedModel, memory: Memory) -> AdaptedModel:
         CheckpointError: It has a layer that cannot run so, or the disk has no room.
     """
     for layer in adapted.layers.values():
-        if layer.magnitude is not None:
+        if layer.is_whole:
+            raise CheckpointError(
+                f"{layer.name}: is of a whole model, which is measured beside its base and cannot be spread; leave "
+                "--nullspace-device-map out"
+            )
+        if layer.update is not None:
             raise CheckpointError(
                 f"{layer.name}: is a DoRA layer, which needs its whole weight beside it and cannot be spread; leave "
                 "--nullspace-device-map out"

@@ -32,6 +32,7 @@ def sinks(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
     without = ", and ".join(
         f"{FIGURES[figure].symbol} is {most.figure(figure, sinks=False):.3g}, not {most.figure(figure):.3g}"
         for figure in ("preservation", "forgetting")
+        if figure not in most.without
     )
     told = (
         f"sink rows: {len({layer.name for _, layer in found})} of {len(run.layers)} layers have rows beyond {SINK} "
@@ -228,6 +229,8 @@ def repeated(run: RunStats) -> str | None:
 
 def few_rows(run: RunStats) -> str | None:
     """How many layers are wider than their rows are many, and what would be enough; None if there are none."""
+    if run.has_no_down:  # the figure that few rows blur is none of it
+        return None
     tokens, distinct = _tokens(run)
     new = distinct / tokens if tokens else 1.0
     rows = {layer.name: _distinct(layer, new) for layer in run.layers}

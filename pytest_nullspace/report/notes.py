@@ -13,7 +13,7 @@ from pytest_nullspace.judging.profiles import WORDS, Profile
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.judging.weights import LayerWeights
 from pytest_nullspace.report.words import colour, mark
-from pytest_nullspace.run.figures import FIGURES, Text
+from pytest_nullspace.run.figures import FIGURES, OF_DOWN, Text
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
 from pytest_nullspace.run.texts import FIRST, drift_test, name_of, preserved
 
@@ -44,6 +44,7 @@ def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator
         yield f"nullspace: base model {printable(base or 'none', 1000)}, named by {how}"
     if checkpoint.outside:
         yield f"nullspace: {outside(checkpoint.outside)}"
+    yield from (f"nullspace: {remark}" for remark in checkpoint.remarks)
 
 
 def _named(name: object) -> str:
@@ -101,6 +102,11 @@ def saved_header(file: Path, run: RunStats, gated: int) -> Iterator[str]:
 
 def not_measured(run: RunStats) -> str | None:
     """Which figures nobody measured, and that they were not judged; None if all were."""
+    if run.has_no_down:
+        return (
+            f"no down projection: {' and '.join(OF_DOWN)} are not measured of a whole model, where not "
+            "--nullspace-rank=R takes the R leading right singular vectors of each ΔW for one"
+        )
     absent = [figure for figure in run.expected if figure in run.absent]
     return f"not measured: {', '.join(absent)}; left out of judging" if absent else None
 
@@ -121,7 +127,7 @@ def profile(expectations: Expectations) -> str | None:
     chosen = expectations.chosen
     if chosen is None:
         return None
-    guessed = chosen.profile is Profile.LORA and not chosen.why.startswith("as --")
+    guessed = chosen.profile is Profile.LORA and not chosen.why.startswith(("as --", "a whole model"))
     other = "; was one meant, --nullspace-profile=nullspace judges it" if guessed else ""
     return f"judged by {WORDS[chosen.profile]} (profile {chosen.profile}: {chosen.why}){other}"
 
@@ -156,7 +162,8 @@ def texts(run: RunStats) -> str:
 
 
 def best_possible(run: RunStats) -> Iterator[str]:
-    """Where the adapter stands between chance and the best that any subspace could do; nothing if never measured."""
+    """Where the adapter stands between chance and the best that any subspace could do, and what whole updates need."""
+    yield from _whole_updates(run)
     known = [(layer, layer.spectrum, layer.standing) for layer in run.layers]
     layers = [(layer, spectrum, standing) for layer, spectrum, standing in known if spectrum and standing is not None]
     if not layers:
@@ -169,6 +176,19 @@ def best_possible(run: RunStats) -> Iterator[str]:
         f"best possible on this text: leakage / chance {least:.3g} (median over layers); from chance (0) to that (1) "
         f"the adapter stands at {median(s for *_, s in layers):.3f}, lowest {lowest:.3f} in {printable(worst.name)}; "
         f"it shares {shared:.0%} of the best subspace; effective rank of inputs {min(ranks):.1f} to {max(ranks):.1f}"
+    )
+
+
+def _whole_updates(run: RunStats) -> Iterator[str]:
+    """The effective ranks of updates that are whole matrices; nothing of others."""
+    ranks = {layer.name: layer.effective_rank for layer in run.layers if layer.effective_rank is not None}
+    if not ranks:
+        return
+    values = list(ranks.values())
+    most = max(ranks, key=ranks.__getitem__)
+    yield (
+        f"effective rank of ΔW: {min(values):.1f} to {max(values):.1f}, median {median(values):.1f}; the largest in "
+        f"{printable(most)}"
     )
 
 

@@ -15,12 +15,13 @@ from pytest_nullspace.report.words import (
     figures,
     mark,
     named,
+    of_whole,
     reading,
     scanned_figure,
     shown,
     sink_rows,
 )
-from pytest_nullspace.run.figures import FIGURES, beside_a_task
+from pytest_nullspace.run.figures import FIGURES, OF_DOWN, beside_a_task
 from pytest_nullspace.run.stats import LayerStats, RunStats
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expe
     write_lines(reporter, verdict.lines(decision))
     if reporter.verbosity != ROWS:
         for layer, judged in zip(run.layers, verdicts, strict=True):
-            write_lines(reporter, ((line, None) for line in block(layer, judged)))
+            write_lines(reporter, ((of_whole(line) if run.is_whole else line, None) for line in block(layer, judged)))
     write_lines(reporter, ((line, None) for line in model.built_as(run)))
     if reporter.verbosity > 1 and (told := notes.time_spent(run)) is not None:
         write_lines(reporter, [(told, None)])
@@ -76,6 +77,9 @@ def write_lines(reporter: "pytest.TerminalReporter", lines: Iterable[tuple[str, 
 _COLOURS = {Tier.PASS: "green", Tier.WARN: "yellow", Tier.FAIL: "red"}
 
 
+_NORMS = ("||X|| (avg):", "||BX|| (avg):", "||ABX|| (avg):", "||W_residual @ X||:", "||full output||:")
+
+
 def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
     """The reference's block for one layer."""
     marks = {finding.threshold.figure: mark(verdict, finding.tier) for finding in verdict.findings}
@@ -83,23 +87,21 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
     yield f"Layer: {printable(layer.name)}"
     yield "=" * WIDTH
     yield f"samples: {layer.rows}" + (f", of which {sink_rows(layer)}" if layer.sinks else "")
-    if layer.rank:
+    if layer.rank or layer.effective_rank is not None:
         spans = "" if layer.down_rank in (None, layer.rank) else f" (B spans {layer.down_rank})"
-        yield f"input width: {layer.in_features}, rank: {layer.rank}{spans}, output width: {layer.out_features}"
+        ranks = f"rank: {layer.rank}{spans}, " if layer.rank else ""
+        ranks += "" if layer.effective_rank is None else f"effective rank: {layer.effective_rank:.1f}, "
+        yield f"input width: {layer.in_features}, {ranks}output width: {layer.out_features}"
     yield "-" * WIDTH
     yield "activation norms:"
-    for label, value in (
-        ("||X|| (avg):", layer.input_norm),
-        ("||BX|| (avg):", layer.down_norm),
-        ("||ABX|| (avg):", layer.update_norm),
-        ("||W_residual @ X||:", layer.base_norm),
-        ("||full output||:", layer.output_norm),
-    ):
-        yield f"  {label:<22} {value:.6f}"
+    for label, value in zip(_NORMS, layer.norms, strict=True):
+        if value is not None:
+            yield f"  {label:<22} {value:.6f}"
     yield "-" * WIDTH
     yield "null-space figures:"
     for figure in ("preservation", "effectiveness", "leakage"):
-        yield _figure_line(layer, figure, marks)
+        if figure not in OF_DOWN or layer.down_norm is not None:
+            yield _figure_line(layer, figure, marks)
     yield "-" * WIDTH
     yield "adapter contribution:"
     yield _figure_line(layer, "contribution", marks)
@@ -110,10 +112,9 @@ def block(layer: LayerStats, verdict: Verdict) -> Iterator[str]:
             yield _figure_line(layer, figure, marks)
     yield "-" * WIDTH
     base = "not measured" if layer.base_weight_norm is None else f"{layer.base_weight_norm:.6f}"
-    yield (
-        f"weight norms:  ||B||_F {layer.down_weight_norm:.6f}   ||A||_F {layer.up_weight_norm:.6f}   "
-        f"||W_residual||_F {base}"
-    )
+    down = "" if layer.down_weight_norm is None else f"||B||_F {layer.down_weight_norm:.6f}   "
+    update = "||ΔW||_F" if layer.effective_rank is not None else "||A||_F"
+    yield f"weight norms:  {down}{update} {layer.up_weight_norm:.6f}   ||W_residual||_F {base}"
     for fault in faults(verdict):
         yield f"  {mark(verdict)} {fault}"
 

@@ -57,8 +57,34 @@ _LETTER = re.compile(r"(?<![\w./\\-])(A|B)(?![\w/\\-]|\.\w)")
 _PEFT = {"A": "lora_B", "B": "lora_A"}
 
 
+_WHOLE = (
+    ("the adapter learned: A moved from zero to a meaningful value", "it learned: its weights moved from the base's"),
+    ("nothing learned: A frozen by mistake, or the", "nothing learned: the"),
+    ("no update at all: A is zero, or the scale is, or the product is too small", "no update at all: it is too small"),
+    (" (every A B x is zero): with the adapter the output is the same as without", ": the output is the base's"),
+    (" (A B x is zero): with the adapter the output is the same as without", ": the output is the base's"),
+    ("A B x", "ΔW x"),
+    ("ABX", "ΔWX"),
+    ("||W_residual @ X||:", "||W @ X||:         "),
+    ("W_residual", "W"),
+)
+"""What is said of A B, and what of an update that is a whole matrix."""
+
+
+def of_whole(told: str) -> str:
+    """A sentence about A B as one about an update that is a whole matrix."""
+    for ours, whole in _WHOLE:
+        told = told.replace(ours, whole)
+    return told
+
+
 def named(told: str, run: RunStats) -> str:
-    """A sentence with the matrices called as in its files: PEFT's ``lora_A`` is ``B``, and ``lora_B`` is ``A``."""
+    """A sentence with the matrices called as in its files: PEFT's ``lora_A`` is ``B``, and ``lora_B`` is ``A``.
+
+    Of a whole model there is neither: its update is ``ΔW``.
+    """
+    if run.is_whole:
+        return of_whole(told)
     if run.about.get("format") != "PEFT LoRA":
         return told
     return _LETTER.sub(lambda letter: _PEFT[letter[0]], told)
@@ -139,16 +165,9 @@ def layer_failure(layer: LayerStats, verdict: Verdict) -> str:
     """
     if not any(of.rows for of in (layer, *layer.further.values(), layer.task or layer)):
         return "\n".join([verdict.summary, *(f"{MARKS[Tier.FAIL]} {fault}" for fault in verdict.faults)])
-    norms = (
-        f"mean norms over {layer.rows} rows: ||X|| {layer.input_norm:.6g}, ||BX|| {layer.down_norm:.6g}, "
-        f"||ABX|| {layer.update_norm:.6g}, ||W_residual X|| {layer.base_norm:.6g}, ||output|| {layer.output_norm:.6g}"
-    )
+    norms = f"mean norms over {layer.rows} rows: {_norms(layer.norms)}"
     if layer.without_sinks is not None and layer.sinks:
-        x, down, update, base, output = layer.without_sinks.norms
-        norms += (
-            f"\nwithout {sink_rows(layer)}: ||X|| {x:.6g}, ||BX|| {down:.6g}, ||ABX|| {update:.6g}, "
-            f"||W_residual X|| {base:.6g}, ||output|| {output:.6g}"
-        )
+        norms += f"\nwithout {sink_rows(layer)}: {_norms(layer.without_sinks.norms)}"
     norms += "".join(
         f"\non the text {printable(name)}, over {of.rows} rows: "
         + ", ".join(f"{figure} {of.figure(figure):.4g}" for figure in _OF_PRESERVED if figure in layer.measured)
@@ -156,6 +175,12 @@ def layer_failure(layer: LayerStats, verdict: Verdict) -> str:
     )
     zero = SCALE_ZERO if layer.scale == 0 else "its A is zero" if layer.up_weight_norm == 0 else "A B x is zero"
     return _failure(verdict, norms, _zero_update(verdict, zero))
+
+
+def _norms(norms: Iterable[float | None]) -> str:
+    """The mean norms that there are."""
+    named_so = zip(("||X||", "||BX||", "||ABX||", "||W_residual X||", "||output||"), norms, strict=True)
+    return ", ".join(f"{name} {norm:.6g}" for name, norm in named_so if norm is not None)
 
 
 def model_failure(run: RunStats, verdict: Verdict) -> str:

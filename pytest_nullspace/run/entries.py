@@ -39,6 +39,7 @@ _KEYS = {
     "unplaced": "unplaced_windows",
     "bypassed": "weight_used_alone",
     "out_features": "out_features",
+    "effective_rank": "update_effective_rank",
     "mean_leakage": "leakage",
     "chance": "leakage_chance",
 }
@@ -47,8 +48,10 @@ _MARGINS, _TASK, _SPECTRUM, _FURTHER = "margin_95", "task", "spectrum", "texts"
 SINK_ROWS, _WITHOUT_SINKS = "sink_rows", "without_sinks"
 BY_WINDOW = "by_window"
 
-_UNTOLD = ("down_rank", "distinct_rows", "unplaced", "bypassed", "scale")
-"""What older files do not tell."""
+_UNTOLD = ("down_rank", "distinct_rows", "unplaced", "bypassed", "scale", "effective_rank")
+"""What older files do not tell, or what not every layer has."""
+_OF_DOWN = ("down_norm", "down_weight_norm", "preservation")
+"""What a layer has not whose update is a whole matrix; the rank of that matrix tells that it is one."""
 _ABSENT_IN_REFERENCE: Mapping[str, int] = {"in_features": 0, "rank": 0, "out_features": 0}
 
 _COUNTS = ("rows", "in_features", "rank", "down_rank", "distinct_rows", "unplaced", "bypassed", "out_features")
@@ -73,6 +76,7 @@ def entry_of(layer: LayerStats) -> dict[str, Any]:
     """The layer as a file holds it."""
     absent = {"mean_leakage", "leakage"} if layer.mean_leakage is None else set()
     absent |= {name for name in _UNTOLD if getattr(layer, name) is None}
+    absent |= set(_OF_DOWN) if layer.down_norm is None else set()
     if layer.task is None:
         absent |= {name for name in of_layers() if FIGURES[name].text is Text.BOTH}
     entry: dict[str, Any] = {key: plain(_value(layer, name)) for name, key in _keys().items() if name not in absent}
@@ -82,7 +86,9 @@ def entry_of(layer: LayerStats) -> dict[str, Any]:
         entry[SINK_ROWS] = layer.sinks
     if layer.sinks:
         entry[_WITHOUT_SINKS] = {
-            _keys()[name]: plain(_value(layer.without_sinks, name)) for name in (*_NORMS, *_ratios())
+            _keys()[name]: plain(_value(layer.without_sinks, name))
+            for name in (*_NORMS, *_ratios())
+            if name not in absent
         }
     if layer.margins:
         entry[_MARGINS] = {figure: plain(layer.margins[figure]) for figure in of_layers() if figure in layer.margins}
@@ -131,6 +137,9 @@ def layer_of(entry: object, where: str) -> LayerStats:
         values["spectrum"] = Spectrum(**numbers)
     for name in _MEASURED:
         if name in _UNTOLD and _KEYS[name] not in entry:
+            continue
+        if _is_without(name, entry):
+            values[name] = None
             continue
         value = entry.get(_KEYS[name], _ABSENT_IN_REFERENCE.get(name))
         if name in _COUNTS:
@@ -182,11 +191,17 @@ def _without_sinks(entry: Mapping[str, Any], layer: LayerStats, where: str) -> W
     where = f"{where}: {_WITHOUT_SINKS}"
     if not isinstance(told, dict):
         raise StatsError(f"{where} must hold what the norms are without the {sinks} sink rows; {AGAIN}")
-    values = {name: told.get(_KEYS[name], "missing") for name in _NORMS}
-    norms = {name: number(math.nan if v is None else v, f"{where}: {_KEYS[name]}") for name, v in values.items()}
+    values = {name: told.get(_KEYS[name], "missing") for name in _NORMS if not _is_without(name, entry)}
+    norms: dict[str, Any] = dict.fromkeys(_NORMS)
+    norms |= {name: number(math.nan if v is None else v, f"{where}: {_KEYS[name]}") for name, v in values.items()}
     quiet = WithoutSinks(layer.rows - sinks, **norms)
     _check_derived(told, quiet, where)
     return quiet
+
+
+def _is_without(name: str, entry: Mapping[str, Any]) -> bool:
+    """Whether ``name`` is of a B that the layer of that entry has not."""
+    return name in _OF_DOWN and _KEYS[name] not in entry and _KEYS["effective_rank"] in entry
 
 
 def _margins(told: object, where: str) -> dict[str, float]:

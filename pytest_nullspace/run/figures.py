@@ -325,6 +325,9 @@ FIGURES: dict[str, Figure] = {
 }
 """By name, in the order of reports; those of layers first."""
 
+OF_DOWN = ("preservation", "leakage")
+"""Those of the down projection B, which an update that is a whole matrix has not."""
+
 
 def of_layers() -> tuple[str, ...]:
     """The figures of a layer."""

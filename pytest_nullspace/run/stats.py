@@ -10,17 +10,13 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any
 
-from pytest_nullspace.run.figures import FIGURES, Text, beside_a_task, of_layers, selectivity
+from pytest_nullspace.run.figures import FIGURES, OF_DOWN, Text, beside_a_task, of_layers, selectivity
+from pytest_nullspace.run.norms import SINK as SINK
+from pytest_nullspace.run.norms import Ratios, ratio
+from pytest_nullspace.run.norms import WithoutSinks as WithoutSinks
 from pytest_nullspace.run.predictions import Drift as Drift
 from pytest_nullspace.run.predictions import TextDrift as TextDrift
 from pytest_nullspace.run.windows import ByWindow
-
-SINK = 8
-"""A row is a sink where its norm is beyond so many times the median norm of its layer's rows.
-
-The median is of the rows that are not zero, and rounded up to a power of two. In SmolLM2 the largest rows lie within 8
-times the median in most layers, and between 13 and 630 times in those where they carry up to half of mean ``‖x‖``.
-"""
 
 ORTHONORMAL = 1e-3
 """How far ``‖B‖² / r`` may lie from 1 for rows that were made orthonormal and left so."""
@@ -60,83 +56,26 @@ class Spectrum:
     shared: float
 
 
-class _Ratios:
-    """The figures that are ratios of mean norms."""
-
-    __slots__ = ()
-    input_norm: float
-    down_norm: float
-    update_norm: float
-    base_norm: float
-    output_norm: float
-
-    @property
-    def norms(self) -> tuple[float, float, float, float, float]:
-        """Of ``x``, ``Bx``, ``ABx``, ``W_res x`` and the output."""
-        return self.input_norm, self.down_norm, self.update_norm, self.base_norm, self.output_norm
-
-    @property
-    def preservation(self) -> float:
-        """``‖Bx‖ / ‖x‖``: how much of the input reaches the down projection."""
-        return _ratio(self.down_norm, self.input_norm)
-
-    @property
-    def effectiveness(self) -> float:
-        """``‖ABx‖ / ‖x‖``: how large the learned update is."""
-        return _ratio(self.update_norm, self.input_norm)
-
-    @property
-    def contribution(self) -> float:
-        """``‖ABx‖ / ‖output‖``: the update's share of the layer's output."""
-        return _ratio(self.update_norm, self.output_norm)
-
-    @property
-    def forgetting(self) -> float:
-        """``‖ABx‖ / ‖W_res x‖``: the update's size beside what it is added to."""
-        return _ratio(self.update_norm, self.base_norm)
-
-
 @dataclass(frozen=True, slots=True)
-class WithoutSinks(_Ratios):
-    """The mean norms over one layer's rows but its sinks, the few that may outweigh all others: see `SINK`.
-
-    Where there is no sink, they are what they are over all rows.
-
-    Attributes:
-        rows: How many rows are left.
-        input_norm: Mean of ``‖x‖`` over them.
-        down_norm: Mean of ``‖Bx‖``.
-        update_norm: Mean of ``‖ABx‖``, scale included.
-        base_norm: Mean of ``‖W_res x‖``.
-        output_norm: Mean of ``‖ABx + W_res x‖``, bias left out.
-    """
-
-    rows: int
-    input_norm: float
-    down_norm: float
-    update_norm: float
-    base_norm: float
-    output_norm: float
-
-
-@dataclass(frozen=True, slots=True)
-class LayerStats(_Ratios):
+class LayerStats(Ratios):
     """What was measured at one layer.
+
+    Of a model that was merged or trained whole, ``AB`` is ``ΔW = W′ − W`` and ``W_res`` is its base's W.
 
     Attributes:
         name: Its module path.
         rows: Activation rows that were seen.
         in_features: Width of its input.
-        rank: Rank of its adapter.
+        rank: Rank of its adapter; 0 where its update is a whole matrix.
         out_features: Width of its output.
         input_norm: Mean of ``‖x‖`` over rows.
-        down_norm: Mean of ``‖Bx‖``.
+        down_norm: Mean of ``‖Bx‖``; None where the update is a whole matrix, and so there is no B.
         update_norm: Mean of ``‖ABx‖``, scale included.
         base_norm: Mean of ``‖W_res x‖``.
         output_norm: Mean of ``‖ABx + W_res x‖``, bias left out.
         mean_leakage: Mean of ``‖Px‖² / ‖x‖²``, P the projector on B's row space; in [0, 1]. None if never measured.
-        down_weight_norm: Frobenius norm of B.
-        up_weight_norm: Frobenius norm of A, scale included.
+        down_weight_norm: Frobenius norm of B; None where there is none.
+        up_weight_norm: Frobenius norm of A, scale included; of ΔW where the update is a whole matrix.
         base_weight_norm: Frobenius norm of W_res. None if it is quantised in a way that does not give it.
         down_rank: How many directions the rows of B span. None if never counted, which is taken as ``rank``.
         distinct_rows: How many rows of its input were unlike each other, ``in_features`` where as many or more. None if
@@ -150,6 +89,8 @@ class LayerStats(_Ratios):
         scale: What the update is multiplied with, as PEFT's alpha / r. None if the file does not tell.
         by_window: The mean norms and the leakage of each window; None if they were not kept.
         further: The same layer on each further preserved text, by its name.
+        effective_rank: Of an update that is a whole matrix: e to the entropy of its singular values' shares. None of
+            other updates.
     """
 
     name: str
@@ -158,12 +99,12 @@ class LayerStats(_Ratios):
     rank: int
     out_features: int
     input_norm: float
-    down_norm: float
+    down_norm: float | None
     update_norm: float
     base_norm: float
     output_norm: float
     mean_leakage: float | None
-    down_weight_norm: float
+    down_weight_norm: float | None
     up_weight_norm: float
     base_weight_norm: float | None
     down_rank: int | None = None
@@ -177,21 +118,23 @@ class LayerStats(_Ratios):
     scale: float | None = None
     by_window: ByWindow | None = None
     further: Mapping[str, "LayerStats"] = field(default_factory=dict)
+    effective_rank: float | None = None
 
     @property
     def is_orthonormal(self) -> bool:
         """Whether the rows of B have the norm of orthonormal ones, as they do where they were made so and left so."""
-        return bool(self.rank) and abs(self.down_weight_norm**2 / self.rank - 1) <= ORTHONORMAL
+        norm = self.down_weight_norm
+        return bool(self.rank) and norm is not None and abs(norm**2 / self.rank - 1) <= ORTHONORMAL
 
     @property
     def chance(self) -> float:
         """``rank of B / in``: the leakage of a random subspace as large as B's row space, on any data."""
-        return _ratio(self.rank if self.down_rank is None else self.down_rank, self.in_features)
+        return ratio(self.rank if self.down_rank is None else self.down_rank, self.in_features)
 
     @property
     def leakage(self) -> float:
         """Leakage over chance: 1 is what a random subspace gets, 0 is a perfect null space."""
-        return math.nan if self.mean_leakage is None else _ratio(self.mean_leakage, self.chance)
+        return math.nan if self.mean_leakage is None else ratio(self.mean_leakage, self.chance)
 
     @property
     def selectivity(self) -> float:
@@ -199,17 +142,22 @@ class LayerStats(_Ratios):
         return selectivity(self, self.task)
 
     @property
+    def without(self) -> tuple[str, ...]:
+        """The figures that no text gives: leakage by the reference script, B's where there is none."""
+        lacking = {"preservation": self.down_norm, "leakage": self.mean_leakage}
+        return tuple(figure for figure, needs in lacking.items() if needs is None)
+
+    @property
     def absent(self) -> tuple[str, ...]:
-        """The figures that were never measured: leakage by the reference script, others without a task text."""
-        leakage = ("leakage",) if self.mean_leakage is None else ()
-        return (*leakage, *beside_a_task()) if self.task is None else leakage
+        """The figures that were never measured: those, and others without a task text."""
+        return (*self.without, *beside_a_task()) if self.task is None else self.without
 
     @property
     def standing(self) -> float | None:
         """Where the leakage lies between chance, 0, and the best that any subspace could reach, 1."""
         if self.spectrum is None or self.mean_leakage is None:
             return None
-        return _ratio(self.chance - self.mean_leakage, self.chance - self.spectrum.least_leakage)
+        return ratio(self.chance - self.mean_leakage, self.chance - self.spectrum.least_leakage)
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -250,7 +198,7 @@ class LayerStats(_Ratios):
         return max((self, *(replace(of, task=self.task) for of in self.further.values())), key=badness)
 
     @property
-    def _quiet(self) -> _Ratios:
+    def _quiet(self) -> Ratios:
         return self if self.without_sinks is None else self.without_sinks
 
     @property
@@ -263,7 +211,7 @@ class LayerStats(_Ratios):
         """How much of mean ``‖x‖`` is that of sink rows, from 0 to 1."""
         if not self.sinks or self.without_sinks is None:
             return 0.0
-        return 1 - _ratio(self.without_sinks.rows * self.without_sinks.input_norm, self.rows * self.input_norm)
+        return 1 - ratio(self.without_sinks.rows * self.without_sinks.input_norm, self.rows * self.input_norm)
 
     def margin(self, name: str) -> float | None:
         """How far `figure` may lie from what more text would give; None if that was never estimated."""
@@ -295,7 +243,7 @@ class LayerStats(_Ratios):
         for name, of in self.further.items():
             if of.defect is not None:
                 return f"on the text {name}: {of.defect}"
-        if not all(map(math.isfinite, (self.input_norm, self.down_norm, self.update_norm, self.base_norm))):
+        if not all(math.isfinite(norm) for norm in self.norms[:-1] if norm is not None):
             return "non-finite activations (NaN or infinity)"
         if not math.isfinite(self.output_norm):
             return "non-finite output (NaN or infinity)"
@@ -304,10 +252,6 @@ class LayerStats(_Ratios):
         if self.output_norm == 0:
             return "its output is zero in every row"
         return None
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
 
 
 @dataclass(frozen=True)
@@ -329,6 +273,16 @@ class RunStats:
     checkpoint_layers: int
     about: Mapping[str, Any] = field(default_factory=dict)
     drift: Drift | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is of a whole model, whose updates are whole matrices."""
+        return any(layer.effective_rank is not None for layer in self.layers)
+
+    @property
+    def has_no_down(self) -> bool:
+        """Whether nothing stands for the down projections that a whole model has not."""
+        return any(layer.down_norm is None for layer in self.layers)
 
     @property
     def without_drift(self) -> str | None:
@@ -363,8 +317,9 @@ class RunStats:
 
     @property
     def expected(self) -> tuple[str, ...]:
-        """The figures that its texts can give."""
-        return tuple(figure for figure in of_layers() if self.has_task or not FIGURES[figure].needs_task)
+        """The figures that its texts can give of its layers."""
+        known = (figure for figure in of_layers() if self.has_task or not FIGURES[figure].needs_task)
+        return tuple(figure for figure in known if not (self.has_no_down and figure in OF_DOWN))
 
     def mean(self, figure: str, sinks: bool = True) -> float:
         """The average of a figure over the layers that a row reached, as the reference's summary takes it."""

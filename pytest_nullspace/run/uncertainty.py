@@ -24,7 +24,9 @@ def margins(without: Sequence[LayerStats]) -> Mapping[str, float]:
     Returns:
         For each figure its margin, in its own unit.
     """
-    return {figure: jackknife([layer.figure(figure) for layer in without]) for figure in of_one_text()}
+    lacking = without[0].without if without else ()
+    figures = [figure for figure in of_one_text() if figure not in lacking]
+    return {figure: jackknife([layer.figure(figure) for layer in without]) for figure in figures}
 
 
 def jackknife(without: Sequence[float]) -> float:

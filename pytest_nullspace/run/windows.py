@@ -90,6 +90,8 @@ class ByWindow:
         for name, over in self.kind.over.items():
             stated = getattr(whole, name)
             found = _ratio(math.fsum(map(mul, self.counts[over], self.means[name])), math.fsum(self.counts[over]))
+            if stated is None and not any(self.means[name]):
+                continue  # there was nothing to measure
             if stated is None or not math.isclose(stated, found, rel_tol=CLOSE):
                 return f"{name} is {stated}, but over the windows {found:.7g}"
         return None

@@ -153,6 +153,11 @@ class Against:
 
     def check_comparable(self, outcome: RunStats, known: Collection[str] = tuple(COMPARED)) -> None:
         """Refuse an outcome that does not compare with the earlier run or the saved start, by what is ``known``."""
+        if self.start is not None and (outcome.is_whole or self.start.run.is_whole):
+            raise OptionError(
+                f"{PREFIX}init: {self.start_file} or {self._path} is of a whole model, which is held against its base "
+                "as it is measured; leave the option out"
+            )
         against = [("compare", self.earlier_file, self.earlier, set(COMPARED))]
         if self.start is not None:  # whether W_res is what it was is a test of its own, and figures may lack
             against.append(("init", self.start_file, self.start.run, {*COMPARED} - {"base", "figures"}))

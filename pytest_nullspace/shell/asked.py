@@ -63,6 +63,7 @@ def settings_of(read: Mapping[str, Any], folder: Path) -> Settings:
         device_map=read["device-map"],
         dtype=read["dtype"],
         layers=read["layers"],
+        rank=read["rank"],
         stage=read["stage"],
         overrides=read["threshold"],
         save_stats=read["save-stats"],

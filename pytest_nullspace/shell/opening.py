@@ -12,9 +12,9 @@ from pytest_nullspace.errors import OptionError
 from pytest_nullspace.measuring import inputs
 from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.loading import Bases
-from pytest_nullspace.run.figures import FIGURES
+from pytest_nullspace.run.figures import FIGURES, OF_DOWN
 from pytest_nullspace.settings import PREFIX, Settings, model_name
-from pytest_nullspace.shell.runs import CheckpointRun, GatedRun, SavedRun
+from pytest_nullspace.shell.runs import CheckpointRun, GatedRun, SavedRun, require_no_down
 from pytest_nullspace.text.readers import Text
 
 
@@ -35,8 +35,15 @@ def open_runs(settings: Settings, texts: dict[str, Text], live: InMemory | None 
     if live is not None:
         models = [CheckpointRun(live.checkpoint, live.checkpoint.directory.name, settings, bases, texts, live)]
     else:
-        models = [CheckpointRun(_opened(of), model_name(of), settings, bases, texts) for of in settings.models]
+        models = [
+            CheckpointRun(_opened(of, settings), model_name(of), settings, bases, texts) for of in settings.models
+        ]
     runs = (*models, *(SavedRun(file, settings) for file in settings.stats))
+    if settings.rank and not any(isinstance(run, CheckpointRun) and run.checkpoint.is_whole for run in runs):
+        raise OptionError(
+            f"{PREFIX}rank: {runs[0].path} has down projections of its own; the option is of merged and fully trained "
+            "models, so leave it out"
+        )
     _require_held(runs, settings)
     return runs
 
@@ -95,12 +102,27 @@ def _require_held(runs: Sequence[GatedRun], settings: Settings) -> None:
 
 def _not_measured(option: str, figure: str, where: Path | None) -> OptionError:
     record = FIGURES[figure]
-    needs = (("drift", record.of_predictions), ("task-dataset", record.needs_task))
+    needs = (("drift", record.of_predictions), ("task-dataset", record.needs_task), ("rank=R", figure in OF_DOWN))
     by = " ".join(f"{PREFIX}{name}" for name, is_needed in needs if is_needed) or "this plugin"
     return OptionError(
         f"{PREFIX}{option}: {figure} is not measured of {where}; measure with {by}, or leave the bound out"
     )
 
 
-def _opened(model: Path | str) -> Checkpoint:
-    return open_checkpoint(model if isinstance(model, Path) else downloaded(model, None, f"{PREFIX}model"))
+def _opened(model: Path | str, settings: Settings) -> Checkpoint:
+    directory = model if isinstance(model, Path) else downloaded(model, None, f"{PREFIX}model")
+    checkpoint = open_checkpoint(directory, settings.base, settings.rank)
+    if checkpoint.is_whole:
+        _check_whole(checkpoint, settings)
+    return checkpoint
+
+
+def _check_whole(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Refuse what nothing tells of a whole model."""
+    where, base = checkpoint.directory, f"its base, which {PREFIX}base names"
+    if settings.weights_only:
+        raise OptionError(f"{PREFIX}weights-only: {where} is a whole model without A and B to weigh; leave it out")
+    if settings.init is not None:
+        raise OptionError(f"{PREFIX}init: {where} is a whole model, and its start is {base}; leave the option out")
+    if not settings.rank:
+        require_no_down(where, settings)

@@ -74,9 +74,10 @@ OPTIONS = (
         "base",
         "DIR",
         "The base model of a PEFT adapter: a directory, a GGUF file or a hub id[@revision] (default: what its config "
-        "names).",
+        "names). A merged or fully trained model is held against it.",
         values.directory_or_id,
-        more="A base saved in 8 or 4 bits needs its library, bitsandbytes or torchao, a GGUF file needs gguf.",
+        more="A base saved in 8 or 4 bits needs its library, bitsandbytes or torchao, a GGUF file needs gguf. "
+        "See also [merged models](merged.md).",
     ),
     Option(
         "calib-dataset",
@@ -158,6 +159,15 @@ OPTIONS = (
         default="auto",
     ),
     Option("layers", "GLOB", "Gate only the layers whose names match GLOB.", values.text, default="*"),
+    Option(
+        "rank",
+        "R",
+        "Take the R leading right singular vectors of what changed for the down projections of a merged or fully "
+        "trained model, which has none.",
+        values.whole(1),
+        default=0,
+        more="Without it preservation and leakage are not measured of such a model. See [merged models](merged.md).",
+    ),
     Option(
         "stage",
         "STAGE",

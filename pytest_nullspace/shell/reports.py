@@ -83,7 +83,8 @@ def changed(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple
     if run.against.start is not None and run.against.start_file is not None:
         trained = run.expectations(outcome).stage is Stage.TRAINED
         lines += changes.start_lines(run.against.start, run.against.start_file, outcome, trained, every)
-    if outcome.layers and (every or run.against.start is not None):  # what is unknown is not told unasked
+    asked = every or run.against.start is not None  # what is unknown is not told unasked
+    if outcome.layers and not outcome.is_whole and asked:
         lines.append(changes.held_out(outcome, run.against.start))
     if compared is not None and run.against.earlier_file is not None:
         lines += changes.comparison(compared, run.against.earlier_file, run.against.missing)

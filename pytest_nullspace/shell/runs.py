@@ -21,7 +21,7 @@ from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.report import notes
 from pytest_nullspace.report import weights as weights_report
-from pytest_nullspace.run.figures import FIGURES, of_predictions
+from pytest_nullspace.run.figures import FIGURES, OF_DOWN, of_predictions
 from pytest_nullspace.run.stats import WITHOUT_DRIFT, RunStats
 from pytest_nullspace.run.texts import drift_test, preserved
 from pytest_nullspace.settings import PREFIX, Settings
@@ -32,6 +32,25 @@ from pytest_nullspace.text.readers import Text
 
 READ_ALIKE = ("weights_sha256", "task_text", "settings", "dtype")
 """What the processes that measure together must have found alike, of what a run tells."""
+
+
+def require_no_down(path: Path, settings: Settings) -> None:
+    """Refuse what asks for the down projections of a whole model for which nothing stands.
+
+    Raises:
+        OptionError: Something does.
+    """
+    needing = {
+        "profile": settings.profile in ("nullspace", "reference"),
+        "variant": settings.variant in ("v1", "v2") and settings.profile == "auto",
+        "spectrum": settings.spectrum,
+    }
+    asked = next((name for name, is_asked in needing.items() if is_asked), None)
+    if asked is not None:
+        raise OptionError(
+            f"{PREFIX}{asked}: asks what reaches a down projection, and {path} is a whole model that has none; measure "
+            f"it with {PREFIX}rank=R, by which so many right singular vectors stand for it, or leave the option out"
+        )
 
 
 class GatedRun(MeasuredOnce):
@@ -186,6 +205,7 @@ class CheckpointRun(GatedRun):
             name
             for name, figure in FIGURES.items()
             if (has_task or not figure.needs_task) and (has_drift or not figure.of_predictions)
+            if not (self.checkpoint.has_no_down and name in OF_DOWN)
         ]
 
     @property
@@ -292,6 +312,8 @@ class SavedRun(GatedRun):
                 f"{PREFIX}strict-scope: {file} does not tell what was trained outside its layers; "
                 "leave the option out for it"
             )
+        if self._saved.has_no_down:
+            require_no_down(file, settings)
         if settings.drift and self._saved.drift is None:
             raise OptionError(f"{PREFIX}drift: {file} does not tell of it; measure the model with the option")
         super().__init__(file, file, file.stem, names, settings)

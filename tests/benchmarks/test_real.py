@@ -75,6 +75,7 @@ def naive(adapted: AdaptedModel, windows: list[list[int]]) -> dict[str, list[flo
 
 def figures(layer: LayerStats) -> list[float]:
     assert layer.mean_leakage is not None
+    assert layer.down_norm is not None
     return [
         layer.input_norm, layer.down_norm, layer.update_norm, layer.base_norm, layer.output_norm, layer.mean_leakage,
     ]  # fmt: skip

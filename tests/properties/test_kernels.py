@@ -396,3 +396,43 @@ def test_a_norm_that_is_no_number_is_no_error_of_the_octaves(value: float) -> No
 def test_of_no_rows_none_are_sinks() -> None:
     """A layer that no row reached has sums of zero with and without sinks."""
     assert not kernels.without_sinks(kernels.sums_by_octave(torch.empty(0), torch.empty(0)), 8).any()
+
+
+@given(st.data(), WIDTHS, WIDTHS, SEEDS)
+def test_singular_values_and_vectors_are_those_of_the_whole_decomposition(
+    data: st.DataObject, out: int, width: int, seed: int
+) -> None:
+    """Of a matrix of any rank: the values, the space of the leading right vectors, and orthonormal rows."""
+    rank, generator = data.draw(st.integers(1, min(out, width))), seeded(seed)
+    matrix = torch.randn(out, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
+    values, rows = kernels.singular(matrix, rank)
+    assert torch.allclose(values, torch.linalg.svdvals(matrix.double()), atol=1e-6 * float(values[0]), rtol=0)
+    assert torch.allclose(rows @ rows.mT, torch.eye(rank, dtype=torch.float64), atol=1e-9)
+    if float(values[rank - 1]) > 1e-3 * float(values[0]):
+        assert torch.allclose(matrix.double() @ rows.mT @ rows, matrix.double(), atol=1e-5 * float(values[0]))
+    shares = values[values > 0] / values.sum()
+    assert kernels.effective_rank(values) == pytest.approx(float((-shares * shares.log()).sum().exp()), rel=EXACT)
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_the_effective_rank_of_equal_values_is_their_number(count: int, zeros: int) -> None:
+    """N equal singular values give n, however many are zero beside them; none at all give 0."""
+    values = torch.cat((torch.full((count,), 3.0), torch.zeros(zeros))).double()
+    assert kernels.effective_rank(values) == pytest.approx(count, rel=EXACT)
+    assert kernels.effective_rank(0 * values) == 0
+
+
+def test_a_matrix_that_is_no_number_has_no_singular_values() -> None:
+    """NaN gives NaN in the shapes that numbers would have, and no error of a library."""
+    values, rows = kernels.singular(torch.full((3, 5), torch.nan), 2)
+    assert (values.shape, rows.shape) == ((3,), (2, 5))
+    assert bool(values.isnan().all())
+    assert bool(rows.isnan().all())
+
+
+def test_no_b_stands_for_nothing() -> None:
+    """A layer without a down projection has no factors, and its rows no norms of ``Bx``."""
+    none = kernels.factors(torch.empty(0, 5), torch.empty(7, 0), 1.0)
+    assert (none.rank, none.matrices.shape) == (0, (2, 0, 0))
+    projected, update = kernels.inner_norms(torch.empty(4, 0), none.matrices.float())
+    assert (projected.tolist(), update.tolist()) == ([0.0] * 4, [0.0] * 4)

@@ -129,7 +129,9 @@ def test_a_whole_model_is_told_from_one_with_layers_of_peft_inside(tmp_path: Pat
     ):
         open_checkpoint(tmp_path)
     make(tmp_path, {"checkpoint-7/adapter_config.json": PEFT})
-    with pytest.raises(CheckpointError, match=r"no adapter left to gate; adapters lie below: give .*checkpoint-7$"):
+    with pytest.raises(
+        CheckpointError, match=r"no adapter left to gate: give its base by .*, or adapters lie below: give .*-7$"
+    ):
         open_checkpoint(tmp_path)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     save_file(load_file(tmp_path / "model.safetensors") | {key: torch.ones(2, 32)}, tmp_path / "model.safetensors")

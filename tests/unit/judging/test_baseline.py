@@ -147,7 +147,7 @@ def test_on_the_same_windows_the_difference_is_judged_with_its_own_margin() -> N
 def test_runs_that_are_identical_say_no_change_once() -> None:
     """Nothing changed, be it paired or not: one line, and no limit, not even none at all, fails it."""
     none = [Limit(figure, 0, True) for figure in of_layers()]
-    rounded = [dataclasses.replace(x, down_norm=x.down_norm * (1 + 1e-6)) for x in windowed(0.25).layers]
+    rounded = [dataclasses.replace(x, down_norm=(x.down_norm or 0.0) * (1 + 1e-6)) for x in windowed(0.25).layers]
     for now in (windowed(0.25), dataclasses.replace(windowed(0.25), layers=tuple(rounded))):
         assert told(now, windowed(0.25), *none) == ["against b.json: 0 of 9 layers are worse than allowed; no change"]
         assert not any(compare(now, windowed(0.25), none, TRAINED).regressions.values())

@@ -153,6 +153,7 @@ def test_the_norm_of_weights_is_theirs_however_large_or_small_they_are(tmp_path:
     plain, scaled = load(tmp_path / "plain").layers, load(tmp_path / "scaled").layers
     for name, layer in plain.items():
         down, up, base = layer.weight_norms()
+        assert down is not None
         assert scaled[name].weight_norms() == pytest.approx((down * 2.0**power, up * 2.0**-power, base), rel=1e-7)
 
 

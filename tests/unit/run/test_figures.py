@@ -22,6 +22,7 @@ NAME, KEY = "twist", "BX_over_FullOutput"
 
 def twist(of: LayerStats) -> float:
     """The kernel of a figure that nobody knows yet."""
+    assert of.down_norm is not None
     return of.down_norm / of.output_norm
 
 

@@ -292,6 +292,7 @@ def test_what_is_not_finite_is_null_in_the_file_and_nan_when_read(value: float) 
     assert entry["BX_ratio"] is None
     assert entry["X_norm"] == 8.0
     read = from_json(text, "f").layers[0]
+    assert read.down_norm is not None
     assert math.isnan(read.down_norm)
     assert read.defect is not None
 
