@@ -82,6 +82,7 @@ class Settings:
         strict_scope: Whether a trained tensor that no layer test covers is a failure.
         card: Whether the result is written into each adapter's model card.
         serve: The servers that are to take each adapter.
+        attest: Where a statement of the result is written.
     """
 
     models: tuple[Path | str, ...]
@@ -106,6 +107,7 @@ class Settings:
     strict_scope: bool = False
     card: bool = False
     serve: "tuple[Asked, ...]" = ()
+    attest: Path | None = None
     drift: bool | None = False
     spectrum: bool = False
     suggest: bool = False

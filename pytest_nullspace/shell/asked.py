@@ -73,6 +73,7 @@ def settings_of(read: Mapping[str, Any], folder: Path) -> Settings:
         strict_scope=read["strict-scope"],
         card=read["card"],
         serve=tuple(server for given in read["serve"] for server in given),
+        attest=read["attest"],
         drift=read["suggest"] or read["drift"],
         spectrum=read["spectrum"],
         suggest=read["suggest"],
@@ -153,6 +154,7 @@ def _check_together(settings: Settings) -> None:
         raise OptionError(f"{PREFIX}device-map: chooses the devices itself; leave {PREFIX}device out")
     _check_card(settings)
     _check_serve(settings)
+    _check_attest(settings)
     _check_weights_only(settings)
     _check_compare(settings)
     for option, template in (("save-stats", settings.save_stats), ("compare", settings.compare)):
@@ -187,6 +189,21 @@ def _check_serve(settings: Settings) -> None:
         why = "a saved run holds no files that a server could load; give the model as well"
     if why is not None:
         raise OptionError(f"{PREFIX}serve: {why}")
+
+
+def _check_attest(settings: Settings) -> None:
+    """A statement is of one adapter's files, which are at hand, and of a whole run."""
+    if settings.attest is None:
+        return
+    why = None
+    if settings.stats or len(settings.models) != 1:
+        why = "states the result of one adapter; give one model, and no saved run"
+    elif isinstance(settings.models[0], str):
+        why = f"{settings.models[0]} lies on the hub; download it, and give its directory"
+    elif settings.weights_only:
+        why = f"{PREFIX}weights-only measures no activations, which is no result; leave one of the two out"
+    if why is not None:
+        raise OptionError(f"{PREFIX}attest: {why}")
 
 
 def _check_weights_only(settings: Settings) -> None:

@@ -35,7 +35,7 @@ IN_MEMORY = "PeftModel"
 """What stands for a model in memory where a directory is asked for."""
 _AS_IT_IS = ("device", "device-map", "dtype")
 """Options that say how a model is loaded, and mean nothing for one that is there."""
-_NOT_HERE = ("model", "stats", "require", "report", "save-stats", "strict-scope", "weights-only", "card")
+_NOT_HERE = ("model", "stats", "require", "report", "save-stats", "strict-scope", "weights-only", "card", "attest")
 """Options of a run of pytest that mean nothing here, or that `Report` stands for."""
 
 

@@ -22,7 +22,7 @@ from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import is_drift
 from pytest_nullspace.settings import Settings, stats_file
-from pytest_nullspace.shell import cards, reports
+from pytest_nullspace.shell import attest, cards, reports
 from pytest_nullspace.shell.asked import lists_only
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.shell.decided import decided
@@ -280,6 +280,11 @@ class Gate:
             for run in self.runs if self.settings.card else ():
                 if (said := cards.write(run, self._decision(run))) is not None:
                     self._saved.append(self._as_typed(f"card: {said}"))
+            for file, run in self._files.items():  # last, for it is of the files as they are then
+                prefix = f"{node_id(file, root)}::"
+                failed = [name.removeprefix(prefix) for name in self._failed if name.startswith(prefix)]
+                if (said := attest.write(self.settings, run, self._decision(run), failed, prefix)) is not None:
+                    self._saved.append(self._as_typed(f"attest: {said}"))
         except NullspaceError as error:
             self._problems.append(str(error))
 

@@ -315,6 +315,15 @@ OPTIONS = (
         "else of the card stays byte for byte. A run that is NOT GATED writes nothing. See [the model card](card.md).",
     ),
     Option(
+        "attest",
+        "FILE",
+        "Write an unsigned in-toto statement to FILE: the SHA-256 of each file of the adapter and its base, the tests, "
+        "bounds and figures.",
+        values.path,
+        more="Written by a whole run alone, also by a failed one. `python -m pytest_nullspace attest-verify FILE DIR` "
+        "holds files against it. See [statements](attest.md).",
+    ),
+    Option(
         "allow-unreached",
         "GLOB",
         "Let layers that match GLOB pass with a warning where no activation row reached them, as experts may.",

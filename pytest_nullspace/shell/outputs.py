@@ -75,6 +75,8 @@ def _ours(settings: Settings, runs: Sequence["GatedRun"]) -> Iterator[_File]:
     if settings.save_stats is not None:
         yield from (_File(stats_file(settings.save_stats, run.name), f"{PREFIX}save-stats") for run in runs)
     yield from (_File(file, f"{PREFIX}report") for file in settings.reports)
+    if settings.attest is not None:
+        yield _File(settings.attest, f"{PREFIX}attest")
     if settings.card:
         yield from (_File(run.path / CARD, f"{PREFIX}card") for run in runs if run.path.is_dir())
     if summary := os.environ.get(SUMMARY):
