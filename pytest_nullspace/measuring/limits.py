@@ -104,7 +104,8 @@ def _skipped(model: Any, limit: int) -> int:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "position_embeddings" and getattr(module, "num_embeddings", None) == limit:
             padding = getattr(module, "padding_idx", None)
-            return 0 if padding is None else int(padding) + 1
+            # ProphetNet's streams, of which there are ngram, stand one behind the token that they read.
+            return 0 if padding is None else int(padding) + 1 + bool(getattr(model.config, "ngram", 0))
     return 0
 
 

@@ -7,6 +7,7 @@ under the hooks is held against PEFT's own, ‖BX‖/‖X‖ against float64 ari
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -200,7 +201,7 @@ def gated(row: Row, directory: Path, kind: Any) -> None:
     rows = [[ord(character) for character in TEXT[start : start + LENGTH]] for start in run.about["text"]["starts"]]
     ratios, theirs = of_peft(directory, kind, rows)
     assert set(ratios) == {layer.name for layer in run.layers if layer.rows or layer.unplaced}, "which layers run"
-    told = {layer.name: layer.preservation for layer in run.layers if layer.rows and not layer.unplaced}
+    told = {layer.name: layer.preservation for layer in run.layers if layer.defect is None}
     apart = [abs(ratio / ratios[name] - 1) for name, ratio in told.items()]
     row.ratio, row.logits = max(apart, default=0.0), float((under_hooks(directory, rows) - theirs).abs().max())
     if all(difference < EXACT for difference in apart) and row.logits < SAME:
@@ -232,7 +233,7 @@ def of_peft(directory: Path, kind: Any, rows: Sequence[Sequence[int]]) -> tuple[
     with torch.inference_mode():
         given = run(model, torch.tensor(rows))
     sums = {name: [sum(part) for part in zip(*of_tokens(calls), strict=True)] for name, calls in norms.items()}
-    return {name: narrow / wide for name, (_, narrow, wide) in sums.items()}, output(given)
+    return {name: narrow / wide if wide else math.nan for name, (_, narrow, wide) in sums.items()}, output(given)
 
 
 def of_tokens(calls: Sequence[tuple[int, float, float]]) -> Sequence[tuple[int, float, float]]:

@@ -86,14 +86,17 @@ _BY_KIND: Mapping[str, Any] = {"rope_parameters": {"full_attention": {"rope_type
 _HYBRID = ["mamba", "hybrid", "mamba", "hybrid"]
 OWN: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "blt": {"encoder_hash_byte_group_vocab": 256},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 256, "encoder_config": {"hidden_size_global": 32},
+        "decoder_config": {"hidden_size_global": 32},
+    },
     "chameleon": {"vocabulary_map": {"<image>": 150}, "vq_config": {**_QUANTISER, "embed_dim": 32}},
     "cohere_compass": {"text_config": _BY_KIND},
     "cohere_compass_text": _BY_KIND,
     "cosmos3_edge": _ROTARY,
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 48}},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "first_k_dense_replace": 1},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"]}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots3_note": {"text_config": _GROUPLESS},
     "dots3_note_text": _GROUPLESS,

@@ -61,6 +61,14 @@ def encoder(kind: str) -> Any:
     return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes))
 
 
+def prophetnet() -> Any:
+    side = {"num_decoder_layers": 1, "num_decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    config = transformers.ProphetNetConfig(
+        vocab_size=128, hidden_size=32, max_position_embeddings=66, is_encoder_decoder=False, **side
+    )
+    return transformers.ProphetNetForCausalLM(config)
+
+
 @pytest.mark.parametrize(
     ("make", "longest"),
     [
@@ -73,6 +81,7 @@ def encoder(kind: str) -> Any:
         (lambda: encoder("Bert"), 66),
         (lambda: encoder("Roberta"), 64),
         (lambda: encoder("XLMRoberta"), 64),
+        (prophetnet, 64),
     ],
     ids=[
         "plain",
@@ -84,6 +93,7 @@ def encoder(kind: str) -> Any:
         "bert",
         "roberta",
         "xlm-roberta",
+        "prophetnet",
     ],
 )
 def test_a_window_is_as_long_as_the_model_takes(make: Any, longest: int | None) -> None:
