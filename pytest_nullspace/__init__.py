@@ -14,6 +14,7 @@ from pytest_nullspace.errors import (
 )
 
 if TYPE_CHECKING:
+    from pytest_nullspace.callback import NullspaceCallback
     from pytest_nullspace.checkpoint import Checkpoint, LayerSpec, open_checkpoint
     from pytest_nullspace.judging.invariants import Expectations, Override, Stage, judge
     from pytest_nullspace.judging.verdicts import Threshold, Tier, Verdict
@@ -41,6 +42,7 @@ _HOMES = {
     "RunStats": "run.stats",
     "Report": "shell.called",
     "gate": "shell.called",
+    "NullspaceCallback": "callback",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "LayerSpec",
     "LayerStats",
     "MeasurementError",
+    "NullspaceCallback",
     "NullspaceError",
     "NullspaceWarning",
     "OptionError",

@@ -55,7 +55,7 @@ def in_memory(model: object, tokenizer: Any, base: str | None) -> Iterator[InMem
     except ImportError as error:
         raise OptionError(f"gate: a model in memory needs PEFT, {first_line(error)}; give a directory") from None
     whole = live.peft_model(model)
-    with TemporaryDirectory(prefix="nullspace-") as folder:
+    with live.chance_kept(whole), TemporaryDirectory(prefix="nullspace-") as folder:
         checkpoint = live.saved(whole, Path(folder) / "adapter")
         named = at_hand(checkpoint.base, checkpoint.base_revision) if checkpoint.base else None
         place = base_path(base, None, "base") if base is not None else named

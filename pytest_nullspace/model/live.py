@@ -107,8 +107,7 @@ def saved(model: PeftModel, folder: Path) -> Checkpoint:
 def measured(model: PeftModel, checkpoint: Checkpoint) -> Iterator[AdaptedModel]:
     """Within this context the model can be measured, its active adapter on; afterwards it is as it was.
 
-    That is every attribute of every module, what requires a gradient, and the state of every generator of random
-    numbers, also where an error ends the context.
+    That is every attribute of every module and what requires a gradient, also where an error ends the context.
 
     Args:
         model: The model.
@@ -240,7 +239,7 @@ def _input_device(model: PeftModel, base: nn.Module) -> torch.device:
 
 @contextmanager
 def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put back whatever is changed within of the modules and of chance; nothing is compiled or kept for a gradient."""
+    """Put back whatever is changed within of the modules; nothing is compiled or kept for a gradient."""
     modules = list(model.modules())
     attributes = [(vars(module), dict(vars(module))) for module in modules]
     attributes += [(held, dict(held)) for _, own in attributes for held in own.values() if isinstance(held, dict)]
@@ -250,12 +249,8 @@ def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
         for buffer in model.buffers()
         if buffer.numel() <= SMALL and not buffer.is_meta and not buffer.is_inference()
     ]
-    chance, numbers = random.getstate(), numpy.random.get_state()
-    cards = {tensor.device for tensor in model.parameters() if tensor.device.type not in ("cpu", "meta")}
-    kind = next(iter(cards)).type if cards else "cuda"
     with ExitStack() as within:
         within.enter_context(torch.no_grad())
-        within.enter_context(torch.random.fork_rng(sorted(cards, key=str), device_type=kind))
         for each in {"cpu", device.type}:
             within.enter_context(torch.autocast(each, enabled=False))
         if "torch._dynamo" in sys.modules:  # what is compiled passes by the hooks
@@ -272,5 +267,17 @@ def _left_as_it_was(model: nn.Module, device: torch.device) -> Iterator[None]:
             for buffer, version, copied in buffers:
                 if buffer._version != version:
                     buffer.copy_(copied)
-            random.setstate(chance)
-            numpy.random.set_state(numbers)
+
+
+@contextmanager
+def chance_kept(model: nn.Module) -> Iterator[None]:
+    """Put back the state of every generator of random numbers that the model may draw from."""
+    chance, numbers = random.getstate(), numpy.random.get_state()
+    cards = {tensor.device for tensor in model.parameters() if tensor.device.type not in ("cpu", "meta")}
+    kind = next(iter(cards)).type if cards else "cuda"
+    try:
+        with torch.random.fork_rng(sorted(cards, key=str), device_type=kind):
+            yield
+    finally:
+        random.setstate(chance)
+        numpy.random.set_state(numbers)

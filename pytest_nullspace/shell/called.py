@@ -11,6 +11,7 @@ from pytest_nullspace.errors import OptionError, quoted
 from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import Expectations, judge, verdicts_of
 from pytest_nullspace.judging.verdicts import Tier
+from pytest_nullspace.measuring import inputs
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.inmemory import InMemory, in_memory
 from pytest_nullspace.report import changes, html, markdown
@@ -153,6 +154,15 @@ def asked(
             f"gate: a model in memory is measured where and as it is; leave {fixed.replace('-', '_')} out"
         )
     return settings_of({name: _read(option, given.get(name)) for name, option in known.items()}, Path.cwd())
+
+
+def texts_of(settings: Settings) -> dict[str, Text]:
+    """The texts that the settings name, read once for several measurements.
+
+    Raises:
+        TextError: One cannot be had.
+    """
+    return dict(inputs.read_texts(settings))
 
 
 def of_model(model: Any, tokenizer: Any, settings: Settings, texts: dict[str, Text]) -> Report:

@@ -15,7 +15,7 @@ from tests.structure import imports, own, sources, wing, wings
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
-    "kernels", "model", "measuring.bypassed", "measuring.distinct", "measuring.drift", "measuring.forward",
+    "callback", "kernels", "model", "measuring.bypassed", "measuring.distinct", "measuring.drift", "measuring.forward",
     "measuring.moved", "measuring.recorder",
     "measuring.rows", "measuring.scaling", "measuring.spectrum", "measuring.streaming", "measuring.writing",
 }  # fmt: skip
