@@ -99,7 +99,7 @@ def browser() -> Iterator[Browser]:
     """A browser that ends with the block."""
     assert CHROMIUM is not None
     (reads, to), (back, writes) = os.pipe(), os.pipe()
-    with TemporaryDirectory() as profile:
+    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:  # its children may still write there
         # The shell puts the pipes where the browser looks for them.
         words = f'exec "$0" "$@" 3<&{reads} 4>&{writes}'
         process = subprocess.Popen(

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.candidates import Candidate, best
+from pytest_nullspace.judging.candidates import FIGURES_TOLD, Candidate, best
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report.layout import Form, shortened, table
 from pytest_nullspace.report.markdown import escape
 from pytest_nullspace.report.page import Page
 
-_COLUMNS = ("verdict", "divergence", "task-gain", "forgetting", "worst layer")
+_COLUMNS = ("verdict", *FIGURES_TOLD, "worst layer")
 BEST, OTHER = "★", " "
 WORST_ROOM = 20
 """Characters of the name of a worst layer where there is little room."""
@@ -29,6 +30,42 @@ def lines(candidates: Sequence[Candidate], width: float) -> Iterator[tuple[str, 
     yield title, None
     yield from ((row, one.call.tier) for row, one in zip(rows, candidates, strict=True))
     yield told(candidates), None
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """A candidate as a page shows it.
+
+    Attributes:
+        name: How reports name it.
+        best: Whether it is the best of them.
+        cells: Each figure's head, its value and how far that reaches, in per cent of the largest of all candidates.
+        worst: Its worst layer.
+    """
+
+    name: str
+    best: bool
+    cells: Sequence[tuple[str, str, float]]
+    worst: str
+
+
+def rivals(candidates: Sequence[Candidate]) -> list[Rival]:
+    """All of them, as a page shows them."""
+    chosen = best(candidates)
+    columns = [[one.figures[head] for one in candidates] for head in FIGURES_TOLD]
+    most = [max((value for value in of if math.isfinite(value)), default=0.0) for of in columns]
+    return [
+        Rival(
+            printable(one.name),
+            one is chosen,
+            [
+                (head, _shown(value), round(100 * max(value, 0.0) / of, 1) if of > 0 and math.isfinite(value) else 0.0)
+                for (head, value), of in zip(one.figures.items(), most, strict=True)
+            ],
+            printable(one.worst),
+        )
+        for one in candidates
+    ]
 
 
 def told(candidates: Sequence[Candidate]) -> str:
@@ -51,5 +88,8 @@ def page(candidates: Sequence[Candidate]) -> Page:
 
 
 def _cells(one: Candidate) -> tuple[str, ...]:
-    figures = (one.divergence, one.gain, one.forgetting)
-    return (str(one.call), *("–" if math.isnan(value) else f"{value:.3g}" for value in figures), printable(one.worst))
+    return (str(one.call), *map(_shown, one.figures.values()), printable(one.worst))
+
+
+def _shown(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3g}"

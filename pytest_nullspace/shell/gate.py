@@ -26,6 +26,7 @@ from pytest_nullspace.shell import attest, cards, reports
 from pytest_nullspace.shell.asked import lists_only
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.shell.decided import decided
+from pytest_nullspace.shell.extras import HtmlExtras
 from pytest_nullspace.shell.last import LastWord, message, record
 from pytest_nullspace.shell.opening import check_inputs, open_runs
 from pytest_nullspace.shell.outputs import append_step_summary, check_outputs
@@ -79,6 +80,8 @@ class Gate:
         self.decisions: dict[str, Decision] = {}
         prefixes = {self._where(run): f"{node_id(run.file, config.rootpath)}::" for run in self.runs}
         config.pluginmanager.register(LastWord(self.decisions, prefixes), "nullspace-last-word")
+        if not hasattr(config, "workerinput"):
+            HtmlExtras.register(config, self.decisions, prefixes, settings.reports)
         self._no_room: str | None = None
         self._folder: TemporaryDirectory[str] | None = None
         shared = getattr(config, "workerinput", {}).get(_SHARED)
@@ -218,7 +221,7 @@ class Gate:
                 run, {name.removeprefix(prefix): told for name, told in failed.items()}
             )
         if self._reports:
-            record(session.config, self.decisions)
+            record(session.config, self.decisions, self._candidates)
             self._write()
             self._state_what_was_not_measured()
         if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
@@ -266,16 +269,16 @@ class Gate:
             reports.Told(run, run.peek() or self._nothing(run), self._decision(run), node_id(file, root))
             for file, run in self._files.items()
         ]
+        beside = self._candidates() if len(self.runs) > 1 else []
         try:
             for run, outcome, *_ in told:
                 if self.settings.save_stats is not None and run.peek() is not None:
                     file = stats_file(self.settings.save_stats, run.name)
-                    saved.write(reports.diagnosed(run, outcome), file, self._saved_verdict(run))
+                    saved.write(reports.diagnosed(run, outcome), file, self._saved_verdict(run, beside))
                     self._saved.append(f"statistics saved to {file}")
-            beside = [candidates.page(self._candidates())] if len(self.runs) > 1 else []
-            pages = [*beside, *map(reports.page, told)]
+            pages = [*([candidates.page(beside)] if beside else []), *map(reports.page, told)]
             for file in self.settings.reports:
-                saved.write_atomically(file, reports.written(file.suffix, told, pages))
+                saved.write_atomically(file, reports.written(file.suffix, told, pages, beside))
             self._no_room = append_step_summary(pages)
             for run in self.runs if self.settings.card else ():
                 if (said := cards.write(run, self._decision(run))) is not None:
@@ -292,13 +295,13 @@ class Gate:
         """What is told of a run of which nothing could be measured."""
         return RunStats(str(run.path), self.settings.calib_dataset, (), len(run.layers))
 
-    def _saved_verdict(self, run: GatedRun) -> dict[str, Any]:
-        """The verdict on a run as it is saved, and which of several candidates is the best."""
-        told = self._decision(run).to_dict()
-        if len(self.runs) == 1:
+    def _saved_verdict(self, run: GatedRun, beside: Sequence[Candidate]) -> dict[str, Any]:
+        """The verdict on a run as it is saved, with all candidates where there are several, and the best of them."""
+        told, chosen = self._decision(run).to_dict(), best(beside)
+        if not beside:
             return told
-        chosen = best(self._candidates())
-        return {**told, "candidates": len(self.runs), "best": None if chosen is None else chosen.name}
+        several = [one.to_dict(one is chosen) for one in beside]
+        return {**told, "candidates": several, "best": None if chosen is None else chosen.name}
 
     def _decision(self, run: GatedRun) -> Decision:
         return self.decisions[self._where(run)]

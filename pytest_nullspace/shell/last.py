@@ -1,5 +1,6 @@
 """What the gate does to pytest's own summary: its failures are told once for all layers, and the verdict comes last."""
 
+import math
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from _pytest.junitxml import xml_key
 
 from pytest_nullspace.errors import NullspaceWarning
+from pytest_nullspace.judging.candidates import Candidate, best
 from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.report import terminal, verdict
 
@@ -122,12 +124,21 @@ def _wrap(
         setattr(reporter, section, seeing)
 
 
-def record(config: pytest.Config, decisions: Mapping[str, Decision]) -> None:
-    """Tell the verdicts as properties of the suite, where JUnit's file is written."""
+def record(config: pytest.Config, decisions: Mapping[str, Decision], told: Callable[[], Sequence[Candidate]]) -> None:
+    """Tell the verdicts, and what tells several apart, as properties of the suite, where JUnit's file is written."""
     xml = config.stash.get(xml_key, None)
     if xml is None:
         return
-    for name, decision in decisions.items():
-        of = f"[{name}]" if len(decisions) > 1 else ""
+    candidates = told()
+    chosen, several = best(candidates), len(decisions) > 1
+    for (name, decision), one in zip(decisions.items(), candidates, strict=True):
+        of = f"[{name}]" if several else ""
         xml.add_global_property(f"nullspace_verdict{of}", str(decision.call))
         xml.add_global_property(f"nullspace_why{of}", decision.sentence)
+        for figure, value in one.figures.items():
+            if math.isfinite(value):
+                xml.add_global_property(f"nullspace_{figure.replace('-', '_')}{of}", repr(value))
+        if one.worst:
+            xml.add_global_property(f"nullspace_worst_layer{of}", one.worst)
+    if several:
+        xml.add_global_property("nullspace_best", "" if chosen is None else chosen.name)

@@ -1,13 +1,15 @@
 """What is written of the runs when all tests have run: what is saved, and the report in the form of each file."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from pytest_nullspace import __version__
+from pytest_nullspace.judging.candidates import Candidate
 from pytest_nullspace.judging.decision import Decision
-from pytest_nullspace.judging.invariants import Stage
+from pytest_nullspace.judging.invariants import Expectations, Stage
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report import changes, html, machine, markdown, weights
 from pytest_nullspace.report.page import Page, joined
@@ -45,20 +47,31 @@ def page(told: Told) -> Page:
     return weights.page(outcome.model_path, weighed, faults, of, below, expectations.gates, decision)
 
 
-def written(suffix: str, told: Sequence[Told], pages: Sequence[Page]) -> str:
-    """The report of every run in the form that a file's suffix names."""
+def written(suffix: str, told: Sequence[Told], pages: Sequence[Page], beside: Sequence[Candidate]) -> str:
+    """The report of every run in the form that a file's suffix names.
+
+    Args:
+        suffix: Of the file.
+        told: The runs.
+        pages: Their Markdown.
+        beside: What is told of each beside the others; empty where there is one.
+    """
     if suffix == ".md":
         return joined(pages)
     held = [(of, of.run.expectations(of.outcome)) for of in told]
     if suffix == ".html":
-        return html.page(
-            [
-                html.sheet(of.run.name, of.outcome, expected, of.decision, changed(of.run, of.outcome))
-                for of, expected in held
-            ]
-        )
+        among = sum(len(of.outcome.layers) for of in told)
+        return html.page([sheet(of, expected, among) for of, expected in held], beside)
     gated = [machine.Gated(of.run.name, of.file, of.outcome, expected, of.decision) for of, expected in held]
     return machine.openmetrics(gated) if suffix == ".prom" else machine.sarif(gated, __version__)
+
+
+def sheet(told: Told, expectations: Expectations, among: int) -> html.Sheet:
+    """What the page shows of one run among so many layers; of an earlier one a line tells, and a table the rest."""
+    run, outcome, decision, _ = told
+    compared = run.against.compared(outcome)
+    lines = [*began(run, outcome), *itertools.islice(since(run, outcome), 1), *changes.remedy(outcome), *servers(run)]
+    return html.sheet(run.name, outcome, expectations, decision, lines, compared, among)
 
 
 def diagnosed(run: GatedRun, outcome: RunStats) -> RunStats:
@@ -76,19 +89,27 @@ def changed(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple
 
     With ``every`` layer by layer where there is so much to say.
     """
-    lines: list[tuple[str, Tier | None]] = []
-    audited, compared = run.against.told(outcome).audit, run.against.compared(outcome)
+    return [*began(run, outcome, every), *since(run, outcome), *changes.remedy(outcome), *servers(run)]
+
+
+def began(run: GatedRun, outcome: RunStats, every: bool = False) -> Iterator[tuple[str, Tier | None]]:
+    """The run against its start."""
+    audited = run.against.told(outcome).audit
     if audited is not None:
-        lines += changes.audit_lines(audited)
+        yield from changes.audit_lines(audited)
     if run.against.start is not None and run.against.start_file is not None:
         trained = run.expectations(outcome).stage is Stage.TRAINED
-        lines += changes.start_lines(run.against.start, run.against.start_file, outcome, trained, every)
+        yield from changes.start_lines(run.against.start, run.against.start_file, outcome, trained, every)
     asked = every or run.against.start is not None  # what is unknown is not told unasked
     if outcome.layers and not outcome.is_whole and asked:
-        lines.append(changes.held_out(outcome, run.against.start))
+        yield changes.held_out(outcome, run.against.start)
+
+
+def since(run: GatedRun, outcome: RunStats) -> Iterator[tuple[str, Tier | None]]:
+    """The run against an earlier one."""
+    compared = run.against.compared(outcome)
     if compared is not None and run.against.earlier_file is not None:
-        lines += changes.comparison(compared, run.against.earlier_file, run.against.missing)
-    return [*lines, *changes.remedy(outcome), *servers(run)]
+        yield from changes.comparison(compared, run.against.earlier_file, run.against.missing)
 
 
 def servers(run: GatedRun) -> Iterator[tuple[str, Tier | None]]:

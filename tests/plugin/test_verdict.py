@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -85,16 +86,57 @@ def test_the_workers_of_xdist_give_one_verdict(pytester: pytest.Pytester) -> Non
 
 
 def test_several_candidates_stand_in_one_table(pytester: pytest.Pytester) -> None:
-    """Of two saved runs the safe one is marked on the terminal, in Markdown and in what is saved again."""
-    saved.save(pytester.path / "bad.json", run(0.3))
-    files = ("--nullspace-save-stats={model}-again.json", "--nullspace-report=out.md")
-    result = gate(pytester, run(), "--nullspace-stats=bad.json", *files)
+    """Of two saved runs each format tells verdict, drift, gain, forgetting and worst layer, and marks the safe one."""
+    quiet, loud = (
+        dataclasses.replace(
+            of,
+            layers=tuple(
+                dataclasses.replace(layer, task=dataclasses.replace(layer, update_norm=4.0)) for layer in of.layers
+            ),
+        )
+        for of in (run(), run(0.3))
+    )
+    saved.save(pytester.path / "bad.json", loud)
+    formats = ("--nullspace-report=out.md", "--nullspace-report=out.html", "--junit-xml=out.xml")
+    result = gate(pytester, quiet, "--nullspace-stats=bad.json", "--nullspace-save-stats={model}-again.json", *formats)
     result.stdout.fnmatch_lines(
         ["*= nullspace: candidates =*", "★ ft.json *SAFE *", "  bad.json *DO NOT DEPLOY *", "★ best: ft.json, *"]
     )
     assert result.outlines[-2].startswith("verdict on bad.json: DO NOT DEPLOY: ")
-    assert Path("out.md").read_text("utf-8").startswith("## nullspace: candidates\n")
-    assert json.loads(Path("bad-again.json").read_text("utf-8"))["verdict"]["best"] == "ft.json"
+    worst = saved.NAMES[0]
+    told = {"ft.json": ("SAFE", 0.003, 1.0, worst), "bad.json": ("DO NOT DEPLOY", 0.15, 1.0, worst)}
+    markdown = Path("out.md").read_text("utf-8")
+    assert markdown.startswith("## nullspace: candidates\n")
+    page = Path("out.html").read_text("utf-8").partition('<table class="rivals">')[2].partition("</table>")[0]
+    junit = {
+        found["name"]: found["value"]
+        for found in (told.attrib for told in ElementTree.parse("out.xml").iter("property"))
+        if found["name"].startswith("nullspace_")
+    }
+    json_told = [json.loads(Path(f"{name}-again.json").read_text("utf-8"))["verdict"] for name in ("ft", "bad")]
+    assert [of["best"] for of in json_told] == ["ft.json", "ft.json"]
+    assert json_told[0]["candidates"] == json_told[1]["candidates"]
+    assert junit["nullspace_best"] == "ft.json"
+    forgetting = 0.5 / 7.5
+    for (name, (call, divergence, gain, layer)), entry in zip(told.items(), json_told[0]["candidates"], strict=True):
+        star = "★" if name == "ft.json" else " "
+        (row,) = (line for line in result.outlines if line.startswith(f"{star} {name}"))
+        assert row.split()[-4:-1] == [f"{divergence:.3g}", f"{gain:.3g}", f"{forgetting:.3g}"]
+        assert layer.endswith(row.split()[-1].lstrip("…"))
+        cells = f"{call} | {divergence:.3g} | {gain:.3g} | {forgetting:.3g} | {layer} |"
+        assert f"| {star} | {name} | {cells}" in markdown
+        assert f">{name}</a>" in page
+        assert f"<title>divergence {divergence:.3g}, beside the others</title>" in page
+        assert entry.pop("task-gain") == pytest.approx(gain)
+        assert entry == {
+            "name": name, "verdict": call, "divergence": divergence, "forgetting": forgetting, "worst_layer": layer,
+            "best": name == "ft.json",
+        }  # fmt: skip
+        assert junit[f"nullspace_verdict[{name}]"] == call
+        assert float(junit[f"nullspace_divergence[{name}]"]) == divergence
+        assert float(junit[f"nullspace_task_gain[{name}]"]) == pytest.approx(gain)
+        assert float(junit[f"nullspace_forgetting[{name}]"]) == forgetting
+        assert junit[f"nullspace_worst_layer[{name}]"] == layer
 
 
 MANY = [f"model.layers.{block}.mlp.up_proj" for block in range(200)]

@@ -24,7 +24,7 @@ DOORS = {
     "measuring.pipeline", "measuring.loading", "measuring.measurement", "measuring.distributed", "measuring.inmemory",
 }  # fmt: skip
 """Those that reach them, inside functions only."""
-PYTEST = {"plugin", "shell.gate", "shell.last", "shell.collect", "shell.fixtures", "shell.progress"}
+PYTEST = {"plugin", "shell.gate", "shell.last", "shell.extras", "shell.collect", "shell.fixtures", "shell.progress"}
 """Those that import pytest."""
 PYTEST_TYPES = PYTEST | {"shell.asked", "shell.options", "shell.outputs", "shell.values", "report.terminal"}
 """Those that may name it for their types."""

@@ -1,6 +1,8 @@
 """The tracking of benchmark ratios: what counts as a regression."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,28 @@ def test_the_committed_baseline_holds_ratios_of_every_kind() -> None:
     """What CI compares with is there, for the reduction and for the pass."""
     held = json.loads(track.BASELINE.read_text("utf-8"))
     assert {ratio for told in held.values() for ratio in told} == set(track.LOWER_IS_BETTER)
+
+
+def test_what_the_reduction_writes_keeps_its_keys(tmp_path: Path) -> None:
+    """Who reads the file of ``--benchmark-json`` finds in it what was always there: no key more, and none less."""
+    file = tmp_path / "run.json"
+    test = "tests/benchmarks/test_reduction.py::test_layer_update[576-float32-cpu]"
+    options = ("-o", "addopts=--strict-markers", "--benchmark-only", "-p", "no:randomly", "-p", "no:cacheprovider")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        test,
+        *options,
+        f"--benchmark-json={file}",
+        f"--basetemp={tmp_path / 't'}",
+    ]
+    subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True)
+    document = json.loads(file.read_text("utf-8"))
+    assert set(document) == {"machine_info", "commit_info", "benchmarks", "datetime", "version"}
+    (told,) = document["benchmarks"]
+    assert set(told) == {"group", "name", "fullname", "params", "param", "extra_info", "options", "stats"}
+    assert (told["group"], told["fullname"]) == ("reduction", test)
+    assert set(told["extra_info"]) == {"bytes_per_second", "copy_bytes_per_second", "share_of_copy_bandwidth"}
+    assert {"min", "max", "mean", "stddev", "median", "rounds", "iterations", "ops"} <= set(told["stats"])
+    assert track.ratios(document).keys() <= json.loads(track.BASELINE.read_text("utf-8")).keys()
