@@ -31,7 +31,8 @@ def build(folder: Path) -> tuple[Path, Path]:
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-d", str(folder)], cwd=ROOT, check=True, capture_output=True
     )
-    return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
+    (wheel,), (sdist,) = folder.glob(f"*-{VERSION}-*.whl"), folder.glob(f"*-{VERSION}.tar.gz")
+    return wheel.resolve(), sdist.resolve()
 
 
 def wheel_faults(wheel: Path) -> Iterator[str]:
