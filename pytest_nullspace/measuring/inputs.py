@@ -159,10 +159,14 @@ def why_no_drift(checkpoint: Checkpoint, settings: Settings) -> str | None:
 
 
 def _of_text_writer(checkpoint: Checkpoint) -> bool:
-    """Whether an adapter that names no task was saved from a class that writes text."""
+    """Whether an adapter that names no task may be of a class that writes text.
+
+    PEFT then names the class. Torchtune, which trains nothing else, names neither, and the base will tell.
+    """
     parent = checkpoint.config.get("auto_mapping")
     adapted = str(parent.get("base_model_class")) if isinstance(parent, Mapping) else ""
-    return checkpoint.config.get("task_type") is None and adapted.endswith(("ForCausalLM", "LMHeadModel"))
+    is_told = parent is not None and not adapted.endswith(("ForCausalLM", "LMHeadModel"))
+    return checkpoint.config.get("task_type") is None and not is_told
 
 
 def check_models(checkpoint: Checkpoint, initial: Checkpoint | None, settings: Settings, *, look: bool) -> None:

@@ -53,6 +53,21 @@ def test_it_is_that_of_the_rows_however_many_fit_at_once(adapted: AdaptedModel, 
         assert found[name].shared == pytest.approx(overlap, rel=1e-4)
 
 
+def test_it_is_that_of_the_rows_that_count(adapted: AdaptedModel) -> None:
+    """Of the rows at some places alone, as of what an assistant says, the values are those of these rows."""
+    places = [[0, 3, 4], [], list(range(7, 30))]
+    kept = [number * 40 + place for number, of in enumerate(places) for place in of]
+    rows, layer = rows_of(adapted, Q0)[kept], adapted.layers[Q0]
+    values = torch.linalg.eigvalsh(rows.mT @ rows / len(rows))
+    found = spectrum(adapted, WINDOWS, [Q0], counted=places)[Q0]
+    assert found.least_leakage == pytest.approx(float(values[: layer.rank].sum()), rel=1e-6, abs=1e-12)
+    (figures,) = measure(adapted, WINDOWS, layers=[Q0], counted=places)
+    assert figures.rows == len(rows)
+    assert figures.mean_leakage == pytest.approx(
+        float((rows @ torch.linalg.qr(layer.down_matrix().mT)[0]).square().sum(dim=-1).mean()), rel=1e-6
+    )
+
+
 def test_the_best_subspace_stands_at_one_and_no_adapter_beyond(adapted: AdaptedModel) -> None:
     """B from the smallest eigenvectors reaches the least leakage; any other B stands below it."""
     layer = adapted.layers[Q0]

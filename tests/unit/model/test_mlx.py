@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.checkpoint.arrays import norm, read_tensor
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.judging.audit import audit
+from pytest_nullspace.measuring.inputs import why_no_drift
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import load_model
 from tests import tiny
@@ -139,4 +141,8 @@ def test_what_torchtune_leaves_beside_its_pickle_is_gated(tmp_path: Path) -> Non
     (directory / "adapter_config.json").write_text(json.dumps(kept))
     (directory / "adapter_model.pt").write_bytes(b"cposix\nsystem\n(S'false'\ntR.")
     shutil.copy(tmp_path / "base" / "config.json", directory)
-    assert len(measure(load_model(directory), WINDOWS)) == 3
+    adapted = load_model(directory)
+    assert type(adapted.model) is type(tiny.llama())
+    assert len(measure(adapted, WINDOWS)) == 3
+    settings: Any = SimpleNamespace(device_map=None, base=None, layers="*", profile="auto")
+    assert why_no_drift(open_checkpoint(directory), settings) is None
