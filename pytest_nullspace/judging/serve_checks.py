@@ -11,6 +11,7 @@ from pytest_nullspace.checkpoint.fields import HARMLESS
 from pytest_nullspace.checkpoint.header import read_json_object
 from pytest_nullspace.checkpoint.layers import LayerSpec
 from pytest_nullspace.errors import printable, quoted, some
+from pytest_nullspace.judging.serve_names import tail
 from pytest_nullspace.judging.served import Check, Facts, Finding, doubt, is_expert, more, note, refused
 
 
@@ -234,6 +235,31 @@ def pooled(known: Iterable[str]) -> Check:
     return check
 
 
+def sized(facts: Facts) -> Iterator[Finding]:
+    """The matrices are as wide as one block's config says of all blocks."""
+    heads, hidden, inner = (
+        facts.base and facts.base.number(name) for name in ("num_attention_heads", "hidden_size", "intermediate_size")
+    )
+    if facts.base is None or not heads or not hidden or not inner:
+        return
+    of_head = facts.base.number("head_dim") or hidden // heads
+    shared = facts.base.number("num_key_value_heads") or heads
+    told = {
+        "q_proj": (hidden, of_head * heads), "k_proj": (hidden, of_head * shared), "v_proj": (hidden, of_head * shared),
+        "o_proj": ((facts.base.number("v_head_dim") or of_head) * heads, hidden),
+        "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
+    }  # fmt: skip
+    for layer in facts.layers:
+        size = (layer.in_features, layer.out_features)
+        if (wanted := told.get(layer.name.rpartition(".")[2], size)) != size and not is_expert(layer.name):
+            yield doubt(
+                f"tensor {quoted(facts.modules.get(layer.name, layer.name))} is of a module of {size[0]} to {size[1]}, "
+                f"and the base's config makes it {wanted[0]} to {wanted[1]}; whether its class has sizes of its own "
+                "was not checked"
+            )
+            return
+
+
 def no_added_tokens(facts: Facts) -> Iterator[Finding]:
     """``added_tokens.json`` names no token beyond the base's vocabulary."""
     file = facts.checkpoint.directory / "added_tokens.json"
@@ -255,7 +281,8 @@ def in_every_block(facts: Facts) -> Iterator[Finding]:
     """A projection that is adapted in one block is adapted in all, with one rank."""
     blocks = None if facts.base is None else facts.base.number("num_hidden_layers")
     if blocks is None:
-        yield doubt("its base is not at hand, so nobody knows whether each projection is adapted in every block")
+        why = "its base is not at hand" if facts.base is None else "its base's config tells no num_hidden_layers"
+        yield doubt(f"{why}, so that nobody can tell whether a projection is adapted in every block, as it must be")
         return
     ranks: dict[str, dict[int, int]] = {}
     for layer in facts.layers:
@@ -282,7 +309,8 @@ def none_missing(facts: Facts) -> Iterator[Finding]:
     wanted = [
         m for m in sorted(base.modules) if any(m == t or m.endswith(f".{t}") for t in targets) and not is_expert(m)
     ]
-    missing = [module for module in wanted if module not in facts.modules]
+    held = {tail(module) for module in facts.modules}
+    missing = [module for module in wanted if tail(module) not in held]
     if missing:
         yield doubt(
             f"{len(missing)} of the {len(wanted)} modules that target_modules names have no tensors here, such as "

@@ -38,6 +38,8 @@ def found(wrappers: Mapping[str, Mapping[str, str]], taken: Iterable[str]) -> Ch
             return
         prefixes = wrappers.get(base.architecture, {})
         own = {mapped(module, prefixes) for module in base.modules}
+        if not prefixes and not any(name.startswith("model.") for name in own):  # saved without the class of the head
+            own |= {f"model.{module}" for module in own}
         if base.ties_head:  # the files of the base hold it once
             own.add(mapped("lm_head", prefixes))
         lost = [module for module in facts.modules if mapped(module, prefixes) not in own]
@@ -82,22 +84,24 @@ def found_by_tail(told: str) -> Check:
 
 
 def tail(module: str) -> str:
-    """A module's name without the parts that hold the text model in one of several modalities."""
-    name = re.sub(r"(^|\.)(language_model|text_model)(?=\.)", "", module).removeprefix(".")
-    return re.sub(r"^(model\.)+", "", name)
+    """A module's name from the list of blocks on, or its last part: what stands before changes with what was saved."""
+    cut = re.search(r"[^.]+\.\d+\..*$", module)
+    name = cut[0] if cut is not None else module.rpartition(".")[2]
+    return f"tower {name}" if _TOWERS.search(module) else name
 
 
 _TOWERS = re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower|multi_modal_projector|embed_vision)\.")
 
 
-def only_text(flag: str | None) -> Check:
-    """No module of an image or sound tower, unless the server is started with ``flag``."""
+def only_text(flag: str | None = None, *, known: bool = True) -> Check:
+    """No module of an image or sound tower, unless the server is started with ``flag``; a doubt where nobody knows."""
 
     def check(facts: Facts) -> Iterator[Finding]:
         towers = [module for module in facts.modules if _TOWERS.search(module)]
         if towers and (flag is None or flag not in facts.asked.flags):
             unless = "" if flag is None else f", unless it is started with --{flag}"
-            yield refused(f"tensor {quoted(facts.modules[towers[0]])}{more(towers)} is of a tower, not of text{unless}")
+            told = f"tensor {quoted(facts.modules[towers[0]])}{more(towers)} is of a tower, not of text{unless}"
+            yield refused(told) if known else doubt(told)
 
     return check
 

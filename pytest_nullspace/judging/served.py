@@ -134,10 +134,13 @@ class Base:
 
     @property
     def ties_head(self) -> bool:
-        """Whether its head is its embedding."""
+        """Whether its head is its embedding; where the config leaves its class's default out, the files tell."""
         text = self.config.get("text_config")
         of_text = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
-        return bool(self.config.get("tie_word_embeddings", of_text))
+        told = self.config.get("tie_word_embeddings", of_text)
+        if isinstance(told, bool):
+            return told
+        return bool(self.modules) and not any(module.endswith("lm_head") for module in self.modules)
 
 
 _MATRIX = re.compile(r"\.(weight|qweight|weight_packed)$")

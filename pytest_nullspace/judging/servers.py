@@ -149,9 +149,9 @@ RULES = (
         "34186 (open), 48019, pull requests 39278 and 39369", names.found(VLLM_WRAPPERS, VLLM_PLAIN), last="0.28",
     ),
     _v(
-        "architecture", "a class that has no LoRA in the list of models takes no adapter",
-        "docs/models/supported_models.md@0046f77", has.architectures((*VLLM_PLAIN, *VLLM_WRAPPERS,
-        "Gemma4ForConditionalGeneration", "Gemma4ForCausalLM", "PixtralForConditionalGeneration"), VLLM_WITHOUT),
+        "architecture", "a class that has no LoRA in the list of models takes no adapter; Gemma 4 has it, and its "
+        "adapters are reported as without effect (issue 41754, open)", "docs/models/supported_models.md@0046f77",
+        has.architectures((*VLLM_PLAIN, *VLLM_WRAPPERS), VLLM_WITHOUT),
     ),
     _v(
         "lora-target-modules", "modules outside --lora-target-modules are left out without a word", "issue 55193 "
@@ -239,9 +239,11 @@ RULES = (
         has.no_added_tokens,
     ),
     _s("tower", "modules are told by the number after layers., so that a tower's are lost or taken for the text's",
-       "issue 28784", names.only_text(None)),
+       "issue 28784", names.only_text()),
     _s("modules", "sizes are known for these modules, else get_hidden_dim is “not implemented”",
        "python/sglang/srt/lora/utils.py@01235a1", has.pooled(_SGLANG_MODULES)),
+    _s("sizes", "one size for all blocks by the config, unless a class has get_hidden_dim of its own; else the shapes "
+       "do not fit", "python/sglang/srt/lora/utils.py@01235a1 (get_default_hidden_dim), pull request 19974", has.sized),
     _s("names", "what stands before layers.N does not matter", "python/sglang/srt/layers/utils.py (get_layer_id)",
        names.found_by_tail("no module of the base ends so")),
     _s("experts", "experts are taken in some classes", "python/sglang/srt/lora/lora.py", has.known_experts),
@@ -274,6 +276,8 @@ RULES = (
     _g("embedding", "base_layer.weight is left out", _GGUF, has.no_added_rows),
     _g("names", "each name is that of a tensor of the base, with or without language_model before it", f"{_GGUF}, "
        "src/llama-adapter.cpp", names.found_by_tail("the conversion maps no such name, or the model has none")),
+    _g("tower", "a tensor for which the text model has no place is left out, without an error but for lm_head", _GGUF,
+       names.only_text(known=False)),
     _g("experts", "experts are joined in some classes", _GGUF, has.known_experts),
     _p("adapter", "adapter_config.json with peft_type", _PEFT, has.is_adapter),
     _p("file", "adapter_model.safetensors is opened, or adapter_model.bin", _PEFT, has.one_file),

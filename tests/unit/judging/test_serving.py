@@ -362,7 +362,7 @@ def test_without_its_base_nothing_is_green(tmp_path: Path, server: str) -> None:
         ("sglang==0.5.13", "nobody checked"),
         ("tgi==4", "nobody checked"),
         ("peft==0.5", "nobody checked"),
-        ("llama.cpp==b6000", "nobody checked 11 of 11 rules for llama.cpp==b6000"),
+        ("llama.cpp==b6000", "nobody checked 12 of 12 rules for llama.cpp==b6000"),
     ],
 )
 def test_a_version_that_nobody_checked_warns(tmp_path: Path, server: str, said: str) -> None:
@@ -406,6 +406,48 @@ def test_an_unknown_class_is_a_doubt_and_one_without_lora_a_refusal(tmp_path: Pa
     base(other, "GPTNeoXForCausalLM")
     adapter(other)
     assert "a GPTNeoXForCausalLM, which takes no adapter" in refused(held(other, "vllm"), "architecture")
+
+
+def test_names_as_on_disk_prove_nothing_of_a_class_that_nobody_checked(tmp_path: Path) -> None:
+    """Gemma 4 holds the adapter's very names in its files, and vLLM has served its base all the same (41754)."""
+    base(tmp_path, "Gemma4ForConditionalGeneration", blocks(NESTED))
+    adapter(tmp_path, lora(blocks(NESTED)))
+    outcome = held(tmp_path, "vllm")
+    assert outcome.tier is Tier.WARN
+    assert "whether Gemma4ForConditionalGeneration takes adapters was not checked" in outcome.summary
+
+
+def test_a_head_is_tied_where_neither_config_nor_files_tell_of_one(tmp_path: Path) -> None:
+    """A config leaves out what is its class's default: then the head is tied where the files hold none."""
+    base(tmp_path, "GemmaForCausalLM")
+    adapter(tmp_path, lora([*blocks(), "lm_head"]))
+    assert "ties to its embedding" in refused(held(tmp_path, "llama.cpp"), "head")
+    assert held(tmp_path, "vllm").tier is Tier.PASS
+
+
+def test_a_base_saved_without_the_class_of_its_head_has_the_same_modules(tmp_path: Path) -> None:
+    """Its files lack the first part of every name, which the loader of a server puts back."""
+    base(tmp_path, modules=blocks("layers"))
+    adapter(tmp_path)
+    assert held(tmp_path, "vllm").tier is held(tmp_path, "peft==0.21").tier is Tier.PASS
+
+
+@pytest.mark.parametrize(("heads", "tier"), [(2, Tier.PASS), (4, Tier.WARN)])
+def test_sizes_that_one_config_cannot_tell_are_a_doubt_before_sglang(tmp_path: Path, heads: int, tier: Tier) -> None:
+    """Where q_proj is not as wide as heads and their size say, as with Qwen3.5's gate, a class must know better."""
+    base(tmp_path, num_attention_heads=heads, head_dim=4, hidden_size=WIDTH, intermediate_size=WIDTH)
+    adapter(tmp_path)
+    outcome = held(tmp_path, "sglang")
+    assert outcome.tier is tier
+    assert ("is of a module of 8 to 8, and the base's config makes it" in outcome.summary) is (tier is Tier.WARN)
+
+
+def test_a_tower_is_a_doubt_before_llama_cpp(tmp_path: Path) -> None:
+    """The conversion of the text model has no place for it, and says so of lm_head alone."""
+    seen = "model.visual.blocks.0.attn.qkv"
+    base(tmp_path, "Qwen3VLForConditionalGeneration", [*blocks(NESTED), seen])
+    adapter(tmp_path, lora([*blocks(NESTED), seen]))
+    assert held(tmp_path, "llama.cpp").tier is Tier.WARN
 
 
 def test_experts_are_a_doubt(tmp_path: Path) -> None:
