@@ -61,7 +61,7 @@ def read_texts(settings: Settings) -> Texts:
                 require_length(text, settings.seqlen or 0)
             except TextError as error:
                 raise TextError(f"{source}: {error}") from None
-    if settings.chat not in (AUTO, OFF) and all(isinstance(text, str) for text in texts.values()):
+    if settings.chat not in (AUTO, OFF) and not any(isinstance(text, Conversations) for text in texts.values()):
         raise TextError(
             f"{PREFIX}chat: no text holds conversations; give a table with a column messages, or with the columns "
             "prompt and completion, or leave the option out"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_nullspace.errors import TextError, printable, quoted
+from pytest_nullspace.text.conversations import FORMS
 from pytest_nullspace.text.images import SUFFIXES, Images, Picture, Row, pictures_of
 
 if TYPE_CHECKING:
@@ -166,6 +167,12 @@ def _caption(table: Table, held: str, source: str) -> str | None:
     for name in CAPTIONS:
         if name in strings:
             return name
+    if (talk := next((form[0] for form in FORMS if form[0] in table.columns and len(form) == 1), None)) is not None:
+        raise TextError(
+            f"{source}: holds images and conversations, which no chat template is asked to write together; name a "
+            f"column of plain text, as in FILE:{printable(held)}+caption, or read the conversations alone, as in "
+            f"FILE:{talk}"
+        )
     if len(strings) > 1:
         raise TextError(
             f"{source}: say which column holds the text of the images, as in FILE:{printable(held)}+caption; its "
