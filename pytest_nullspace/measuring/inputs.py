@@ -4,8 +4,10 @@ All of it is looked at before pytest collects, so that what is wrong is one usag
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from pytest_nullspace.checkpoint import Checkpoint, gguf
 from pytest_nullspace.checkpoint.arrays import is_orthonormal
@@ -149,7 +151,7 @@ def why_no_drift(checkpoint: Checkpoint, settings: Settings) -> str | None:
         return checkpoint.remarks[-1]
     if checkpoint.is_whole:
         return None
-    if checkpoint.config.get("task_type") != "CAUSAL_LM" and not _of_text_writer(checkpoint):
+    if checkpoint.config.get("task_type") != "CAUSAL_LM" and not _of_text_writer(checkpoint, settings):
         return "it is no causal language model"
     if checkpoint.changed_base is not None:
         return f"its initialisation changed the base's weights; {_ANYWAY}"
@@ -158,15 +160,27 @@ def why_no_drift(checkpoint: Checkpoint, settings: Settings) -> str | None:
     return None
 
 
-def _of_text_writer(checkpoint: Checkpoint) -> bool:
-    """Whether an adapter that names no task may be of a class that writes text.
+_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the classes end that write text; of the last some read on one side and write on another, as their config says."""
 
-    PEFT then names the class. Torchtune, which trains nothing else, names neither, and the base will tell.
-    """
-    parent = checkpoint.config.get("auto_mapping")
-    adapted = str(parent.get("base_model_class")) if isinstance(parent, Mapping) else ""
-    is_told = parent is not None and not adapted.endswith(("ForCausalLM", "LMHeadModel"))
-    return checkpoint.config.get("task_type") is None and not is_told
+
+def _of_text_writer(checkpoint: Checkpoint, settings: Settings) -> bool:
+    """Whether an adapter that names no task, or a wrong one, is of a class that writes text on the side it reads."""
+    task, parent = checkpoint.config.get("task_type"), checkpoint.config.get("auto_mapping")
+    named = settings.base if settings.base is not None else checkpoint.base
+    base = local_directory(named) if named else None
+    config: Mapping[str, Any] = {}
+    if base is not None:
+        with suppress(CheckpointError):  # which is told where the base is looked at
+            config = read_json_object(base / "config.json", "the base model's config")
+    adapted = parent.get("base_model_class") if task is None and isinstance(parent, Mapping) else None
+    classes = config.get("architectures")
+    if adapted is None and task in (None, "SEQ_2_SEQ_LM") and isinstance(classes, list):
+        adapted = next(iter(classes), None)
+    if adapted is None:  # nothing tells: the model will
+        return task is None
+    writers = _WRITERS if config and not config.get("is_encoder_decoder") else _WRITERS[:2]
+    return str(adapted).endswith(writers)
 
 
 def check_models(checkpoint: Checkpoint, initial: Checkpoint | None, settings: Settings, *, look: bool) -> None:

@@ -1,5 +1,6 @@
 """The predictions against the base model's: what serves as the base, and where the two models begin."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -166,6 +167,37 @@ BASES: dict[str, tuple[Callable[[], Any], dict[str, Any], Callable[..., None] | 
     "biases of the LoRA": (untied, {**Q_PROJ, "lora_bias": True}, None, "switched off"),
 }
 """What an adapter holds, and what serves as its base: itself, or the base once more."""
+
+
+# PEFT's own, while the test makes adapters with it.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("task", "mapped", "config", "writes"),
+    [
+        ("CAUSAL_LM", None, None, True),
+        (None, "LlamaForCausalLM", None, True),
+        (None, "LlavaForConditionalGeneration", {"architectures": ["LlavaForConditionalGeneration"]}, True),
+        (None, "LlavaForConditionalGeneration", None, False),
+        (None, "LlamaModel", {"architectures": ["LlamaForCausalLM"]}, False),
+        (None, None, {"architectures": ["LlamaForCausalLM"]}, True),
+        ("SEQ_2_SEQ_LM", None, {"architectures": ["Qwen2ForCausalLM"]}, True),
+        ("SEQ_2_SEQ_LM", None, {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, False),
+        ("SEQ_2_SEQ_LM", None, {"architectures": 5}, False),
+        ("SEQ_CLS", None, {"architectures": ["LlamaForCausalLM"]}, False),
+    ],
+)
+def test_whether_drift_is_measured_follows_from_the_class_where_the_task_is_wrong(
+    task: str | None, mapped: str | None, config: dict[str, Any] | None, writes: bool, tmp_path: Path
+) -> None:
+    """A decoder saved as another task, or without one, has its predictions compared; what is no decoder has not."""
+    told = {"task_type": task, "auto_mapping": None if mapped is None else {"base_model_class": mapped}}
+    directory = adapter(tmp_path, tiny.llama(), **Q_PROJ, r=4)
+    change(directory, lambda _, saved: saved.update(told))
+    file = tmp_path / "base" / "config.json"
+    file.unlink() if config is None else file.write_text(json.dumps(config))
+    checkpoint = open_checkpoint(directory)
+    settings: Any = SimpleNamespace(base=None, layers="*", profile="auto")
+    assert why_no_drift(checkpoint, settings) == (None if writes else "it is no causal language model")
 
 
 # PEFT's own, while the test makes adapters with it.
