@@ -177,7 +177,7 @@ def _of_text_writer(checkpoint: Checkpoint, settings: Settings) -> bool:
     classes = config.get("architectures")
     if adapted is None and task in (None, "SEQ_2_SEQ_LM") and isinstance(classes, list):
         adapted = next(iter(classes), None)
-    if adapted is None:  # nothing tells: the model will
+    if adapted is None:  # as of torchtune, which trains nothing else: the model will tell
         return task is None
     writers = _WRITERS if config and not config.get("is_encoder_decoder") else _WRITERS[:2]
     return str(adapted).endswith(writers)

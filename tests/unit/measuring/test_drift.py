@@ -180,6 +180,7 @@ BASES: dict[str, tuple[Callable[[], Any], dict[str, Any], Callable[..., None] | 
         (None, "LlavaForConditionalGeneration", None, False),
         (None, "LlamaModel", {"architectures": ["LlamaForCausalLM"]}, False),
         (None, None, {"architectures": ["LlamaForCausalLM"]}, True),
+        (None, None, None, True),
         ("SEQ_2_SEQ_LM", None, {"architectures": ["Qwen2ForCausalLM"]}, True),
         ("SEQ_2_SEQ_LM", None, {"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, False),
         ("SEQ_2_SEQ_LM", None, {"architectures": 5}, False),
