@@ -1,8 +1,8 @@
 """Whole models without an adapter, merged or trained whole: which linear layers differ from those of their base.
 
 Both are directories as transformers saves them, with tensors of the same names. What differs of ``<layer>.weight`` is
-the update of that layer; what else differs, such as norms, embeddings, heads, biases or experts that are fused or
-routed to, is told as trained outside the layers.
+the update of that layer; what else differs, such as norms, embeddings, heads, biases, routers or experts that are
+fused, is told as trained outside the layers.
 """
 
 import re
@@ -25,8 +25,8 @@ _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer
 """The architectures whose linear layers hold their weight as ``(in, out)``."""
 _ROWS = re.compile(r"embed|(^|\.)(wte|wpe|shared|lm_head)$|relative_attention_bias")
 """In the names of matrices that have a row for each token or place."""
-_ROUTED = re.compile(r"(^|\.)(gate|router)$|\.router\.|\.experts\.\d+\.")
-"""In those of routers, and of experts, which transformers 5 fuses."""
+_NOT_CALLED = re.compile(r"(^|\.)(gate|router|dt_proj)$|\.router\.|\.experts\.\d+\.")
+"""In those of routers, of experts, which transformers 5 fuses, and of what Mamba computes with in its own way."""
 _COMES_AND_GOES = re.compile(
     r"(^|\.)(lm_head|embed_tokens)\.weight$|\.(inv_freq|position_ids|masked_bias)$|attn\.bias$"
 )
@@ -165,7 +165,7 @@ def _is_linear(name: str, tensor: TensorInfo) -> bool:
         and len(tensor.shape) == 2
         and 0 not in tensor.shape
         and not _ROWS.search(layer)
-        and not _ROUTED.search(layer)
+        and not _NOT_CALLED.search(layer)
     )
 
 

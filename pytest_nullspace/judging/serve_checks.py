@@ -19,7 +19,9 @@ def is_adapter(facts: Facts) -> Iterator[Finding]:
     """A directory of another format is no adapter of PEFT's, which is what servers load."""
     if not facts.is_peft:
         cure = (
-            "merge it into a plain model (W_res + A B in each layer), and serve that"
+            "it has no adapter: serve it as a model"
+            if facts.checkpoint.is_whole
+            else "merge it into a plain model (W_res + A B in each layer), and serve that"
             if facts.checkpoint.carries_base
             else "convert it to PEFT's names first, and gate what is served"
         )

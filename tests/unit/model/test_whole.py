@@ -208,3 +208,64 @@ def test_what_is_no_number_is_a_defect(tmp_path: Path) -> None:
     for rank in (0, 2):
         (layer,) = measure(opened(tmp_path / "ft", rank), WINDOWS)
         assert layer.defect == "non-finite weights (NaN or infinity)"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_run_in_half_precision_keeps_a_change_that_is_small(tmp_path: Path, dtype: str) -> None:
+    """ΔW in numbers that float16 could hardly hold is applied in float32: its figures are those of a run in float32."""
+    model: Any = tiny.llama()
+    model.save_pretrained(tmp_path / "base")
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.gate_proj.weight.add_(1e-7 * torch.randn(48, 32))
+    model.save_pretrained(tmp_path / "ft")
+    exact, half = figures(opened(tmp_path / "ft")), figures(opened(tmp_path / "ft", dtype=dtype))
+    for name, layer in half.items():
+        assert layer.effectiveness == pytest.approx(exact[name].effectiveness, rel=0.01)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any], set[str], str]] = {
+    "fused experts": (
+        "Mixtral",
+        {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4},
+        {"q_proj", "k_proj", "v_proj", "o_proj"},
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight",
+    ),
+    "weights that are not called": (
+        "Mamba",
+        {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8},
+        {"in_proj", "x_proj", "out_proj"},
+        "backbone.layers.0.mixer.dt_proj.weight",
+    ),
+    "linear layers of its own": (
+        "Falcon",
+        {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "bias": True},
+        {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+        "transformer.h.0.mlp.dense_4h_to_h.bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_trained_whole_are_gated_in_their_linear_layers(tmp_path: Path, family: str) -> None:
+    """Every layer that has a test is measured, what else was trained lies outside, and the model predicts as saved."""
+    name, config, layers, outside = FAMILIES[family]
+    torch.manual_seed(0)
+    model: Any = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**config)).eval()
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "ft")
+    checkpoint, adapted = open_checkpoint(tmp_path / "ft", str(tmp_path / "base")), opened(tmp_path / "ft")
+    assert {layer.name.rpartition(".")[2] for layer in checkpoint.layers} == layers
+    assert outside in checkpoint.outside
+    assert {stats.name: stats.defect for stats in measure(adapted, WINDOWS)} == dict.fromkeys(adapted.layers)
+    assert len(adapted.layers) == len(checkpoint.layers)
+    tokens = torch.tensor(WINDOWS)
+    with torch.inference_mode():
+        assert torch.allclose(adapted.model(tokens).logits, model(tokens).logits, atol=1e-5)
