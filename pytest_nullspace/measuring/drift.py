@@ -148,7 +148,7 @@ def begun(base: Base, tokens: Sequence[int], first: int, place: torch.device) ->
     losses = []
     for before in ((), (first,)):
         read = torch.tensor([[*before, *tokens]], device=place)
-        with torch.inference_mode(), base() as plain:
+        with torch.no_grad(), base() as plain:
             logits = run(plain, read).logits[0, -len(tokens) : -1].double()
         losses.append(float(cross_entropy(logits, read[0, 1 - len(tokens) :])))
     return losses[0], losses[1]

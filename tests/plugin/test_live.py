@@ -267,6 +267,22 @@ def test_what_a_forward_leaves_in_a_module_is_taken_out_again(tmp_path: Path) ->
     assert not hasattr(norm, "cache")
 
 
+def test_no_tensor_is_made_that_could_not_be_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it runs in inference mode, whose tensors, kept by a module or a library, would break a later step."""
+    model = adapted(tmp_path)
+    (tmp_path / "task.txt").write_text(tiny.TEXT[::-1])
+    seen: list[bool] = []
+
+    def look(*_: Any) -> None:
+        seen.append(torch.is_inference_mode_enabled() or torch.is_grad_enabled())
+
+    model.get_base_model().model.norm.register_forward_hook(look)
+    options = {**QUICK, "spectrum": True, "suggest": True}
+    gate(model, tmp_path / "text.txt", tmp_path / "task.txt", **options)
+    assert len(seen) > 4
+    assert not any(seen)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_training_wraps_around_a_model_is_looked_through(tmp_path: Path) -> None:
     """A compiled model, and one within another as DDP has it, are measured as the model within."""
