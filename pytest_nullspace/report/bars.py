@@ -166,7 +166,7 @@ class Quotes:
     Attributes:
         text: The text.
         tier: Where the predictions on it lie; empty where no test judged them.
-        open: Whether a reader sees them without asking: where they do not pass, or there is no other text.
+        open: Whether a reader sees them without asking: where they do not pass.
         quotes: The most changed first.
     """
 
@@ -196,8 +196,7 @@ def quotes(drift: Drift, verdicts: Sequence[Verdict]) -> Iterator[Quotes]:
             before, token = printable(of.before, 400), printable(of.token, 400)
             told.append(Quote(where, before, token, moved, colour, models, f"{of.divergence:.2g}"))
         if told:
-            seen = tier in (Tier.FAIL, Tier.WARN) or len(texts) == 1
-            yield Quotes(f"preserved text {printable(name)}".rstrip(), str(tier or ""), seen, told)
+            yield Quotes(f"preserved text {printable(name)}".rstrip(), str(tier or ""), tier is not Tier.PASS, told)
 
 
 def _likelier(base: float, adapted: float) -> tuple[str, str]:

@@ -22,6 +22,8 @@ CELL, SLIM, NARROW = 16, 12, 2
 """A cell's height and greatest width, its width where two maps then stand side by side, and its least width."""
 HALF, WIDE = 384, 720
 """How wide two maps side by side may be each, and how wide one becomes before its cells grow narrow."""
+DIGIT, GAP, LINE = 7, 4, 12
+"""How wide a digit of a label is, the gap after it, and how high a line of labels."""
 SHADES = 4
 """Of a figure that does not decide: how many shades it has between its least and its greatest value."""
 HEIGHT, WIDTH = 150, 720
@@ -95,7 +97,7 @@ def heat(figure: str, layers: Sequence[LayerStats], shades: Sequence[tuple[str, 
         Cell(columns[at.block] * cell, rows[at.row] * CELL, shade, f"{printable(layer.name)}: {told}")
         for layer, at, (shade, told) in zip(layers, places, shades, strict=True)
     ]
-    step = max(1, math.ceil(36 / cell))
+    step = max(1, math.ceil((DIGIT * len(str(max(columns, default=0))) + GAP) / cell))
     return Heat(
         figure,
         [(number * CELL + CELL / 2, printable(row)) for row, number in rows.items()],
@@ -192,7 +194,7 @@ class Profile:
         whiskers: The outline of their margins.
         band: The outline of least and most by block, where there are.
         line: The medians of the blocks.
-        bounds: What parts the tiers: height, words and the tier beyond.
+        bounds: What parts the tiers: height, that of its label, the label and the tier beyond.
         ticks: Heights and values at the side.
         best: The least that any subspace could reach, the medians of the blocks; empty where that was not measured.
     """
@@ -202,7 +204,7 @@ class Profile:
     whiskers: str
     band: str
     line: str
-    bounds: Sequence[tuple[float, str, str]]
+    bounds: Sequence[tuple[float, float, str, str]]
     ticks: Sequence[tuple[float, str]]
     best: str
 
@@ -269,11 +271,17 @@ def _dots(
     return dots, "".join(whiskers)
 
 
-def _bounds(threshold: Threshold | None, scale: "_Scale") -> list[tuple[float, str, str]]:
+def _bounds(threshold: Threshold | None, scale: "_Scale") -> list[tuple[float, float, str, str]]:
+    """The bounds, the labels of two that lie near each other apart."""
     if threshold is None:
         return []
     told = ((threshold.passes, "pass", Tier.PASS), (threshold.fails, "fail", Tier.FAIL))
-    return [(scale(bound), f"{word} {bound:g}", str(tier)) for bound, word, tier in told if bound > 0]
+    found = sorted((scale(bound), f"{word} {bound:g}", str(tier)) for bound, word, tier in told if bound > 0)
+    heights = [y for y, *_ in found]
+    if len(heights) > 1 and heights[1] - heights[0] < LINE:
+        middle = sum(heights) / 2
+        heights = [middle - LINE / 2, middle + LINE / 2]
+    return [(y, at, label, tier) for (y, label, tier), at in zip(found, heights, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def sheet(told: Told, expectations: Expectations, among: int) -> html.Sheet:
     """What the page shows of one run among so many layers; of an earlier one a line tells, and a table the rest."""
     run, outcome, decision, _ = told
     compared = run.against.compared(outcome)
-    lines = [*began(run, outcome), *itertools.islice(since(run, outcome), 1), *changes.remedy(outcome), *servers(run)]
+    lines = [*began(run, outcome), *itertools.islice(since(run, outcome), 1), *servers(run)]
     return html.sheet(run.name, outcome, expectations, decision, lines, compared, among)
 
 

@@ -14,6 +14,7 @@ from pytest_nullspace.judging.candidates import Candidate, candidate
 from pytest_nullspace.judging.decision import decide
 from pytest_nullspace.judging.invariants import Expectations, Override, Stage
 from pytest_nullspace.judging.profiles import Chosen, Profile
+from pytest_nullspace.judging.remedy import KEY, Remedy
 from pytest_nullspace.report.html import ROWS, Sheet, page, sheet
 from pytest_nullspace.run.predictions import Passage
 from pytest_nullspace.run.stats import Drift, RunStats, Spectrum, TextDrift
@@ -209,6 +210,15 @@ def test_what_was_lost_is_quoted() -> None:
     for probability, width, instead in (("0.97", 97.0, "Mara"), ("0.0021", 0.21, "Zeta")):
         assert f'height="10" width="{width}%"' in text
         assert f"<strong>{probability}</strong> likeliest <code>&#39;{instead}&#39;</code>" in text
+
+
+def test_what_would_pass_stands_with_the_verdict() -> None:
+    """Where a scale that passes was looked for, what to write for it stands in the box of the verdict."""
+    run = run_of(1)
+    found = Remedy(0.5, "lora_alpha 8 in place of 16", {"divergence": (0.04, 0.01)}, 0.9)
+    text = page([sheet_of(dataclasses.replace(run, about={**run.about, KEY: found.to_dict()}))])
+    box = text.partition('<div class="verdict')[2].partition("</div>")[0]
+    assert "<p><strong>suggestion: lora_alpha 8 in place of 16 would pass: divergence 0.04 ± 0.01" in box
 
 
 def test_how_quiet_it_could_be_is_told_of_every_text() -> None:
