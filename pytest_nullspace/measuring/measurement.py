@@ -19,7 +19,7 @@ from pytest_nullspace.run.figures import FIGURES, on_the_task
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
 from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import PREFIX, Settings
-from pytest_nullspace.text.windows import Window, counted, predicted
+from pytest_nullspace.text.windows import Shown, Window, counted, predicted
 
 if TYPE_CHECKING:
     from pytest_nullspace.measuring.drift import Base, Predictions
@@ -238,7 +238,9 @@ class Measurement:
         A tokenizer that lost it makes Gemma's kind a model that cannot read; others hardly mind.
         """
         window, first = self.drawn[FIRST][0], of_text(self.adapted.model.config, "bos_token_id")
-        tokens = window.tokens[:BEGUN]
+        # Of a row of images its text, which alone is asked about.
+        of_row = tuple(window.tokens[place] for place in window.places) if isinstance(window.tokens, Shown) else None
+        tokens = (window.tokens if of_row is None else of_row)[:BEGUN]
         is_id = isinstance(first, int) and 0 <= first < (vocabulary(self.adapted.model) or 0)
         is_first = window.within is None or not window.within.before
         if self.held_against is None or not is_id or not is_first or len(tokens) < 2 or tokens[0] == first:

@@ -14,8 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.measuring import drift
 from pytest_nullspace.measuring.drift import Predictions
 from pytest_nullspace.measuring.forward import require_images_read, telling
+from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement
 from pytest_nullspace.measuring.spectrum import spectrum
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.text.processor import Processor, processor_of
@@ -196,6 +198,27 @@ def test_a_model_that_takes_no_images_is_refused(tmp_path: Path) -> None:
     other = Case(tmp_path / "other", "gemma3")
     with pytest.raises(CheckpointError, match="a LlavaForConditionalGeneration, cannot read what the processor makes"):
         require_images_read(case.adapted, open_checkpoint(case.directory), "pixel_values", other.shown[0])
+
+
+def test_a_lost_first_token_is_looked_for_in_the_text_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is asked with and without it on the row's text, in which nothing stands for an image."""
+    case = Case(tmp_path, "gemma3")
+    asked: list[Sequence[int]] = []
+
+    def begun(_: object, tokens: Sequence[int], *__: object) -> tuple[float, float]:
+        asked.append(tokens)
+        return 9.0, 1.0
+
+    monkeypatch.setattr(drift, "begun", begun)
+    assert case.adapted.switched_off is not None
+    held = HeldAgainst("the base", case.adapted.switched_off, CPU)
+    settings: Any = None
+    run = Measurement(
+        open_checkpoint(case.directory), settings, case.adapted, {"text": case.windows}, 64, "", None, held
+    )
+    assert run.unbegun()["first_token"]["base_loss"] == 9.0
+    assert asked == [tuple(token for token in case.shown[0] if token != IMAGE)]
+    assert bytes(asked[0]).endswith(CAPTIONS[0].encode())
 
 
 def test_what_tells_most_is_run_first() -> None:
