@@ -103,9 +103,13 @@ def check_chat(
 
 def may_be_rows(settings: Settings) -> bool:
     """Whether a text may hold conversations or images, of which nobody knows how many windows they are unread."""
+    try:
+        given = sources(settings).values()
+    except TextError:  # which is told where it is read, after all that is wrong without it
+        return False
     return any(
         source.path.suffix.lower() != ".txt" if isinstance(source, FileText) else not isinstance(source, SelfText)
-        for source in sources(settings).values()
+        for source in given
         if source not in NAMED_SETS.values()
     )
 
