@@ -16,6 +16,10 @@ from pytest_nullspace.run.figures import OF_DOWN
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import DRIFT, called, is_drift
 
+MORE_TEXT = "but more text might change that"
+"""Said of a figure that more text might put into another tier."""
+_FLOORS = frozenset({"headroom"})
+"""Figures that hold a gross mistake off, so that one that passes only just is no doubt."""
 DECIDING = 3
 """Reasons that are told of a verdict at most."""
 
@@ -67,8 +71,7 @@ class Reason:
         if self.finding is None:
             return ""
         threshold, value = self.finding.threshold, f"{self.finding.value:.3g}"
-        if self.finding.margin is not None:
-            value += f" ± {self.finding.margin:.2g}"
+        value += self.finding.with_margin
         bound = threshold.fails if self.tier is Tier.FAIL else threshold.passes
         of = f", {self.subject}" if self.layers else ""
         return f"{threshold.figure} {value}, bound {bound:g}{of}"
@@ -108,9 +111,11 @@ class Decision:
     def sentence(self) -> str:
         """Why, in one sentence."""
         first = self.reasons[0]
+        doubted = first.finding is not None and first.finding.uncertain
+        doubt = f", {MORE_TEXT}" if self.call is Call.STOP and doubted else ""
         if self.call is Call.SAFE:
             return ", ".join(reason.words.removeprefix("the ").replace(" is ", " ") for reason in self.reasons[:2])
-        return f"{first.headline}: {first.words}" if first.headline else first.words
+        return (f"{first.headline}: {first.words}" if first.headline else first.words) + doubt
 
     @property
     def more(self) -> str | None:
@@ -276,9 +281,9 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
         yield Reason("what it learned was not judged (--nullspace-task-dataset)", Tier.WARN)
     for verdict in verdicts:
         for finding in verdict.findings if is_drift(verdict.subject) else ():
-            if finding.uncertain:
+            if finding.uncertain and finding.threshold.figure not in _FLOORS:
                 near = _of(verdict, finding, Tier.WARN)
-                yield Reason(f"{near.words}, but more text might change that", Tier.WARN, finding, verdict.subject)
+                yield Reason(f"{near.words}, {MORE_TEXT}", Tier.WARN, finding, verdict.subject)
 
 
 def _kept(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Finding]]:

@@ -113,7 +113,7 @@ def _measured(run: RunStats) -> Chosen:
     quiet = fmean(leaks) < QUIET
     return Chosen(
         Profile.NULLSPACE if quiet else Profile.LORA,
-        f"{'a' if quiet else 'no'} null space was measured: {fmean(leaks):.3g} of chance",
+        f"{'a' if quiet else 'no'} null space was found (leakage {fmean(leaks):.3g} x chance)",
     )
 
 

@@ -93,6 +93,13 @@ class Finding:
         return len(tiers) > 1
 
     @property
+    def with_margin(self) -> str:
+        """How far it may lie from what more text would give, to stand behind the value; empty where nobody knows."""
+        if self.margin is None:
+            return ""
+        return f" ± {self.margin:.2g}" if math.isfinite(self.margin) else " (one window, so no margin)"
+
+    @property
     def uncertain(self) -> bool:
         """Whether more text might put the value into another tier."""
         if self.margin is None or not math.isfinite(self.value):

@@ -4,8 +4,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.decision import Decision
+from pytest_nullspace.judging.decision import Call, Decision
 from pytest_nullspace.judging.invariants import Expectations
+from pytest_nullspace.judging.profiles import KEPT
+from pytest_nullspace.judging.remedy import KEY as SUGGESTION
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import doubts, notes, verdict
 from pytest_nullspace.report.layout import Form, table, with_faults
@@ -14,6 +16,8 @@ from pytest_nullspace.run.stats import LayerStats, RunStats
 
 WORST_SHOWN = 3
 COLUMNS_LEAST = 3
+LOUD = "forgetting"
+"""The figure by which layers are shown where none is worse than the others."""
 Line = tuple[str, Tier | None]
 
 
@@ -22,6 +26,8 @@ def summary(
 ) -> Iterator[Line]:
     """The lines of the summary, each with the tier that colours it; ``-v`` shows all of what they tell the first of."""
     yield from verdict.lines(decision)
+    if (further := next_step(run, decision)) is not None:
+        yield further, None
     if (told := notes.measured_on(run)) is not None:
         yield told, None
     yield from counted(run, verdicts, expectations)
@@ -29,6 +35,18 @@ def summary(
     yield from ((told, Tier.WARN) for doubt in doubts.all_of(verdicts, run, expectations) if (told := _first(doubt)))
     if run.layers:
         yield from _table(run, verdicts, decision, width)
+
+
+def next_step(run: RunStats, decision: Decision) -> str | None:
+    """What to try first, where there is one thing to try; a cause has its own page."""
+    first = decision.reasons[0].finding
+    if decision.causes or first is None:
+        return None
+    if decision.call is Call.STOP and first.threshold.figure in KEPT and SUGGESTION not in run.about:
+        return "next: --nullspace-suggest looks for a smaller scale that passes"
+    if decision.call is Call.LOOK and first.uncertain:
+        return "next: --nullspace-calib-size=auto reads text until that is settled"
+    return None
 
 
 def counted(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations) -> Iterator[Line]:
@@ -65,17 +83,31 @@ def _first(doubt: str) -> str:
 def _table(run: RunStats, verdicts: Sequence[Verdict], decision: Decision, width: float) -> Iterator[Line]:
     """The worst layers, in the figures that decided before the others, as many as there is room for by their names."""
     ordered = sorted(zip(run.layers, verdicts, strict=True), key=lambda pair: pair[1].severity, reverse=True)
-    worst = [pair for pair in ordered if pair[1].tier is not Tier.PASS][:WORST_SHOWN] or ordered[:1]
+    worst = [pair for pair in ordered if pair[1].tier is not Tier.PASS][:WORST_SHOWN]
+    heading = "worst layers" if len(ordered) > max(len(worst), 1) else "layers"
+    loud = [] if worst else _loudest(run, ordered, decision)
+    heading, worst = ("largest updates", loud) if loud else (heading, worst or ordered[:1])
     rows: list[LayerStats | RunStats] = [*(layer for layer, _ in worst), run]
     findings = [reason.finding for reason in decision.reasons if reason.finding is not None]
     first = [finding.threshold.figure for finding in findings if finding.threshold.figure in run.expected]
-    figures = list(dict.fromkeys([*first, *run.expected]))
+    figures = list(dict.fromkeys([*([LOUD] if loud else []), *first, *run.expected]))
     least = min(COLUMNS_LEAST, len(figures))
     forms = [
         Form(figures[:count], [[scanned_figure(row, figure) for figure in figures[:count]] for row in rows])
         for count in range(len(figures), least - 1, -1)
     ]
-    yield from layer_lines("worst layers" if len(ordered) > len(worst) else "layers", worst, forms, width)
+    yield from layer_lines(heading, worst, forms, width)
+
+
+def _loudest(
+    run: RunStats, layers: Sequence[tuple[LayerStats, Verdict]], decision: Decision
+) -> list[tuple[LayerStats, Verdict]]:
+    """Where the update is largest beside what the base computes, if the predictions moved and no layer is to blame."""
+    finding = decision.reasons[0].finding
+    forgets = decision.call is Call.STOP and finding is not None and finding.threshold.figure in KEPT
+    if not forgets or LOUD not in run.expected or len(layers) <= WORST_SHOWN:
+        return []
+    return sorted(layers, key=lambda pair: pair[0].figure(LOUD), reverse=True)[:WORST_SHOWN]
 
 
 def layer_lines(

@@ -128,7 +128,7 @@ def profile(expectations: Expectations) -> str | None:
     if chosen is None:
         return None
     guessed = chosen.profile is Profile.LORA and not chosen.why.startswith(("as --", "a whole model"))
-    other = "; was one meant, --nullspace-profile=nullspace judges it" if guessed else ""
+    other = "; if it should have one, use --nullspace-profile=nullspace" if guessed else ""
     return f"judged by {WORDS[chosen.profile]} (profile {chosen.profile}: {chosen.why}){other}"
 
 

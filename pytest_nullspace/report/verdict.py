@@ -39,10 +39,10 @@ def _group(reason: Reason) -> str:
 
 def in_short(finding: Finding, tier: Tier) -> str:
     """A figure with its margin, and the bound that it is held against."""
-    threshold, margin = finding.threshold, "" if finding.margin is None else f" ± {finding.margin:.2g}"
+    threshold = finding.threshold
     bound = threshold.fails if tier is Tier.FAIL else threshold.passes
     sign = "<" if (finding.value < bound) else ">"
-    return f"{threshold.figure} {finding.value:.3g}{margin} {sign} {bound:g}"
+    return f"{threshold.figure} {finding.value:.3g}{finding.with_margin} {sign} {bound:g}"
 
 
 def last(decision: Decision, name: str | None) -> str:

@@ -279,6 +279,7 @@ class Gate:
             pages = [*([candidates.page(beside)] if beside else []), *map(reports.page, told)]
             for file in self.settings.reports:
                 saved.write_atomically(file, reports.written(file.suffix, told, pages, beside))
+                self._saved.append(self._as_typed(f"report written to {file}"))
             self._no_room = append_step_summary(pages)
             for run in self.runs if self.settings.card else ():
                 if (said := cards.write(run, self._decision(run))) is not None:

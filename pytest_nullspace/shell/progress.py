@@ -64,7 +64,7 @@ class Progress:
             if self._cores is not None and 0 < threads < self._cores:
                 told.append(f"OMP_NUM_THREADS={threads} uses {threads} of {self._cores} cores")
             told.append(f"fewer than {windows} windows are read with --nullspace-calib-size=N")
-        return f"nullspace: {'; '.join(told)}"
+        return "\n".join(f"nullspace: {line}" for line in told)
 
     def due(self) -> bool:
         """Whether the last line is long enough ago for another one."""

@@ -50,8 +50,8 @@ def test_lines_are_rare_where_none_can_be_written_anew() -> None:
         (
             "1",
             100.0,
-            "nullspace: OMP_NUM_THREADS=1 uses 1 of 2 cores; fewer than 9 windows are read with "
-            "--nullspace-calib-size=N",
+            "nullspace: OMP_NUM_THREADS=1 uses 1 of 2 cores\n"
+            "nullspace: fewer than 9 windows are read with --nullspace-calib-size=N",
         ),
     ],
 )

@@ -16,10 +16,11 @@ from pytest_nullspace.judging.decision import decide
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages
 from pytest_nullspace.judging.profiles import Chosen, Profile
 from pytest_nullspace.judging.verdicts import Tier
-from pytest_nullspace.report import doubts, markdown, notes, terminal, words
+from pytest_nullspace.report import brief, doubts, markdown, notes, terminal, words
 from pytest_nullspace.run.figures import beside_a_task, of_layers
-from pytest_nullspace.run.stats import UNREACHED, LayerStats, RunStats
+from pytest_nullspace.run.stats import UNREACHED, Drift, LayerStats, RunStats, TextDrift
 from pytest_nullspace.settings import GivenText
+from tests import saved
 
 TRAINED, INIT = Expectations(), Expectations(Stage.INIT)
 # The figures of the reference's own example.
@@ -348,11 +349,11 @@ def test_the_markdown_counts_and_reads() -> None:
 
 def test_what_does_not_decide_is_shown_and_does_not_look_green() -> None:
     """Leakage of plain LoRA stays in the tables, has no mark and no reading, and a line says by what it is judged."""
-    lora = Expectations(chosen=Chosen(Profile.LORA, "no null space was measured: 16 of chance"), drift_judged=True)
+    lora = Expectations(chosen=Chosen(Profile.LORA, "no null space was found (leakage 16 x chance)"), drift_judged=True)
     lines = summary(run_of(LOST), lora)
     told = (
         "judged by what it forgets and what it learned, for it promises no null space (profile lora: no null space was "
-        "measured: 16 of chance); was one meant, --nullspace-profile=nullspace judges it"
+        "found (leakage 16 x chance)); if it should have one, use --nullspace-profile=nullspace"
     )
     assert (told, None) in lines
     assert not any("leakage" in line and "✓" in line for line, _ in lines)
@@ -538,3 +539,37 @@ def test_a_layer_that_no_row_reached_fails_in_a_line() -> None:
     assert "mean norms over" in words.layer_failure(task, judge(task, TRAINED))
     moved = dataclasses.replace(judge(lost, TRAINED), faults=("B was trained",))
     assert words.layer_failure(lost, moved).splitlines()[1:] == ["✗ B was trained"]
+
+
+def test_a_red_adapter_of_green_layers_shows_its_largest_updates_and_a_next_step() -> None:
+    """Where the predictions alone failed no layer is the worst: those that change most stand there, and what to try."""
+    names = (
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.mlp.up_proj",
+        "model.layers.2.mlp.up_proj",
+        "model.layers.3.a",
+    )
+    layers = tuple(
+        dataclasses.replace(
+            saved.LAYER, name=name, update_norm=size, task=dataclasses.replace(saved.LAYER, name=name, update_norm=2.0)
+        )
+        for name, size in zip(names, (0.1, 0.6, 0.3, 0.2), strict=True)
+    )
+    text = TextDrift(480, 2.0, 2.4, 0.4, 0.05, 0.05)
+    run = RunStats(
+        "ft", "text.txt", layers, 4, drift=Drift("the base", text, TextDrift(480, 3.0, 1.0, 0.5, 0.01, 0.02))
+    )
+    held = Expectations(chosen=Chosen(Profile.LORA, "said"), drift_judged=True)
+    verdicts = [judge(layer, held) for layer in layers]
+    lines = [line for line, _ in brief.summary(run, verdicts, held, decide(run, held), 80)]
+    assert "next: --nullspace-suggest looks for a smaller scale that passes" in lines
+    at = next(number for number, line in enumerate(lines) if line.startswith("  largest updates"))
+    assert [line.split()[1] for line in lines[at + 1 : at + 4]] == [names[1], names[2], names[3]]
+    near = dataclasses.replace(
+        run, drift=Drift("the base", dataclasses.replace(text, loss_margin=0.3, divergence_margin=math.inf))
+    )
+    told = decide(near, held)
+    assert told.sentence == "it forgets: the preserved text is 33 % less likely, but more text might change that"
+    assert "divergence 0.4 (one window, so no margin), bound 0.15" in [reason.detail for reason in told.reasons]
+    asked = dataclasses.replace(run, about={"suggestion": {}})
+    assert not any(line.startswith("next:") for line, _ in brief.summary(asked, verdicts, held, decide(run, held), 80))
