@@ -190,6 +190,7 @@ def _facts(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectation
         f"layers: {gated} of {run.checkpoint_layers} gated: {notes.tally(verdicts)}",
         notes.profile(expectations),
         *model.built_as(run),
+        *notes.whole_updates(run),
     ]
     return [fact for fact in told if fact is not None]
 

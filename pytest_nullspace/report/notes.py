@@ -163,7 +163,7 @@ def texts(run: RunStats) -> str:
 
 def best_possible(run: RunStats) -> Iterator[str]:
     """Where the adapter stands between chance and the best that any subspace could do, and what whole updates need."""
-    yield from _whole_updates(run)
+    yield from whole_updates(run)
     known = [(layer, layer.spectrum, layer.standing) for layer in run.layers]
     layers = [(layer, spectrum, standing) for layer, spectrum, standing in known if spectrum and standing is not None]
     if not layers:
@@ -179,7 +179,7 @@ def best_possible(run: RunStats) -> Iterator[str]:
     )
 
 
-def _whole_updates(run: RunStats) -> Iterator[str]:
+def whole_updates(run: RunStats) -> Iterator[str]:
     """The effective ranks of updates that are whole matrices; nothing of others."""
     ranks = {layer.name: layer.effective_rank for layer in run.layers if layer.effective_rank is not None}
     if not ranks:

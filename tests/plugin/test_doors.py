@@ -263,8 +263,8 @@ module.{function} = hangs
     ("module", "function", "mode"),
     [
         ("pytest_nullspace.model", "import_libraries", ()),
-        ("pytest_nullspace.measuring.pipeline", "load_tokenizer", ("-n", "2")),
-        ("pytest_nullspace.measuring.pipeline", "load_tokenizer", ("-p", "no:xdist")),
+        ("pytest_nullspace.measuring.reading", "load_tokenizer", ("-n", "2")),
+        ("pytest_nullspace.measuring.reading", "load_tokenizer", ("-p", "no:xdist")),
     ],
     ids=["import", "parallel", "no-xdist"],
 )

@@ -46,7 +46,7 @@ def test_the_shipped_adapter_is_judged_on_two_texts(gate: Gate, pytester: pytest
             "*8 windows, 2,048 tokens*; task text *8 windows, 2,048 tokens*",
             "gated 21 of 21 layers: 21 green, 0 to look at, 0 red",
             "✓ drift on the preserved text: loss * → *, divergence *",
-            "✓ drift on the task text: loss * → *: task-gain * > 0.01",
+            "✓ drift on the task text: loss * → *: task-gain * > 0.01, headroom * < 1.5",
             "  base: the model with its adapter switched off",
             "verdict: SAFE: preserved text * less likely, task text * as likely",
         ]
