@@ -15,6 +15,8 @@ OVERTRAINED = 0.3
 """Mean contribution on preserved text beyond which what it knew is talked over."""
 FORGETTING = 0.125
 """Mean forgetting beyond which the same is so where a task text says what the update is for: the fail bound."""
+LOST = FIGURES["divergence"].trained.fails
+"""Divergence beyond which the predictions on the preserved text tell that it is so: the fail bound."""
 UNDERTRAINED = 1e-4
 """Effectiveness that a trained layer exceeds: the pass bound."""
 QUIET = 0.5
@@ -63,11 +65,12 @@ def _drowns_its_input(case: Case) -> bool:
 
 
 def _talks_over(case: Case, layers: Sequence[LayerStats]) -> bool:
-    """Whether the update takes over on text that is to be preserved; what is lost, a judged drift tells better."""
-    both = case.run.drift is None and all(layer.task is not None for layer in layers)
-    return fmean(layer.contribution for layer in layers) > OVERTRAINED or (
-        both and fmean(layer.forgetting for layer in layers) > FORGETTING
-    )
+    """Whether the update takes over on text that is to be preserved; what is lost, a judged drift tells best."""
+    if fmean(layer.contribution for layer in layers) > OVERTRAINED:
+        return True
+    if case.run.drift is not None:
+        return any(text.divergence > LOST for text in case.run.drift.texts.values())
+    return all(layer.task is not None for layer in layers) and fmean(layer.forgetting for layer in layers) > FORGETTING
 
 
 def wrong_subspace(case: Case) -> Iterator[Diagnosis]:

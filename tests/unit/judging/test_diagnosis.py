@@ -55,6 +55,8 @@ def test_what_a_task_text_shows_to_be_too_much_is_overtrained() -> None:
     assert [cause.cause for cause in diagnose(both, None)] == ["overtrained"]
     assert diagnose(loud, None) == []
     assert diagnose(dataclasses.replace(both, drift=moved), None) == []
+    lost = dataclasses.replace(moved, preserved=dataclasses.replace(moved.preserved, divergence=2.5))
+    assert [cause.cause for cause in diagnose(dataclasses.replace(run(), drift=lost), None)] == ["overtrained"]
 
 
 def test_with_a_task_text_it_is_the_text_on_which_an_update_may_be_too_weak() -> None:
