@@ -80,6 +80,7 @@ class Settings:
         suggest: Whether the largest scale of the update is looked for whose predictions pass.
         chat: Whether conversations are rendered, one of `pytest_nullspace.text.conversations.MODES`.
         strict_scope: Whether a trained tensor that no layer test covers is a failure.
+        require: Whether a run that is not gated whole is refused.
         card: Whether the result is written into each adapter's model card.
         serve: The servers that are to take each adapter.
         attest: Where a statement of the result is written.
@@ -105,6 +106,7 @@ class Settings:
     ranks: "Ranks"
     allow_unreached: tuple[str, ...] = ()
     strict_scope: bool = False
+    require: bool = False
     card: bool = False
     serve: "tuple[Asked, ...]" = ()
     attest: Path | None = None

@@ -30,7 +30,8 @@ def read_settings(config: "pytest.Config") -> Settings | None:
         if _read(config, REQUIRE) and not _shows_fixtures(config):
             raise OptionError(f"{PREFIX}require: this run gates nothing; give {PREFIX}model=DIR or {PREFIX}stats=JSON")
         return None
-    return settings_of({option.name: _read(config, option) for option in OPTIONS}, config.invocation_params.dir)
+    read = {option.name: _read(config, option) for option in (*OPTIONS, REQUIRE)}
+    return settings_of(read, config.invocation_params.dir)
 
 
 def settings_of(read: Mapping[str, Any], folder: Path) -> Settings:
@@ -71,6 +72,7 @@ def settings_of(read: Mapping[str, Any], folder: Path) -> Settings:
         ranks=Ranks.of(os.environ),
         allow_unreached=read["allow-unreached"],
         strict_scope=read["strict-scope"],
+        require=read.get(REQUIRE.name, False),
         card=read["card"],
         serve=tuple(server for given in read["serve"] for server in given),
         attest=read["attest"],

@@ -13,7 +13,7 @@ import pytest
 from pytest_nullspace.checkpoint.hub import local_directory
 from pytest_nullspace.errors import NullspaceError, printable
 from pytest_nullspace.judging.candidates import Candidate, best, candidate
-from pytest_nullspace.judging.decision import Decision
+from pytest_nullspace.judging.decision import Call, Decision
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report import candidates, changes, terminal, verdict, weights
 from pytest_nullspace.report.layout import wrapped
@@ -21,7 +21,7 @@ from pytest_nullspace.report.words import named
 from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import is_drift
-from pytest_nullspace.settings import Settings, stats_file
+from pytest_nullspace.settings import PREFIX, Settings, stats_file
 from pytest_nullspace.shell import attest, cards, reports
 from pytest_nullspace.shell.asked import lists_only
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
@@ -261,6 +261,10 @@ class Gate:
                 f"{len(missing)} of {len(self._expected)} tests of the gate were not run or were skipped, "
                 f"{missing[0]} among them: nothing is green that was not measured"
             )
+        if self.settings.require and not self.settings.weights_only:
+            for name, decision in self.decisions.items():
+                if decision.call is Call.NOT_GATED:
+                    self._problems.append(f"{name}: {decision.sentence}, and {PREFIX}require asks for all")
 
     def _write(self) -> None:
         # What was not measured stands in every report too: left out, its report would look as that of a safe one.

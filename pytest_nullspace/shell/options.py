@@ -45,11 +45,12 @@ DEFAULT_TEXT = "wikitext2"
 REQUIRE = Option(
     "require",
     "",
-    "Refuse a run that gates nothing, because it names neither a model nor a saved run.",
+    "Refuse a run that gates nothing, because it names neither a model nor a saved run; fail one that is NOT GATED.",
     values.truth,
     default=False,
     switch=True,
-    more="For CI, where a model that was forgotten would leave a green run without a gate.",
+    more="For CI, where a model that was forgotten, or tests that `-k` or `--deselect` leave out, would leave a green "
+    "run. With `--nullspace-weights-only` what the weights show is enough.",
 )
 
 OPTIONS = (

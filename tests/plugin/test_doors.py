@@ -91,6 +91,20 @@ def test_a_saved_run_is_a_gate(replay: Replay) -> None:
     assert replay("--nullspace-require", apart=True).ret == 0
 
 
+@pytest.mark.usefixtures("checkpoint")
+@pytest.mark.parametrize("parallel", [(), ("-n", "2")], ids=["alone", "parallel"])
+@pytest.mark.parametrize("part", [("-k", "layers.0"), ("--nullspace-layers=*q_proj",)], ids=["-k", "layers"])
+def test_a_required_gate_is_whole(gate: Gate, part: tuple[str, ...], parallel: tuple[str, ...]) -> None:
+    """What a selection left out is NOT GATED: green for who works on a layer, and red where the gate is required."""
+    lenient = ("--nullspace-profile=lora", "--nullspace-no-drift", *parallel)
+    assert gate(*part, *lenient).ret == 0
+    required = gate("--nullspace-require", *part, *lenient)
+    assert required.ret == 1
+    assert "failed" not in required.parseoutcomes()
+    required.stdout.fnmatch_lines(["nullspace: NOT GATED: *ft: only *, and --nullspace-require asks for all"])
+    assert gate("--nullspace-require", *lenient).ret == 0
+
+
 # --- what the libraries show ------------------------------------------------------------------------------------------
 
 
