@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pytest_nullspace.checkpoint.header import read_json_object
-from pytest_nullspace.checkpoint.hub import local_directory
+from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.errors import CheckpointError, StatsError, printable, quoted
 from pytest_nullspace.judging.decision import Call, Decision, gaps
 from pytest_nullspace.report import attest
@@ -46,7 +46,7 @@ def write(settings: Settings, run: GatedRun, decision: Decision, failed: Sequenc
     expectations = run.expectations(outcome)
     if (gap := next(gaps(outcome, expectations, tests_of(run), "no layer was measured"), None)) is not None:
         return f"no statement is written to {file}: {gap.words}"
-    subjects = _subjects(run.path, _base(settings, run))
+    subjects = _subjects(run.path, _base(settings, run), file)
     for name, digest in outcome.about.get("weights_sha256", {}).items():
         if subjects.get(f"{ADAPTER}/{name}") != digest:
             raise StatsError(f"{run.path / name}: changed since it was measured, so nothing is stated; run again")
@@ -56,26 +56,28 @@ def write(settings: Settings, run: GatedRun, decision: Decision, failed: Sequenc
 
 
 def _base(settings: Settings, run: CheckpointRun) -> Path | None:
+    """What the base was read from, a directory or a GGUF file; None where the adapter's directory holds it."""
     named = settings.base or run.checkpoint.base
-    return None if named is None else local_directory(named)
+    return None if not named else base_of(run.checkpoint, settings.base)
 
 
-def _subjects(adapter: Path, base: Path | None) -> dict[str, str]:
+def _subjects(adapter: Path, base: Path | None, file: Path) -> dict[str, str]:
     of = {ADAPTER: adapter} if base is None else {ADAPTER: adapter, BASE: base}
-    return {f"{kind}/{name}": digest for kind, folder in of.items() for name, digest in hashed(folder)}
+    return {f"{kind}/{name}": digest for kind, folder in of.items() for name, digest in hashed(folder, file)}
 
 
-def hashed(folder: Path) -> Iterator[tuple[str, str]]:
+def hashed(folder: Path, statement: Path) -> Iterator[tuple[str, str]]:
     """The name and SHA-256 of every file below ``folder``, or of the file that it is.
 
-    Hidden files, and statements and signatures, are left out.
+    Hidden files are left out, the ``statement`` itself, and others like it, and signatures.
 
     Raises:
         CheckpointError: One is no file that can be read.
     """
     for file in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
         parts = file.relative_to(folder).parts or (file.name,)
-        if file.is_dir() or any(part.startswith(".") for part in parts) or file.name.endswith(_SIGNED):
+        own = file.resolve() == statement.resolve()
+        if own or file.is_dir() or any(part.startswith(".") for part in parts) or file.name.endswith(_SIGNED):
             continue
         try:
             if not file.is_file():
@@ -118,7 +120,7 @@ def verify(file: Path, adapter: Path, base: Path | None = None) -> Verified:
     for kind, folder in given.items():
         if not folder.exists():
             raise CheckpointError(f"{folder}: is not there; give the {kind}'s directory")
-    found = {f"{kind}/{name}": digest for kind, folder in given.items() for name, digest in hashed(folder)}
+    found = {f"{kind}/{name}": digest for kind, folder in given.items() for name, digest in hashed(folder, file)}
     wanted = {name: digest for name, digest in stated.items() if name.partition("/")[0] in given}
     wrong = [f"{quoted(name)} is missing" for name in wanted if name not in found]
     wrong += [f"{quoted(name)} has other bytes" for name in wanted if name in found and found[name] != wanted[name]]

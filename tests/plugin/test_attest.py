@@ -1,5 +1,6 @@
 """``--nullspace-attest``: a statement of the result that in-toto's own reader takes and one changed byte breaks."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from fixtures.build import WORLD
 from pytest_nullspace.report.attest import FIGURES, STATEMENT, TEST_RESULT
+from pytest_nullspace.shell.attest import hashed
 
 FILE = "ft.intoto.json"
 
@@ -104,6 +106,23 @@ def test_a_whole_run_is_stated_and_one_changed_byte_is_refused(adapter: Path, py
     (adapter / "chat_template.jinja").unlink()
     (adapter / "adapter_config.json").rename(pytester.path / "elsewhere.json")
     assert "'adapter/adapter_config.json' is missing" in verified(pytester).stderr
+
+
+def test_a_statement_may_lie_in_the_directory_that_it_is_of(adapter: Path, pytester: pytest.Pytester) -> None:
+    """Under any name, and written twice: it is not among what it states."""
+    for _ in range(2):
+        assert gated(pytester, "--nullspace-attest=ft/stated.json").ret == 0
+        command = [sys.executable, "-m", "pytest_nullspace", "attest-verify", "ft/stated.json", "ft", "--base=base"]
+        assert subprocess.run(command, cwd=pytester.path, check=False).returncode == 0
+
+
+def test_a_base_in_one_file_is_stated_alone(tmp_path: Path) -> None:
+    """Of a GGUF base the file counts, and not what else lies beside it."""
+    base = tmp_path / "base.gguf"
+    base.write_bytes(b"weights")
+    (tmp_path / "beside.txt").write_text("x", "utf-8")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert list(hashed(base, tmp_path / "s.json")) == [("base.gguf", digest)]
 
 
 def test_a_failure_is_stated_and_is_no_leave_to_deploy(adapter: Path, pytester: pytest.Pytester) -> None:

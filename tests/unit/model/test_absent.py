@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import load_model
-from tests import tiny
+from tests import families, tiny
 from tests.adapters import adapter
 from tests.unit.model.test_peft import SMALL, WINDOWS, check_figures, opened
 
@@ -80,4 +80,17 @@ def test_what_a_layer_or_the_predictions_follow_from_must_be_there(lost: str, ta
     del tensors[lost]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="its weights are not those of a whole LlamaForCausalLM: "):
+        load_model(directory)
+
+
+def test_what_no_text_reaches_may_follow_from_anything(tmp_path: Path) -> None:
+    """Nobody knows what comes before an adapted layer that the tokens do not reach, such as a tower's first weight."""
+    targets = r".*vision_tower.*layers\.0.*q_proj"
+    directory = adapter(tmp_path, families.llava(), r=4, target_modules=targets)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    (lost,) = (name for name in tensors if name.endswith("patch_embedding.weight"))
+    del tensors[lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="its weights are not those of a whole LlavaForConditionalGeneration: "):
         load_model(directory)
