@@ -367,8 +367,10 @@ def require_plain_files(directory: Path) -> None:
 
 def _read_shards(directory: Path, index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json_object(inside(directory, index.name), "the index of the weights").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index}: has no weight_map from tensor names to files; {AGAIN}")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) and shard.endswith(".safetensors") and shard[0] != "." for shard in weight_map.values()
+    ):
+        raise CheckpointError(f"{index}: has no weight_map from tensor names to files (.safetensors); {AGAIN}")
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
         for name, tensor in read_header(inside(directory, shard)).items():

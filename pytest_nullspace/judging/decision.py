@@ -160,6 +160,7 @@ def decide(
     failed: Mapping[str, str] | None = None,
     unmeasured: str = "no layer was measured",
     further: Sequence[str] = (),
+    excused: Collection[str] = (),
 ) -> Decision:
     """What to do with the adapter of which ``run`` tells.
 
@@ -171,10 +172,11 @@ def decide(
         failed: The names of the tests that failed, each with what it said; None for those that fail by their figures.
         unmeasured: What is said where no layer was measured.
         further: What else is to be looked at, of tests that measure nothing.
+        excused: The names of the tests that failed as a mark of the user's expects.
     """
     found = [verdict for verdict in verdicts_of(run, expectations) if verdict.gated]
-    excused = [v for v in found if failed is not None and v.tier is Tier.FAIL and v.subject not in failed]
-    verdicts = [verdict for verdict in found if verdict not in excused] if excused else found
+    spared = [v for v in found if failed is not None and v.tier is Tier.FAIL and v.subject not in failed]
+    verdicts = [verdict for verdict in found if verdict not in spared] if spared else found
     wrong = [*_found(verdicts, Tier.FAIL, len(run.layers)), *_other(verdicts, failed or {})]
     thresholds = tuple(t for subject in (MODEL, DRIFT) for t in expectations.thresholds(subject))
 
@@ -187,7 +189,8 @@ def decide(
         return called(Call.STOP, wrong)
     if lacking := list(gaps(run, expectations, asked, unmeasured)):
         return called(Call.NOT_GATED, lacking)
-    doubts = [*_expected_to_fail(excused), *_found(verdicts, Tier.WARN, len(run.layers))]
+    marked = dict.fromkeys([*(verdict.subject for verdict in spared), *excused])
+    doubts = [*_expected_to_fail([*marked]), *_found(verdicts, Tier.WARN, len(run.layers))]
     doubts += [Reason(words, Tier.WARN) for words in further]
     doubts += _doubts(run, expectations, verdicts)
     if doubts:
@@ -263,9 +266,9 @@ def gaps(run: RunStats, expectations: Expectations, asked: Collection[str] | Non
         yield Reason(f"only {len(run.layers)} of {run.checkpoint_layers} layers were measured", Tier.FAIL)
 
 
-def _expected_to_fail(verdicts: Sequence[Verdict]) -> Iterator[Reason]:
-    if verdicts:
-        names = verdicts[0].subject + (f" and {len(verdicts) - 1} more" if len(verdicts) > 1 else "")
+def _expected_to_fail(tests: Sequence[str]) -> Iterator[Reason]:
+    if tests:
+        names = tests[0] + (f" and {len(tests) - 1} more" if len(tests) > 1 else "")
         yield Reason(f"{names} would fail, which a mark of your own expects", Tier.WARN)
 
 

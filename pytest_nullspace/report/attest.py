@@ -7,7 +7,7 @@ v1, https://in-toto.io/Statement/v1, and its predicate https://in-toto.io/attest
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class Attested:
         expectations: What it was held against, and the tests that came to a verdict.
         decision: The verdict.
         failed: The names of the tests that failed.
+        excused: Those of the tests that failed as a mark of the user's expects.
         prefix: How the ids of the tests begin.
         url: Where the run can be looked at, if it has a page.
     """
@@ -44,7 +45,8 @@ class Attested:
     run: RunStats
     expectations: Expectations
     decision: Decision
-    failed: Sequence[str]
+    failed: Collection[str]
+    excused: Collection[str]
     prefix: str
     url: str | None = None
 
@@ -74,8 +76,8 @@ def _tests(of: Attested) -> dict[str, list[str]]:
     tiers = {verdict.subject: verdict.tier for verdict in verdicts_of(of.run, of.expectations)}
     found: dict[str, list[str]] = {"passedTests": [], "warnedTests": [], "failedTests": []}
     for name in sorted(of.expectations.judged or ()):
-        failed = name in of.failed
-        kind = "failed" if failed else "warned" if tiers.get(name, Tier.PASS) is not Tier.PASS else "passed"
+        warned = name in of.excused or tiers.get(name, Tier.PASS) is not Tier.PASS
+        kind = "failed" if name in of.failed else "warned" if warned else "passed"
         found[f"{kind}Tests"].append(f"{of.prefix}{name}")
     return found
 

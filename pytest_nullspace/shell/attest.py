@@ -2,17 +2,18 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pytest_nullspace.checkpoint.header import read_json_object
+from pytest_nullspace.checkpoint.header import read_json_object, stamp_of
 from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.errors import CheckpointError, StatsError, printable, quoted
 from pytest_nullspace.judging.decision import Call, Decision, gaps
 from pytest_nullspace.report import attest
 from pytest_nullspace.run.saved import write_atomically
-from pytest_nullspace.settings import PREFIX, Settings
+from pytest_nullspace.settings import CARD, PREFIX, Settings, stats_file
 from pytest_nullspace.shell.decided import tests_of
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun
 
@@ -22,70 +23,128 @@ _SIGNED = (".intoto.json", ".intoto.jsonl", ".sigstore.json")
 _URL = ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_RUN_ID")
 
 
-def write(settings: Settings, run: GatedRun, decision: Decision, failed: Sequence[str], prefix: str) -> str | None:
-    """Write the statement of a whole run.
+class Tests(NamedTuple):
+    """What became of the tests of a run.
 
-    Args:
+    Attributes:
+        prefix: How their ids begin.
+        failed: The ids of those that failed, of this run and others.
+        excused: The same of those that failed as a mark of the user's expects.
+    """
+
+    prefix: str
+    failed: Collection[str]
+    excused: Collection[str]
+
+    def named(self, ids: Collection[str]) -> frozenset[str]:
+        """The names of this run's tests among ``ids``."""
+        return frozenset(one.removeprefix(self.prefix) for one in ids if one.startswith(self.prefix))
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run of which a statement is to be written.
+
+    Attributes:
         settings: Where to, and with which base.
-        run: What was gated.
-        decision: The verdict on it.
-        failed: The names of its tests that failed.
-        prefix: How the ids of its tests begin.
-
-    Returns:
-        What to say of it.
-
-    Raises:
-        StatsError: It cannot be written, or a file is no more what was measured.
+        run: What is gated.
+        stamps: The files that the statement will be of, as they were before any was read.
     """
-    file, outcome = settings.attest, run.peek()
-    if file is None or not isinstance(run, CheckpointRun):
+
+    settings: Settings
+    run: CheckpointRun
+    stamps: Mapping[str, tuple[int, int]]
+
+    def write(self, decision: Decision, tests: Tests) -> str:
+        """Write the statement, if the run is whole.
+
+        Returns:
+            What to say of it.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+            StatsError: It cannot be written, or a file is no more what was read.
+        """
+        file, run, outcome = self.settings.attest, self.run, self.run.peek()
+        assert file is not None
+        if outcome is None or decision.call is Call.NOT_GATED:
+            return f"no statement is written to {file}: NOT GATED: {decision.sentence}"
+        expectations = run.expectations(outcome)
+        if (gap := next(gaps(outcome, expectations, tests_of(run), "no layer was measured"), None)) is not None:
+            return f"no statement is written to {file}: {gap.words}"
+        files = dict(_subjects(self.settings, run))
+        self._require_unchanged(files)
+        subjects = {name: _digest(of) for name, of in files.items()}
+        self._require_unchanged(files)
+        for name, digest in outcome.about.get("weights_sha256", {}).items():
+            if subjects.get(f"{ADAPTER}/{name}") != digest:
+                raise StatsError(f"{run.path / name}: changed since it was measured, so nothing is stated; run again")
+        failed, excused = tests.named(tests.failed), tests.named(tests.excused)
+        told = attest.Attested(subjects, outcome, expectations, decision, failed, excused, tests.prefix, _url())
+        write_atomically(file, attest.statement(told))
+        return f"the statement of {len(subjects)} files stands in {file}, unsigned"
+
+    def _require_unchanged(self, files: Mapping[str, Path]) -> None:
+        """Refuse files that came, went or changed since the run began, but for those that it wrote itself."""
+        own = {file.resolve() for file in _written(self.settings, self.run)}
+        now = {name: stamp_of(file.stat()) for name, file in files.items() if file.resolve() not in own}
+        before = {name: stamp for name, stamp in self.stamps.items() if name in now or name not in files}
+        changed = next((name for name in sorted({*now, *before}) if now.get(name) != before.get(name)), None)
+        if changed is not None:
+            raise StatsError(f"{quoted(changed)}: changed while the run read it, so nothing is stated; run again")
+
+
+def begun(settings: Settings, runs: Sequence[GatedRun]) -> Begun | None:
+    """The run of which a statement is asked for, before anything of it is read; None where none is."""
+    if settings.attest is None:
         return None
-    if outcome is None or decision.call is Call.NOT_GATED:
-        return f"no statement is written to {file}: NOT GATED: {decision.sentence}"
-    expectations = run.expectations(outcome)
-    if (gap := next(gaps(outcome, expectations, tests_of(run), "no layer was measured"), None)) is not None:
-        return f"no statement is written to {file}: {gap.words}"
-    subjects = _subjects(run.path, _base(settings, run), file)
-    for name, digest in outcome.about.get("weights_sha256", {}).items():
-        if subjects.get(f"{ADAPTER}/{name}") != digest:
-            raise StatsError(f"{run.path / name}: changed since it was measured, so nothing is stated; run again")
-    told = attest.Attested(subjects, outcome, expectations, decision, failed, prefix, _url())
-    write_atomically(file, attest.statement(told))
-    return f"the statement of {len(subjects)} files stands in {file}, unsigned"
+    (run,) = runs
+    assert isinstance(run, CheckpointRun)  # which the settings hold
+    return Begun(settings, run, {name: stamp_of(file.stat()) for name, file in _subjects(settings, run)})
 
 
-def _base(settings: Settings, run: CheckpointRun) -> Path | None:
-    """What the base was read from, a directory or a GGUF file; None where the adapter's directory holds it."""
-    named = settings.base or run.checkpoint.base
-    return None if not named else base_of(run.checkpoint, settings.base)
+def _written(settings: Settings, run: GatedRun) -> Iterator[Path]:
+    yield from settings.reports
+    if settings.save_stats is not None:
+        yield stats_file(settings.save_stats, run.name)
+    if settings.card:
+        yield run.path / CARD
 
 
-def _subjects(adapter: Path, base: Path | None, file: Path) -> dict[str, str]:
-    of = {ADAPTER: adapter} if base is None else {ADAPTER: adapter, BASE: base}
-    return {f"{kind}/{name}": digest for kind, folder in of.items() for name, digest in hashed(folder, file)}
+def _subjects(settings: Settings, run: CheckpointRun) -> Iterator[tuple[str, Path]]:
+    """Every file that a statement is of: the adapter's, and those of the base where that lies elsewhere."""
+    of = {ADAPTER: run.path}
+    if settings.base or run.checkpoint.base:
+        of[BASE] = base_of(run.checkpoint, settings.base)
+    assert settings.attest is not None
+    yield from _files(of, settings.attest)
 
 
-def hashed(folder: Path, statement: Path) -> Iterator[tuple[str, str]]:
-    """The name and SHA-256 of every file below ``folder``, or of the file that it is.
+def _files(of: Mapping[str, Path], statement: Path) -> Iterator[tuple[str, Path]]:
+    """Every file below some folders, or that they are, by ``adapter/NAME`` and ``base/NAME``.
 
-    Hidden files are left out, the ``statement`` itself, and others like it, and signatures.
+    Hidden folders are left out, the ``statement`` itself, and others like it, and signatures.
 
     Raises:
-        CheckpointError: One is no file that can be read.
+        CheckpointError: One is no regular file.
     """
-    for file in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
-        parts = file.relative_to(folder).parts or (file.name,)
-        own = file.resolve() == statement.resolve()
-        if own or file.is_dir() or any(part.startswith(".") for part in parts) or file.name.endswith(_SIGNED):
-            continue
-        try:
+    for kind, folder in of.items():
+        for file in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
+            parts = file.relative_to(folder).parts or (file.name,)
+            hidden = any(part.startswith(".") for part in parts[:-1])
+            if hidden or file.is_dir() or file.name.endswith(_SIGNED) or file.resolve() == statement.resolve():
+                continue
             if not file.is_file():
                 raise CheckpointError(f"{file}: is no regular file, so nothing can be stated of it; remove it")
-            with file.open("rb") as stream:
-                yield "/".join(parts), hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror}; mend that") from None
+            yield "/".join((kind, *parts)), file
+
+
+def _digest(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}; mend that") from None
 
 
 def _url() -> str | None:
@@ -120,7 +179,7 @@ def verify(file: Path, adapter: Path, base: Path | None = None) -> Verified:
     for kind, folder in given.items():
         if not folder.exists():
             raise CheckpointError(f"{folder}: is not there; give the {kind}'s directory")
-    found = {f"{kind}/{name}": digest for kind, folder in given.items() for name, digest in hashed(folder, file)}
+    found = {name: _digest(of) for name, of in _files(given, file)}
     wanted = {name: digest for name, digest in stated.items() if name.partition("/")[0] in given}
     wrong = [f"{quoted(name)} is missing" for name in wanted if name not in found]
     wrong += [f"{quoted(name)} has other bytes" for name in wanted if name in found and found[name] != wanted[name]]

@@ -1,6 +1,6 @@
 """The one verdict on each run of the gate, from what was measured and what became of its tests."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from pytest_nullspace.judging.decision import Decision, decide, not_gated, stopped
@@ -22,12 +22,13 @@ def tests_of(run: GatedRun) -> Sequence[str]:
     return (*run.gated, *run.against.missing, *(name for name, has in single if has), *run.servers.tests)
 
 
-def decided(run: GatedRun, failed: Mapping[str, str]) -> Decision:
+def decided(run: GatedRun, failed: Mapping[str, str], excused: Collection[str] = ()) -> Decision:
     """The verdict on one run, once all its tests have run.
 
     Args:
         run: What was gated.
         failed: The names of its tests that failed, each with what it said.
+        excused: The names of those that failed as a mark of the user's expects.
     """
     outcome = run.peek()
     if outcome is None:
@@ -41,5 +42,6 @@ def decided(run: GatedRun, failed: Mapping[str, str]) -> Decision:
         failed,
         STATEMENT if run.weights_only else "no layer was measured",
         run.servers.doubts(run.judged),
+        excused,
     )
     return replace(told, reasons=tuple(replace(one, words=named(one.words, outcome)) for one in told.reasons))

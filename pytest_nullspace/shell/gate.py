@@ -62,6 +62,7 @@ class Gate:
                 raise NullspaceError(
                     f"{folder / 'conftest.py'}: pytest would run it as a part of your tests; remove it"
                 )
+        self._attested: attest.Begun | None = None
         if not hasattr(config, "workerinput"):  # what is wrong there was wrong before the workers were started
             check_outputs(config, settings, self.runs, [base for base in bases if base is not None])
             for run in self.runs if settings.card else ():
@@ -69,6 +70,7 @@ class Gate:
             check_inputs(self.runs, settings, texts, look=lists_only(config))
             if config.getoption("dist", "no") != "no":  # each worker reads them itself
                 texts.clear()
+            self._attested = None if lists_only(config) else attest.begun(settings, self.runs)
         self._config = config
         self._saved: list[str] = []
         self._deselected: set[pytest.Item] = set()
@@ -77,6 +79,7 @@ class Gate:
         self._judged: set[str] = set()
         self._problems: list[str] = []
         self._failed: dict[str, str] = {}
+        self._excused: set[str] = set()
         self.decisions: dict[str, Decision] = {}
         prefixes = {self._where(run): f"{node_id(run.file, config.rootpath)}::" for run in self.runs}
         config.pluginmanager.register(LastWord(self.decisions, prefixes), "nullspace-last-word")
@@ -197,6 +200,8 @@ class Gate:
         judged = report.failed or (report.when == "call" and (report.passed or hasattr(report, "wasxfail")))
         if judged:
             self._judged.add(report.nodeid)
+        if report.when == "call" and report.skipped and hasattr(report, "wasxfail"):
+            self._excused.add(report.nodeid)
         if report.failed:
             self._failed.setdefault(report.nodeid, printable(message(report).partition("\n")[0], 300))
         if report.failed and not self._reports and report.nodeid not in self._expected:
@@ -218,7 +223,9 @@ class Gate:
                     if not (name.startswith(prefix) and is_drift(name.removeprefix(prefix)))
                 ]
             self.decisions[self._where(run)] = decided(
-                run, {name.removeprefix(prefix): told for name, told in failed.items()}
+                run,
+                {name.removeprefix(prefix): told for name, told in failed.items()},
+                sorted(name.removeprefix(prefix) for name in self._excused if name.startswith(prefix)),
             )
         if self._reports:
             record(session.config, self.decisions, self._candidates)
@@ -288,11 +295,10 @@ class Gate:
             for run in self.runs if self.settings.card else ():
                 if (said := cards.write(run, self._decision(run))) is not None:
                     self._saved.append(self._as_typed(f"card: {said}"))
-            for file, run in self._files.items():  # last, for it is of the files as they are then
-                prefix = f"{node_id(file, root)}::"
-                failed = [name.removeprefix(prefix) for name in self._failed if name.startswith(prefix)]
-                if (said := attest.write(self.settings, run, self._decision(run), failed, prefix)) is not None:
-                    self._saved.append(self._as_typed(f"attest: {said}"))
+            if self._attested is not None:  # last, for it is of the files as they are then
+                (run,) = self.runs
+                tests = attest.Tests(f"{node_id(run.file, root)}::", self._failed, self._excused)
+                self._saved.append(self._as_typed(f"attest: {self._attested.write(self._decision(run), tests)}"))
         except NullspaceError as error:
             self._problems.append(str(error))
 

@@ -13,7 +13,7 @@ import pytest
 
 from fixtures.build import WORLD
 from pytest_nullspace.report.attest import FIGURES, STATEMENT, TEST_RESULT
-from pytest_nullspace.shell.attest import hashed
+from pytest_nullspace.shell.attest import verify
 
 FILE = "ft.intoto.json"
 
@@ -118,11 +118,68 @@ def test_a_statement_may_lie_in_the_directory_that_it_is_of(adapter: Path, pytes
 
 def test_a_base_in_one_file_is_stated_alone(tmp_path: Path) -> None:
     """Of a GGUF base the file counts, and not what else lies beside it."""
-    base = tmp_path / "base.gguf"
+    adapter, base = tmp_path / "ft", tmp_path / "base.gguf"
+    adapter.mkdir()
+    (adapter / "a").write_bytes(b"a")
     base.write_bytes(b"weights")
     (tmp_path / "beside.txt").write_text("x", "utf-8")
-    digest = hashlib.sha256(b"weights").hexdigest()
-    assert list(hashed(base, tmp_path / "s.json")) == [("base.gguf", digest)]
+    digests = {"adapter/a": hashlib.sha256(b"a").hexdigest(), "base/base.gguf": hashlib.sha256(b"weights").hexdigest()}
+    told = {"_type": STATEMENT, "predicateType": TEST_RESULT, "predicate": {"result": "PASSED"}}
+    subjects = [{"name": name, "digest": {"sha256": digest}} for name, digest in digests.items()]
+    (tmp_path / FILE).write_text(json.dumps({**told, "subject": subjects}), "utf-8")
+    assert verify(tmp_path / FILE, adapter, base) == ("PASSED", 2, 0, ())
+
+
+CHANGES = """
+import json
+from pathlib import Path
+
+
+def pytest_runtest_teardown(item):
+    file = Path(__file__).parent / "FILE"
+    if item.name == "drift" and "ft" in item.nodeid:
+        file.write_text(json.dumps({**json.loads(file.read_text()), "changed": 1}))
+"""
+
+
+@pytest.mark.parametrize("file", ["ft/adapter_config.json", "base/config.json"])
+def test_what_changed_while_the_run_read_it_is_not_stated(adapter: Path, pytester: pytest.Pytester, file: str) -> None:
+    """A statement is of the files that were measured, also of those whose digest no figure follows from."""
+    assert adapter.is_dir()
+    pytester.makeconftest(CHANGES.replace("FILE", file))
+    found = gated(pytester)
+    assert found.ret == 1
+    assert not (pytester.path / FILE).exists()
+    name = file.replace("ft/", "adapter/")
+    found.stdout.fnmatch_lines(
+        [f"nullspace: NOT GATED: '{name}': changed while the run read it, so nothing is stated; *"]
+    )
+
+
+MARKS = """
+import pytest
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.name.startswith(("serve", "scope")):
+            item.add_marker(pytest.mark.xfail)
+"""
+
+
+@pytest.mark.parametrize("parallel", [(), ("-n", "2")], ids=["alone", "parallel"])
+def test_a_failure_that_a_mark_expects_is_stated_as_a_warning(
+    adapter: Path, pytester: pytest.Pytester, parallel: tuple[str, ...]
+) -> None:
+    """Also of a test that judges no figure: the verdict is LOOK, and the test is not among those that passed."""
+    assert adapter.is_dir()
+    pytester.makeconftest(MARKS)
+    found = gated(pytester, "--nullspace-serve=vllm --max-lora-rank 8", *parallel)
+    assert found.ret == 0
+    found.stdout.fnmatch_lines(["verdict: LOOK: serve?vllm? would fail, which a mark of your own expects*"])
+    predicate = stated(pytester)["predicate"]
+    assert predicate["result"] == "WARNED"
+    assert "ft/adapter_config.json::serve[vllm]" in predicate["warnedTests"]
 
 
 def test_a_failure_is_stated_and_is_no_leave_to_deploy(adapter: Path, pytester: pytest.Pytester) -> None:
