@@ -37,14 +37,14 @@ def limit(seconds: int, memory: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 
 
-def compiled(text: str) -> tuple[Any, list[tuple[int, int]], list[str]]:
-    """The template, and two lists that its marks fill: spans of what is marked, and all that was written so far."""
+def compiled(text: str) -> tuple[Any, list[tuple[int, str]], list[str]]:
+    """The template, and two lists that it fills: what is marked and where, and all that was written so far."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from jinja2.utils import Namespace
 
-    marked: Spans = []
+    marked: list[tuple[int, str]] = []
     written: list[str] = []
 
     class Marks(Extension):
@@ -57,8 +57,7 @@ def compiled(text: str) -> tuple[Any, list[tuple[int, int]], list[str]]:
 
         def _mark(self, caller: Any) -> str:
             said = str(caller())
-            start = sum(map(len, written))
-            marked.append((start, start + len(said)))
+            marked.append((sum(map(len, written)), said))
             return said
 
     class Names(Namespace):
@@ -130,7 +129,13 @@ class Renderer:
         whole = self.text(told, messages)
         if not assistant:
             return whole, []
-        spans = list(self._marked)
+        # What a template keeps to write it later comes out elsewhere than where it was marked.
+        if not all(whole.startswith(said, start) for start, said in self._marked):
+            raise StoppedError(
+                "it marks what the assistant says within a macro, a set block or a filter, so nobody can tell where "
+                "that stands"
+            )
+        spans = [(start, start + len(said)) for start, said in self._marked]
         return whole, spans or list(self._by_prefixes(told, messages, whole))
 
     def _by_prefixes(self, told: Mapping[str, Any], messages: Sequence[Any], whole: str) -> Iterator[tuple[int, int]]:

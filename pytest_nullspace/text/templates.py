@@ -116,7 +116,8 @@ class Template:
             raise self._endless() from None
         except OSError as error:
             raise TextError(f"{self.file}: no process could be started for its chat template: {error}") from None
-        if done.returncode in (-getattr(signal, "SIGXCPU", 0), -getattr(signal, "SIGKILL", 0)):
+        killed = {-getattr(signal, name) for name in ("SIGXCPU", "SIGKILL") if hasattr(signal, name)}
+        if done.returncode in killed:
             raise self._endless()
         try:
             answer: dict[str, Any] = json.loads(done.stdout)

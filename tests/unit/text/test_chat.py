@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,39 @@ class TestTemplate:
         assert list(window.tokens) == theirs["input_ids"]
         assert window.counted == tuple(i for i, mask in enumerate(theirs["assistant_masks"]) if mask)
 
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{% macro say(m) %}<|a|>{% generation %}{{ m }}{% endgeneration %}{% endmacro %}"
+            "{% for m in messages %}{{ say(m.content) }}{% endfor %}",
+            "{% set said %}{% generation %}{{ messages[1].content }}{% endgeneration %}{% endset %}<|a|>{{ said }}",
+            "{% filter upper %}{% generation %}{{ messages[1].content }}{% endgeneration %}{% endfilter %}",
+            "{% filter trim %} <|a|>{% generation %}{{ messages[1].content }}{% endgeneration %}{% endfilter %}",
+            "{% set unsaid %}{% generation %}{{ messages[1].content }}{% endgeneration %}{% endset %}",
+        ],
+        ids=["macro", "set", "filter", "trimmed", "unsaid"],
+    )
+    def test_marks_that_do_not_stand_where_they_are_written_are_refused(self, template: str) -> None:
+        """What is marked within a macro, a set block or a filter, and so stands elsewhere or nowhere, is no answer."""
+        told = refused(lambda: Template(Path("t"), template, {}).render([talk("hi", "hello")], assistant=True))
+        assert "within a macro, a set block or a filter, so nobody can tell where that stands" in told
+        Template(Path("t"), template, {}).render([talk("hi", "hello")], assistant=False)
+
+    @pytest.mark.parametrize(
+        "template",
+        [
+            "{% for m in messages %}<|{{ m.role }}|>\n{% generation -%}\n  {{ m.content | trim }}\n"
+            "{%- endgeneration %}\n{% endfor %}",
+            "{% macro say(m) %}{% generation %}{{ m }}{% endgeneration %}<|e|>{% endmacro %}"
+            "{% for m in messages %}<|a|>{{ say(m.content) | trim }}{% endfor %}",
+        ],
+        ids=["trimmed", "macro that begins with it"],
+    )
+    def test_marks_stand_wherever_what_they_mark_does(self, template: str) -> None:
+        """Blanks cut at a mark and a macro that begins with what it marks move nothing: the spans are what is said."""
+        (found,) = Template(Path("t"), template, {}).render([talk("hi", "hello", "and?")], assistant=True)
+        assert [found.text[first:after] for first, after in found.spans] == ["hi", "hello", "and?"]
+
     def test_a_template_that_rewrites_earlier_turns_tells_no_assistant(self, tmp_path: Path) -> None:
         """Where the first messages alone are written otherwise, nobody knows what the assistant says, which is said."""
         letters(tmp_path, "{{ messages | length }}" + UNMARKED)
@@ -215,6 +249,13 @@ class TestTemplate:
         assert message.startswith("t.jinja: its chat template ")
         assert told in message
         assert message.endswith("Put the base model's own there, or give plain text")
+
+    def test_a_template_that_ends_is_endless_nowhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the system has none of the signals that end a process, as Windows, one that ends by itself is read."""
+        for name in ("SIGXCPU", "SIGKILL"):
+            monkeypatch.delattr(signal, name, raising=False)
+        (found,) = Template(Path("t"), TURNS, {}).render([talk("a", "b")], assistant=False)
+        assert found.text == "[INST] a [/INST] b</s>"
 
     def test_it_is_found_where_transformers_finds_it(self, tmp_path: Path) -> None:
         """A file of its own wins over the config's; of several the default one is taken; special tokens are named."""
