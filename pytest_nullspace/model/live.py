@@ -5,7 +5,6 @@ written as PEFT saves them, so that they are read, refused and judged as those o
 """
 
 import copy
-import json
 import math
 import random
 import sys
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
+from pytest_nullspace.checkpoint.header import read_json_object
 from pytest_nullspace.checkpoint.hub import at_hand
 from pytest_nullspace.checkpoint.peft import writes_into_base
 from pytest_nullspace.errors import CheckpointError, OptionError, first_line, printable, some
@@ -84,6 +84,8 @@ def saved(model: PeftModel, folder: Path) -> Checkpoint:
                 model, adapter_name=adapter, save_embedding_layers=_whether_embeddings(model, config)
             )
             config.save_pretrained(folder, auto_mapping_dict=kind if config.task_type is None else None)
+    except CheckpointError:
+        raise
     except Exception as error:  # PEFT raises many kinds
         raise CheckpointError(
             f"{name}: PEFT cannot tell the tensors of its adapter: {first_line(error)}; gate what save_pretrained saves"
@@ -220,9 +222,9 @@ def _whether_embeddings(model: PeftModel, config: Any) -> str | bool:
     file = None if folder is None else folder / "config.json"
     if file is None or not file.is_file():
         return False
-    known = json.loads(file.read_text("utf-8"))
+    known = read_json_object(file, "the base model's config")
     held = getattr(model.config, "vocab_size", None)
-    return held is not None and isinstance(known, dict) and known.get("vocab_size", held) != held
+    return held is not None and known.get("vocab_size", held) != held
 
 
 def _input_device(model: PeftModel, base: nn.Module) -> torch.device:

@@ -354,6 +354,15 @@ def test_a_model_that_is_not_what_it_would_save_is_one_error(
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize(("text", "said"), [("{", "is not JSON"), ("[]", "must be a JSON object, not list")])
+def test_a_config_of_the_base_that_cannot_be_read_is_told_as_that(tmp_path: Path, text: str, said: str) -> None:
+    """The file is named, and nothing is said of PEFT."""
+    model = adapted(tmp_path)
+    (tmp_path / "base" / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path}/base/config\.json: the base model's config {said}"):
+        gate(model, tmp_path / "text.txt", **QUICK)
+
+
 def test_other_kinds_of_models_and_adapters_are_named(tmp_path: Path) -> None:
     """A model without adapter, one of another PEFT method, and what is no model are each one sentence."""
     with pytest.raises(OptionError, match=r"^gate: takes an adapter's directory or a peft\.PeftModel, not a LlamaFor"):
