@@ -147,6 +147,12 @@ def scaled(*, rslora: bool, by_layer: bool) -> Check:
         return float(facts.setting("lora_alpha")) / divisor
 
     def check(facts: Facts) -> Iterator[Finding]:
+        divisor = facts.setting("r")
+        if not by_layer and not (isinstance(divisor, int) and divisor > 0):
+            yield doubt(
+                f"the config's r is {printable(divisor)}, so by what the update would be scaled was not checked"
+            )
+            return
         wrong = [
             (layer, served(facts, layer))
             for layer in facts.layers

@@ -254,6 +254,15 @@ def test_a_rank_of_its_own_is_refused_where_one_fills_all(tmp_path: Path) -> Non
     assert "up_proj" in refused(held(tmp_path, "vllm"), "scale")
 
 
+@pytest.mark.parametrize("server", ["vllm", "sglang", "tgi"])
+def test_without_a_rank_of_the_config_the_factor_is_a_doubt(tmp_path: Path, server: str) -> None:
+    """Where every rank stands in rank_pattern and ``r`` is missing, nobody can tell by what a server divides."""
+    base(tmp_path)
+    adapter(tmp_path, r=None, rank_pattern={part.rpartition(".")[2]: 4 for part in (*ATTENTION, *MLP)})
+    said = [one.finding.what for one in held(tmp_path, server).of(Tier.WARN) if one.rule.name == "scale"]
+    assert said == ["the config's r is None, so by what the update would be scaled was not checked"]
+
+
 @pytest.mark.parametrize(("rank", "least"), [(17, 32), (64, 64)])
 def test_a_rank_above_the_default_is_taken_with_a_note(tmp_path: Path, rank: int, least: int) -> None:
     """Up to 512 is taken by vLLM if it is started so; what it was started with is what counts where that is told."""
