@@ -15,6 +15,7 @@ from torch import Tensor
 _vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 _qr: Callable[..., tuple[Tensor, Tensor]] = torch.linalg.qr
 _eigh: Callable[..., tuple[Tensor, Tensor]] = torch.linalg.eigh
+_eigvalsh: Callable[..., Tensor] = torch.linalg.eigvalsh
 _svd: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.linalg.svd
 
 FLOAT32_SAFE = (1e-15, 1e15)
@@ -226,9 +227,12 @@ def singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         lost = exact.new_full((rank, exact.shape[1]), torch.nan)
         return exact.new_full((min(exact.shape),), torch.nan), lost
     is_wide = exact.shape[0] < exact.shape[1]
-    squares, vectors = _eigh(exact @ exact.mT if is_wide else exact.mT @ exact)
+    gram = exact @ exact.mT if is_wide else exact.mT @ exact
+    if not rank:
+        return _eigvalsh(gram).clamp_min(0).sqrt().flip(0), exact.new_empty(0, exact.shape[1])
+    squares, vectors = _eigh(gram)
     leading = vectors.flip(-1)[:, :rank]
-    if is_wide and rank:
+    if is_wide:
         leading = _qr(exact.mT @ leading, mode="reduced")[0]
     return squares.clamp_min(0).sqrt().flip(0), leading.mT
 

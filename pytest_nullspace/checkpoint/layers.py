@@ -73,7 +73,7 @@ class Checkpoint:
         base_revision: That base's revision on the hub.
         changed_base: Where an initialisation changed the base's weights, which base must be given, and why.
         is_whole: Whether it is a model without an adapter, whose layers are those that differ from its base's.
-        is_cut: Whether its vocabulary is smaller than that of its base, so that their predictions cannot be compared.
+        cut: Why its predictions cannot be compared with its base's, whose vocabulary is larger; empty where they can.
         remarks: What its files tell beside, in sentences.
     """
 
@@ -88,7 +88,7 @@ class Checkpoint:
     base_revision: str | None = None
     changed_base: str | None = None
     is_whole: bool = False
-    is_cut: bool = False
+    cut: str = ""
     remarks: tuple[str, ...] = ()
 
     @property

@@ -6,7 +6,7 @@ fused, is told as trained outside the layers.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer
 """The architectures whose linear layers hold their weight as ``(in, out)``."""
 _ROWS = re.compile(r"embed|(^|\.)(wte|wpe|shared|lm_head)$|relative_attention_bias")
 """In the names of matrices that have a row for each token or place."""
+_PLACES = re.compile(r"(^|\.)wpe$|(^|[._])pos(ition(s|al)?)?([._]|$)|token_type|relative_attention_bias")
+"""In those of them that have none for a token."""
 _NOT_CALLED = re.compile(r"(^|\.)(gate|router|dt_proj)$|\.router\.|\.experts\.\d+\.")
 """In those of routers, of experts, which transformers 5 fuses, and of what Mamba computes with in its own way."""
 _COMES_AND_GOES = re.compile(
@@ -63,13 +65,15 @@ def read(directory: Path, base: Path, rank: int = 0) -> Checkpoint:
             "tensors differs; the merge wrote the base, as merge tools do whose keys match nothing, or what was "
             "trained was not saved; merge or save it again, or gate the adapter itself"
         )
+    moved = {*differ}
     linear = [name for name in common if _is_linear(name, tensors[name])]
-    changed = [name for name in linear if name in {*differ}]
+    changed = [name for name in linear if name in moved]
     if not changed:
         raise CheckpointError(
             f"{directory}: no linear layer differs from its base {base}, only {some(differ)}; there is nothing "
             "here that a layer test could cover"
         )
+    vocabulary, is_cut = _vocabulary(resized, tensors, held)
     layers = in_model_order(directory, (_layer(tensors[name], held[name], config, rank) for name in changed))
     return Checkpoint(
         directory=directory,
@@ -78,11 +82,11 @@ def read(directory: Path, base: Path, rank: int = 0) -> Checkpoint:
         config=config,
         layers=layers,
         tensors=tensors,
-        outside=tuple(sorted({*differ, *only_here} - {*changed})),
+        outside=tuple(sorted({*moved, *only_here} - {*changed})),
         base=str(base),
         is_whole=True,
-        is_cut=any(tensors[name].shape[0] < held[name].shape[0] for name in resized),
-        remarks=tuple(_remarks(linear, changed, resized, tensors, held)),
+        cut=vocabulary if is_cut else "",
+        remarks=(*_unchanged(linear, moved), *_places(resized, tensors, held), *filter(None, [vocabulary])),
     )
 
 
@@ -190,20 +194,37 @@ def _layer(now: TensorInfo, before: TensorInfo, config: Mapping[str, Any], rank:
     return LayerSpec(now.name.removesuffix(WEIGHT), rank, in_features, out_features)
 
 
-def _remarks(
-    linear: list[str],
-    changed: list[str],
-    resized: list[str],
-    tensors: Mapping[str, TensorInfo],
-    held: Mapping[str, TensorInfo],
-) -> Iterable[str]:
-    if len(changed) < len(linear):
-        same = next(name for name in linear if name not in {*changed})
+def _unchanged(linear: list[str], changed: Collection[str]) -> Iterable[str]:
+    """Which linear layers are no tests."""
+    same = [name for name in linear if name not in changed]
+    if same:
         yield (
-            f"{len(linear) - len(changed)} of {len(linear)} linear layers, such as "
-            f"{printable(same.removesuffix(WEIGHT))}, are the base's own and no tests"
+            f"{len(same)} of {len(linear)} linear layers, such as {printable(same[0].removesuffix(WEIGHT))}, are the "
+            "base's own and no tests"
         )
-    for name in sorted(resized, key=lambda name: tensors[name].shape[0] - held[name].shape[0], reverse=True)[-1:]:
-        before, now = held[name].shape[0], tensors[name].shape[0]
-        told = "are compared on what both know" if now > before else "cannot be held against the base's"
-        yield f"the vocabulary of {before} was resized to {now}, as {printable(name)} has, so the predictions {told}"
+
+
+def _places(resized: Iterable[str], tensors: Mapping[str, TensorInfo], held: Mapping[str, TensorInfo]) -> Iterable[str]:
+    """What became of tables that have another number of rows, and none for a token."""
+    for name in resized:
+        if _PLACES.search(name.removesuffix(WEIGHT)):
+            before, now = held[name].shape[0], tensors[name].shape[0]
+            yield f"{printable(name)}, a table of positions or types, has {now} rows, and {before} in the base"
+
+
+def _vocabulary(
+    resized: Iterable[str], tensors: Mapping[str, TensorInfo], held: Mapping[str, TensorInfo]
+) -> tuple[str, bool]:
+    """What became of a vocabulary of another size, if one did, and whether it is smaller than the base's."""
+    grown = {
+        name: tensors[name].shape[0] - held[name].shape[0]
+        for name in resized
+        if not _PLACES.search(name.removesuffix(WEIGHT))
+    }
+    if not grown:
+        return "", False
+    name = min(grown, key=lambda name: grown[name])
+    before, now = held[name].shape[0], tensors[name].shape[0]
+    told = "are compared on what both know" if now > before else "cannot be held against the base's"
+    said = f"the vocabulary of {before} was resized to {now}, as {printable(name)} has, so the predictions {told}"
+    return said, now < before

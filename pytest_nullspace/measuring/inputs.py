@@ -151,8 +151,8 @@ def why_no_drift(checkpoint: Checkpoint, settings: Settings) -> str | None:
             "the rows of B are not orthonormal, so that with the adapter switched off the weights may not be those of "
             f"the base; {_ANYWAY}"
         )
-    if checkpoint.is_cut:
-        return checkpoint.remarks[-1]
+    if checkpoint.cut:
+        return checkpoint.cut
     if checkpoint.is_whole:
         return None
     if checkpoint.config.get("task_type") != "CAUSAL_LM" and not _of_text_writer(checkpoint, settings):

@@ -159,8 +159,8 @@ def true_base(
     """
     if not _is_compared(adapted):
         raise OptionError(f"{PREFIX}drift: {checkpoint.directory} is no causal language model; leave the option out")
-    if checkpoint.is_cut:
-        raise OptionError(f"{PREFIX}drift: {checkpoint.directory}: {checkpoint.remarks[-1]}; leave the option out")
+    if checkpoint.cut:
+        raise OptionError(f"{PREFIX}drift: {checkpoint.directory}: {checkpoint.cut}; leave the option out")
     if initial is not None:
         of_start = None if initial.carries_base else base_of(initial, settings.base)
 

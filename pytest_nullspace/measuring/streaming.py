@@ -111,7 +111,8 @@ def measure(
                 progress(part.stop, len(windows))
             if settled is not None and part.stop < len(windows) and settled(figures()):
                 break
-        lost = [layer for layer, of in zip(chosen, sums, strict=True) if not of[:, 0].any()]
+        # What a whole model computes with by itself is W′, with the update in it.
+        lost = [layer for layer, of in zip(chosen, sums, strict=True) if not (layer.is_whole or of[:, 0].any())]
         with recorder.silent():
             unused = bypassed(lost, forward, telling(windows), adapted.device)
     return _with_rows(figures(), ranks, recorder, unused)

@@ -33,6 +33,7 @@ ROUNDED = 0.01
 """Of ``‖ΔW‖``: the rounding of a stored type that makes less is not told."""
 _DIGITS = {"BF16": 8, "F16": 11}
 """Of the numbers of each type of half precision, the leading one included."""
+_HALVES = {"BF16": "bfloat16", "F16": "float16"}
 
 
 class _Product(nn.Module):
@@ -64,7 +65,10 @@ class WholeLinear(nn.Module):
         self.base, self.delta = _Product(weight), _Product(change)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._transposed = transposed
-        rows = kernels.singular(change, rank)[1] if rank else change.new_empty(0, change.shape[1])
+        self._values: Tensor | None = None
+        rows = change.new_empty(0, change.shape[1])
+        if rank:
+            self._values, rows = kernels.singular(change, rank)
         self.down = _Product(rows.to(change.dtype))
         self.up = _Product((change.to(rows.dtype) @ rows.mT).to(change.dtype))
 
@@ -83,7 +87,8 @@ class WholeLinear(nn.Module):
     @cached_property
     def effective_rank(self) -> float:
         """Of ΔW."""
-        return kernels.effective_rank(kernels.singular(self.delta.weight, 0)[0])
+        values = kernels.singular(self.delta.weight, 0)[0] if self._values is None else self._values
+        return kernels.effective_rank(values)
 
 
 def load(checkpoint: Checkpoint, base: Path, device: torch.device, dtype: torch.dtype) -> AdaptedModel:
@@ -109,7 +114,7 @@ def load(checkpoint: Checkpoint, base: Path, device: torch.device, dtype: torch.
             others.append(spec.name)
             continue
         change = now - before
-        noises.append(_rounding(now, info.dtype) / float(change.double().norm()))
+        noises.append((_rounding(now, info.dtype) / float(change.double().norm()), info.dtype))
         weight, transposed = stored(plain.get_submodule(place), "weight"), isinstance(module, Conv1D)
         whole = WholeLinear(
             weight.mT if transposed else weight,
@@ -121,14 +126,13 @@ def load(checkpoint: Checkpoint, base: Path, device: torch.device, dtype: torch.
         model.set_submodule(place, whole)
         views[spec.name] = _view(spec.name, whole)
     _share(model, plain, device)
-    rounded = _rounded(noises, checkpoint.tensors[f"{checkpoint.layers[0].name}{WEIGHT}"].dtype)
     return AdaptedModel(
         model.to(device).eval(),
         views,
         device,
-        switched_off=None if checkpoint.is_cut else lambda: nullcontext(plain),
+        switched_off=None if checkpoint.cut else lambda: nullcontext(plain),
         kind=f"{kind.build.__name__}, {kind.why}",
-        remarks=(*checkpoint.remarks, *_told(others, views, checkpoint.directory), *rounded),
+        remarks=(*checkpoint.remarks, *_told(others, views, checkpoint.directory), *_rounded(noises)),
         base_name=f"the base {base}",
     )
 
@@ -188,21 +192,23 @@ def _share(model: nn.Module, plain: nn.Module, device: torch.device) -> None:
 
 
 def _rounding(weight: Tensor, dtype: str) -> float:
-    """The norm of what rounding to the stored type of half precision makes of a weight; 0 of others."""
+    """The norm of what rounding to the stored type of half precision makes of a weight; 0 of others, and of zeros."""
     if dtype not in _DIGITS:
         return 0.0
-    units = torch.ldexp(torch.ones_like(weight), torch.frexp(weight).exponent - _DIGITS[dtype])
+    units = torch.ldexp((weight != 0).to(weight.dtype), torch.frexp(weight).exponent - _DIGITS[dtype])
     return float(units.norm()) / 12**0.5
 
 
-def _rounded(shares: list[float], dtype: str) -> tuple[str, ...]:
-    """How much of the change the stored type may have made, where that is to be known."""
-    share = median(shares) if shares else 0.0
+def _rounded(noises: list[tuple[float, str]]) -> tuple[str, ...]:
+    """How much of the change the stored types may have made, by its share of each and the type, where it matters."""
+    share = median(share for share, _ in noises) if noises else 0.0
     if not share >= ROUNDED:
         return ()
-    name = {"BF16": "bfloat16", "F16": "float16"}[dtype]
+    halves = [_HALVES[dtype] for _, dtype in noises if dtype in _HALVES]
+    which = "its weights" if len(halves) == len(noises) else f"{len(halves)} of {len(noises)} of its weights"
+    types = " and ".join(sorted({*halves}))
     return (
-        f"its weights are stored in {name}, whose rounding alone makes about {share:.0%} of ||ΔW|| (median over "
+        f"{which} are stored in {types}, whose rounding alone makes about {share:.0%} of ||ΔW|| (median over "
         "layers): a merge in float32 tells the update without it",
     )
 

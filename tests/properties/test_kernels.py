@@ -410,6 +410,7 @@ def test_singular_values_and_vectors_are_those_of_the_whole_decomposition(
     assert torch.allclose(rows @ rows.mT, torch.eye(rank, dtype=torch.float64), atol=1e-9)
     if float(values[rank - 1]) > 1e-3 * float(values[0]):
         assert torch.allclose(matrix.double() @ rows.mT @ rows, matrix.double(), atol=1e-5 * float(values[0]))
+    assert torch.allclose(kernels.singular(matrix, 0)[0], values, atol=1e-6 * float(values[0]), rtol=0)
     shares = values[values > 0] / values.sum()
     assert kernels.effective_rank(values) == pytest.approx(float((-shares * shares.log()).sum().exp()), rel=EXACT)
 

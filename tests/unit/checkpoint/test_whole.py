@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from pytest_nullspace.checkpoint import open_checkpoint
@@ -177,13 +178,60 @@ def test_a_head_that_is_tied_or_not_and_a_resized_vocabulary_are_told(base: Path
     assert open_checkpoint(model, str(base)).outside == ("lm_head.weight",)
     edit(model, lambda tensors: tensors.update({"model.embed_tokens.weight": torch.ones(130, 32)}))
     found = open_checkpoint(model, str(base))
-    assert not found.is_cut
+    assert found.cut == ""
     assert found.remarks[-1].startswith("the vocabulary of 128 was resized to 130, as model.embed_tokens.weight has, ")
     assert found.remarks[-1].endswith("so the predictions are compared on what both know")
     edit(model, lambda tensors: tensors.update({"model.embed_tokens.weight": torch.ones(120, 32)}))
     found = open_checkpoint(model, str(base))
-    assert found.is_cut
-    assert found.remarks[-1].endswith("so the predictions cannot be held against the base's")
+    assert found.cut in found.remarks
+    assert found.cut.endswith("so the predictions cannot be held against the base's")
+
+
+@pytest.mark.parametrize("rows", [48, 96])
+def test_a_table_of_positions_of_another_length_is_no_vocabulary(tmp_path: Path, rows: int) -> None:
+    """Longer or shorter it is told as what it is, and the predictions can be held against the base's."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=128, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    model: Any = transformers.GPT2LMHeadModel(config)
+    for name in ("base", "ft"):
+        model.save_pretrained(tmp_path / name)
+    edit(tmp_path / "ft", trained("transformer.h.0.mlp.c_fc.weight"))
+    edit(tmp_path / "ft", lambda tensors: tensors.update({"transformer.wpe.weight": torch.ones(rows, 32)}))
+    found = open_checkpoint(tmp_path / "ft", str(tmp_path / "base"))
+    assert found.cut == ""
+    assert found.remarks[1:] == (
+        f"transformer.wpe.weight, a table of positions or types, has {rows} rows, and 64 in the base",
+    )
+    edit(tmp_path / "ft", lambda tensors: tensors.update({"transformer.wte.weight": torch.ones(120, 32)}))
+    assert open_checkpoint(tmp_path / "ft", str(tmp_path / "base")).cut.startswith(
+        "the vocabulary of 128 was resized to 120, as transformer.wte.weight has"
+    )
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F4", 512), ("F6_E2M3", 768)])
+def test_what_is_stored_by_less_than_a_byte_is_held_against_its_base_by_its_bytes(
+    base: Path, make: Make, dtype: str, size: int
+) -> None:
+    """A changed tensor of four or six bits a number is told as one outside, and an equal one is not."""
+    model, other = make(trained(f"{QUERY}.weight")), shutil.copytree(base, base.parent / dtype)
+    for directory in (model, other):
+        add(directory, "model.packed_weight", dtype, bytes(size))
+    assert open_checkpoint(model, str(other)).outside == ()
+    add(model, "model.packed_weight", dtype, bytes(size - 1) + b"\1")
+    assert open_checkpoint(model, str(other)).outside == ("model.packed_weight",)
+
+
+def add(directory: Path, name: str, dtype: str, data: bytes) -> None:
+    """Put a tensor of 32 by 32 numbers of any type at the end of a model's file, or another in its place."""
+    file = directory / "model.safetensors"
+    raw = file.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header, held = json.loads(raw[8:end]), raw[end:]
+    if name in header:
+        held = held[: header[name]["data_offsets"][0]]
+    header[name] = {"dtype": dtype, "shape": [32, 32], "data_offsets": [len(held), len(held) + len(data)]}
+    told = json.dumps(header).encode()
+    file.write_bytes(len(told).to_bytes(8, "little") + told + held + data)
 
 
 def test_an_adapter_s_directory_is_read_as_one_beside_a_base(base: Path, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from pytest_nullspace import kernels
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring.drift import drift
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
-from pytest_nullspace.run.stats import LayerStats
+from pytest_nullspace.model.whole import _rounding
+from pytest_nullspace.run.stats import UNREACHED, LayerStats
 from tests import tiny
 from tests.adapters import adapter, edit, merged
 
@@ -102,6 +104,47 @@ def test_what_rounding_alone_makes_of_a_small_change_is_told(lora: Path) -> None
     assert [*whole.layers] == [f"model.layers.{block}.self_attn.o_proj" for block in range(3)]
     share = int(re.search(r"stored in bfloat16, whose rounding alone makes about (\d+)% of", whole.remarks[-1])[1])  # type: ignore[index]
     assert 15 < share < 60
+
+
+def test_of_layers_in_several_types_the_rounding_of_those_in_half_precision_is_told(lora: Path) -> None:
+    """Where the first layer is in float32 and most are not, the types are those of the rounded ones."""
+
+    def nudge(tensors: dict[str, Tensor]) -> None:
+        for block, dtype in enumerate((torch.float32, torch.bfloat16, torch.bfloat16)):
+            name = f"model.layers.{block}.self_attn.o_proj.weight"
+            tensors[name] = (1.005 * tensors[name]).to(dtype)
+
+    mixed = opened(edit(shutil.copytree(lora.parent / "base", lora.parent / "mixed"), nudge))
+    assert mixed.remarks[-1].startswith(
+        "2 of 3 of its weights are stored in bfloat16, whose rounding alone makes about"
+    )
+
+
+def test_zeros_are_not_rounded() -> None:
+    """What is zero is held exactly by every type: pruned numbers add nothing to what rounding makes."""
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    pruned = torch.cat((weight, torch.zeros(64, 8)))
+    assert _rounding(pruned, "BF16") == pytest.approx(_rounding(weight, "BF16"))
+    assert _rounding(torch.zeros(4, 4), "F16") == 0
+
+
+def test_an_update_is_decomposed_once(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values of which the down projection was taken give the effective rank as well."""
+    directory, taken, singular = merged(lora.parent, lora, name="once"), [], kernels.singular
+    monkeypatch.setattr(kernels, "singular", lambda matrix, rank: taken.append(rank) or singular(matrix, rank))  # type: ignore[func-returns-value]
+    figures(opened(directory, 4))
+    assert taken == [4] * 6
+    figures(opened(directory))
+    assert taken == [4] * 6 + [0] * 6
+
+
+def test_a_layer_whose_weight_alone_is_used_is_one_that_no_row_reached(lora: Path) -> None:
+    """What a model computes with itself is W′: its ΔW acts, so nothing is said of an update without effect."""
+    whole = opened(merged(lora.parent, lora, name="used"))
+    mlp: Any = whole.model.get_submodule("model.layers.0.mlp")
+    mlp.forward = lambda x: (mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)) @ mlp.down_proj.weight.mT
+    lost = {name: layer.defect for name, layer in figures(whole).items() if layer.defect is not None}
+    assert lost == {"model.layers.0.mlp.down_proj": UNREACHED}
 
 
 def test_without_a_rank_there_is_no_down_projection(lora: Path) -> None:
