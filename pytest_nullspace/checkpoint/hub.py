@@ -91,23 +91,14 @@ def at_hand(name: str, revision: str | None) -> Path | None:
     if local is not None or not _HUB_ID.fullmatch(name):
         return local
     from huggingface_hub import try_to_load_from_cache
-
-    identity, _, said = name.partition("@")
-    held = try_to_load_from_cache(identity, "config.json", revision=said or revision)
-    return Path(held).parent if isinstance(held, str) else None
-
-
-def cached(name: str, revision: str | None) -> Path | None:
-    """The directory in the hub's own cache that holds ``name``, if it was downloaded before."""
-    if not _HUB_ID.fullmatch(name) or name in (".", ".."):
-        return None
-    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     identity, _, said = name.partition("@")
     try:
-        return Path(snapshot_download(identity, revision=said or revision, local_files_only=True))
-    except Exception:  # not there, or no cache at all: huggingface_hub has an exception for each
+        held = try_to_load_from_cache(identity, "config.json", revision=said or revision)
+    except HFValidationError:
         return None
+    return Path(held).parent if isinstance(held, str) else None
 
 
 def downloaded(name: str, revision: str | None, how: str) -> Path:

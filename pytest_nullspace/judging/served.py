@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import read_header, read_json_object
-from pytest_nullspace.checkpoint.hub import cached, local_directory
+from pytest_nullspace.checkpoint.hub import at_hand
 from pytest_nullspace.checkpoint.layers import LayerSpec
 from pytest_nullspace.checkpoint.peft import FORMAT, PREFIX
 from pytest_nullspace.errors import OptionError, quoted
@@ -159,7 +159,7 @@ def base_at_hand(checkpoint: Checkpoint, named: str | None) -> Base | None:
     name = named or checkpoint.base
     if not name:
         return None
-    directory = local_directory(name) or cached(name, None if named else checkpoint.base_revision)
+    directory = at_hand(name, None if named else checkpoint.base_revision)
     if directory is None or not (directory / "config.json").is_file():
         return None
     tensors = [tensor for file in sorted(directory.glob("*.safetensors")) for tensor in read_header(file).values()]

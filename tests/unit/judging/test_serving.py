@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.checkpoint.hub import at_hand
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.judging.serve_checks import installed_fields
 from pytest_nullspace.judging.served import SERVERS, Asked, asked, base_at_hand
@@ -78,6 +79,17 @@ def refused(outcome: Outcome, rule: str) -> str:
     assert only.rule.source in told
     assert only.finding.what in outcome.summary
     return only.finding.what
+
+
+@pytest.mark.parametrize("name", ["a--b", "x/y.git", "someone/not-here", ".", "x/y.git@v1"])
+def test_a_base_that_no_cache_can_hold_is_not_at_hand(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that the hub would refuse, or that was never fetched, is no base here and no error."""
+    monkeypatch.chdir(tmp_path)
+    adapter(tmp_path, base_model_name_or_path=name)
+    assert base_at_hand(open_checkpoint(tmp_path / "ft"), None) is None
+    assert at_hand(name, None) == (Path() if name == "." else None)
 
 
 @pytest.mark.parametrize("server", ["vllm", "sglang", "tgi", "llama.cpp", "peft==0.21"])
