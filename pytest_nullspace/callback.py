@@ -80,8 +80,7 @@ class NullspaceCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Measure once before the first step, so that what is wrong is told now."""
-        if self._is_on:
-            self._measure(state, control, given, may_stop=False)
+        self._measure(state, control, given, may_stop=False)  # also where it is off, for the others may not know
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Look at the clock."""
@@ -110,7 +109,7 @@ class NullspaceCallback(TrainerCallback):  # type: ignore[misc]
         """Measure in process 0, if it is worth it, and tell the others what follows."""
         if state.is_world_process_zero:
             figures, since = None, time.perf_counter()
-            if not may_stop or self._pace.is_worth_it:
+            if self._is_on and (not may_stop or self._pace.is_worth_it):
                 figures = self._one(state, control, given)
                 if may_stop:
                     self._pace.spent += time.perf_counter() - since

@@ -313,11 +313,20 @@ rank = int(__import__("os").environ["RANK"])
 folder = Path(sys.argv[1]) / str(rank)
 folder.mkdir()
 loud = {"profile": "nullspace", "threshold": ["leakage:0.000001:0.000002"], **WATCHED}
-text = folder / ("text.txt" if sys.argv[2] == "stop" else "gone.txt")
-watching = NullspaceCallback(text, every=2, stop_on="DO NOT DEPLOY", **loud)
+text = folder / ("gone.txt" if sys.argv[2] == "fail" else "text.txt")
+again = sys.argv[2] == "again"
+watching = NullspaceCallback(text, every=2, stop_on=None if again else "DO NOT DEPLOY", **loud)
 trained = trainer(folder, watching, max_steps=5)
+class Loses(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if again and state.global_step == 5 and (folder / "base").exists():
+            (folder / "base").rename(folder / "lost")
+trained.add_callback(Loses())
 trained.train()
-told = [trained.state.global_step, len(logged(trained)), watching.stopped, watching._is_on]
+measured = len(logged(trained))
+if again:
+    trained.train()
+told = [trained.state.global_step, measured, watching.stopped, watching._is_on]
 (folder / "told.json").write_text(json.dumps(told))
 """
 
@@ -327,10 +336,12 @@ told = [trained.state.global_step, len(logged(trained)), watching.stopped, watch
     [
         ("stop", [[2, 2, "the verdict is DO NOT DEPLOY", True], [2, 0, "the verdict is DO NOT DEPLOY", True]]),
         ("fail", [[5, 0, None, False], [5, 0, None, False]]),
+        ("again", [[5, 3, None, False], [5, 0, None, False]]),
     ],
 )
 def test_several_processes_stop_together_and_none_waits_for_another(what: str, told: list[Any], tmp_path: Path) -> None:
-    """Process 0 measures and logs alone; what it decides, or that it failed, all of them follow at the same step."""
+    """Process 0 measures and logs alone; what it decides, or that it failed, also after the last step of a training
+    that is followed by another, all of them follow at the same step."""
     root = Path(__file__).parents[2]
     (tmp_path / "two.py").write_text(TWO)
     done = subprocess.run(
