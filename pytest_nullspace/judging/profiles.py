@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from statistics import fmean
 
+from pytest_nullspace.checkpoint import lora_null, whole
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.stats import RunStats
@@ -86,9 +87,9 @@ def choose(run: RunStats, asked: str = "auto", variant: str = "auto", start: tup
     named = run.about.get("format")
     if named is None:
         return Chosen(Profile.REFERENCE, "its file tells no more than the reference script's")
-    if named == "whole model":
+    if named == whole.FORMAT:
         return Chosen(Profile.LORA, "a whole model")
-    if named == "LoRA-Null":
+    if named == lora_null.FORMAT:
         return Chosen(Profile.NULLSPACE, "a LoRA-Null directory")
     initialised = run.about.get("init_lora_weights")  # a file of another making may hold anything
     if isinstance(initialised, str):
@@ -106,7 +107,7 @@ def _measured(run: RunStats) -> Chosen:
     """From the figures alone: a space that is quiet was chosen to be, and so were rows that are orthonormal."""
     known = [layer for layer in run.layers if layer.defect is None]
     if known and all(layer.is_orthonormal for layer in known):
-        return Chosen(Profile.NULLSPACE, "the rows of lora_A are orthonormal")
+        return Chosen(Profile.NULLSPACE, "the rows of B are orthonormal")
     leaks = [layer.leakage for layer in known if "leakage" not in layer.absent]
     if not leaks:
         return Chosen(Profile.LORA, "nothing tells of a null space")

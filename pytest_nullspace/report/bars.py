@@ -13,6 +13,7 @@ from pytest_nullspace.checkpoint.header import printable, quoted
 from pytest_nullspace.judging.baseline import Change
 from pytest_nullspace.judging.decision import times
 from pytest_nullspace.judging.verdicts import Finding, Tier, Verdict
+from pytest_nullspace.report.notes import place_of
 from pytest_nullspace.run.figures import FIGURES, Text, of_predictions
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
 from pytest_nullspace.run.texts import called, drift_test
@@ -117,7 +118,7 @@ def _bars(figure: str, found: Sequence[_Found], was: Mapping[tuple[str, str], fl
         bars.append(
             Bar(
                 whole if whole == "task text" else f"{whole} {printable(name)}".rstrip(),
-                f"{finding.value:.3g}" + (f" ± {margin:.2g}" if margin else ""),
+                f"{finding.value:.3g}{finding.with_margin}",
                 finding.threshold.bound,
                 str(finding.tier) if gated else "none",
                 far(finding.value),
@@ -140,7 +141,7 @@ class Quote:
     """A passage in which the predictions changed much, as a reader sees what was lost.
 
     Attributes:
-        where: Which characters of the text it is.
+        where: Which place of the text it is.
         before: What stands before the token.
         token: The token.
         moved: How much less or more likely the token became, in words.
@@ -185,16 +186,13 @@ def quotes(drift: Drift, verdicts: Sequence[Verdict]) -> Iterator[Quotes]:
         tier = tiers.get(drift_test(name))
         told = []
         for of in text.passages:
-            where = (
-                f"characters {of.start:,} to {of.end:,}" if of.end is not None else f"from character {of.start:,} on"
-            )
             moved, colour = _likelier(of.base, of.adapted)
             models = [
                 ("base", f"{of.base:.2g}", _percent(of.base), quoted(of.likeliest, 200)),
                 ("adapted", f"{of.adapted:.2g}", _percent(of.adapted), quoted(of.instead, 200)),
             ]
             before, token = printable(of.before, 400), printable(of.token, 400)
-            told.append(Quote(where, before, token, moved, colour, models, f"{of.divergence:.2g}"))
+            told.append(Quote(place_of(of), before, token, moved, colour, models, f"{of.divergence:.2g}"))
         if told:
             yield Quotes(f"preserved text {printable(name)}".rstrip(), str(tier or ""), tier is not Tier.PASS, told)
 

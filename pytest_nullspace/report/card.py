@@ -347,11 +347,10 @@ def _section(result: Result) -> str:
 
 
 def _row(verdict: Verdict, finding: Finding, run: RunStats) -> str:
-    threshold, value = finding.threshold, f"{finding.value:.3g}"
+    threshold, value = finding.threshold, f"{finding.value:.3g}{finding.with_margin}"
     better, worse = ("<", ">") if threshold.lower_is_better else (">", "<")
-    margin = "" if finding.margin is None else f" ± {finding.margin:.2g}"
     cells = (
-        MARKS[finding.tier], threshold.figure, f"{value}{margin}", f"{better} {threshold.passes:g}",
+        MARKS[finding.tier], threshold.figure, value, f"{better} {threshold.passes:g}",
         f"{worse} {threshold.fails:g}", named(said(verdict, finding), run),
     )  # fmt: skip
     return "| " + " | ".join(map(escape, cells)) + " |"

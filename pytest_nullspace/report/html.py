@@ -154,7 +154,9 @@ def sheet(
         drift_words=() if run.drift is None else _plain(notes.drift(run.drift, *moved), run),
         quotes=() if run.drift is None else list(bars.quotes(run.drift, moved)),
         stands=list(bars.stands(run)),
-        reading=_plain(reading(judge_averages(run, expectations)), run) if run.complete and run.layers else (),
+        reading=_plain(reading(judge_averages(run, expectations), by_name=True), run)
+        if run.complete and run.layers
+        else (),
         figures=figures,
         deciding=list(dict.fromkeys(deciding)),
         of_layers=of_layers,
@@ -185,10 +187,11 @@ def _shifted(
 
 def _facts(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations) -> list[str]:
     gated = sum(verdict.gated for verdict in verdicts)
+    profile = notes.profile(expectations)
     told = [
         notes.conditions(run),
         f"layers: {gated} of {run.checkpoint_layers} gated: {notes.tally(verdicts)}",
-        notes.profile(expectations),
+        None if profile is None else named(profile, run),
         *model.built_as(run),
         *notes.whole_updates(run),
     ]

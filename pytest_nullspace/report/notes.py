@@ -14,6 +14,7 @@ from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.judging.weights import LayerWeights
 from pytest_nullspace.report.words import colour, mark
 from pytest_nullspace.run.figures import FIGURES, OF_DOWN, Text
+from pytest_nullspace.run.predictions import Passage
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
 from pytest_nullspace.run.texts import FIRST, drift_test, name_of, preserved
 
@@ -223,16 +224,20 @@ def passages(told: Drift) -> Iterator[str]:
         if text.passages:
             yield f"changed most on the preserved text{f' {printable(name)}' if name else ''}:"
         for of in text.passages:
-            where = f"from character {of.start:,} on"
-            if of.end is not None:
-                where = f"characters {of.start:,} to {of.end:,}"
-            if of.row:
-                where = printable(of.row, 200)
             yield (
-                f"  {where}: after {quoted(of.before)} {quoted(of.token)} had probability {of.base:.2g} and has "
+                f"  {place_of(of)}: after {quoted(of.before)} {quoted(of.token)} had probability {of.base:.2g} and has "
                 f"{of.adapted:.2g}; likeliest was {quoted(of.likeliest)}, is {quoted(of.instead)} "
                 f"(divergence {of.divergence:.2g})"
             )
+
+
+def place_of(passage: Passage) -> str:
+    """Where in its text a passage stands."""
+    if passage.row:
+        return printable(passage.row, 200)
+    if passage.end is None:
+        return f"from character {passage.start:,} on"
+    return f"characters {passage.start:,} to {passage.end:,}"
 
 
 def conditions(run: RunStats) -> str | None:

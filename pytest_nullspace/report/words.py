@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from pytest_nullspace.checkpoint import peft
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.verdicts import Finding, Tier, Verdict
 from pytest_nullspace.run.figures import FIGURES, Text, of_layers
@@ -54,7 +55,8 @@ def scanned_figure(of: LayerStats | RunStats, figure: str) -> str:
 
 
 _LETTER = re.compile(r"(?<![\w./\\-])(A|B)(?![\w/\\-]|\.\w)")
-_PEFT = {"A": "lora_B", "B": "lora_A"}
+_FILES = {peft.FORMAT: {"A": "lora_B", "B": "lora_A"}, peft.MLX: {"A": "lora_b", "B": "lora_a"}}
+"""What our matrices are called in the files of other formats."""
 
 
 _WHOLE = (
@@ -79,19 +81,18 @@ def of_whole(told: str) -> str:
 
 
 def named(told: str, run: RunStats) -> str:
-    """A sentence with the matrices called as in its files: PEFT's ``lora_A`` is ``B``, and ``lora_B`` is ``A``.
+    """A sentence with the matrices called as in its files: PEFT's ``lora_A`` and mlx-lm's ``lora_a`` are ``B``.
 
     Of a whole model there is neither: its update is ``ΔW``.
     """
     if run.is_whole:
         return of_whole(told)
-    if run.about.get("format") != "PEFT LoRA":
-        return told
-    return _LETTER.sub(lambda letter: _PEFT[letter[0]], told)
+    names = _FILES.get(str(run.about.get("format")))
+    return told if names is None else _LETTER.sub(lambda letter: names[letter[0]], told)
 
 
-def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
-    """What the verdict's figures mean, a line each."""
+def reading(verdict: Verdict, by_name: bool = False) -> Iterator[tuple[str, Tier | None]]:
+    """What the verdict's figures mean, a line each, which says the figure's symbol, or its name before it."""
     if verdict.defect is not None:
         yield f"{mark(verdict)} {verdict.defect}", colour(verdict)
         return
@@ -100,7 +101,8 @@ def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
         value, other = _value(figure, finding.value), finding.without_sinks
         if other is not None and (finding.decided_by_sinks or not math.isclose(other, finding.value, rel_tol=ALIKE)):
             value += f", {_value(figure, other)} {_WITHOUT}"
-        told = f"{mark(verdict, finding.tier)} {FIGURES[figure].symbol} {value} ({finding.threshold.bound})"
+        symbol = f"{figure} ({FIGURES[figure].symbol})" if by_name else FIGURES[figure].symbol
+        told = f"{mark(verdict, finding.tier)} {symbol} {value} ({finding.threshold.bound})"
         yield f"{told}: {_meaning(finding)}", colour(verdict, finding.tier)
     if verdict.doubt is not None:
         yield f"{mark(verdict, Tier.WARN)} {verdict.doubt}", colour(verdict, Tier.WARN)

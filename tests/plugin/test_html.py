@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import math
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ from pytest_nullspace.judging.invariants import Expectations, Override, Stage
 from pytest_nullspace.judging.profiles import Chosen, Profile
 from pytest_nullspace.judging.remedy import KEY, Remedy
 from pytest_nullspace.report.html import ROWS, Sheet, page, sheet
+from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.predictions import Passage
 from pytest_nullspace.run.stats import Drift, RunStats, Spectrum, TextDrift
 from tests import saved
@@ -210,6 +212,46 @@ def test_what_was_lost_is_quoted() -> None:
     for probability, width, instead in (("0.97", 97.0, "Mara"), ("0.0021", 0.21, "Zeta")):
         assert f'height="10" width="{width}%"' in text
         assert f"<strong>{probability}</strong> likeliest <code>&#39;{instead}&#39;</code>" in text
+
+
+def test_a_passage_in_a_row_of_images_is_placed_by_its_row() -> None:
+    """Where rows hold images a passage's place is its row, for no file has its characters."""
+    whole = of_several_texts(1)
+    assert whole.drift is not None
+    passage = dataclasses.replace(PASSAGES[1], row="photos/metadata.jsonl: line <2>")
+    drift = dataclasses.replace(whole.drift, preserved=dataclasses.replace(whole.drift.preserved, passages=(passage,)))
+    sheet = sheet_of(dataclasses.replace(whole, drift=drift))
+    assert [one.where for of in sheet.quotes for one in of.quotes][-1] == "photos/metadata.jsonl: line <2>"
+    assert "photos/metadata.jsonl: line &lt;2&gt; · divergence 3.2" in page([sheet])
+
+
+def test_a_value_without_a_margin_says_so() -> None:
+    """Of one window there is no margin, which stands beside the value as in the other reports."""
+    whole = of_several_texts(1)
+    assert whole.drift is not None
+    one = dataclasses.replace(whole.drift.preserved, divergence_margin=math.inf)
+    bar = sheet_of(dataclasses.replace(whole, drift=dataclasses.replace(whole.drift, preserved=one))).drift[0].bars[0]
+    assert bar.value == "0.01 (one window, so no margin)"
+    assert bar.low == bar.high == bar.width
+
+
+def test_the_averages_are_read_by_name() -> None:
+    """In words each average has the name that the tables head it by, before its symbol."""
+    sheet = sheet_of(run_of(1))
+    assert sheet.reading
+    for line in sheet.reading:
+        name = line.words.partition(" ")[0]
+        assert line.words.startswith(f"{name} ({FIGURES[name].symbol}) ")
+    assert sheet.reading[0].words.startswith("preservation (||BX||/||X||) 3.12e-02 ")
+
+
+def test_the_profile_calls_the_matrices_as_the_files_do() -> None:
+    """Why a profile was chosen names PEFT's lora_A, as every other sentence on the page does."""
+    whole = run_of(1)
+    of_peft = dataclasses.replace(whole, about={**whole.about, "format": "PEFT LoRA"})
+    held = dataclasses.replace(HELD, chosen=Chosen(Profile.NULLSPACE, "the rows of B are orthonormal"))
+    facts = sheet("ft", of_peft, held, decide(of_peft, held)).facts
+    assert any("(profile nullspace: the rows of lora_A are orthonormal)" in fact for fact in facts)
 
 
 def test_what_would_pass_stands_with_the_verdict() -> None:

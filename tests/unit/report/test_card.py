@@ -1,6 +1,7 @@
 """The result in a model card: what is written, what is kept, and what is refused."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -123,6 +124,16 @@ def test_twice_is_as_once(own: str) -> None:
     later = card.renewed(once, other, "README.md")
     assert later == once.replace(" 0.1.0: ", " 0.2.0: ")
     assert ModelCard(later).data.get("eval_results")
+
+
+def test_a_value_without_a_margin_says_so() -> None:
+    """Of one window there is no margin, which the table says in words."""
+    of = result()
+    assert of.run.drift is not None
+    one = dataclasses.replace(of.run.drift.preserved, divergence_margin=math.inf)
+    run = dataclasses.replace(of.run, drift=dataclasses.replace(of.run.drift, preserved=one))
+    written = card.renewed("", dataclasses.replace(of, run=run), "README.md")
+    assert "| divergence | 0.01 (one window, so no margin) |" in written
 
 
 def test_what_stands_around_the_section_stays() -> None:

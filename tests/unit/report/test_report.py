@@ -525,9 +525,13 @@ def test_the_header_says_what_will_be_gated(tmp_path: Path) -> None:
     ],
 )
 def test_the_matrices_are_called_as_the_adapters_files_do(told: str, peft: str) -> None:
-    """Of PEFT's adapters a sentence says lora_A and lora_B; names, paths and symbols stay, and LoRA-Null's A and B."""
+    """PEFT's adapters have lora_A and lora_B, mlx-lm's lora_a and lora_b; names, paths and symbols stay, and so
+    do LoRA-Null's A and B.
+    """
     of_peft = dataclasses.replace(run_of(EXAMPLE), about={"format": "PEFT LoRA"})
     assert words.named(told, of_peft) == peft
+    of_mlx = dataclasses.replace(of_peft, about={"format": "MLX LoRA"})
+    assert words.named(told, of_mlx) == (peft if told == peft else peft.replace("ra_A", "ra_a").replace("ra_B", "ra_b"))
     assert words.named(told, run_of(EXAMPLE)) == told
 
 
