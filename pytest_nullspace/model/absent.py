@@ -53,22 +53,34 @@ def _head(model: Any) -> list[nn.Module]:
 
 
 def _come_last(model: nn.Module, absent: Sequence[str], layers: Sequence[nn.Module]) -> bool:
-    """Whether on text ``absent`` weights are used only after the last of ``layers`` has run."""
+    """Whether on text each of the ``absent`` weights is used, and only after the last of ``layers`` has run.
+
+    Of one that is not used, such as an expert's to which no token went, nobody knows what it comes before.
+    """
     try:
         weights = [model.get_parameter(name) for name in absent]
     except AttributeError:  # of a module that is adapted
         return False
-    happened: list[nn.Module | None] = []  # a layer has run, or a weight was used
+    happened: list[nn.Module | int] = []  # a layer has run, or the weight of that id was used
     tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
+    tokens[0, -1] = _end_of_text(model)
     given = {"input_ids": tokens} | ({"decoder_input_ids": tokens} if is_encoder_decoder(model) else {})
     with ExitStack() as hooks:
         for layer in layers:
             hooks.callback(layer.register_forward_hook(lambda layer, *_: happened.append(layer)).remove)
         hooks.enter_context(torch.inference_mode())
-        hooks.enter_context(Uses(weights, lambda _: happened.append(None)))
-        with suppress(Exception):  # a head may want more than tokens, such as an end of text
+        hooks.enter_context(Uses(weights, happened.append))
+        with suppress(Exception):  # a head may want more than tokens; its weights are then not used
             model(**given)
-    if not set(layers) <= set(happened):  # of one that did not run nobody knows what comes before it
+    used = {id(weight) for weight in weights}
+    if not used.union(layers) <= set(happened):  # of a layer that did not run nobody knows what comes before it either
         return False
-    last = max(place for place, layer in enumerate(happened) if layer is not None)
-    return None not in happened[:last]
+    last = max(place for place, what in enumerate(happened) if isinstance(what, nn.Module))
+    return used.isdisjoint(happened[:last])
+
+
+def _end_of_text(model: Any) -> int:
+    """The token that ends a text, by which some heads find it; 0 where the model tells none."""
+    told = getattr(model.config, "eos_token_id", None)
+    ends = told[0] if isinstance(told, list) and told else told
+    return ends if isinstance(ends, int) and 0 <= ends < model.get_input_embeddings().num_embeddings else 0

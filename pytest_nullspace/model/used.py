@@ -1,6 +1,6 @@
 """Which tensors a forward computes with, whoever holds them and whether or not their module is called."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -22,8 +22,15 @@ class Uses(TorchFunctionMode):
         """Do what was asked for."""
         given = kwargs or {}
         result = func(*args, **given)
-        if isinstance(result, Tensor):
+        if _holds_tensor(result):
             for one in (*args, *given.values()):
                 for used in self._watched.intersection(map(id, one if isinstance(one, tuple | list) else [one])):
                     self._tell(used)
         return result
+
+
+def _holds_tensor(result: object) -> bool:
+    """Whether ``result`` is a tensor or holds one, as that of a split or of an LSTM does."""
+    if isinstance(result, Mapping):
+        return any(map(_holds_tensor, result.values()))
+    return isinstance(result, Tensor) or (isinstance(result, tuple | list) and any(map(_holds_tensor, result)))

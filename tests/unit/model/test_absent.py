@@ -1,5 +1,6 @@
 """A base that lacks weights: measured where all that is gated comes before them, and refused elsewhere."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import load_model
+from pytest_nullspace.model.used import Uses
 from tests import families, tiny
-from tests.adapters import adapter
+from tests.adapters import adapter, switch
 from tests.unit.model.test_peft import SMALL, WINDOWS, check_figures, opened
 
 # PEFT's own, while the tests make adapters with it.
@@ -94,3 +96,45 @@ def test_what_no_text_reaches_may_follow_from_anything(tmp_path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="its weights are not those of a whole LlavaForConditionalGeneration: "):
         load_model(directory)
+
+
+def test_an_expert_to_which_the_probe_brings_no_token_must_be_there(tmp_path: Path) -> None:
+    """A weight that the probe never uses may come before a layer all the same, as an expert of the encoder does."""
+    model, used = switch(), set[str]()
+    directory = adapter(tmp_path, model, "SEQ_2_SEQ_LM", r=2, target_modules=["q", "v"])
+    experts = {name for name, _ in model.named_modules() if name.startswith("encoder.") and ".expert_" in name}
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: used.add(name))
+    for last in (0, model.config.eos_token_id):
+        tokens = torch.tensor([[0] * 7 + [last]])
+        model(input_ids=tokens, decoder_input_ids=tokens)
+    lost = tuple(f"{name}." for name in experts - used)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(lost)}
+    assert lost
+    save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="its weights are not those of a whole SwitchTransformersForConditional"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize(
+    ("of", "compute"),
+    [
+        (torch.nn.Linear(4, 4), lambda module: module.weight.chunk(2)),
+        (torch.nn.LSTM(4, 4), lambda module: module(torch.zeros(2, 4))),
+        (torch.nn.MultiheadAttention(4, 2), lambda module: module(*[torch.zeros(2, 4)] * 3)),
+        (torch.nn.Linear(4, 4), lambda module: torch.svd(module.weight)),
+    ],
+    ids=["chunk", "LSTM", "attention", "svd"],
+)
+def test_a_weight_is_used_whatever_holds_the_result(of: Any, compute: Callable[[Any], object]) -> None:
+    """What gives several tensors computes with a weight as what gives one does; a question for its shape does not."""
+    used = set[int]()
+    weight = next(of.parameters())
+    with torch.inference_mode(), Uses([weight], used.add):
+        assert weight.shape == weight.size()
+        assert weight.dtype is torch.float32
+        assert not used
+        compute(of)
+    assert used == {id(weight)}
