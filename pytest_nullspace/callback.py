@@ -34,7 +34,8 @@ class NullspaceCallback(TrainerCallback):  # type: ignore[misc]
     ends the gating but not the training.
 
     Attributes:
-        report: The last measurement; None where there was none yet.
+        report: The last measurement; None where there was none yet, or where the last one failed.
+        failed: Why nothing is measured any more, nor ends the training, in words; None where all went well.
         stopped: Why the training was ended, in words; None where it was not.
     """
 
@@ -74,6 +75,7 @@ class NullspaceCallback(TrainerCallback):  # type: ignore[misc]
         self._tokenizer, self._texts = tokenizer, dict[str, Any]()
         self._is_on, self._began, self._last = True, 0.0, -1
         self.report: Report | None = None
+        self.failed: str | None = None
         self.stopped: str | None = None
 
     def on_train_begin(
@@ -140,8 +142,9 @@ class NullspaceCallback(TrainerCallback):  # type: ignore[misc]
             self._log(state, control, logged | {f"{PREFIX}seconds": round(self._pace.cost, 3)})
         except Exception as error:
             what = str(error) if isinstance(error, NullspaceError) else f"{type(error).__name__}: {first_line(error)}"
+            what += "; stop_on cannot end it any more" if self._stops else ""
             logger.warning("nullspace: the adapter is not gated any more, the training goes on: %s", what)
-            self._is_on = False
+            self._is_on, self.report, self.failed = False, None, what  # an earlier report is of another model
             return None
         return figures
 

@@ -181,6 +181,25 @@ def test_an_error_amid_the_training_ends_the_gate_and_not_the_training(
     assert "the card is gone" in caplog.text
 
 
+def test_a_report_does_not_outlive_the_model_that_it_is_of(tmp_path: Path) -> None:
+    """Once a measurement fails, as where a norm of the base is trained as well, no earlier report stands for it."""
+    import transformers
+
+    class Unfreezes(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            earlier.append(watching.report)
+            given["model"].get_base_model().model.norm.weight.requires_grad_(state.global_step >= 2)
+
+    earlier: list[Any] = []
+    watching = NullspaceCallback(tmp_path / "text.txt", every=1, stop_on="drift>1000", **WATCHED)
+    trainer(tmp_path, Unfreezes(), watching, max_steps=4).train()
+    assert len(earlier) == 4
+    assert earlier[1] is not None
+    assert earlier[2] is watching.report is watching.stopped is None
+    assert "model.norm.weight" in (watching.failed or "")
+    assert (watching.failed or "").endswith("; stop_on cannot end it any more")
+
+
 def Later(layer: Any) -> Any:  # noqa: N802
     """A callback after whose third step the layer breaks where it is not trained."""
     import transformers
