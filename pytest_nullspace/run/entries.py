@@ -12,6 +12,7 @@ from pytest_nullspace.run.texts import is_name
 from pytest_nullspace.run.windows import OF_LAYER, ByWindow
 
 AGAIN = "measure again"
+EDITED = "the file was edited or damaged, so measure again"
 
 _NOT_MEASURED = "not measured"
 """What a file holds for a norm that a quantised weight does not give; ``null`` is what is not finite."""
@@ -164,11 +165,24 @@ def layer_of(entry: object, where: str) -> LayerStats:
             f"{where}: distinct_rows is {layer.distinct_rows}, but of {layer.rows} rows, {layer.in_features} wide, "
             "no more than either are counted; the file was edited or damaged, so measure again"
         )
+    _check_possible(layer, where)
     _check_derived(entry, layer, where)
     if BY_WINDOW in entry:
         kept = ByWindow.decoded(OF_LAYER, entry[BY_WINDOW], layer, f"{where}: {BY_WINDOW}")
         layer = replace(layer, by_window=kept)
     return layer if SINK_ROWS not in entry else replace(layer, without_sinks=_without_sinks(entry, layer, where))
+
+
+def _check_possible(layer: LayerStats, where: str) -> None:
+    """Refuse what no layer can have at once."""
+    rank, norm = layer.effective_rank, layer.up_weight_norm
+    if layer.bypassed and layer.rows:
+        what = f"weight_used_alone is {layer.bypassed}, but {layer.rows} rows came to the layer itself"
+    elif rank is not None and norm > 0 and not rank >= 1 - _DERIVED_TOLERANCE:
+        what = f"update_effective_rank is {_shown(rank)}, but no update of norm {norm:.7g} has less than 1"
+    else:
+        return
+    raise StatsError(f"{where}: {what}; {EDITED}")
 
 
 def _further(told: object, name: str, where: str) -> dict[str, LayerStats]:

@@ -17,6 +17,7 @@ from pytest_nullspace.errors import StatsError, printable, quoted
 from pytest_nullspace.run.entries import (
     AGAIN,
     BY_WINDOW,
+    EDITED,
     SINK_ROWS,
     entry_of,
     is_count,
@@ -34,6 +35,11 @@ _DRIFT, _HEADROOM = "drift", "headroom"
 _VERDICT = "verdict"
 _PASSAGES = "passages"
 _ROUNDED = 1e-6
+_FORMAT, _GATED, _AGAINST = "format", "gated_layers", "update_against"
+WHOLE = "whole model"
+"""The format whose updates are whole matrices."""
+MOST_LOSS = 1e6
+"""Nats a token of a base, far beyond what a vocabulary or logits in half precision give."""
 _OF_TEXT = tuple(name for name in TextDrift.__slots__ if name not in (BY_WINDOW, _PASSAGES))
 SCHEMA = "pytest-nullspace/run"
 SCHEMA_VERSION = 2
@@ -135,6 +141,7 @@ def from_json(text: str, where: str) -> RunStats:
             f"{where}: checkpoint_layers must be a number from {len(layers)}, not "
             f"{printable(repr(checkpoint_layers))}; {AGAIN}"
         )
+    _check_told(document, layers, checkpoint_layers, where)
     return RunStats(
         model_path=str(document.get("model_path", "")),
         calib_dataset=str(document.get("calib_dataset", "")),
@@ -143,6 +150,26 @@ def from_json(text: str, where: str) -> RunStats:
         about=_about(document),
         drift=_drift(document[_DRIFT], f"{where}: {_DRIFT}") if _DRIFT in document else None,
     )
+
+
+def _check_told(document: Mapping[str, Any], layers: tuple[LayerStats, ...], most: int, where: str) -> None:
+    """Refuse layers that are not those of what the file tells beside them, of a checkpoint of ``most``."""
+    gated = document.get(_GATED, 0)
+    if not is_count(gated) or gated > most:
+        shown = printable(repr(gated))
+        raise StatsError(f"{where}: {_GATED} must be a count of at most {most} layers, not {shown}; {EDITED}")
+    whole = document.get(_FORMAT) == WHOLE
+    for i, layer in enumerate(layers):
+        at, name = f"{where}: stats[{i}]", printable(layer.name)
+        for of in (layer, layer.task, *layer.further.values()):
+            if of is None:
+                continue
+            if (of.effective_rank is not None) != whole:
+                shown = printable(repr(document.get(_FORMAT)))
+                of_what = "a whole matrix" if not whole else "none"
+                raise StatsError(f"{at}: the update of {name} is {of_what}, but the format is {shown}; {EDITED}")
+            if of.scale == 0 and of.update_norm > 0 and _AGAINST not in document:
+                raise StatsError(f"{at}: the scale of {name} is 0, but its update {of.update_norm:.7g}; {EDITED}")
 
 
 _NAMED = (
@@ -162,7 +189,7 @@ _NAMED = (
 def _about(document: Mapping[str, Any]) -> dict[str, Any]:
     """What a file tells beside the fields of a run, and what its version left out."""
     about = {key: value for key, value in document.items() if key not in _NAMED}
-    if document.get("schema_version") == WITHOUT_SCALE and document.get("format") == "PEFT LoRA":
+    if document.get("schema_version") == WITHOUT_SCALE and document.get(_FORMAT) == "PEFT LoRA":
         about["A_weight_norm"] = "without scale"
     return about
 
@@ -209,6 +236,7 @@ def _headroom(told: object, where: str) -> Headroom:
         raise StatsError(f"{where}: tokens must be a whole number from 0; {AGAIN}")
     margin = told.get("margin")
     gain, doubled = (number(told.get(name), f"{where}: {name}", signed=True) for name in ("gain", "doubled"))
+    _require_tokens(told["tokens"], (gain, doubled), where)
     return Headroom(told["tokens"], gain, doubled, math.inf if margin is None else number(margin, f"{where}: margin"))
 
 
@@ -224,10 +252,19 @@ def _text_drift(told: object, where: str) -> TextDrift:
     if _PASSAGES in told:
         values[_PASSAGES] = _passages(told[_PASSAGES], f"{where}: {_PASSAGES}")
     drift = TextDrift(**values)
+    _require_tokens(drift.tokens, (drift.base_loss, drift.adapted_loss, drift.divergence), where)
+    if drift.base_loss > MOST_LOSS:
+        raise StatsError(f"{where}: base_loss is {drift.base_loss:.7g}, which no model's is; {EDITED}")
     if BY_WINDOW not in told:
         return drift
     kept = ByWindow.decoded(OF_PREDICTIONS, told[BY_WINDOW], drift, f"{where}: {BY_WINDOW}")
     return replace(drift, by_window=kept)
+
+
+def _require_tokens(tokens: int, values: tuple[float, ...], where: str) -> None:
+    """Refuse numbers that are the mean of nothing."""
+    if not tokens and any(map(math.isfinite, values)):
+        raise StatsError(f"{where}: tokens is 0, but it tells what they gave; {EDITED}")
 
 
 MOST_PASSAGES, MOST_TEXT = 100, 1000

@@ -195,7 +195,7 @@ def test_a_report_does_not_outlive_the_model_that_it_is_of(tmp_path: Path) -> No
     trainer(tmp_path, Unfreezes(), watching, max_steps=4).train()
     assert len(earlier) == 4
     assert earlier[1] is not None
-    assert earlier[2] is watching.report is watching.stopped is None
+    assert [earlier[2], watching.report, watching.stopped] == [None] * 3
     assert "model.norm.weight" in (watching.failed or "")
     assert (watching.failed or "").endswith("; stop_on cannot end it any more")
 

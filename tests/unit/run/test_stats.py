@@ -568,10 +568,90 @@ def test_a_path_that_is_not_utf8_can_be_saved(tmp_path: Path) -> None:
     assert same(from_json((tmp_path / "stats.json").read_text("utf-8"), "f"), run)
 
 
+WHOLE = dataclasses.replace(
+    LAYER, rank=0, down_norm=None, down_weight_norm=None, mean_leakage=None, effective_rank=7.4
+)  # fmt: skip
+
+
+def test_a_run_of_a_whole_model_survives_its_file() -> None:
+    """Its layers have no B and tell their rank; a layer that did not change tells 0."""
+    still = dataclasses.replace(WHOLE, name="b", update_norm=0.0, up_weight_norm=0.0, effective_rank=0.0)
+    lost = dataclasses.replace(WHOLE, name="c", up_weight_norm=math.nan, effective_rank=math.nan)
+    run = RunStats("m", "t", (WHOLE, still, lost), 3, {"format": "whole model", "gated_layers": 2})
+    assert same(from_json(to_json(run), "f"), run)
+
+
+def _of_layers(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [of for layer in document["stats"] for of in (layer, layer["task"])]
+
+
+def _without_down(document: dict[str, Any]) -> Any:
+    for of in _of_layers(document):
+        for key in ("BX_norm", "B_weight_norm", "BX_ratio", "B_rank", "leakage", "leakage_over_chance"):
+            of.pop(key, None)
+        of |= {"rank": 0, "leakage_chance": 0.0, "update_effective_rank": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda of: of["drift"]["preserved"].update(tokens=0), "drift: preserved: tokens is 0, but it tells what they"),
+        (lambda of: of["drift"]["task"].update(tokens=0), "drift: task: tokens is 0, but it tells what they gave"),
+        (lambda of: of["drift"]["headroom"].update(tokens=0), "drift: headroom: tokens is 0, but it tells what they"),
+        (lambda of: of["drift"]["task"].update(base_loss=1e308), "drift: task: base_loss is 1e+308, which no model's"),
+        (lambda of: of["stats"][0].update(weight_used_alone=1), "stats[0]: weight_used_alone is 1, but 100 rows came"),
+        (_without_down, f"stats[0]: the update of {LAYER.name} is a whole matrix, but the format is 'LoRA-Null'"),
+        (lambda of: _without_down(of) or of.pop("format"), "is a whole matrix, but the format is None"),
+        (
+            lambda of: of.update(format="whole model"),
+            f"the update of {LAYER.name} is none, but the format is 'whole mo",
+        ),
+        (
+            lambda of: (of["stats"].pop(), of.update(num_layers=1, checkpoint_layers=1)),
+            "gated_layers must be a count of at most 1 layers, not 2",
+        ),
+        (
+            lambda of: (of["stats"].pop(), of.update(num_layers=1), of.pop("checkpoint_layers")),
+            "gated_layers must be a count of at most 1 layers, not 2",
+        ),
+        (lambda of: of["stats"][0].update(scale=0.0), f"stats[0]: the scale of {LAYER.name} is 0, but its update 0.5"),
+    ],
+)
+def test_what_was_not_measured_is_not_read_as_if_it_was(change: Callable[[dict[str, Any]], object], said: str) -> None:
+    """A file whose parts cannot all be of one run is refused, whichever of them was changed."""
+    sound = saved.full()
+    text = to_json(dataclasses.replace(sound, about={**sound.about, "gated_layers": 2}))
+    assert from_json(text, "f").layers == sound.layers
+    document = json.loads(text)
+    change(document)
+    with pytest.raises(StatsError, match=re.escape(said)):
+        from_json(json.dumps(document), "f")
+
+
+@pytest.mark.parametrize("rank", [None, 0.0, 0.5])
+def test_a_whole_update_has_at_least_one_direction(rank: float | None) -> None:
+    """An effective rank below 1, or none, of an update that is not zero was not measured."""
+    document = json.loads(to_json(RunStats("m", "t", (WHOLE,), 1, {"format": "whole model"})))
+    document["stats"][0]["update_effective_rank"] = rank
+    with pytest.raises(StatsError, match=re.escape("but no update of norm 3 has less than 1")):
+        from_json(json.dumps(document), "f")
+
+
+def test_no_prediction_gives_no_number() -> None:
+    """A text of which nothing was predicted is read with losses that are none, which no threshold passes."""
+    sound = saved.full()
+    assert sound.drift is not None
+    nothing = dataclasses.replace(
+        sound.drift.preserved, tokens=0, base_loss=math.nan, adapted_loss=math.nan, divergence=math.nan
+    )
+    run = dataclasses.replace(sound, drift=dataclasses.replace(sound.drift, preserved=nothing))
+    assert same(from_json(to_json(run), "f"), run)
+
+
 @pytest.mark.parametrize("scale", [2.0, 0.0, -0.5, None])
 def test_the_scale_is_saved_and_told_where_it_says_something(scale: float | None) -> None:
     """Each layer's scale comes back as it was, or stays unknown in older files; a negative one is reported."""
-    run = saved.run(scale=scale)
+    run = saved.run(scale=scale, update_norm=0.0 if scale == 0 else LAYER.update_norm)
     text = to_json(run)
     assert json.loads(text)["stats"][0].get("scale", "none") == ("none" if scale is None else scale)
     assert from_json(text, "s.json") == run
