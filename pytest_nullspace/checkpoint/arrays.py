@@ -4,9 +4,10 @@ Numpy is imported where numbers are needed.
 """
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pytest_nullspace.checkpoint.header import FLOATING, TensorInfo
+from pytest_nullspace.checkpoint.header import AGAIN, FLOATING, TensorInfo, printable
 from pytest_nullspace.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 _DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}
+_NO_NUMBERS = {
+    "F16": ("<u2", 0x7C00, 0x7C00), "BF16": ("<u2", 0x7F80, 0x7F80), "F32": ("<u4", 0x7F800000, 0x7F800000),
+    "F64": ("<u8", 0x7FF << 52, 0x7FF << 52), "C64": ("<u4", 0x7F800000, 0x7F800000), "F8_E5M2": ("u1", 0x7C, 0x7C),
+    "F8_E4M3": ("u1", 0x7F, 0x7F), "F8_E8M0": ("u1", 0xFF, 0xFF), "F8_E5M2FNUZ": ("u1", 0xFF, 0x80),
+    "F8_E4M3FNUZ": ("u1", 0xFF, 0x80),
+}  # fmt: skip
+"""For each type that can hold NaN or infinity: its bits as whole numbers, and which of them are then what."""
 _CHUNK = 1 << 22
 _ROUNDED = 2.0**-20
 """The share of a matrix that the rounding of its entries to float32 may have made."""
@@ -64,6 +72,30 @@ def is_orthonormal(info: TensorInfo) -> bool:
 
     rows = read_tensor(info)
     return bool(np.abs(rows @ rows.T - np.eye(len(rows))).max() <= ORTHONORMAL)
+
+
+def is_finite(info: TensorInfo) -> bool:
+    """Whether it holds neither NaN nor infinity, by its bits, whatever its type."""
+    if info.dtype not in _NO_NUMBERS:
+        return True
+    whole, mask, such = _NO_NUMBERS[info.dtype]
+    bits = _raw(info).view(whole)
+    parts = (bits[start : start + _CHUNK] for start in range(0, len(bits), _CHUNK))
+    return not any(((part & part.dtype.type(mask)) == part.dtype.type(such)).any() for part in parts)
+
+
+def require_finite(tensors: Iterable[TensorInfo]) -> None:
+    """Read each of them once.
+
+    Raises:
+        CheckpointError: One is not finite, or cannot be read.
+    """
+    for info in tensors:
+        if not is_finite(info):
+            raise CheckpointError(
+                f"{info.file}: tensor {printable(info.stored or info.name)} holds NaN or infinity, and no layer test "
+                f"covers it; throw this one away, or {AGAIN}"
+            )
 
 
 def norm(info: TensorInfo) -> float:

@@ -2,8 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,15 @@ from pytest_nullspace.checkpoint.header import Stamps, TensorInfo, quoted
 from pytest_nullspace.errors import CheckpointError
 
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
+_IN_BLOCK = re.compile(r"(.*?)\.(\d{1,6})\.(.+)")
+"""A name's stack of blocks, the number of its block, and its name within that."""
 _OTHER_TESTS = ("model", "scope", "frozen")  # the gate has tests of these names beside the layers'
 
 # The order in which the common decoder blocks run their projections; names not listed sort after, by name.
 _FORWARD_ORDER = ("self_attn", "attn", "attention", "mlp", "q_proj", "k_proj", "v_proj", "o_proj",
                   "gate_proj", "up_proj", "down_proj")  # fmt: skip
+PREFIX = "base_model.model."
+"""Before the name of a layer in those of PEFT's tensors."""
 _PLACE = {name: place for place, name in enumerate(_FORWARD_ORDER)}
 
 
@@ -57,6 +63,40 @@ class LayerSpec:
     scale: Scale | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LastBlocks:
+    """What mlx-lm adapts: in the last blocks of a model the layers of these names, whose other tensors it leaves out.
+
+    Attributes:
+        count: How many blocks; all where it is below 1.
+        keys: Names within a block, or whole ones; None where the config leaves them to the version of mlx-lm, so that
+            each block must hold what another does.
+    """
+
+    count: int
+    keys: frozenset[str] | None
+
+    def of(self, modules: Iterable[str], saved: Collection[str]) -> tuple[int, set[str]]:
+        """How many blocks a model has, and which of its ``modules`` get an adapter.
+
+        Args:
+            modules: The names of all of them.
+            saved: Those that the adapter holds; they tell where the blocks are.
+        """
+        places = {name: _IN_BLOCK.match(name) for name in modules}
+        stacks = Counter(of[1] for name in saved if (of := _IN_BLOCK.match(name)))
+        stacks = stacks or Counter(of[1] for of in places.values() if of)
+        stack = stacks.most_common(1)[0][0] if stacks else ""
+        inner = {name: (int(of[2]), of[3]) for name, of in places.items() if of and of[1] == stack}
+        keys = self.keys
+        if keys is None:
+            keys = frozenset(inner[name][1] for name in saved if name in inner)
+        blocks = 1 + max((block for block, _ in inner.values()), default=-1)
+        first = blocks - self.count if self.count > 0 else 0
+        within = {name for name, (block, key) in inner.items() if block >= first and key in keys}
+        return blocks, within | {name for name in places if name in keys}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An adapter on disk.
@@ -75,6 +115,7 @@ class Checkpoint:
         is_whole: Whether it is a model without an adapter, whose layers are those that differ from its base's.
         cut: Why its predictions cannot be compared with its base's, whose vocabulary is larger; empty where they can.
         remarks: What its files tell beside, in sentences.
+        last_blocks: Which layers its config says that it adapts, of an adapter of mlx-lm.
     """
 
     directory: Path
@@ -90,11 +131,19 @@ class Checkpoint:
     is_whole: bool = False
     cut: str = ""
     remarks: tuple[str, ...] = ()
+    last_blocks: LastBlocks | None = None
 
     @property
     def carries_base(self) -> bool:
         """Whether the directory holds the whole model."""
         return self.base is None
+
+    def beside(self, layers: Collection[str]) -> list[TensorInfo]:
+        """What training may have written, and is of none of ``layers``; of a whole model what differs from its base."""
+        own = {f"{prefix}{name}" for name in layers for prefix in ("", PREFIX)}
+        weights = (f"{layer.name}.weight" for layer in self.layers)
+        names = sorted({*self.outside, *weights}) if self.is_whole else self.tensors
+        return [self.tensors[name] for name in names if own.isdisjoint(accumulate(name.split("."), "{}.{}".format))]
 
     @property
     def has_no_down(self) -> bool:

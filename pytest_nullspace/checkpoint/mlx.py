@@ -14,7 +14,7 @@ from typing import Any
 
 from pytest_nullspace.checkpoint import peft
 from pytest_nullspace.checkpoint.header import TensorInfo, inside, printable, quoted, read_header, read_json_object
-from pytest_nullspace.checkpoint.layers import Checkpoint
+from pytest_nullspace.checkpoint.layers import Checkpoint, LastBlocks
 from pytest_nullspace.checkpoint.strangers import require_unwrapped
 from pytest_nullspace.errors import CheckpointError
 
@@ -71,7 +71,9 @@ def read(directory: Path) -> Checkpoint:
         "init_lora_weights": True,
         "target_modules": sorted({name.removeprefix(peft.PREFIX).partition(".lora_")[0] for name in tensors}),
     }
-    return replace(peft.of(directory, told, config_file, tensors), format=peft.MLX)
+    return replace(
+        peft.of(directory, told, config_file, tensors), format=peft.MLX, last_blocks=_last_blocks(config, config_file)
+    )
 
 
 def _as_peft(directory: Path, tensor: TensorInfo) -> TensorInfo:
@@ -105,6 +107,22 @@ def _as_peft(directory: Path, tensor: TensorInfo) -> TensorInfo:
         stored=tensor.name,
         transposed=dimensions == 2,
     )
+
+
+def _last_blocks(config: Mapping[str, Any], config_file: Path) -> LastBlocks:
+    """Which layers the config says that it adapts; an older mlx-lm calls the number of blocks ``lora_layers``."""
+    count, keys = config.get("num_layers", config.get("lora_layers")), config["lora_parameters"].get("keys")
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise CheckpointError(
+            f"{config_file}: num_layers must be a whole number, -1 for all blocks, not {printable(count)}; write back "
+            "what it was trained with"
+        )
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        raise CheckpointError(
+            f"{config_file}: lora_parameters.keys must be a list of texts, not {printable(keys)}; write back what it "
+            "was trained with"
+        )
+    return LastBlocks(count, None if keys is None else frozenset(keys))
 
 
 def _parameters(told: object, config_file: Path) -> tuple[int, float]:

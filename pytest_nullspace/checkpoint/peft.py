@@ -23,6 +23,7 @@ from pytest_nullspace.checkpoint.header import (
     read_json_object,
     read_tensors,
 )
+from pytest_nullspace.checkpoint.layers import PREFIX as PREFIX
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec, Scale, in_model_order
 from pytest_nullspace.checkpoint.patterns import require_quick, table
 from pytest_nullspace.checkpoint.strangers import require_unwrapped
@@ -32,7 +33,6 @@ CONFIG_FILE = "adapter_config.json"
 FORMAT, MLX = "PEFT LoRA", "MLX LoRA"
 FORMATS = (FORMAT, MLX)
 """What is read as PEFT saves it, whoever saved it."""
-PREFIX = "base_model.model."
 
 DOWN, UP, UP_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.arrays import require_finite
 from pytest_nullspace.checkpoint.header import require_unchanged
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.measuring import about
@@ -209,6 +210,7 @@ def _loaded(
         )
     ):
         adapted = load(checkpoint, settings, device, dtype, base, bases) if live is None else live.adapted
+    require_finite(checkpoint.beside(adapted.layers))  # a token's row that the text never asks for shows in no figure
     if read.has_text(settings):
         require_tokens_read(adapted, checkpoint)
     if initial is not None and settings.profile != "reference":  # whose formulas know of no start

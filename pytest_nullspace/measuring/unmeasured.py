@@ -4,6 +4,7 @@ import math
 from collections.abc import Collection, Mapping
 
 from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.arrays import require_finite
 from pytest_nullspace.checkpoint.header import TensorInfo, read_tensors, require_unchanged
 from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.errors import CheckpointError
@@ -45,6 +46,8 @@ def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, froze
 
 def read_files(checkpoint: Checkpoint, settings: Settings, layers: Collection[str]) -> RunStats:
     """A run in which nothing was measured: no text, no model, no torch; weighed where the settings ask for it."""
+    if settings.weights_only:
+        require_finite(checkpoint.beside([spec.name for spec in checkpoint.layers]))
     weighed = {"statement": STATEMENT, "weights": weigh(checkpoint, layers).to_list()} if settings.weights_only else {}
     return RunStats(
         model_path=str(checkpoint.directory),

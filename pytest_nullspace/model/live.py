@@ -7,6 +7,7 @@ written as PEFT saves them, so that they are read, refused and judged as those o
 import copy
 import math
 import random
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -19,17 +20,18 @@ import numpy
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.checkpoint.header import read_json_object
 from pytest_nullspace.checkpoint.hub import at_hand
-from pytest_nullspace.checkpoint.peft import writes_into_base
+from pytest_nullspace.checkpoint.peft import PREFIX, writes_into_base
 from pytest_nullspace.errors import CheckpointError, OptionError, first_line, printable, some
 from pytest_nullspace.model import device_named
 from pytest_nullspace.model.layers import AdaptedModel
@@ -37,6 +39,9 @@ from pytest_nullspace.model.peft import require_changed, view
 
 SMALL = 1 << 20
 """Numbers of the largest buffer of which a copy is kept: what a forward writes into is smaller."""
+_ADAPTABLE = LoraLayer, nn.Linear, Conv1D
+_WITHIN = re.compile(r"(^|\.)(base_layer|lora_\w+)(\.|$)")
+"""In the names of what PEFT puts into a layer."""
 _AROUND = ("_orig_mod", "module")
 """What a compiled model, and one that is spread by copies, call the model within."""
 
@@ -125,6 +130,7 @@ def measured(model: PeftModel, checkpoint: Checkpoint) -> Iterator[AdaptedModel]
     lost = [spec.name for spec in checkpoint.layers if spec.name not in found]
     if lost:
         raise CheckpointError(f"{checkpoint.directory}: {some(lost)} are saved under names that the model has not")
+    _require_all(model, checkpoint, adapter)
     views = {spec.name: view(spec.name, found[spec.name], adapter) for spec in checkpoint.layers}
     for spec in checkpoint.layers:
         if spec.scale is not None and not math.isclose(spec.scale.value, views[spec.name].scale, rel_tol=1e-6):
@@ -209,6 +215,28 @@ def _require_saved(model: PeftModel, tensors: dict[str, Tensor], name: Path) -> 
         raise CheckpointError(
             f"{name}: {some(lost)} may be trained, and are not saved with the adapter, so that the saved one would be "
             "another model; freeze them, or name their modules in modules_to_save"
+        )
+
+
+def _require_all(model: PeftModel, checkpoint: Checkpoint, adapter: str) -> None:
+    """Refuse a model in which a layer that is to have the adapter has lost it: the saved one would not load."""
+    config = model.peft_config[adapter]
+    held = {name.removeprefix(PREFIX).partition(".lora_")[0] for name in checkpoint.tensors}
+    lost = [
+        name
+        for name, module in model.get_base_model().named_modules()
+        if name not in held
+        and (
+            (isinstance(module, LoraLayer) and adapter in module.r)
+            or (
+                isinstance(module, _ADAPTABLE) and not _WITHIN.search(name) and check_target_module_exists(config, name)
+            )
+        )
+    ]
+    if lost:
+        raise CheckpointError(
+            f"{checkpoint.directory}: target_modules name {some(lost)}, but the adapter holds no weights for them, so "
+            "that the saved one would be refused; put them back, or take what they name out of target_modules"
         )
 
 

@@ -72,6 +72,7 @@ def load(
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     at = placed(wrapped, checkpoint)
     _check_targets(checkpoint, base, found, model, at)
+    _check_blocks(checkpoint, base, model, set(at.layers.values()))
     _fill(wrapped, checkpoint, base)
     is_written = untouched.is_written()
     model.to(device).eval()
@@ -277,6 +278,30 @@ def _check_targets(
         raise CheckpointError(
             f"{checkpoint.config_file}: target_modules name {some(unsaved)}, but the adapter holds no weights for "
             "them, so they would be measured with random ones; save the adapter again"
+        )
+
+
+def _check_blocks(checkpoint: Checkpoint, base: Path, model: nn.Module, saved: set[str]) -> None:
+    """Refuse an adapter of mlx-lm that holds fewer layers than its config says, or others, which mlx-lm leaves out."""
+    if (asked := checkpoint.last_blocks) is None:
+        return
+    blocks, wanted = asked.of([name for name, _ in model.named_modules() if ".base_layer" not in name], saved)
+    where = f"{checkpoint.config_file}: num_layers {asked.count}" + (" and lora_parameters.keys" if asked.keys else "")
+    if asked.count > blocks:
+        raise CheckpointError(
+            f"{checkpoint.config_file}: num_layers is {asked.count}, but the base model {base} has {blocks} blocks: "
+            "config and base are of different runs; give the base that it was trained on by --nullspace-base=DIR, or "
+            "write back what it was trained with"
+        )
+    if lost := sorted(wanted - saved):
+        raise CheckpointError(
+            f"{where} name {some(lost)}, but the adapter holds no weights for them: it is incomplete; save or copy it "
+            "again"
+        )
+    if stray := sorted(saved - wanted):
+        raise CheckpointError(
+            f"{where} leave out {some(stray)}, which the adapter holds, so mlx-lm would run it without them; write "
+            "back what it was trained with"
         )
 
 

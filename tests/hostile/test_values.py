@@ -4,7 +4,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,15 +15,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pytest_nullspace import gate
 from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.checkpoint.arrays import is_finite
+from pytest_nullspace.checkpoint.header import read_header
 from pytest_nullspace.errors import CheckpointError, MeasurementError
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier
 from pytest_nullspace.measuring.streaming import measure
+from pytest_nullspace.measuring.unmeasured import read_files
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, without
 from pytest_nullspace.run.stats import LayerStats, RunStats
 from tests import saved, tiny
+from tests.adapters import adapter, change, edit, merged
 
 Q = "model.layers.1.self_attn.q_proj"
 WINDOWS = [[token % 128 for token in range(start, start + 24)] for start in (3, 40)]
@@ -131,6 +138,107 @@ def test_a_value_that_breaks_the_forward_is_never_green(tmp_path: Path, value: f
     """NaN, infinities and what overflows within the forward fail their layer."""
     layer = measured(tmp_path, "ALinear.weight", lambda w: w.clone().fill_(value))
     assert judge(layer, Expectations()).tier is Tier.FAIL
+
+
+UNSEEN = 14
+"""A token that is in no text here."""
+
+
+def spoilt(part: str, value: float) -> Callable[[dict[str, Tensor]], None]:
+    """Writes a value into the row of a token that no text has, of the tensors whose names end so."""
+
+    def to(tensors: dict[str, Tensor]) -> None:
+        (name,) = [name for name in tensors if name.endswith(part)]
+        tensors[name][UNSEEN if len(tensors[name]) > UNSEEN else 0, 3] = value
+
+    return to
+
+
+def with_tokens(folder: Path, part: str, value: float, **config: Any) -> Path:
+    directory = adapter(folder, tiny.llama(tie_word_embeddings=False), r=4, target_modules=["q_proj"], **config)
+    change(directory, lambda tensors, _: spoilt(part, value)(tensors))
+    return directory
+
+
+def merged_with(folder: Path, part: str, value: float) -> Path:
+    lora = adapter(folder, tiny.llama(tie_word_embeddings=False), r=4, target_modules=["q_proj"])
+    return edit(merged(folder, lora), spoilt(part, value))
+
+
+def lora_null_with(folder: Path, part: str, value: float) -> Path:
+    (folder / "base").mkdir()
+    directory = tiny.lora_null(folder / "ft", change=lambda tensors, _: spoilt(part, value)(tensors))
+    tiny.tokenizer(directory)
+    return directory
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("made", "part"),
+    [
+        (partial(with_tokens, trainable_token_indices=[UNSEEN]), "trainable_tokens_delta"),
+        (partial(with_tokens, modules_to_save=["embed_tokens"]), "embed_tokens.weight"),
+        (partial(with_tokens, modules_to_save=["embed_tokens"]), "in memory"),
+        (merged_with, "embed_tokens.weight"),
+        (lora_null_with, "embed_tokens.weight"),
+    ],
+)
+def test_a_row_that_no_text_asks_for_is_finite_or_refused(
+    made: Callable[..., Path], part: str, value: float, tmp_path: Path
+) -> None:
+    """What training wrote outside the layers is read as a whole: NaN for a token that no window has is told by name."""
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    directory: Any = made(tmp_path, "embed_tokens.weight" if part == "in memory" else part, value)
+    options: dict[str, Any] = {"base": tmp_path / "base"} if made is merged_with else {}
+    if part == "in memory":
+        part, directory = "embed_tokens.weight", in_memory(tmp_path / "base", directory)
+    with pytest.raises(
+        CheckpointError, match=rf"tensor \S*{part} holds NaN or infinity, and no layer test covers it; "
+    ):
+        gate(directory, tmp_path / "text.txt", seqlen=64, calib_size=2, **options)
+
+
+def in_memory(base: Path, directory: Path) -> Any:
+    import peft
+    import transformers
+
+    return peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), directory)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_such_a_row_is_refused_where_weights_alone_are_gated(tmp_path: Path) -> None:
+    """Without a text the tensors outside the layers are read as well."""
+    directory = with_tokens(tmp_path, "trainable_tokens_delta", math.nan, trainable_token_indices=[UNSEEN])
+    asked: Any = SimpleNamespace(weights_only=True, layers="*", stage="trained")
+    with pytest.raises(CheckpointError, match="trainable_tokens_delta holds NaN or infinity"):
+        read_files(open_checkpoint(directory), asked, [])
+
+
+NOT_FINITE = {
+    torch.float16: (math.nan, math.inf), torch.bfloat16: (math.nan, -math.inf), torch.float32: (math.nan, math.inf),
+    torch.float64: (math.nan, -math.inf), torch.complex64: (complex(0, math.nan), complex(math.inf, 0)),
+    torch.float8_e5m2: (math.nan, math.inf), torch.float8_e4m3fn: (math.nan,), torch.float8_e8m0fnu: (math.nan,),
+    torch.float8_e5m2fnuz: (math.nan,), torch.float8_e4m3fnuz: (math.nan,), torch.int16: (), torch.uint8: (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", NOT_FINITE, ids=str)
+def test_what_is_no_number_is_known_in_every_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    """By its bits a tensor of any type is finite exactly where torch finds it so, its largest numbers included."""
+    from safetensors.torch import save_file
+
+    info: Any = torch.iinfo(dtype) if not dtype.is_floating_point and not dtype.is_complex else torch.finfo(dtype)
+    whole = [
+        torch.tensor([1.0, 2.0]).to(dtype),
+        torch.tensor([info.max, info.min], dtype=torch.float64).to(dtype),
+        torch.empty(0, dtype=dtype),
+    ]
+    broken = [torch.tensor([1, value, 1]).to(dtype) for value in NOT_FINITE[dtype]]
+    save_file({str(place): tensor for place, tensor in enumerate([*whole, *broken])}, tmp_path / "x.safetensors")
+    held = read_header(tmp_path / "x.safetensors")
+    found = [is_finite(held[str(place)]) for place in range(len(held))]
+    assert found == [True] * len(whole) + [False] * len(broken)
 
 
 def test_no_window_and_an_empty_one_are_errors(tmp_path: Path) -> None:

@@ -327,6 +327,20 @@ def more_trained(model: peft.PeftModel) -> None:
     model.get_base_model().model.norm.weight.requires_grad_(True)
 
 
+def emptied(model: peft.PeftModel) -> None:
+    layer: Any = model.get_base_model().model.layers[1].self_attn.q_proj
+    del layer.lora_A["default"], layer.lora_B["default"]
+
+
+def deleted(model: peft.PeftModel) -> None:
+    model.get_base_model().model.layers[1].self_attn.q_proj.delete_adapter("default")
+
+
+def unwrapped(model: peft.PeftModel) -> None:
+    attention: Any = model.get_base_model().model.layers[1].self_attn
+    attention.q_proj = attention.q_proj.base_layer
+
+
 def not_alike(model: peft.PeftModel) -> None:
     two_adapters(model)
     model.get_base_model().model.layers[0].self_attn.q_proj.set_adapter("default")
@@ -339,6 +353,9 @@ def not_alike(model: peft.PeftModel) -> None:
         (both_active, r"^PeftModel: 2 adapters are active, default, other, .*; choose one by set_adapter$"),
         (rescaled, r"layers\.0\.self_attn\.q_proj is scaled by [\d.]+, but its config says alpha 8 / rank 4 = 2, "),
         (more_trained, r"norm\.weight may be trained, and are not saved with the adapter, .*modules_to_save$"),
+        (emptied, r"^PeftModel 'default': target_modules name model\.layers\.1\.self_attn\.q_proj, but the adapter ho"),
+        (deleted, r"^PeftModel 'default': target_modules name model\.layers\.1\.self_attn\.q_proj, but the adapter ho"),
+        (unwrapped, r"^PeftModel 'default': target_modules name model\.layers\.1\.self_attn\.q_proj, but the adapter"),
         (not_alike, r"^PeftModel 'other': at .*layers\.0\.self_attn\.q_proj default is active, elsewhere other; "),
     ],
 )

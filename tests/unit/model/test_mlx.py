@@ -38,7 +38,7 @@ def as_mlx(directory: Path, folder: Path) -> Path:
         layer, _, part = name.removeprefix(PREFIX).partition(".lora_")
         if part.startswith("magnitude"):
             tensors[f"{layer}.m"] = tensor
-        else:
+        elif part:
             tensors[f"{layer}.lora_{part[0].lower()}"] = tensor.mT.contiguous()
     save_file(tensors, folder / "adapters.safetensors", {"format": "mlx"})
     told = {
@@ -131,6 +131,62 @@ def test_what_is_odd_is_refused_in_a_sentence(change: Any, told: str, mlx: Path)
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(mlx)
     assert told in str(caught.value)
+
+
+KEYS = ["self_attn.q_proj", "mlp.up_proj"]
+BLOCK = "model.layers.1."
+
+
+def without_block(_: Any, tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith(BLOCK)]:
+        del tensors[name]
+
+
+def keys(*names: str) -> Callable[[dict[str, Any], Any], None]:
+    return lambda config, _: config["lora_parameters"].update(keys=[*names])
+
+
+def without_block_of_all(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    keys(*KEYS)(config, tensors)
+    config.update(num_layers=3)
+    without_block(config, tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (without_block_of_all, r" 3 and lora_parameters\.keys "
+         r"name model\.layers\.1\.mlp\.up_proj, .*1\.self_attn\.q_proj, but the adapter holds no weights for them"),
+        (without_block, r": num_layers -1 name model\.layers\.1\.mlp\.up_proj, .*: it is incomplete; save or copy it"),
+        (keys(*KEYS, "mlp.down_proj"), r"keys name model\.layers\.0\.mlp\.down_proj, .* the adapter holds no weights"),
+        (keys(KEYS[0]), r"keys leave out model\.layers\.0\.mlp\.up_proj, .*, so mlx-lm would run it without them"),
+        (lambda c, _: c.update(num_layers=1), r": num_layers 1 leave out model\.layers\.0\..*run it without them"),
+        (lambda c, _: c.update(num_layers=30), r"num_layers is 30, but the base model .*/base has 3 blocks: "),
+        (lambda c, _: c.pop("num_layers"), r"num_layers must be a whole number, -1 for all blocks, not None"),
+        (lambda c, _: c["lora_parameters"].update(keys="q_proj"), r"keys must be a list of texts, not q_proj"),
+    ],
+)  # fmt: skip
+def test_its_layers_are_those_that_its_config_names(change: Any, told: str, mlx: Path) -> None:
+    """It holds the layers of ``keys`` in the last ``num_layers`` blocks and no others, or is refused by their names."""
+    edit(mlx, change)
+    with pytest.raises(CheckpointError, match=told):
+        load_model(mlx)
+
+
+@pytest.mark.parametrize("number", ["num_layers", "lora_layers"])
+def test_the_last_blocks_and_the_head_are_an_adapter_too(number: str, tmp_path: Path) -> None:
+    """The last two blocks, by either name of their number, and a key that is a whole name are as mlx-lm has it."""
+    targets = r"model\.layers\.[12]\.self_attn\.q_proj|lm_head"
+    model = tiny.llama(tie_word_embeddings=False)
+    directory = as_mlx(adapter(tmp_path, model, r=4, target_modules=targets), tmp_path / "m")
+
+    def told(config: dict[str, Any], _: Any) -> None:
+        del config["num_layers"]
+        config[number] = 2
+        keys("lm_head", KEYS[0])(config, None)
+
+    edit(directory, told)
+    assert len(load_model(directory).layers) == 3
 
 
 def test_what_torchtune_leaves_beside_its_pickle_is_gated(tmp_path: Path) -> None:
