@@ -93,7 +93,7 @@ def check_chat(
     if not held:
         return
     if tokenizer is None:
-        base = base_of(checkpoint, settings.base) if is_base_read(checkpoint, settings, initial) else None
+        base = base_read(checkpoint, settings, initial)
         tokenizer = TokenizerChoice.of(checkpoint.directory, base).used
     template = template_of(tokenizer, texts, settings)
     for conversations in held:
@@ -121,13 +121,22 @@ def check_processor(checkpoint: Checkpoint, initial: Checkpoint | None, settings
         CheckpointError: It is so.
     """
     if any(isinstance(text, Images) for text in texts.values()):
-        base = base_of(checkpoint, settings.base) if is_base_read(checkpoint, settings, initial) else None
+        base = base_read(checkpoint, settings, initial)
         require_processor(checkpoint, base)
 
 
 def is_base_read(checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None) -> bool:
     """Whether a base model is read for ``checkpoint``: its own, or that with which drift compares it."""
     return not checkpoint.carries_base or (bool(settings.drift) and initial is None and settings.base is not None)
+
+
+def base_read(checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None) -> Path | None:
+    """The base model that is read for ``checkpoint``; None where none is.
+
+    Raises:
+        CheckpointError: It is not there.
+    """
+    return base_of(checkpoint, settings.base) if is_base_read(checkpoint, settings, initial) else None
 
 
 NOT_AT_HAND = f"the model with its adapter switched off is not the base, or writes no text; {PREFIX}drift tells more"

@@ -19,7 +19,7 @@ from pytest_nullspace.run.figures import FIGURES, on_the_task
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
 from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import PREFIX, Settings
-from pytest_nullspace.text.windows import Shown, Window, counted, predicted
+from pytest_nullspace.text.windows import Shown, Window, counted_places, predicted_places
 
 if TYPE_CHECKING:
     from pytest_nullspace.measuring.drift import Base, Predictions
@@ -169,7 +169,7 @@ class Measurement:
             from pytest_nullspace.measuring.drift import Predictions
 
             _, base, place = self.held_against
-            self.predictions[what] = Predictions(base, len(self.drawn[what]), place, predicted(self.drawn[what]))
+            self.predictions[what] = Predictions(base, len(self.drawn[what]), place, predicted_places(self.drawn[what]))
 
         def tell(done: int, _: int) -> None:
             self.used[what] = done
@@ -190,7 +190,7 @@ class Measurement:
             ranks=self.settings.ranks,
             settled=None if self.settings.calib_size is not None else settled,
             predictions=self.predictions.get(what),
-            counted=counted(self.drawn[what]),
+            counted=counted_places(self.drawn[what]),
         )
 
     def with_spectrum(self, figures: Figures) -> Figures:
@@ -209,7 +209,7 @@ class Measurement:
                 [layer.name for layer in figures],
                 progress=self.progress,
                 ranks=self.settings.ranks,
-                counted=counted(self.read["text"]),
+                counted=counted_places(self.read["text"]),
             )
         return tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
 
@@ -267,7 +267,9 @@ class Measurement:
         names = {"text": "preserved", "task_text": "task"}
         texts = {names.get(what, what): [window.tokens for window in windows] for what, windows in self.read.items()}
         kept = {
-            names.get(what, what): places for what, of in self.read.items() if (places := predicted(of)) is not None
+            names.get(what, what): places
+            for what, of in self.read.items()
+            if (places := predicted_places(of)) is not None
         }
         short = f"{self._short} for the predictions at other scales, in {self.running}; "
         with shortage_told(lambda: short + one_of(f"lower {PREFIX}seqlen", f"leave {PREFIX}suggest out")):

@@ -7,10 +7,9 @@ from typing import Any
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import Stamps, require_unchanged, stamps
-from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.inmemory import InMemory
-from pytest_nullspace.measuring.inputs import Texts, is_base_read, read_texts, sources, template_of
+from pytest_nullspace.measuring.inputs import Texts, base_read, read_texts, sources, template_of
 from pytest_nullspace.measuring.limits import vocabulary
 from pytest_nullspace.measuring.measurement import Measurement
 from pytest_nullspace.measuring.passages import passages
@@ -69,10 +68,7 @@ class Reading:
         live: InMemory | None,
     ) -> "Reading":
         """Find the base, and read the texts unless they were."""
-        if live is not None:
-            base = live.base
-        else:
-            base = base_of(checkpoint, settings.base) if is_base_read(checkpoint, settings, initial) else None
+        base = base_read(checkpoint, settings, initial) if live is None else live.base
         require_unchanged(checkpoint.stamps)
         held = checkpoint.stamps | (stamps(base) if base is not None else frozenset())
         if settings.drift and initial is not None:

@@ -148,9 +148,7 @@ def _spectra(of: _Input) -> dict[str, Spectrum]:
     if not of.rows or not bool(of.covariance.isfinite().all()):
         return {}
     eigenvalues, vectors = torch.linalg.eigh(of.covariance / of.rows, UPLO="L")
-    shares = eigenvalues.clamp_min(0)
-    shares = shares / shares.sum()
-    effective = float(torch.special.entr(shares).sum().exp())
+    effective = kernels.effective_rank(eigenvalues.clamp_min(0))
     found = {}
     for layer in of.layers:
         basis = _row_space(layer).to(vectors.device)

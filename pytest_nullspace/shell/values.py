@@ -167,8 +167,10 @@ def auto_or_truth(given: Given) -> bool | None:
 
 def chat(given: Given) -> str:
     """How conversations are read, as a word, or true or false."""
-    said = {"true": "whole", "false": "off"}.get(given.text.lower(), given.text)
-    return one_of("auto", "whole", "assistant", "off")(given._replace(text=said))
+    from pytest_nullspace.text.conversations import MODES, OFF, WHOLE
+
+    said = {"true": WHOLE, "false": OFF}.get(given.text.lower(), given.text)
+    return one_of(*MODES)(given._replace(text=said))
 
 
 def report(given: Given) -> Path:

@@ -29,19 +29,8 @@ Text = str | Conversations | Images
 """What a source holds: text, conversations, or rows of images and text."""
 
 
-def read_text(source: Source) -> str:
-    """All texts of ``source``, joined by a blank line.
-
-    Raises:
-        TextError: It cannot be read, has no such column, or holds no text.
-    """
-    text = read(source, OFF)
-    assert isinstance(text, str)
-    return text
-
-
 def read(source: Source, chat: str) -> Text:
-    """All texts of ``source``, or its conversations, or its rows where they hold images.
+    """All texts of ``source``, joined by a blank line, or its conversations, or its rows where they hold images.
 
     Args:
         source: Where they are.

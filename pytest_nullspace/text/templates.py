@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pytest_nullspace.checkpoint import gguf
-from pytest_nullspace.checkpoint.header import opened, read_json_object
+from pytest_nullspace.checkpoint.header import opened
 from pytest_nullspace.errors import CheckpointError, TextError, printable
 from pytest_nullspace.text import sandbox
+from pytest_nullspace.text.tokenizer import CONFIG, SPECIAL, configuration, content
 
-FILE, CONFIG, SPECIAL = "chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json"
+FILE = "chat_template.jinja"
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that a template may name."""
 MAX_TEMPLATE = 1_000_000
@@ -67,7 +68,7 @@ class Template:
         """
         if directory.suffix == gguf.SUFFIX or directory.is_file():
             return None
-        config = _object(directory / CONFIG)
+        config = configuration(directory / CONFIG)
         file = directory / (FILE if (directory / FILE).is_file() else CONFIG)
         text = _read(file) if file.name == FILE else _default(config.get("chat_template"))
         if text is None:
@@ -76,8 +77,8 @@ class Template:
             raise CheckpointError(
                 f"{file}: its chat template has {len(text):,} characters; at most {MAX_TEMPLATE:,} are read"
             )
-        told = {**_object(directory / SPECIAL), **config}
-        special = {name: token for name in TOKENS if (token := _token(told.get(name))) is not None}
+        told = {**configuration(directory / SPECIAL), **config}
+        special = {name: token for name in TOKENS if (token := content(told.get(name))) is not None}
         return cls(file, text, special)
 
     def render(self, conversations: Sequence[str], *, assistant: bool) -> list[Rendered]:
@@ -149,10 +150,6 @@ def require_template(directory: Path, source: object) -> Template:
     return template
 
 
-def _object(file: Path) -> Mapping[str, Any]:
-    return read_json_object(file, "the tokenizer's configuration") if file.is_file() else {}
-
-
 def _read(file: Path) -> str:
     with opened(file, "the chat template") as (stream, status):
         if status.st_size > 4 * MAX_TEMPLATE:
@@ -171,9 +168,3 @@ def _default(told: object) -> str | None:
     elif isinstance(told, Mapping):
         told = told.get("default")
     return told if isinstance(told, str) else None
-
-
-def _token(told: object) -> str | None:
-    """A special token's text, which a config may hold with how it is split off."""
-    text = told.get("content") if isinstance(told, Mapping) else told
-    return text if isinstance(text, str) else None

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from pytest_nullspace.errors import CheckpointError, first_line
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """A directory with none of these holds no tokenizer."""
 
-_BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+"""What says of a tokenizer which its special tokens are."""
+_BESIDE = ("merges.txt", CONFIG, SPECIAL, "added_tokens.json")
 """What is read with older vocabulary files."""
 MAX_TOKENIZER_BYTES = 200_000_000
 """Ten times the largest vocabulary that models have."""
@@ -82,18 +84,22 @@ def backend(directory: Path) -> Any:
     require_tokenizer(directory)
     if not (directory / "tokenizer.json").is_file():
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    config = directory / "tokenizer_config.json"
-    told = read_json_object(config, "the tokenizer's configuration") if config.is_file() else {}
+    told = configuration(directory / CONFIG)
     special = told.get("extra_special_tokens")
     named = {**told, **(special if isinstance(special, dict) else {})}
-    tokens = {name: _content(value) for name, value in named.items() if name.endswith("_token") and _content(value)}
+    tokens = {name: token for name, value in named.items() if name.endswith("_token") and (token := content(value))}
     return PreTrainedTokenizerFast(tokenizer_object=_whole(directory), **tokens)
 
 
-def _content(value: object) -> str | None:
-    """A special token as a configuration has it."""
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None
+def configuration(file: Path) -> Mapping[str, Any]:
+    """What ``file`` beside a tokenizer says of it; nothing where there is none."""
+    return read_json_object(file, "the tokenizer's configuration") if file.is_file() else {}
+
+
+def content(told: object) -> str | None:
+    """A special token's text, which a configuration may hold with how it is split off."""
+    text = told.get("content") if isinstance(told, Mapping) else told
+    return text if isinstance(text, str) else None
 
 
 def tokenizer_hashes(directory: Path) -> dict[str, str]:
@@ -198,10 +204,10 @@ def require_tokenizer(directory: Path) -> None:
         gguf.read_header(directory)
         return
     present = [name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    config = directory / "tokenizer_config.json"
+    config = directory / CONFIG
     if "tokenizer.json" in present:
         return
-    if config.is_file() and (code := read_json_object(config, "the tokenizer's configuration").get("auto_map")):
+    if code := configuration(config).get("auto_map"):
         raise CheckpointError(
             f"{config}: auto_map names Python code ({printable(json.dumps(code))}), which is never run, and no "
             "tokenizer.json lies beside it; save a fast tokenizer into the directory"

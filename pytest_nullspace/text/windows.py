@@ -95,7 +95,7 @@ class Window:
         return tuple(self.tokens[place] for place in self.places if place)
 
 
-def counted(windows: Sequence[Window]) -> list[tuple[int, ...]] | None:
+def counted_places(windows: Sequence[Window]) -> list[tuple[int, ...]] | None:
     """Of each of ``windows`` the places of the tokens that count; None where all of all do."""
     places = [window.counted for window in windows]
     if all(of is None for of in places):
@@ -103,7 +103,7 @@ def counted(windows: Sequence[Window]) -> list[tuple[int, ...]] | None:
     return [tuple(range(len(window.tokens))) if of is None else of for window, of in zip(windows, places, strict=True)]
 
 
-def predicted(windows: Sequence[Window]) -> Sequence[Sequence[int]] | None:
+def predicted_places(windows: Sequence[Window]) -> Sequence[Sequence[int]] | None:
     """Of each of ``windows`` the places of the tokens whose predictions count; None where all of all do."""
     if all(window.counted is None and not _unscored(window.tokens) for window in windows):
         return None

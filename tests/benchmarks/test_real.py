@@ -20,11 +20,11 @@ from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.run.stats import LayerStats
-from pytest_nullspace.text.readers import read_text
 from pytest_nullspace.text.sources import FileText
 from pytest_nullspace.text.tokenizer import load_tokenizer
 from pytest_nullspace.text.windows import draw_windows
 from tests.benchmarks.reference import bare
+from tests.plain import read_text
 
 REAL = os.environ.get("NULLSPACE_REAL")
 pytestmark = pytest.mark.skipif(not REAL, reason="NULLSPACE_REAL does not name a folder made by fixtures.build smollm2")

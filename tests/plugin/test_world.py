@@ -13,10 +13,10 @@ from fixtures.build import WORLD, build_variants
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import load_model
-from pytest_nullspace.text.readers import read_text
 from pytest_nullspace.text.sources import FileText
 from pytest_nullspace.text.tokenizer import load_tokenizer
 from pytest_nullspace.text.windows import draw_windows
+from tests.plain import read_text
 from tests.plugin.conftest import Gate
 
 SHIPPED = (f"--nullspace-calib-dataset={WORLD / 'facts.txt'}", "--nullspace-seqlen=256")

@@ -15,11 +15,11 @@ from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.checkpoint.strangers import check_base
 from pytest_nullspace.errors import CheckpointError, TextError
 from pytest_nullspace.model import load_plain
-from pytest_nullspace.text.readers import read_text
 from pytest_nullspace.text.sources import FileText
 from pytest_nullspace.text.tokenizer import load_tokenizer
 from tests import tiny
 from tests.adapters import adapter
+from tests.plain import read_text
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 3443586272\n"
 TABLE = Path(__file__).parents[3] / "docs/bad-days.md"

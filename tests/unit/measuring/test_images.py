@@ -22,7 +22,7 @@ from pytest_nullspace.measuring.spectrum import spectrum
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.text.processor import Processor, processor_of
 from pytest_nullspace.text.sources import FolderText
-from pytest_nullspace.text.windows import Shown, Window, distinct_rows, predicted, windows_hash
+from pytest_nullspace.text.windows import Shown, Window, distinct_rows, predicted_places, windows_hash
 from tests import tiny
 from tests.adapters import adapter
 from tests.seeing import CAPTIONS, IMAGE, KINDS, gallery, rows, seeing
@@ -125,7 +125,7 @@ def test_predictions_are_held_against_the_bases_on_text_alone(case: Case) -> Non
     """Losses and divergence are of where a token comes next that stands for no image, and agree with float64."""
     switched_off = case.adapted.switched_off
     assert switched_off is not None
-    predictions = Predictions(switched_off, len(case.windows), CPU, predicted(case.windows))
+    predictions = Predictions(switched_off, len(case.windows), CPU, predicted_places(case.windows))
     assert measure(case.adapted, case.shown, predictions=predictions)
     found = predictions.of(len(case.windows))
     base, theirs, sums, count = case.plain(), case.theirs(), torch.zeros(3, dtype=torch.float64), 0

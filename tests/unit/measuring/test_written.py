@@ -16,10 +16,10 @@ from pytest_nullspace.errors import OptionError, TextError
 from pytest_nullspace.measuring.writing import ROWS, first_token, stretches
 from pytest_nullspace.measuring.written import Request, Written, base_sha256, cache_folder, had, require_base
 from pytest_nullspace.model import load_model
-from pytest_nullspace.text.readers import read_text
 from pytest_nullspace.text.sources import FileText
 from tests import tiny
 from tests.adapters import adapter
+from tests.plain import read_text
 
 CPU = torch.device("cpu")
 WRITES: dict[str, Any] = {"count": ROWS, "seqlen": 24, "seed": 5}

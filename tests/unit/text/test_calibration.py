@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_nullspace.errors import CheckpointError, TextError
-from pytest_nullspace.text.readers import read_text
 from pytest_nullspace.text.sources import (
     NAMED_SETS,
     FileText,
@@ -29,6 +28,7 @@ from pytest_nullspace.text.sources import (
 from pytest_nullspace.text.sources import named as taken
 from pytest_nullspace.text.tokenizer import load_tokenizer
 from pytest_nullspace.text.windows import CONTEXT, Window, distinct_rows, draw_windows, text_hash, unigram_loss
+from tests.plain import read_text
 
 TAKES = (
     "It takes wikitext2, c4, ptb, triviaqa, nqopen, self, a file (.txt .jsonl .json .csv .parquet; FILE:column), "
@@ -419,7 +419,7 @@ class TestCaches:
             "for name in ('a.json', 'a.jsonl'): (root / name).write_text('[\"x\"]' if name == 'a.json' else '\"x\"')\n"
             "names = sorted(path.name for path in root.iterdir())\n"
             "before = sorted(Path(sys.argv[2]).rglob('*'))\n"
-            "for name in names: read_text(parse_source(name, root))\n"
+            "for name in names: read(parse_source(name, root), 'off')\n"
             "assert sorted(Path(sys.argv[2]).rglob('*')) == before, 'something was written'\n"
             "assert len(names) == 6\n"
         )

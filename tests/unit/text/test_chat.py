@@ -21,7 +21,7 @@ from pytest_nullspace.text.readers import read
 from pytest_nullspace.text.sources import FileText
 from pytest_nullspace.text.templates import Template, require_template
 from pytest_nullspace.text.tokenizer import LoadedTokenizer, load_tokenizer
-from pytest_nullspace.text.windows import counted
+from pytest_nullspace.text.windows import counted_places
 
 CHATML = (
     "{{ bos_token }}{% for message in messages %}\n"
@@ -349,7 +349,7 @@ class TestWindows:
         rows = [talk(*of) for of in said]
         spoken = [text for of in random.Random(3).sample(said, len(said)) for text in of[1::2]]
         whole = cut(tokenizer, folder, rows, count=1000, seqlen=1000, assistant=True).windows
-        kept = counted(whole)
+        kept = counted_places(whole)
         assert kept is not None
         ids = [window.tokens[place] for window, places in zip(whole, kept, strict=True) for place in places]
         assert ids == [token for text in spoken for token in (*map(ord, text), 129)]

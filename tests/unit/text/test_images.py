@@ -23,11 +23,12 @@ from pytest_nullspace.settings import Settings
 from pytest_nullspace.text.conversations import AUTO, WHOLE, Conversations
 from pytest_nullspace.text.images import MOST_PIXELS, Images, Picture, require_pillow
 from pytest_nullspace.text.processor import Processor, processor_of
-from pytest_nullspace.text.readers import read, read_text
+from pytest_nullspace.text.readers import read
 from pytest_nullspace.text.sources import FileText, FolderText
 from pytest_nullspace.text.tokenizer import load_tokenizer
 from tests import tiny
 from tests.adapters import adapter
+from tests.plain import read_text
 from tests.seeing import CAPTIONS, KINDS, gallery, image, png, processor, rows, tokenizer
 
 # PEFT's own, while the tests make adapters with it.
