@@ -7,6 +7,7 @@ from typing import Any
 
 from pytest_nullspace.judging.decision import Call, Decision
 from pytest_nullspace.judging.invariants import Expectations, judge
+from pytest_nullspace.run.entries import plain
 from pytest_nullspace.run.stats import RunStats
 
 FIGURES_TOLD = ("divergence", "task-gain", "forgetting")
@@ -42,7 +43,7 @@ class Candidate:
 
     def to_dict(self, is_best: bool) -> dict[str, Any]:
         """What is told of it, as JSON holds it."""
-        known = {name: value if math.isfinite(value) else None for name, value in self.figures.items()}
+        known = {name: plain(value) for name, value in self.figures.items()}
         return {
             "name": self.name,
             "verdict": str(self.call),

@@ -20,6 +20,8 @@ MORE_TEXT = "but more text might change that"
 """Said of a figure that more text might put into another tier."""
 _FLOORS = frozenset({"headroom"})
 """Figures that hold a gross mistake off, so that one that passes only just is no doubt."""
+UNMEASURED = "no layer was measured"
+"""Said of a run that tells of none."""
 DECIDING = 3
 """Reasons that are told of a verdict at most."""
 
@@ -158,7 +160,7 @@ def decide(
     causes: Sequence[Diagnosis] = (),
     asked: Collection[str] | None = None,
     failed: Mapping[str, str] | None = None,
-    unmeasured: str = "no layer was measured",
+    unmeasured: str = UNMEASURED,
     further: Sequence[str] = (),
     excused: Collection[str] = (),
 ) -> Decision:
@@ -254,7 +256,9 @@ def _other(verdicts: Iterable[Verdict], failed: Mapping[str, str]) -> Iterator[R
         yield Reason(f"the test {names[0]}{more} failed: {message}", Tier.FAIL)
 
 
-def gaps(run: RunStats, expectations: Expectations, asked: Collection[str] | None, unmeasured: str) -> Iterator[Reason]:
+def gaps(
+    run: RunStats, expectations: Expectations, asked: Collection[str] | None, unmeasured: str = UNMEASURED
+) -> Iterator[Reason]:
     """What was not measured or not judged, though it belongs to the adapter."""
     judged = expectations.judged
     if not run.layers or not any(layer.rows for layer in run.layers):

@@ -6,7 +6,6 @@ v1, https://in-toto.io/Statement/v1, and its predicate https://in-toto.io/attest
 
 import hashlib
 import json
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from pytest_nullspace.judging.decision import Call, Decision
 from pytest_nullspace.judging.invariants import Expectations, verdicts_of
 from pytest_nullspace.judging.verdicts import Tier
+from pytest_nullspace.run.entries import plain
 from pytest_nullspace.run.figures import of_layers
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import preserved
@@ -114,16 +114,12 @@ def _described(name: str, value: Any) -> dict[str, Any]:
 
 def _figures(of: Attested) -> dict[str, Any]:
     run = of.run
-    averages = {name: _number(run.mean(name)) for name in of_layers() if name in run.measured}
+    averages = {name: plain(run.mean(name)) for name in of_layers() if name in run.measured}
     drift = {} if run.drift is None else run.drift.figures
-    predictions = {name: [_number(value), _number(margin)] for name, (value, margin) in drift.items()}
+    predictions = {name: [plain(value), plain(margin)] for name, (value, margin) in drift.items()}
     return {
         "verdict": of.decision.to_dict(),
         "layers": len(run.layers),
         "averages": averages,
         "predictions": predictions,
     }
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -15,6 +15,7 @@ from operator import mul
 from typing import Any, Literal, NamedTuple, Self
 
 from pytest_nullspace.errors import StatsError, printable
+from pytest_nullspace.run.norms import ratio
 
 FLOAT: Literal["f"] = "f"
 CLOSE = 1e-5
@@ -89,7 +90,7 @@ class ByWindow:
             return f"{self.kind.rows} is {stated}, but over the windows {found:g}"
         for name, over in self.kind.over.items():
             stated = getattr(whole, name)
-            found = _ratio(math.fsum(map(mul, self.counts[over], self.means[name])), math.fsum(self.counts[over]))
+            found = ratio(math.fsum(map(mul, self.counts[over], self.means[name])), math.fsum(self.counts[over]))
             if stated is None and not any(self.means[name]):
                 continue  # there was nothing to measure
             if stated is None or not math.isclose(stated, found, rel_tol=CLOSE):
@@ -105,7 +106,7 @@ class ByWindow:
             parts = list(map(mul, self.counts[over], self.means[name]))
             whole = math.fsum(parts)
             for without, window in zip(found, seen, strict=True):
-                without[name] = _ratio(whole - parts[window], wholes[over] - self.counts[over][window])
+                without[name] = ratio(whole - parts[window], wholes[over] - self.counts[over][window])
         return found
 
     def encoded(self) -> str:
@@ -149,10 +150,6 @@ class ByWindow:
         if (told := kept.contradiction(whole)) is not None:
             raise StatsError(f"{where}: {told}; the file was edited or damaged, so measure again")
         return kept
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
 
 
 def _little(values: "array[float]") -> "array[float]":

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from pytest_nullspace.checkpoint.header import read_json_object, stamp_of
 from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.errors import CheckpointError, StatsError, printable, quoted
-from pytest_nullspace.judging.decision import Call, Decision, gaps
+from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.report import attest
 from pytest_nullspace.run.saved import write_atomically
 from pytest_nullspace.settings import CARD, PREFIX, Settings, stats_file
-from pytest_nullspace.shell.decided import tests_of
+from pytest_nullspace.shell.decided import why_untold
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun
 
 ADAPTER, BASE = "adapter", "base"
@@ -67,11 +67,8 @@ class Begun:
         """
         file, run, outcome = self.settings.attest, self.run, self.run.peek()
         assert file is not None
-        if outcome is None or decision.call is Call.NOT_GATED:
-            return f"no statement is written to {file}: NOT GATED: {decision.sentence}"
-        expectations = run.expectations(outcome)
-        if (gap := next(gaps(outcome, expectations, tests_of(run), "no layer was measured"), None)) is not None:
-            return f"no statement is written to {file}: {gap.words}"
+        if outcome is None or (why := why_untold(run, decision)) is not None:
+            return f"no statement is written to {file}: {why}"
         files = dict(_subjects(self.settings, run))
         self._require_unchanged(files)
         subjects = {name: _digest(of) for name, of in files.items()}
@@ -80,6 +77,7 @@ class Begun:
             if subjects.get(f"{ADAPTER}/{name}") != digest:
                 raise StatsError(f"{run.path / name}: changed since it was measured, so nothing is stated; run again")
         failed, excused = tests.named(tests.failed), tests.named(tests.excused)
+        expectations = run.expectations(outcome)
         told = attest.Attested(subjects, outcome, expectations, decision, failed, excused, tests.prefix, _url())
         write_atomically(file, attest.statement(told))
         return f"the statement of {len(subjects)} files stands in {file}, unsigned"

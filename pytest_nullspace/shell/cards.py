@@ -4,17 +4,18 @@ import stat
 from pathlib import Path
 
 from pytest_nullspace import __version__
+from pytest_nullspace.checkpoint import peft
 from pytest_nullspace.checkpoint.hub import local_directory
 from pytest_nullspace.errors import CheckpointError, StatsError
-from pytest_nullspace.judging.decision import Call, Decision, gaps
+from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.report import card
 from pytest_nullspace.run.saved import write_atomically
 from pytest_nullspace.settings import CARD, PREFIX
-from pytest_nullspace.shell.decided import tests_of
+from pytest_nullspace.shell.decided import why_untold
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun
 
 MOST_BYTES = 4 * 1024 * 1024
-_LIBRARIES = {"PEFT LoRA": "peft", "MLX LoRA": "mlx"}
+_LIBRARIES = {peft.FORMAT: "peft", peft.MLX: "mlx"}
 
 
 def check(run: GatedRun) -> None:
@@ -40,15 +41,12 @@ def write(run: GatedRun, decision: Decision) -> str | None:
     if not isinstance(run, CheckpointRun):
         return None
     file, outcome = run.path / CARD, run.peek()
-    if outcome is None or decision.call is Call.NOT_GATED:
-        return f"{file} is left as it was: NOT GATED: {decision.sentence}"
-    expectations = run.expectations(outcome)
-    if (gap := next(gaps(outcome, expectations, tests_of(run), "no layer was measured"), None)) is not None:
-        return f"{file} is left as it was: {gap.words}"
+    if outcome is None or (why := why_untold(run, decision)) is not None:
+        return f"{file} is left as it was: {why}"
     held = _read(file)
     library = _LIBRARIES.get(run.checkpoint.format, "transformers")
     old = card.created(library, _on_hub(run.checkpoint.base)) if held is None else held
-    new = card.renewed(old, card.Result(run.name, outcome, expectations, decision, __version__), str(file))
+    new = card.renewed(old, card.Result(run.name, outcome, run.expectations(outcome), decision, __version__), str(file))
     if new != held:
         write_atomically(file, new, None if held is None else stat.S_IMODE(file.stat().st_mode))
     return f"the result stands in {file}"

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from pytest_nullspace.judging.decision import Decision, decide, not_gated, stopped
+from pytest_nullspace.judging.decision import UNMEASURED, Call, Decision, decide, gaps, not_gated, stopped
 from pytest_nullspace.judging.invariants import MODEL
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report.words import named
@@ -40,8 +40,17 @@ def decided(run: GatedRun, failed: Mapping[str, str], excused: Collection[str] =
         run.diagnoses(outcome),
         tests_of(run),
         failed,
-        STATEMENT if run.weights_only else "no layer was measured",
+        STATEMENT if run.weights_only else UNMEASURED,
         run.servers.doubts(run.judged),
         excused,
     )
     return replace(told, reasons=tuple(replace(one, words=named(one.words, outcome)) for one in told.reasons))
+
+
+def why_untold(run: GatedRun, decision: Decision) -> str | None:
+    """Why nothing is told of a run where others read it; None where it is whole."""
+    outcome = run.peek()
+    if outcome is None or decision.call is Call.NOT_GATED:
+        return f"NOT GATED: {decision.sentence}"
+    gap = next(gaps(outcome, run.expectations(outcome), tests_of(run)), None)
+    return None if gap is None else gap.words

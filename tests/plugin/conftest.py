@@ -23,11 +23,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def checkpoint(made: Path, pytester: pytest.Pytester) -> Path:
-    """A copy of it at ``runs/ft`` in the test's own folder, with a text beside."""
+def folder(pytester: pytest.Pytester) -> Path:
+    """The test's own folder, with a text in it."""
     (pytester.path / "text.txt").write_text(tiny.TEXT)
     (pytester.path / "pytest.ini").write_text("[pytest]\n")
-    copy: Path = pytester.path / "runs" / "ft"
+    return pytester.path
+
+
+@pytest.fixture
+def checkpoint(made: Path, folder: Path) -> Path:
+    """A copy of it at ``runs/ft`` in the test's own folder, with a text beside."""
+    copy = folder / "runs" / "ft"
     shutil.copytree(made, copy)
     return copy
 

@@ -23,14 +23,6 @@ SHIPPED = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def folder(pytester: pytest.Pytester) -> Path:
-    """The test's own folder, with a text in it."""
-    (pytester.path / "text.txt").write_text(tiny.TEXT)
-    (pytester.path / "pytest.ini").write_text("[pytest]\n")
-    return pytester.path
-
-
 def gpt2() -> Any:
     """A random GPT-2, whose Conv1D layers have biases that outweigh their outputs."""
     torch.manual_seed(0)

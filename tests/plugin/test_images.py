@@ -16,12 +16,10 @@ SHOWN = ("--nullspace-calib-dataset=photos",)
 
 
 @pytest.fixture
-def folder(pytester: pytest.Pytester) -> Path:
+def folder(folder: Path) -> Path:
     """The test's own folder, with a gallery and a text in it."""
-    (pytester.path / "text.txt").write_text(tiny.TEXT)
-    (pytester.path / "pytest.ini").write_text("[pytest]\n")
-    gallery(pytester.path / "photos")
-    return pytester.path
+    gallery(folder / "photos")
+    return folder
 
 
 def test_an_adapter_is_gated_whole(folder: Path, gate: Gate) -> None:

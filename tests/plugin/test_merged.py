@@ -15,13 +15,11 @@ BASE = "--nullspace-base=base"
 
 
 @pytest.fixture
-def folder(pytester: pytest.Pytester) -> Path:
+def folder(folder: Path) -> Path:
     """A base, a LoRA on it and both merged in the test's own folder, with a text."""
-    (pytester.path / "text.txt").write_text(tiny.TEXT)
-    (pytester.path / "pytest.ini").write_text("[pytest]\n")
-    directory = adapter(pytester.path, tiny.llama(), r=4, lora_alpha=8, target_modules=["q_proj"])
-    merged(pytester.path, directory)
-    return pytester.path
+    directory = adapter(folder, tiny.llama(), r=4, lora_alpha=8, target_modules=["q_proj"])
+    merged(folder, directory)
+    return folder
 
 
 def test_a_merged_model_is_gated_as_its_adapter_is(folder: Path, gate: Gate) -> None:

@@ -12,14 +12,6 @@ from tests.plugin.conftest import LOOSE, Gate
 LAYERS = 3
 
 
-@pytest.fixture
-def folder(pytester: pytest.Pytester) -> Path:
-    """The test's own folder, with a text in it."""
-    (pytester.path / "text.txt").write_text(tiny.TEXT)
-    (pytester.path / "pytest.ini").write_text("[pytest]\n")
-    return pytester.path
-
-
 OUTSIDE = (
     "outside the guarantee: trained tensors that no layer test covers, 4 in all: 1 whole weights (lm_head.weight); "
     "3 DoRA magnitudes (model.layers.0.self_attn.q_proj.lora_magnitude_vector, "

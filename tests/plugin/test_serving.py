@@ -15,14 +15,6 @@ LAYERS = 3
 ONLY = "--nullspace-weights-only"
 
 
-@pytest.fixture
-def folder(pytester: pytest.Pytester) -> Path:
-    """The test's own folder, with a text in it."""
-    (pytester.path / "text.txt").write_text(tiny.TEXT)
-    (pytester.path / "pytest.ini").write_text("[pytest]\n")
-    return pytester.path
-
-
 def test_an_adapter_of_peft_is_taken_by_all_and_each_server_is_a_test(folder: Path, gate: Gate) -> None:
     """What PEFT saved of a Llama passes for each; notes stand in the summary, all of it in JUnit and JSON."""
     adapter(folder, tiny.llama(), r=20, lora_alpha=20, target_modules=["q_proj", "v_proj"])
