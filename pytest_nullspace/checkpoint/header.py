@@ -367,13 +367,14 @@ def require_plain_files(directory: Path) -> None:
 
 def _read_shards(directory: Path, index: Path) -> dict[str, TensorInfo]:
     weight_map = read_json_object(inside(directory, index.name), "the index of the weights").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) and shard.endswith(".safetensors") and shard[0] != "." for shard in weight_map.values()
-    ):
-        raise CheckpointError(f"{index}: has no weight_map from tensor names to files (.safetensors); {AGAIN}")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensor names to files; {AGAIN}")
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
-        for name, tensor in read_header(inside(directory, shard)).items():
+        file = inside(directory, shard)
+        if file.suffix != ".safetensors" or shard.startswith("."):
+            raise CheckpointError(f"{index}: names the file {quoted(shard)}, which is no *.safetensors; {AGAIN}")
+        for name, tensor in read_header(file).items():
             if weight_map.get(name) != shard:
                 said = f"puts it into {quoted(weight_map[name])}" if name in weight_map else "does not name it"
                 raise CheckpointError(f"{tensor.file}: holds tensor {quoted(name)}, but {index.name} {said}; {AGAIN}")

@@ -347,6 +347,8 @@ if again:
     trained.train()
 told = [trained.state.global_step, measured, watching.stopped, watching._is_on]
 (folder / "told.json").write_text(json.dumps(told))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
