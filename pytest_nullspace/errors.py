@@ -13,6 +13,9 @@ it a stranger's tensor name or the name of a file, no control character of it re
 
 from collections.abc import Iterable
 
+PREFIX = "--nullspace-"
+"""Of every option that a message names."""
+
 
 def escaped(text: str) -> str:
     """``text`` with everything but plain printable characters and ends of lines escaped."""

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_nullspace.errors import PREFIX as PREFIX
+
 if TYPE_CHECKING:
     from pytest_nullspace.judging.baseline import Limit
     from pytest_nullspace.judging.invariants import Override
     from pytest_nullspace.judging.served import Asked
     from pytest_nullspace.measuring.distributed import Ranks
 
-PREFIX = "--nullspace-"
 CARD = "README.md"
 """What the hub calls a model's card, in its directory."""
 AUTO_MOST = 128

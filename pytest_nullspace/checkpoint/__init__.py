@@ -11,8 +11,7 @@ from pytest_nullspace.checkpoint.header import require_plain_files
 from pytest_nullspace.checkpoint.hub import base_path
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec
 from pytest_nullspace.checkpoint.strangers import require_ours
-from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.settings import PREFIX
+from pytest_nullspace.errors import PREFIX, CheckpointError
 
 __all__ = ["Checkpoint", "LayerSpec", "open_checkpoint"]
 

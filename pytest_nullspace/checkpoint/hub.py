@@ -7,8 +7,7 @@ from pytest_nullspace.checkpoint import gguf
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.checkpoint.layers import Checkpoint
 from pytest_nullspace.checkpoint.strangers import check_base
-from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.settings import PREFIX
+from pytest_nullspace.errors import PREFIX, CheckpointError
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 

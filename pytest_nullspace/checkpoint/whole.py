@@ -14,8 +14,7 @@ from pytest_nullspace.checkpoint.arrays import is_same
 from pytest_nullspace.checkpoint.header import FLOATING, TensorInfo, inside, printable, read_json_object, read_tensors
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec, in_model_order
 from pytest_nullspace.checkpoint.strangers import require_unwrapped, whole_model
-from pytest_nullspace.errors import CheckpointError, some
-from pytest_nullspace.settings import PREFIX
+from pytest_nullspace.errors import PREFIX, CheckpointError, some
 
 CONFIG_FILE = "config.json"
 FORMAT = "whole model"
