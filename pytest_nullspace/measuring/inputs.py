@@ -126,8 +126,17 @@ def check_processor(checkpoint: Checkpoint, initial: Checkpoint | None, settings
 
 
 def is_base_read(checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None) -> bool:
-    """Whether a base model is read for ``checkpoint``: its own, or that with which drift compares it."""
-    return not checkpoint.carries_base or (bool(settings.drift) and initial is None and settings.base is not None)
+    """Whether a base model is read for ``checkpoint``: its own, or that with which it is compared."""
+    if not checkpoint.carries_base:
+        return True
+    if initial is not None or settings.base is None:
+        return False
+    return bool(settings.drift) or (settings.profile != "reference" and not _has_orthonormal_rows(checkpoint))
+
+
+def _has_orthonormal_rows(checkpoint: Checkpoint) -> bool:
+    """Whether the start of a LoRA-Null directory left ``W_res = W``, as far as its first layer tells."""
+    return is_orthonormal(checkpoint.tensors[f"{checkpoint.layers[0].name}.{DOWN}"])
 
 
 def base_read(checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None) -> Path | None:
@@ -154,7 +163,7 @@ def why_no_drift(checkpoint: Checkpoint, settings: Settings) -> str | None:
     if not all(fnmatchcase(layer.name, settings.layers) for layer in checkpoint.layers):
         return f"only a part of the layers is gated; {PREFIX}drift measures it"
     if checkpoint.carries_base:
-        if is_orthonormal(checkpoint.tensors[f"{checkpoint.layers[0].name}.{DOWN}"]):
+        if _has_orthonormal_rows(checkpoint):
             return None
         return (
             "the rows of B are not orthonormal, so that with the adapter switched off the weights may not be those of "

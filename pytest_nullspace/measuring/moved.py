@@ -2,9 +2,16 @@
 
 There ``W = W_res + A₀B₀``, so what training changed is ``AB − A₀B₀``, and what it is added to is ``W x``. Both follow
 from the forward that is measured, as the rows of ``B`` and of ``B − B₀`` read the same input.
+
+Of a directory that holds ``W_res`` the untouched base tells the product ``A₀B₀ = W − W_res`` as well as the start does,
+up to the rounding of what is stored. What that left beyond the adapter's rank tells how coarse it was.
 """
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,9 +19,28 @@ from torch import Tensor
 from pytest_nullspace import kernels
 from pytest_nullspace.checkpoint import Checkpoint, lora_null, peft
 from pytest_nullspace.checkpoint.arrays import read_tensor
-from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors
+from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel, Start
 from pytest_nullspace.model.stored import stored
+from pytest_nullspace.settings import PREFIX
+
+_qr: Callable[..., tuple[Tensor, Tensor]] = torch.linalg.qr
+_svdvals: Callable[..., Tensor] = torch.linalg.svdvals
+_solve: Callable[..., Tensor] = torch.linalg.solve
+
+ROUNDING: Mapping[str, float] = {"F64": 2.0**-53, "F32": 2.0**-24, "BF16": 2.0**-9, "F16": 2.0**-11}
+"""By which share of itself a number that is not too small is rounded at most where it is stored."""
+BEYOND = 4.0
+"""How many times what storing may have rounded off may lie beyond the rank of the start; more is another W."""
+NOISE = 0.25
+"""Of the update, what rounding may be for it to be told: then its norm is right to a few hundredths."""
+NEGLIGIBLE = 2.0**-20
+"""Of W, what is below all that is judged, be it an update or rounding."""
+_ALIGNED = 1e6
+"""The condition up to which rows of B and of the start are taken to span one space."""
+_MORE, _ROUNDS = 8, 2
+"""Directions beside those of the rank, and rounds, in which the range of a matrix is looked for."""
 
 
 class Moved:
@@ -56,25 +82,28 @@ def with_start(adapted: AdaptedModel, checkpoint: Checkpoint, initial: Checkpoin
     """
     if checkpoint.format != initial.format:
         return adapted
-    layers = {name: _with_start(layer, initial) for name, layer in adapted.layers.items()}
-    told = sum(layer.start is not None for layer in layers.values())
-    if not told:
-        return adapted
+    starts = {name: _start(layer, initial) for name, layer in adapted.layers.items()}
+    told = sum(start is not None for start in starts.values())
     remark = (
         f"update against the start {printable(initial.directory, 1000)}: that held a part of W in {told} of "
-        f"{len(layers)} layers, so what is told of them is AB - A0B0 beside W x"
+        f"{len(starts)} layers, so what is told of them is AB - A0B0 beside W x"
     )
-    return replace(adapted, layers=layers, remarks=(*adapted.remarks, remark), since=str(initial.directory))
+    return _since(adapted, starts, remark, initial.directory)
 
 
-def _with_start(layer: AdaptedLayer, initial: Checkpoint) -> AdaptedLayer:
+def _since(adapted: AdaptedModel, starts: Mapping[str, Start | None], remark: str, directory: Path) -> AdaptedModel:
+    if not any(starts.values()):
+        return adapted
+    layers = {name: replace(layer, start=starts[name]) for name, layer in adapted.layers.items()}
+    return replace(adapted, layers=layers, remarks=(*adapted.remarks, remark), since=str(directory))
+
+
+def _start(layer: AdaptedLayer, initial: Checkpoint) -> Start | None:
     is_peft = initial.format in peft.FORMATS
     prefix, parts = (peft.PREFIX, (peft.DOWN, peft.UP)) if is_peft else ("", (lora_null.DOWN, lora_null.UP))
     held = [initial.tensors.get(f"{prefix}{layer.name}.{part}") for part in parts]
-    protected = f"{layer.name}.{lora_null.PROTECT_DOWN}" in initial.tensors
-    has_more = protected or layer.update is not None or isinstance(getattr(layer.up, "bias", None), Tensor)
-    if has_more or any(info is None for info in held):
-        return layer
+    if _is_more(layer, initial) or any(info is None for info in held):
+        return None
     # As the model rounds its own, so that what did not move is what it was.
     own = stored(layer.down, "weight"), layer.up_matrix
     down, up = (
@@ -85,5 +114,143 @@ def _with_start(layer: AdaptedLayer, initial: Checkpoint) -> AdaptedLayer:
     scales = {spec.name: spec.scale for spec in initial.layers}
     scale = scales.get(layer.name)
     if (down.shape, up.shape) != tuple(part.shape for part in own) or not bool(up.any()):
-        return layer
-    return replace(layer, start=Start(down, (1.0 if scale is None else scale.value) * up))
+        return None
+    return Start(down, (1.0 if scale is None else scale.value) * up)
+
+
+def _is_more(layer: AdaptedLayer, checkpoint: Checkpoint) -> bool:
+    """Whether the layer's update is more than ``A B x``."""
+    protected = f"{layer.name}.{lora_null.PROTECT_DOWN}" in checkpoint.tensors
+    return protected or layer.update is not None or isinstance(getattr(layer.up, "bias", None), Tensor)
+
+
+class _Held(NamedTuple):
+    """What the start held of W in one layer, as its base tells it.
+
+    Attributes:
+        noise: What rounding made of it, beside the update since; both in the Frobenius norm.
+        start: Its factors; None where rounding is too much of what is left for that to be called an update.
+    """
+
+    noise: float
+    start: Start | None
+
+
+def with_base(adapted: AdaptedModel, checkpoint: Checkpoint, base: Path) -> AdaptedModel:
+    """The model of a LoRA-Null directory, its layers told from ``W − W_res``, which is what its start held of W.
+
+    What is rounded so coarsely that nobody can tell it from an update is left as it is, and said.
+
+    Args:
+        adapted: The model.
+        checkpoint: Its directory, which holds ``W_res``.
+        base: The untouched base, a directory or a GGUF file.
+
+    Raises:
+        CheckpointError: The base lacks a layer, or ``W − W_res`` is not of the adapter's rank.
+    """
+    if adapted.switched_off is not None:  # W_res is W
+        return adapted
+    if base.is_file():
+        remark = f"update as a whole: {printable(base, 1000)} holds numbers that were quantised, not those of W"
+        return replace(adapted, remarks=(*adapted.remarks, remark))
+    weights = read_tensors(base, "model")
+    found = {
+        name: None if _is_more(layer, checkpoint) else _held(layer, checkpoint, weights, base)
+        for name, layer in adapted.layers.items()
+    }
+    held = {name: of for name, of in found.items() if of is not None}
+    lost = {name: of.noise for name, of in held.items() if of.start is None}
+    if lost:
+        name = max(lost, key=lost.__getitem__)
+        remark = (
+            f"update as a whole in {len(lost)} of {len(found)} layers: W - W_res is rounded too coarsely for what "
+            f"changed since, to {lost[name]:.2g} of it in {printable(name)}; {PREFIX}init=DIR, from which training "
+            "started, tells it"
+        )
+        adapted = replace(adapted, remarks=(*adapted.remarks, remark))
+    told = [of.noise for of in held.values() if of.start is not None]
+    remark = (
+        f"update against the base {printable(base, 1000)}: W - W_res is the A0B0 of the start in {len(told)} of "
+        f"{len(found)} layers, so what is told of them is AB - A0B0 beside W x, of which rounding is "
+        f"{max(told, default=0.0):.2g} at most; how B and A moved is not judged without {PREFIX}init=DIR"
+    )
+    return _since(adapted, {name: None if of is None else of.start for name, of in found.items()}, remark, base)
+
+
+def _held(layer: AdaptedLayer, checkpoint: Checkpoint, weights: Mapping[str, TensorInfo], base: Path) -> _Held | None:
+    """What the start held of W in a layer; None where that is nothing but rounding.
+
+    Raises:
+        CheckpointError: It is not of the layer's rank.
+    """
+    info, other = checkpoint.tensors[f"{layer.name}.{lora_null.BASE}"], _weight(layer.name, weights)
+    if other is None or other.shape != info.shape or not {info.dtype, other.dtype} <= ROUNDING.keys():
+        shape = "×".join(map(str, info.shape))
+        raise CheckpointError(
+            f"{printable(base, 1000)}: holds no weight of {printable(layer.name)} of shape {shape}, so it is not the "
+            f"base of {checkpoint.directory}; give the one that it was made from by {PREFIX}base=DIR, or leave the "
+            "option out"
+        )
+    whole = torch.from_numpy(read_tensor(other))
+    size, part = float(whole.norm()), whole - torch.from_numpy(read_tensor(info))
+    rounded = (ROUNDING[info.dtype] + ROUNDING[other.dtype]) * size
+    if not float(part.norm()) > BEYOND * rounded:
+        return None
+    up, down = _leading(part, layer.rank)
+    beyond = float((part - up @ down).norm())
+    if not beyond <= BEYOND * rounded + NEGLIGIBLE * float(part.norm()):
+        raise CheckpointError(
+            f"{checkpoint.directory}: W - W_res of {printable(layer.name)} is not of rank {layer.rank}: beyond it lies "
+            f"{beyond / float(part.norm()):.2g} of its norm, and rounding makes {rounded / float(part.norm()):.2g} at "
+            f"most; W_res was changed, or {base} is not the base that it was made from: give that by {PREFIX}base=DIR"
+        )
+    own_up, own_down = layer.scale * layer.up_matrix.to("cpu", torch.float64), layer.down_matrix()
+    files = [checkpoint.tensors[f"{layer.name}.{part}"] for part in (lora_null.UP, lora_null.DOWN)]
+    file_up, file_down = (torch.from_numpy(read_tensor(info)) for info in files)
+    noise = math.hypot(beyond, _apart(own_up, own_down, file_up, file_down))
+    update = _apart(own_up, own_down, up, down)
+    is_told = noise <= max(NOISE * update, NEGLIGIBLE * size)
+    return _Held(noise / update if update else 0.0, _aligned(up, down, own_down) if is_told else None)
+
+
+def _weight(name: str, weights: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    """The layer's weight in the base, which may have been saved without its head."""
+    return weights.get(f"{name}.weight") or weights.get(f"{name.partition('.')[2]}.weight")
+
+
+def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best ``up (out, r) @ down (r, in)`` of a ``matrix (out, in)`` that hardly has more than ``rank`` directions.
+
+    Its range is found from its products with some more random rows than that, again and again (Halko et al. 2011,
+    algorithm 4.4), as a whole decomposition of a wide layer takes many seconds.
+    """
+    generator = torch.Generator().manual_seed(0)
+    more = min(rank + _MORE, *matrix.shape)
+    found = matrix @ torch.randn(matrix.shape[1], more, dtype=matrix.dtype, generator=generator)
+    for _ in range(_ROUNDS):
+        found = matrix @ _basis(matrix.mT @ _basis(found))
+    columns = _basis(found)
+    inside = columns.mT @ matrix
+    down = kernels.singular(inside, min(rank, more))[1]
+    return columns @ (inside @ down.mT), down
+
+
+def _basis(matrix: Tensor) -> Tensor:
+    return _qr(matrix, mode="reduced")[0]
+
+
+def _aligned(up: Tensor, down: Tensor, like: Tensor) -> Start:
+    """The same product of rows as near to those of B as it allows: what hardly moved then hardly differs."""
+    turned = like @ down.mT
+    values = _svdvals(turned)
+    if not bool(values[-1] * _ALIGNED > values[0]):
+        return Start(down, up)
+    return Start(turned @ down, _solve(turned, up, left=False))
+
+
+def _apart(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> float:
+    """``‖up · down − other_up · other_down‖`` in the Frobenius norm, without forming either."""
+    left = kernels.triangle(torch.cat((up, other_up), dim=1))
+    right = kernels.triangle(torch.cat((down, -other_down)).mT)
+    return float((left @ right.mT).norm())

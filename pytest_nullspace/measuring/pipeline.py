@@ -196,7 +196,7 @@ def _loaded(
 ) -> _Loaded:
     """Load the model unless it is there, and what its predictions are held against."""
     from pytest_nullspace.measuring.forward import require_tokens_read
-    from pytest_nullspace.measuring.moved import with_start
+    from pytest_nullspace.measuring.moved import with_base, with_start
 
     base = read.base
     device = device_of(settings) if live is None else live.adapted.device
@@ -213,8 +213,11 @@ def _loaded(
     require_finite(checkpoint.beside(adapted.layers))  # a token's row that the text never asks for shows in no figure
     if read.has_text(settings):
         require_tokens_read(adapted, checkpoint)
-    if initial is not None and settings.profile != "reference":  # whose formulas know of no start
-        adapted = with_start(adapted, checkpoint, initial)
+    if settings.profile != "reference":  # whose formulas know of no start
+        if initial is not None:
+            adapted = with_start(adapted, checkpoint, initial)
+        elif checkpoint.carries_base and base is not None:
+            adapted = with_base(adapted, checkpoint, base)
     found = None
     if settings.drift:
         found = true_base(adapted, checkpoint, initial, base, settings, adapted.device, dtype)

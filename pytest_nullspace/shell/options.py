@@ -78,6 +78,7 @@ OPTIONS = (
         "names). A merged or fully trained model is held against it.",
         values.directory_or_id,
         more="A base saved in 8 or 4 bits needs its library, bitsandbytes or torchao, a GGUF file needs gguf. "
+        "Of a LoRA-Null v1 or CorDA directory whose start is not there it tells the update since. "
         "See also [merged models](merged.md).",
     ),
     Option(

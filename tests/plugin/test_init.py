@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from tests import saved, tiny
+from fixtures import lora_null
+from tests import adapters, saved, tiny
 from tests.plugin.conftest import LOOSE, Gate, Replay
 
 LAYERS = 21
@@ -219,3 +222,32 @@ def test_of_a_start_that_held_a_part_of_w_what_changed_is_judged(gate: Gate, pyt
     result = gate("--nullspace-init=start", *LOOSE, "--nullspace-report=r.md", model="start")
     assert "update against the start " in (pytester.path / "r.md").read_text()
     result.stdout.fnmatch_lines(["*effectiveness 0 *"])
+
+
+def test_the_base_tells_the_update_where_the_start_is_not_there(
+    checkpoint: Path, gate: Gate, pytester: pytest.Pytester
+) -> None:
+    """Of v1 `--nullspace-base` gives the update that `--nullspace-init` gives, the two compare, and a line says how."""
+    model: Any = tiny.llama(initializer_range=0.2)
+    model.save_pretrained(pytester.path / "base")
+    tiny.tokenizer(pytester.path / "base")
+    tokenizer: Any = AutoTokenizer.from_pretrained(pytester.path / "base")
+    lora_null.initialise_v1(model, lora_null.covariances(model, torch.randint(3, 100, (4, 60))), 4)
+    lora_null.save(model, pytester.path / "start", tokenizer)
+    for name, parameter in model.named_parameters():
+        if "Linear.weight" in name:
+            parameter.data *= 1.1
+    lora_null.save(model, pytester.path / "ft", tokenizer)
+    gate(*LOOSE, "--nullspace-init=start", "--nullspace-save-stats=s.json", model="ft")
+    saving = ("--nullspace-compare=s.json", "--nullspace-save-stats=b.json")
+    result = gate(*LOOSE, "--nullspace-base=base", *saving, "-v", model="ft")
+    assert result.ret == 0, result.outlines
+    told = "update against the base *base: W - W_res is the A0B0 of the start in 21 of 21 layers, *"
+    result.stdout.fnmatch_lines([told])
+    by_start, by_base = (json.loads((pytester.path / name).read_text())["stats"] for name in ("s.json", "b.json"))
+    for now, then in zip(by_base, by_start, strict=True):
+        assert now["ABX_norm"] == pytest.approx(then["ABX_norm"], rel=1e-5)
+    adapters.edit(pytester.path / "base", lambda of: of.update({f"{Q0}.weight": 2 * of[f"{Q0}.weight"]}))
+    wrong = gate(*LOOSE, "--nullspace-base=base", model="ft")
+    assert wrong.ret == 1
+    wrong.stdout.fnmatch_lines([f"*ft: W - W_res of {Q0} is not of rank 4: *"])

@@ -1,7 +1,11 @@
-"""The update since a start that held a part of W: by its definition in float64, and none where nothing was trained."""
+"""The update since a start that held a part of W: by its definition in float64, and none where nothing was trained.
+
+Where the start is not there, the untouched base tells the same.
+"""
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +13,17 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fixtures import lora_null
+from fixtures import lora_null, world
+from fixtures.build import WORLD
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.checkpoint.arrays import read_tensor
-from pytest_nullspace.measuring.moved import with_start
+from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.measuring.moved import with_base, with_start
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
+from pytest_nullspace.run.stats import LayerStats
 from tests import adapters, tiny
 
 RANK = 4
@@ -38,12 +45,12 @@ class Pair:
         self.adapted = load_model(self.checkpoint, base=base)
 
 
-def nudged(model: Any) -> None:
+def nudged(model: Any, far: float = 0.01) -> None:
     """Training, in a word: both matrices move by a little."""
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("lora_A", "lora_B", "ALinear.weight", "BLinear.weight")):
-            parameter.data += 0.01 * parameter.abs().mean() * torch.randn_like(parameter)
+            parameter.data += far * parameter.abs().mean() * torch.randn_like(parameter)
 
 
 def of_lora_null(initialise: Callable[..., None], folder: Path, train: Trained) -> Pair:
@@ -51,6 +58,7 @@ def of_lora_null(initialise: Callable[..., None], folder: Path, train: Trained) 
     model: Any = tiny.llama(initializer_range=0.2)
     (folder / "tokenizer").mkdir()
     tiny.tokenizer(folder / "tokenizer")
+    model.save_pretrained(folder / "base")
     found = lora_null.covariances(model, [torch.tensor(window) for window in WINDOWS])
     initialise(model, found, RANK)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -146,7 +154,7 @@ def test_an_untrained_start_has_no_update(start: str, tmp_path: Path) -> None:
     """Before training the update is zero to the last digit, in every layer and precision, and so is forgetting."""
     pair = STARTS[start](tmp_path, lambda _: None)
     for dtype in ("float32", "bfloat16"):
-        base = tmp_path / "base" if (tmp_path / "base").exists() else None
+        base = None if pair.checkpoint.carries_base else tmp_path / "base"
         adapted = with_start(load_model(pair.checkpoint, dtype=dtype, base=base), pair.checkpoint, pair.start)
         for layer in measure(adapted, WINDOWS):
             assert (layer.update_norm, layer.forgetting, layer.contribution) == (0, 0, 0), layer.name
@@ -161,3 +169,117 @@ def test_a_start_that_held_nothing_of_w_changes_nothing(tmp_path: Path) -> None:
     trained = open_checkpoint(tmp_path / "ft")
     adapted = load_model(trained)
     assert with_start(adapted, trained, open_checkpoint(tmp_path / "start")) is adapted
+
+
+def changed(directory: Path, edit: Callable[[dict[str, Tensor]], None]) -> Checkpoint:
+    """A directory of weights with some of them changed."""
+    return open_checkpoint(adapters.edit(directory, edit))
+
+
+def stored_as(dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+
+def closely(layer: LayerStats) -> Any:
+    told = (layer.update_norm, layer.base_norm, layer.output_norm, layer.forgetting, layer.down_norm, layer.leakage)
+    return pytest.approx(told, rel=1e-6)
+
+
+@pytest.mark.parametrize("start", ["v1", "CorDA"])
+def test_the_base_tells_the_update_as_the_start_does(start: str, tmp_path: Path) -> None:
+    """W - W_res in place of the start's own factors gives every figure of the update to 1e-6."""
+    pair = STARTS[start](tmp_path, partial(nudged, far=0.1))
+    by_start = measure(with_start(pair.adapted, pair.checkpoint, pair.start), WINDOWS)
+    adapted = with_base(pair.adapted, pair.checkpoint, tmp_path / "base")
+    for layer, want in zip(measure(adapted, WINDOWS), by_start, strict=True):
+        told = layer.update_norm, layer.base_norm, layer.output_norm, layer.forgetting, layer.down_norm, layer.leakage
+        assert told == closely(want), layer.name
+    assert adapted.since == str(tmp_path / "base")
+    assert "W - W_res is the A0B0 of the start in 21 of 21 layers" in adapted.remarks[-1]
+    assert "not judged without --nullspace-init=DIR" in adapted.remarks[-1]
+
+
+def test_the_base_tells_a_real_update_as_the_start_does(tmp_path: Path) -> None:
+    """The same of v1 on the shipped base, in a null space of its facts and really trained."""
+    model: Any = AutoModelForCausalLM.from_pretrained(WORLD / "base")
+    facts = world.windows(world.facts_text(2), 4, 128, 0)
+    lora_null.initialise_v1(model, lora_null.covariances(model, next(facts)), 16)
+    lora_null.save(model, tmp_path / "start", world.tokenizer())
+    lora_null.choose(model, "both")
+    lora_null.train(model, world.windows(world.task_text(), 4, 64, 0), 10, 1e-4)
+    lora_null.save(model, tmp_path / "ft", world.tokenizer())
+    pair = Pair(tmp_path / "start", tmp_path / "ft", None)
+    tokens = next(facts).tolist()
+    by_start = measure(with_start(pair.adapted, pair.checkpoint, pair.start), tokens)
+    for layer, want in zip(
+        measure(with_base(pair.adapted, pair.checkpoint, WORLD / "base"), tokens), by_start, strict=True
+    ):
+        told = layer.update_norm, layer.base_norm, layer.output_norm, layer.forgetting, layer.down_norm, layer.leakage
+        assert told == closely(want), layer.name
+        assert 0 < layer.forgetting < 0.02
+
+
+def test_before_training_the_base_tells_next_to_no_update(tmp_path: Path) -> None:
+    """An untrained start is far below what passes as an update, so it fails as with its start at hand."""
+    pair = STARTS["v1"](tmp_path, lambda _: None)
+    for layer in measure(with_base(pair.adapted, pair.checkpoint, tmp_path / "base"), WINDOWS):
+        assert layer.effectiveness < 1e-6, layer.name
+
+
+@pytest.mark.parametrize(("far", "told"), [(0.01, False), (1.0, True)])
+def test_an_update_that_rounding_may_have_made_is_not_told(far: float, told: bool, tmp_path: Path) -> None:
+    """In bfloat16 what changed little is left as it is, with a line that says so; what changed much is told."""
+    pair = STARTS["v1"](tmp_path, partial(nudged, far=far))
+    checkpoint = changed(tmp_path / "ft", stored_as(torch.bfloat16))
+    adapted = with_base(load_model(checkpoint), checkpoint, tmp_path / "base")
+    assert bool(adapted.since) is told
+    if told:
+        by_start = measure(with_start(load_model(checkpoint), checkpoint, pair.start), WINDOWS)
+        for layer, want in zip(measure(adapted, WINDOWS), by_start, strict=True):
+            assert layer.update_norm == pytest.approx(want.update_norm, rel=0.02), layer.name
+    else:
+        assert "update as a whole in 21 of 21 layers: W - W_res is rounded too coarsely" in adapted.remarks[-1]
+        assert all(layer.start is None for layer in adapted.layers.values())
+
+
+def loud(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight_residual"] += 0.01 * torch.randn(48, 32)
+
+
+def lacking(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("directory", "edit", "told"),
+    [
+        ("ft", loud, r"ft: W - W_res of model.layers.1.mlp.up_proj is not of rank 4: beyond it lies 0\.\d"),
+        ("base", lacking, r"base: holds no weight of model.layers.1.mlp.up_proj of shape 48×32"),
+    ],
+    ids=["W_res moved", "another model"],
+)
+def test_what_is_not_of_the_adapters_rank_is_refused(
+    directory: str, edit: Callable[[dict[str, Tensor]], None], told: str, tmp_path: Path
+) -> None:
+    """A W_res that was changed, and a base that is another's, are errors by the layer's name."""
+    STARTS["v1"](tmp_path, nudged)
+    adapters.edit(tmp_path / directory, edit)
+    checkpoint = open_checkpoint(tmp_path / "ft")
+    with pytest.raises(CheckpointError, match=told):
+        with_base(load_model(checkpoint), checkpoint, tmp_path / "base")
+
+
+def test_a_base_beside_a_residual_that_is_whole_changes_nothing(tmp_path: Path) -> None:
+    """Of a plain LoRA in such a directory W_res is W, to the rounding of bfloat16, and the update is all of AB."""
+    tiny.llama().save_pretrained(tmp_path / "base")
+
+    def change(tensors: dict[str, Tensor], _: object) -> None:
+        tensors.update({name: 2 * of for name, of in tensors.items() if name.endswith("BLinear.weight")})
+
+    for dtype in (torch.float32, torch.bfloat16):
+        checkpoint = open_checkpoint(tiny.lora_null(tmp_path / str(dtype), change=change, dtype=dtype))
+        adapted = load_model(checkpoint)
+        assert with_base(adapted, checkpoint, tmp_path / "base") is adapted
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+    (remark,) = with_base(adapted, checkpoint, tmp_path / "base.gguf").remarks
+    assert remark.startswith("update as a whole: ")
