@@ -136,3 +136,35 @@ def gallery(folder: Path, captions: Sequence[str] = CAPTIONS) -> Path:
         lines.append(json.dumps({"file_name": f"{number}.png", "text": caption}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
+
+
+CHATS: Mapping[str, str] = {
+    "qwen2_5_vl": (
+        "{% for message in messages %}[{{ message.role[0] }}]{% for part in message.content %}"
+        "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}"
+        "{% if message.role == 'assistant' %}{% generation %}{{ part.text }};{% endgeneration %}"
+        "{% else %}{{ part.text }}{% endif %}{% endif %}{% endfor %}{% endfor %}"
+    ),
+    "gemma3": (
+        "{{ bos_token }}{% for message in messages %}[{{ message.role[0] }}]{% for part in message.content %}"
+        "{% if part.type == 'image' %}<start_of_image>{% else %}"
+        "{% if message.role == 'assistant' %}{% generation %}{{ part.text }};{% endgeneration %}"
+        "{% else %}{{ part.text }}{% endif %}{% endif %}{% endfor %}{% endfor %}"
+    ),
+    "llava": (
+        "{% for message in messages %}{{ message.role[0] }}: {% for part in message.content "
+        "| selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}{% for part in message.content "
+        "| selectattr('type', 'equalto', 'text') %}{% if message.role == 'assistant' %}"
+        "{% generation %}{{ part.text }} {% endgeneration %}{% else %}{{ part.text }} {% endif %}"
+        "{% endfor %}{% endfor %}"
+    ),
+}
+"""Chat templates as the families have them, cut to what matters."""
+
+
+def said(role: str, *parts: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """A message of parts: a string is text, None an image that stands beside."""
+    content = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", **(part or {})} for part in parts
+    ]
+    return {"role": role, "content": content}

@@ -24,7 +24,7 @@ from pytest_nullspace.text.images import Images, require_pillow
 from pytest_nullspace.text.processor import require_processor
 from pytest_nullspace.text.readers import Text, read
 from pytest_nullspace.text.sources import NAMED_SETS, OPTION, TASK_OPTION, FileText, SelfText, Source, parse_source
-from pytest_nullspace.text.templates import Template, require_template
+from pytest_nullspace.text.templates import Template, require_template, require_template_of_images
 from pytest_nullspace.text.tokenizer import check_tokenizer, require_tokenizer
 from pytest_nullspace.text.windows import require_length
 
@@ -63,12 +63,16 @@ def read_texts(settings: Settings) -> Texts:
                 require_length(text, settings.seqlen or 0)
             except TextError as error:
                 raise TextError(f"{source}: {error}") from None
-    if settings.chat not in (AUTO, OFF) and not any(isinstance(text, Conversations) for text in texts.values()):
+    if settings.chat not in (AUTO, OFF) and not any(map(_are_talks, texts.values())):
         raise TextError(
             f"{PREFIX}chat: no text holds conversations; give a table with a column messages, or with the columns "
             "prompt and completion, or leave the option out"
         )
     return texts
+
+
+def _are_talks(text: Text) -> bool:
+    return isinstance(text, Conversations) or (isinstance(text, Images) and text.are_talks)
 
 
 def template_of(tokenizer: Path, texts: Texts, settings: Settings) -> Template | None:
@@ -118,11 +122,18 @@ def check_processor(checkpoint: Checkpoint, initial: Checkpoint | None, settings
     """Refuse rows of images where what makes a model's input of them is not there or cannot be read.
 
     Raises:
-        CheckpointError: It is so.
+        NullspaceError: It is so, or the chat template of that cannot write the first conversation.
     """
-    if any(isinstance(text, Images) for text in texts.values()):
-        base = base_read(checkpoint, settings, initial)
-        require_processor(checkpoint, base)
+    held = [text for text in texts.values() if isinstance(text, Images)]
+    if not held:
+        return
+    base = base_read(checkpoint, settings, initial)
+    place = require_processor(checkpoint, base)
+    for images in held:
+        if images.are_talks:
+            tokenizer = TokenizerChoice.of(checkpoint.directory, base).used
+            template = require_template_of_images(place, tokenizer, images.source)
+            template.render([images.rows[0].talk], assistant=settings.chat == ASSISTANT)
 
 
 def is_base_read(checkpoint: Checkpoint, settings: Settings, initial: Checkpoint | None) -> bool:

@@ -18,12 +18,12 @@ from pytest_nullspace.run.predictions import Headroom
 from pytest_nullspace.run.stats import Drift, TextDrift
 from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.settings import Settings
-from pytest_nullspace.text.chat import Chat, chat
+from pytest_nullspace.text.chat import Chat, chat, chat_of_images
 from pytest_nullspace.text.choice import TokenizerChoice
 from pytest_nullspace.text.conversations import ASSISTANT, Conversations
 from pytest_nullspace.text.images import Images
 from pytest_nullspace.text.processor import Processor, processor_of
-from pytest_nullspace.text.templates import Template
+from pytest_nullspace.text.templates import Template, require_template_of_images
 from pytest_nullspace.text.tokenizer import LoadedTokenizer, load_tokenizer
 from pytest_nullspace.text.windows import Window, draw_windows, windows_at
 
@@ -89,21 +89,23 @@ class Reading:
         return len(self.images) < len(sources(settings))
 
     def with_chats(self, settings: Settings, seqlen: int) -> "Reading":
-        """The same with the conversations in the model's own form."""
-        if self.template is None:
-            return self
-        chats = {
-            what: chat(
-                talks,
-                self.template,
-                self.tokenize,
-                count=settings.most_windows,
-                seqlen=seqlen,
-                seed=settings.seed,
-                assistant=settings.chat == ASSISTANT,
-            )
-            for what, talks in self.unrendered.items()
+        """The same with the conversations in the model's own form, those with images among them."""
+        how: dict[str, Any] = {
+            "count": settings.most_windows,
+            "seqlen": seqlen,
+            "seed": settings.seed,
+            "assistant": settings.chat == ASSISTANT,
         }
+        chats = {}
+        for what, talks in self.unrendered.items():
+            assert self.template is not None
+            chats[what] = chat(talks, self.template, self.tokenize, **how)
+        for what, images in self.images.items():
+            if images.are_talks:
+                assert self.processor is not None
+                place = self.processor.directory
+                template = require_template_of_images(place, self.tokenizer.used, images.source)
+                chats[what] = chat_of_images(images, template, self.processor, **how)
         texts = {what: chats[what].text if what in chats else text for what, text in self.texts.items()}
         return replace(self, texts=texts, chats=chats)
 
@@ -134,12 +136,12 @@ class Reading:
         """The windows of each text that may be used: drawn from it, or the stretches in which the base wrote it."""
 
         def of(what: str, text: str) -> Sequence[Window]:
+            if what in self.chats:
+                return self.chats[what].windows
             if what in self.images:
                 assert self.processor is not None
                 images = self.images[what]
                 return self.processor.windows(images, images.drawn(settings.most_windows, settings.seed), seqlen)
-            if what in self.chats:
-                return self.chats[what].windows
             if what in self.written:
                 return windows_at(text, self.tokenize, self.written[what].starts, seqlen)
             return draw_windows(text, self.tokenize, count=settings.most_windows, seqlen=seqlen, seed=settings.seed)

@@ -252,8 +252,9 @@ class Recorder:
     def _meet(self, watched: Watched, _: nn.Module, args: Any) -> None:
         if self._is_silent:
             return
-        name = watched.layer.name
-        self._layout = self.rows.layout(args[0].shape, routed="expert" in name and "shared_expert" not in name)
+        name, layer = watched.layer.name, watched.layer.layer
+        routed = "expert" in name and "shared_expert" not in name
+        self._layout = self.rows.layout(args[0].shape, routed=routed, layer=layer)
 
     def _take(self, watched: Watched, _: nn.Module, args: Any, output: Tensor) -> None:
         if self._is_silent:

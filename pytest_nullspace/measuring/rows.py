@@ -27,7 +27,7 @@ class Batch:
         rows: The numbers of the counted rows among the ``b · length``, or None for all.
         counts: How many of them each window has.
         chosen: Whether the counted rows are meant and no others, be they as many and spread alike.
-        beside: What the model reads beside the tokens, of one window.
+        beside: What the model reads beside the tokens, that of one window behind that of another.
     """
 
     tokens: Tensor
@@ -46,20 +46,19 @@ class Batch:
         rows: Sequence[Sequence[int]] | None = None,
         chosen: bool = False,
     ) -> "Batch":
-        """The batch of ``windows`` of equal length; one with images goes alone.
+        """The batch of ``windows`` of equal length.
 
         Args:
-            windows: Their token ids.
+            windows: Their token ids; of rows with images those of one form.
             device: Where they go.
             first: The number of the first.
             rows: The places in each of the counted rows, or None for all.
             chosen: Whether these are meant and no others.
         """
         tokens = torch.tensor([list(window) for window in windows], device=device)
-        length, window = tokens.shape[1], windows[0]
-        beside = (
-            {name: value.to(device) for name, value in window.beside().items()} if isinstance(window, Shown) else {}
-        )
+        length = tokens.shape[1]
+        parts = [window.beside() for window in windows if isinstance(window, Shown)]
+        beside = {name: torch.cat([part[name] for part in parts]).to(device) for name in (parts[0] if parts else ())}
         if rows is None:
             return cls(tokens, first, None, [length] * len(windows), beside=beside)
         counted = [position * length + row for position, of in enumerate(rows) for row in of]
@@ -97,7 +96,8 @@ class Rows:
     def __init__(self) -> None:
         self._batch = Batch(torch.empty(0, 0), 0, None, [])
         self._lengths: list[int] = []
-        self._known: dict[tuple[tuple[int, ...], bool], Layout | None] = {}
+        self._known: dict[tuple[tuple[int, ...], bool, bool | None], Layout | None] = {}
+        self._readers: frozenset[int] = frozenset()
 
     def start(self, batch: Batch) -> None:
         """From here on tell of ``batch``."""
@@ -106,21 +106,24 @@ class Rows:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Within this context padding is known, by what the embeddings of ``model`` are given."""
+        """Within this context it is known what of ``model`` reads tokens, and, by what is embedded, its padding."""
+        self._readers = _readers(model)
         with ExitStack() as hooks:
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
                     hooks.callback(module.register_forward_pre_hook(self._see).remove)
             yield
 
-    def layout(self, shape: torch.Size, *, routed: bool = False) -> Layout | None:
+    def layout(self, shape: torch.Size, *, routed: bool = False, layer: nn.Module | None = None) -> Layout | None:
         """The rows of an input of this ``shape (…, d)``; None where it cannot be told which are of the text.
 
         Args:
             shape: Of the layer's input.
             routed: Whether the layer reads only what is routed to it.
+            layer: It, where it may read parts of images.
         """
-        key = tuple(shape[:-1]), routed
+        sees = id(layer) not in self._readers if self._batch.beside and self._readers and layer is not None else None
+        key = tuple(shape[:-1]), routed, sees
         if key not in self._known:
             self._known[key] = self._layout(*key)
         return self._known[key]
@@ -136,10 +139,10 @@ class Rows:
             self._lengths.append(ids.shape[1])
             self._known.clear()
 
-    def _layout(self, shape: tuple[int, ...], routed: bool) -> Layout | None:
+    def _layout(self, shape: tuple[int, ...], routed: bool, sees: bool | None) -> Layout | None:
         windows, length = self._batch.tokens.shape
-        if self._batch.beside and (layout := self._routed(math.prod(shape))) is not None:
-            return replace(layout, whole=not routed)  # of its images if not of its text: the window is alone
+        if self._batch.beside and (sees is not False or not self._batch.chosen):
+            return self._beside(math.prod(shape), routed, sees)
         match shape:
             case (rows,) if routed:
                 return self._routed(rows)
@@ -164,6 +167,19 @@ class Rows:
                 each = math.prod(shape) // windows
                 told = shape[:1] == (windows,) or windows == 1
                 return self._of_windows(each, each, whole=True) if told and not each % length else None
+
+    def _beside(self, rows: int, routed: bool, sees: bool | None) -> Layout | None:
+        """Of windows with images, whose rows lie one window's behind another's, be they tokens or parts of images.
+
+        Where some tokens are chosen, all parts of images count; what reads neither for certain is told of nobody.
+        """
+        windows = len(self._batch.tokens)
+        if self._batch.chosen:
+            return Layout(rows, None, (rows // windows,) * windows) if sees and not rows % windows else None
+        if windows == 1:
+            layout = self._routed(rows)
+            return None if layout is None else replace(layout, whole=not routed)
+        return None if routed or rows % windows else self._of_windows(rows // windows, rows // windows, whole=True)
 
     def _of_windows(
         self, each: int, kept: int, *, tokens_first: bool = False, whole: bool | None = None
@@ -195,3 +211,19 @@ class Rows:
             return Layout(rows, None, (rows,))
         share = (self._batch.rows * rows // self._batch.tokens.numel()).unique()  # type: ignore[no-untyped-call]
         return Layout(rows, share, (len(share),))
+
+
+def _readers(model: nn.Module) -> frozenset[int]:
+    """The modules of a model that sees images which read its tokens, by id; none where nobody can tell them apart."""
+    parts: list[Any] = []
+    for name, how in (("get_decoder", {}), ("get_encoder", {"modality": "image"})):
+        try:
+            parts.append(getattr(model, name)(**how))
+        except (AttributeError, NotImplementedError, TypeError, ValueError):  # of a model that has neither
+            return frozenset()
+    decoder, tower = parts
+    inside = frozenset(map(id, decoder.modules()))
+    if decoder is model or tower is model or id(tower) in inside:
+        return frozenset()
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    return inside | {id(module) for end in ends if end is not None for module in end.modules()}

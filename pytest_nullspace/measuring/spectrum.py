@@ -129,8 +129,8 @@ def _groups(inputs: Sequence[_Input], held_bytes: int) -> Iterator[list[_Input]]
 
 
 def _adding(of: _Input, among: Rows) -> Callable[[nn.Module, Any], None]:
-    def hook(_: nn.Module, args: Any) -> None:
-        layout = among.layout(args[0].shape)
+    def hook(layer: nn.Module, args: Any) -> None:
+        layout = among.layout(args[0].shape, layer=layer)
         if layout is None:
             return
         rows = layout.counted(args[0]).to(of.covariance.device, torch.float64)

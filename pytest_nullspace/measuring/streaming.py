@@ -269,13 +269,13 @@ def _batch(
     device: torch.device,
     chosen: bool,
 ) -> Batch:
-    """The first of the windows of these ``numbers``, and those of its length that follow it, if none has images."""
+    """The first of the windows of these ``numbers``, and those of its length and form that follow it."""
     first = windows[numbers[0]]
 
-    def is_like(number: int) -> bool:
-        return len(windows[number]) == len(first) and not isinstance(windows[number], Shown)
+    def form(window: Sequence[int]) -> tuple[Any, ...]:
+        return len(window), isinstance(window, Shown), window.form if isinstance(window, Shown) else ()
 
-    alike = [numbers[0], *takewhile(is_like, () if isinstance(first, Shown) else numbers[1:])]
+    alike = [numbers[0], *takewhile(lambda number: form(windows[number]) == form(first), numbers[1:])]
     if len(alike) == len(first) > 1:
         alike.pop()  # of as many windows as tokens nobody could tell which are which
     rows = None if drawn is None else [drawn[number] for number in alike]

@@ -6,11 +6,13 @@ different forwards. What they have in common with windows of plain text is how m
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pytest_nullspace.errors import TextError
 from pytest_nullspace.text.conversations import Conversations
+from pytest_nullspace.text.images import Images, Row
+from pytest_nullspace.text.processor import Processor
 from pytest_nullspace.text.templates import Rendered, Template
 from pytest_nullspace.text.tokenizer import LoadedTokenizer
 from pytest_nullspace.text.windows import Stretch, Window
@@ -75,15 +77,65 @@ def chat(
     if not windows:
         what = "nothing that the assistant says" if assistant else "no two tokens"
         raise TextError(f"{template.file}: of {len(order):,} conversations its chat template leaves {what}")
-    counted = sum(len(window.tokens if window.counted is None else window.counted) for window in windows)
-    about = {
-        "template_sha256": template.sha256,
-        "conversations": len(texts),
-        "of": len(order),
-        "assistant_only": assistant,
-        "counted_tokens": counted,
-    }
+    about = _about(template, windows, len(texts), len(order), assistant)
     return Chat("".join(texts), tuple(windows), conversations.sha256, about)
+
+
+def chat_of_images(
+    images: Images, template: Template, processor: Processor, *, count: int, seqlen: int, seed: int, assistant: bool
+) -> Chat:
+    """Conversations with images, ``count`` of them drawn by ``seed``: each a window, its text cut at the end.
+
+    Args:
+        images: All there are.
+        template: Writes them.
+        processor: Makes tokens and pixels of what it wrote.
+        count: How many are drawn, if there are so many.
+        seqlen: Tokens a window at most.
+        seed: Of the draw.
+        assistant: Whether only what the assistant says counts.
+
+    Raises:
+        TextError: The template cannot be followed, a row cannot be read, or no window is left.
+    """
+    numbers = images.drawn(count, seed)
+    windows = []
+    for number, rendered in zip(
+        numbers, _rendered([images.rows[number].talk for number in numbers], template, assistant), strict=True
+    ):
+        row = replace(images.rows[number], text=rendered.text)
+        shown = processor.window(row, seqlen)
+        counted = _counted(row, rendered, processor, len(shown)) if assistant else None
+        if counted is None or any(counted):
+            windows.append(Window(number, shown, counted))
+    if not windows:
+        raise TextError(
+            f"{template.file}: of {len(numbers):,} conversations with images its chat template leaves nothing that the "
+            f"assistant says in the first {seqlen:,} tokens; raise --nullspace-seqlen"
+        )
+    return Chat(
+        "", tuple(windows), images.sha256(), _about(template, windows, len(windows), len(images.rows), assistant)
+    )
+
+
+def _counted(row: Row, rendered: Rendered, processor: Processor, length: int) -> tuple[int, ...]:
+    """The places of the first ``length`` tokens that are the assistant's; what stands for an image is nobody's."""
+    spans = processor.spans(row)
+    said = _said(spans, rendered.spans)
+    return tuple(place for place, (first, after) in enumerate(spans[:length]) if place in said and first < after)
+
+
+def _about(
+    template: Template, windows: Sequence[Window], conversations: int, of: int, assistant: bool
+) -> Mapping[str, Any]:
+    """What a run tells of conversations that became these windows."""
+    return {
+        "template_sha256": template.sha256,
+        "conversations": conversations,
+        "of": of,
+        "assistant_only": assistant,
+        "counted_tokens": sum(len(of.tokens if of.counted is None else of.counted) for of in windows),
+    }
 
 
 def _rendered(order: Sequence[str], template: Template, assistant: bool) -> Iterator[Rendered]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from pytest_nullspace.errors import TextError, printable, quoted
 
@@ -18,6 +18,8 @@ TOOLS = "tools"
 """The column of what an assistant may call, beside any of them."""
 MAX_CHARACTERS = 10_000_000
 """Of one conversation as JSON."""
+IMAGES = ("image", "image_url")
+"""What a part of a message is called that is an image."""
 _SAID_BY = {"human": "user", "gpt": "assistant", "bing": "assistant", "bard": "assistant"}
 """What ShareGPT calls who speaks."""
 
@@ -52,45 +54,95 @@ def conversations(
     Raises:
         TextError: One is none, or none is there.
     """
-    found = []
+    found = tuple(as_json(talk.told, talk.refused) for talk in talks(columns, names, row, source, seeing=False))
+    if not found:
+        raise TextError(f"{source}: holds no conversation in {named(names)}")
+    return Conversations(found)
+
+
+_Refused = Callable[[str], TextError]
+
+
+class Talk(NamedTuple):
+    """One conversation.
+
+    Attributes:
+        number: Of its row, from 1.
+        told: An object with ``messages`` and, where there are any, ``tools``.
+        images: What each image among its parts says of itself: see `_of_image`.
+        refused: Makes an error of a reason, with where it stands.
+    """
+
+    number: int
+    told: dict[str, Any]
+    images: Sequence[Any]
+    refused: _Refused
+
+
+def talks(
+    columns: Mapping[str, Sequence[object]], names: Sequence[str], row: str, source: object, *, seeing: bool
+) -> Iterator[Talk]:
+    """The conversations in the columns ``names``, one by one; those that are empty left out.
+
+    Args:
+        columns: As in `conversations`.
+        names: Likewise.
+        row: Likewise.
+        source: Likewise.
+        seeing: Whether a message may hold images.
+
+    Raises:
+        TextError: One is none.
+    """
     for number, values in enumerate(zip(*(columns[name] for name in names), strict=True), 1):
         where = f"{source}: {row} {number}"
 
         def refused(reason: str, where: str = where) -> TextError:
             return TextError(f"{where}: {reason}")
 
-        messages = _messages(values, names, refused)
+        images: list[Any] = []
+        messages = _messages(values, names, refused, images if seeing else None)
         if not messages:
             continue
         told: dict[str, Any] = {"messages": messages}
         if TOOLS in columns and (tools := _tools(columns[TOOLS][number - 1], refused)):
             told[TOOLS] = tools
-        found.append(_as_json(told, refused))
-    if not found:
-        raise TextError(f"{source}: holds no conversation in {_named(names)}")
-    return Conversations(tuple(found))
+        yield Talk(number, told, images, refused)
 
 
-_Refused = Callable[[str], TextError]
+def holds_images(values: Sequence[object]) -> bool:
+    """Whether a message in a column of conversations has an image among its parts."""
+    return any(
+        isinstance(part, Mapping) and part.get("type") in IMAGES
+        for messages in values
+        if isinstance(messages, list)
+        for message in messages
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
+        for part in message["content"]
+    )
 
 
-def _named(names: Sequence[str]) -> str:
+def named(names: Sequence[str]) -> str:
+    """What columns are called in a message."""
     return f"its column{'s' if len(names) > 1 else ''} {' and '.join(map(quoted, names))}"
 
 
-def _messages(values: tuple[object, ...], names: Sequence[str], refused: _Refused) -> list[dict[str, Any]]:
+def _messages(
+    values: tuple[object, ...], names: Sequence[str], refused: _Refused, images: list[Any] | None
+) -> list[dict[str, Any]]:
     """The messages of one row; none where it is empty."""
     if any(value is None for value in values):
         return []
     if len(values) == 1:
-        return list(_of_list(values[0], names[0], refused))
+        return list(_of_list(values[0], names[0], refused, images))
     found: list[dict[str, Any]] = []
     for value, name, role in zip(values, names, ("user", "assistant"), strict=True):
-        found += [{"role": role, "content": value}] if isinstance(value, str) else _of_list(value, name, refused)
+        one = isinstance(value, str)
+        found += [{"role": role, "content": value}] if one else _of_list(value, name, refused, images)
     return found
 
 
-def _of_list(value: object, name: str, refused: _Refused) -> Iterator[dict[str, Any]]:
+def _of_list(value: object, name: str, refused: _Refused, images: list[Any] | None) -> Iterator[dict[str, Any]]:
     if not isinstance(value, list):
         raise refused(f"column {quoted(name)} holds {type(value).__name__}, not a list of messages")
     for place, message in enumerate(value, 1):
@@ -104,10 +156,12 @@ def _of_list(value: object, name: str, refused: _Refused) -> Iterator[dict[str, 
             told = {"role": _SAID_BY.get(said_by, said_by), "content": told.pop("value", None), **told}
         if not isinstance(told.get("role"), str):
             raise refused(f"{where} has no role; it takes an object such as {{'role': 'user', 'content': 'Hello'}}")
-        yield told | {"content": _content(told.get("content"), where, refused)}
+        yield told | {"content": _content(told.get("content"), where, refused, images)}
 
 
-def _content(content: object, where: str, refused: _Refused) -> str | list[dict[str, Any]] | None:
+def _content(
+    content: object, where: str, refused: _Refused, images: list[Any] | None
+) -> str | list[dict[str, Any]] | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -115,10 +169,25 @@ def _content(content: object, where: str, refused: _Refused) -> str | list[dict[
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if images is not None and isinstance(part, Mapping) and kind in IMAGES:
+            images.append(_of_image(part))
+            parts.append({"type": "image"})
+            continue
         if not isinstance(part, Mapping) or kind != "text" or not isinstance(part.get("text"), str):
-            raise refused(f"{where} holds {quoted(kind, 40)}, and only text is rendered; leave such rows out")
+            only = "only text is" if images is None else "only text and images are"
+            raise refused(f"{where} holds {quoted(kind, 40)}, and {only} rendered; leave such rows out")
         parts.append({"type": "text", "text": part["text"]})
     return parts
+
+
+def _of_image(part: Mapping[str, Any]) -> Any:
+    """The image of a part, as a cell of a table holds one; its number among those of its row, or None for the next."""
+    if part.get("base64") is not None:
+        return f"data:;base64,{part['base64']}"
+    value = next((part[name] for name in (*IMAGES, "url", "path", "bytes") if part.get(name) is not None), None)
+    if isinstance(value, Mapping) and isinstance(value.get("url"), str):
+        return value["url"]
+    return part.get("index") if value is None else value
 
 
 def _tools(value: object, refused: _Refused) -> list[Any]:
@@ -134,7 +203,12 @@ def _tools(value: object, refused: _Refused) -> list[Any]:
     return value
 
 
-def _as_json(told: Mapping[str, Any], refused: _Refused) -> str:
+def as_json(told: Mapping[str, Any], refused: _Refused) -> str:
+    """A conversation as it is kept.
+
+    Raises:
+        TextError: It is no plain text, or longer than any is.
+    """
     try:
         text = json.dumps(told, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_nullspace.errors import TextError, printable, quoted
-from pytest_nullspace.text.conversations import FORMS
+from pytest_nullspace.text.conversations import FORMS, TOOLS, holds_images
 from pytest_nullspace.text.images import SUFFIXES, Images, Picture, Row, pictures_of
+from pytest_nullspace.text.pictured import pictured
 
 if TYPE_CHECKING:
     import pyarrow
@@ -114,7 +115,12 @@ def _items(value: Any) -> list[Any]:
     return [item for item in value if item is not None] if isinstance(value, list) else [] if value is None else [value]
 
 
-def from_table(table: Table, source: str, column: str | None, folder: Path | None) -> Images | None:
+Talking = Callable[[Table, str | None, Sequence[str]], Sequence[str]]
+"""The columns of a table that hold conversations and are to be taken, if its column of that name is asked for, or of
+none the first of those that hold text."""
+
+
+def from_table(table: Table, source: str, column: str | None, folder: Path | None, talking: Talking) -> Images | None:
     """The rows of ``table`` with their images; None where it is to be read as text.
 
     Args:
@@ -123,6 +129,7 @@ def from_table(table: Table, source: str, column: str | None, folder: Path | Non
         column: The column that was asked for: of a text, which is then read alone, of images, which then have no text,
             or both as ``images+text``; None for what there is.
         folder: In which paths of images lie; None where none can.
+        talking: Which columns hold conversations.
 
     Raises:
         TextError: It holds sound or video, or it cannot be told which column is meant.
@@ -131,17 +138,36 @@ def from_table(table: Table, source: str, column: str | None, folder: Path | Non
         for name, kind in table.media.items():
             if kind != IMAGE:
                 raise TextError(_unread(name, kind, source))
+        talk = talking(table, None, CAPTIONS if table.media else ())
         if not table.media:
-            return None
+            return _conversing(table, source, talk, None, folder) if _shows(table, talk) else None
         held = _only(table.media, source)
+        if talk:
+            return _conversing(table, source, talk, held, folder)
         return _rows(table, source, held, _caption(table, held, source), folder)
     held, plus, text = (column, "", "") if column in table.columns else column.partition("+")
+    if talk := talking(table, text or held, ()):
+        if not plus and not _shows(table, talk):
+            return None
+        named = [name for name, kind in table.media.items() if kind == IMAGE]
+        beside = held if plus else _only(dict.fromkeys(named, IMAGE), source) if named else None
+        return _conversing(table, source, talk, beside, folder)
     kind = table.media.get(held, "" if not plus else IMAGE)
     if not kind or (plus and not {held, text} <= table.columns.keys()):
         return None  # a text, or a column that is not there, whose message lists those that are
     if kind != IMAGE:
         raise TextError(_unread(held, kind, source))
     return _rows(table, source, held, text or None, folder)
+
+
+def _shows(table: Table, talk: Sequence[str]) -> bool:
+    """Whether messages hold images."""
+    return any(holds_images(table.values(name)) for name in talk)
+
+
+def _conversing(table: Table, source: str, talk: Sequence[str], beside: str | None, folder: Path | None) -> Images:
+    wanted = (*talk, *((TOOLS,) if TOOLS in table.columns else ()), *((beside,) if beside else ()))
+    return pictured({name: table.values(name) for name in wanted}, talk, table.row, source, beside, folder)
 
 
 def _unread(name: str, kind: str, source: str) -> str:
@@ -169,9 +195,8 @@ def _caption(table: Table, held: str, source: str) -> str | None:
             return name
     if (talk := next((form[0] for form in FORMS if form[0] in table.columns and len(form) == 1), None)) is not None:
         raise TextError(
-            f"{source}: holds images and conversations, which no chat template is asked to write together; name a "
-            f"column of plain text, as in FILE:{printable(held)}+caption, or read the conversations alone, as in "
-            f"FILE:{talk}"
+            f"{source}: holds images beside conversations in {quoted(talk)}, which --nullspace-chat=off does not read; "
+            f"leave that out, or name a column of plain text, as in FILE:{printable(held)}+caption"
         )
     if len(strings) > 1:
         raise TextError(
@@ -208,13 +233,14 @@ def is_gallery(folder: Path) -> bool:
     return any(name.suffix.lower() in (*SUFFIXES, *_SOUNDS) for name in folder.rglob("*"))
 
 
-def from_folder(folder: Path, column: str | None, read: Callable[[Path], Table]) -> Images:
+def from_folder(folder: Path, column: str | None, read: Callable[[Path], Table], talking: Talking) -> Images:
     """The images of a folder, with the text that its ``metadata``, or a ``.txt`` of its name beside each, gives them.
 
     Args:
         folder: The folder.
         column: The column of the text in ``metadata``; None for the default.
         read: Reads such a file.
+        talking: Which columns hold conversations.
 
     Raises:
         TextError: It holds no image, or its metadata cannot be read.
@@ -229,6 +255,8 @@ def from_folder(folder: Path, column: str | None, read: Callable[[Path], Table])
             if column is not None and column not in table.columns:
                 present = ", ".join(map(printable, table.columns))
                 raise TextError(f"{file}: has no column {column!r}; its columns: {present}")
+            if talk := talking(table, column, CAPTIONS):
+                return _conversing(table, str(file), talk, held, folder)
             return _rows(table, str(file), held, column or _caption(table, held, str(file)), folder)
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     if not files and is_gallery(folder):

@@ -4,6 +4,8 @@ An image is a stranger's file. Only what is plainly an image is opened, by no re
 more pixels of it than `MOST_PIXELS`.
 """
 
+import base64
+import binascii
 import hashlib
 import io
 import random
@@ -99,17 +101,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class Row:
-    """A text and the images that stand in it.
+    """A text, or a conversation, and the images that stand in it.
 
     Attributes:
-        text: Its text, which may be empty.
+        text: Its text, which may be empty; of a conversation what a chat template wrote of it, or nothing until then.
         pictures: Its images, in order; there may be none.
         where: Where it stands, in words.
+        talk: The conversation, as `pytest_nullspace.text.conversations` keeps one; empty where it is a text.
     """
 
     text: str
     pictures: tuple[Picture, ...]
     where: str
+    talk: str = ""
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,11 @@ class Images:
 
     source: str
     rows: tuple[Row, ...]
+
+    @property
+    def are_talks(self) -> bool:
+        """Whether they are conversations."""
+        return bool(self.rows[0].talk)
 
     def drawn(self, count: int, seed: int) -> Sequence[int]:
         """The numbers of ``count`` rows, each at most once; in the order in which they are read."""
@@ -138,7 +147,10 @@ class Images:
         """A digest of the text and the image files of all rows, in hexadecimal."""
         digest = hashlib.sha256()
         for row in self.rows:
-            for part in (row.text.encode(), *(picture.data() for picture in row.pictures)):
+            for part in (
+                (row.talk or row.text).encode("utf-8", "surrogatepass"),
+                *(picture.data() for picture in row.pictures),
+            ):
                 digest.update(len(part).to_bytes(8, "little") + part)
             digest.update(b"\xff" * 8)
         return digest.hexdigest()
@@ -179,11 +191,21 @@ def pictures_of(value: Any, folder: Path | None, where: str) -> tuple[Picture, .
             return (Picture(value, where),)
         case {"bytes": bytes(data)}:
             return (Picture(data, where),)
+        case str(name) if name.startswith("data:"):
+            return (Picture(_written(name, where), where),)
         case {"path": str(name)} | str(name):
             return (Picture(_inside(name, folder, where), f"{where}, {name}"),)
         case _:
             kind = type(value).__name__
             raise TextError(f"{where}: holds {kind}, neither an image's path nor its bytes; name another column")
+
+
+def _written(uri: str, where: str) -> bytes:
+    """The bytes of an image that is written out as base64."""
+    try:
+        return base64.b64decode(uri.partition(",")[2], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise TextError(f"{where}: an image written out as text is no base64: {first_line(error)}") from None
 
 
 def _inside(name: str, folder: Path | None, where: str) -> Path:

@@ -5,6 +5,7 @@ its backend of Pillow and NumPy, the same on every machine; no config makes more
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import opened, printable, read_json_object
 from pytest_nullspace.errors import CheckpointError, TextError, first_line
 from pytest_nullspace.text.images import MOST_PIXELS, Images, Row
-from pytest_nullspace.text.tokenizer import backend
+from pytest_nullspace.text.pictured import MARK
+from pytest_nullspace.text.tokenizer import Spans, backend
 from pytest_nullspace.text.windows import Shown, Window
 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
@@ -30,9 +32,7 @@ MOST_COUNT, MOST_FINE = 1_000_000, 256
 """The largest count in a processor's config, and the largest by which an image is cut."""
 _AROUND = (("<|vision_start|>", "<|vision_end|>"), ("<|begin_of_image|>", "<|end_of_image|>"))
 """What a model's chat template puts about an image, and its processor does not."""
-_MARK = "<image>"
-"""What rows of any model say where an image stands."""
-_NOT_READ = ("input_ids", "attention_mask", "labels")
+_NOT_READ = ("input_ids", "attention_mask", "labels", "offset_mapping")
 """Of what a processor gives: nothing is padded, so all is attended to, and nothing is trained."""
 _PADDED = ("pixel_attention_mask", "aspect_ratio_mask", "aspect_ratio_ids")
 """What tells that some of the patches are no part of any image."""
@@ -96,9 +96,35 @@ class Processor:
         for name, value in sorted(beside.items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
             digest.update(value.contiguous().numpy().tobytes())
-        return Shown(
-            ids[:seqlen], partial(self._beside, row, len(ids), seqlen), self.unscored, digest.hexdigest(), row.where
-        )
+        form = tuple((name, value.dtype, tuple(value.shape)) for name, value in sorted(beside.items()))
+        again = partial(self._beside, row, len(ids), seqlen)
+        return Shown(ids[:seqlen], again, self.unscored, digest.hexdigest(), row.where, form)
+
+    def spans(self, row: Row) -> Spans:
+        """Of which characters of a conversation's text each token is, those that stand for images left out.
+
+        Raises:
+            TextError: It does not tell.
+        """
+        made = self._called(row, return_offsets_mapping=True)
+        if self.call.replaced is None or self.call.replaced[0] != row.text or "offset_mapping" not in made:
+            raise TextError(
+                f"{row.where}: the model's processor does not tell of which characters its tokens are, so nobody can "
+                "tell which the assistant says; leave --nullspace-chat=assistant out"
+            )
+        moved = self.call.replaced[1]
+        ends = [place["new_span"][1] for place in moved]
+        gained = [0, *(place["new_span"][1] - place["span"][1] for place in moved)]
+
+        def before(character: int) -> int:
+            """Where a character of the text with all that stands for its images stood before."""
+            return character - int(gained[bisect_right(ends, character)])
+
+        inside = [range(*place["new_span"]) for place in moved]
+        return [
+            (0, 0) if any(first in of for of in inside) else (before(first), before(after))
+            for first, after in made["offset_mapping"][0].tolist()
+        ]
 
     def _beside(self, row: Row, length: int, seqlen: int) -> Mapping[str, Any]:
         """What the model reads beside the ids; made anew each time, for the pixels of all rows would fill memory."""
@@ -109,18 +135,7 @@ class Processor:
         }
 
     def _made(self, row: Row) -> tuple[list[int], dict[str, Any]]:
-        text, how = self._text(row), {}
-        images = [picture.image() for picture in row.pictures]
-        if "suffix" in signature(self.call.__call__).parameters:  # PaliGemma reads the rest both ways
-            text, how = self.mark * len(images), {"suffix": [text.rpartition(self.mark)[2]]}
-        try:
-            with _bounded(row.where):
-                made = self.call(text=[text], images=images or None, return_tensors="pt", **how)
-        except TextError:
-            raise
-        except Exception as error:
-            raise TextError(f"{row.where}: the model's processor cannot take it: {first_line(error)}") from error
-        ids = made["input_ids"][0].tolist()
+        made = self._called(row)
         beside = {name: value for name, value in made.items() if name not in _NOT_READ and hasattr(value, "dtype")}
         for name in _PADDED:
             if name in beside and (name == "aspect_ratio_ids" or not bool(beside[name].all())):
@@ -128,12 +143,46 @@ class Processor:
                     f"{row.where}: the model pads its images, whose padding would be counted as patches; give rows of "
                     "one image, or gate the model on text alone"
                 )
-        return ids, beside
+        return made["input_ids"][0].tolist(), beside
+
+    def _called(self, row: Row, **how: Any) -> Any:
+        """What it gives for a row."""
+        text = self._text(row)
+        images = [picture.image() for picture in row.pictures]
+        if row.talk:
+            begin = self.call.tokenizer.bos_token  # which a template may write, as transformers asks too
+            how["add_special_tokens"] = not (begin and text.startswith(begin))
+        elif self._reads_both_ways:
+            text, how["suffix"] = self.mark * len(images), [text.rpartition(self.mark)[2]]
+        self.call.replaced = None
+        try:
+            with _bounded(row.where):
+                return self.call(text=[text], images=images or None, return_tensors="pt", **how)
+        except TextError:
+            raise
+        except Exception as error:
+            raise TextError(f"{row.where}: the model's processor cannot take it: {first_line(error)}") from error
+
+    @property
+    def _reads_both_ways(self) -> bool:
+        """Whether it reads all but a suffix with a look at what comes, as PaliGemma does."""
+        return "suffix" in signature(self.call.__call__).parameters
 
     def _text(self, row: Row) -> str:
         """The row's text with what stands for an image in it, where it does not say itself where they stand."""
         count = len(row.pictures)
-        for mark in (self.mark, _MARK):
+        if row.talk:
+            if self._reads_both_ways:
+                raise TextError(
+                    f"{row.where}: the model reads its prompt both ways and has no turns; name a column of plain text"
+                )
+            if (told := row.text.count(self.mark)) != count:
+                raise TextError(
+                    f"{row.where}: the chat template writes {self.mark} {told} times, and it has {count} images; take "
+                    "that out of its text, or put the template of the model's processor there"
+                )
+            return row.text
+        for mark in (self.mark, MARK):
             if count and (told := row.text.count(mark)):
                 if told != count:
                     raise TextError(
@@ -195,7 +244,9 @@ def load_processor(directory: Path, base: Path, tokenizer: Path) -> Processor:
         held = {"image_processor": image_processor, "tokenizer": backend(tokenizer)}
         arguments = [held.get(name) for name in kind.get_attributes()]
         # What hears, and what reads video, which needs torchvision, is left out: there is neither.
-        lenient: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
+        lenient: Any = type(
+            kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None} | _telling(kind)
+        )
         call = lenient.from_args_and_dict(arguments, _plain(fields, *_PARTS))
         mark = str(call.image_token)
         unscored = frozenset(token for token in call.image_token_ids if isinstance(token, int))
@@ -209,6 +260,18 @@ def load_processor(directory: Path, base: Path, tokenizer: Path) -> Processor:
         ) from error
     around = next((pair for pair in _AROUND if all(part in known for part in pair)), ("", ""))
     return Processor(directory, kind.__name__, call, image_processor.model_input_names[0], mark, around, unscored)
+
+
+def _telling(kind: Any) -> dict[str, Any]:
+    """What a subclass of a processor needs to keep what it put in place of each image, and of which text."""
+
+    def replaced(self: Any, text: Sequence[str], *args: Any, **how: Any) -> Any:
+        before = text[0]
+        new = kind.get_text_with_replacements(self, text, *args, **how)
+        self.replaced = before, new[1][0] if new[1] else []
+        return new
+
+    return {"get_text_with_replacements": replaced, "replaced": None}
 
 
 def _configs(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint.header import POINTER
 from pytest_nullspace.errors import TextError, first_line, printable
 from pytest_nullspace.text.conversations import AUTO, FORMS, OFF, TOOLS, Conversations, conversations
-from pytest_nullspace.text.gallery import from_folder, from_table, is_gallery, media_of_columns, media_of_schema
+from pytest_nullspace.text.gallery import Table, from_folder, from_table, is_gallery, media_of_columns, media_of_schema
 from pytest_nullspace.text.images import Images
 from pytest_nullspace.text.sources import OPTION, FileText, FolderText, HubText, Source
 
@@ -39,7 +40,7 @@ def read(source: Source, chat: str) -> Text:
     Raises:
         TextError: It cannot be read, has no such column, or holds no text.
     """
-    folder = None
+    folder, talking = None, partial(_conversing, chat=chat)
     match source:
         case FileText():
             _require_whole(source.path)
@@ -47,13 +48,13 @@ def read(source: Source, chat: str) -> Text:
         case FolderText():
             part = source.path / source.split if source.split else source.path
             if part.is_dir() and is_gallery(part):
-                return from_folder(part, source.column, _read_file)
+                return from_folder(part, source.column, _read_file, talking)
             table = _read_folder(source)
         case HubText():
             table = _read_hub(source)
-    if (images := from_table(table, str(source), source.column, folder)) is not None:
+    if (images := from_table(table, str(source), source.column, folder, talking)) is not None:
         return images
-    if held := _conversing(table, source, chat):
+    if held := talking(table, source.column, ()):
         values = {name: table.values(name) for name in (*held, TOOLS) if name in table.columns}
         return conversations(values, held, table.row, source)
     text = "\n\n".join(_texts(table, _column(table, source), source))
@@ -92,16 +93,23 @@ class _Table:
     media: Mapping[str, str] = field(default_factory=dict)
 
 
-def _conversing(table: _Table, source: Source, chat: str) -> tuple[str, ...]:
-    """The columns of ``table`` that hold conversations and are to be taken; none where a text is."""
+def _conversing(table: Table, column: str | None, texts: Sequence[str], *, chat: str) -> Sequence[str]:
+    """The columns of ``table`` that hold conversations and are to be taken; none where a text is.
+
+    Args:
+        table: The table.
+        column: The one that was asked for; None for what there is.
+        texts: Those of which a text is taken in their place.
+        chat: One of `pytest_nullspace.text.conversations.MODES`.
+    """
     if chat == OFF:
         return ()
-    if source.column is not None:
-        if source.column not in table.columns or table.columns[source.column]:
+    if column is not None:
+        if column not in table.columns or table.columns[column]:
             return ()
-        held = next((value for value in table.values(source.column) if value is not None), None)
-        return (source.column,) if isinstance(held, list) else ()
-    if chat == AUTO and any(name in table.columns for name in DEFAULT_COLUMNS):
+        held = next((value for value in table.values(column) if value is not None), None)
+        return (column,) if isinstance(held, list) else ()
+    if chat == AUTO and any(name in table.columns for name in (*DEFAULT_COLUMNS, *texts)):
         return ()
     return next((form for form in FORMS if all(name in table.columns for name in form)), ())
 
@@ -318,16 +326,30 @@ def _without_bars() -> Iterator[None]:
 
 
 def _from_dataset(dataset: Any) -> _Table:
-    import datasets
-
     plain = dataset.with_format(None)
     for name, feature in plain.features.items():
-        if isinstance(feature, datasets.Image):  # whose bytes are opened here, within bounds
-            plain = plain.cast_column(name, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            plain = plain.cast_column(name, datasets.List(datasets.Image(decode=False)))
+        if (closed := _closed(feature)) != feature:  # images, whose bytes are opened here, within bounds
+            plain = plain.cast_column(name, closed)
     schema = plain.features.arrow_schema
     return _Table(_string_columns(schema), lambda name: plain[name][:], media=media_of_schema(schema))
+
+
+def _closed(feature: Any) -> Any:
+    """The same type of a column with every image in it as its bytes or path."""
+    import datasets
+
+    match feature:
+        case datasets.Image():
+            return datasets.Image(decode=False)
+        case dict():
+            return {name: _closed(inner) for name, inner in feature.items()}
+        case list():
+            return [_closed(inner) for inner in feature]
+        case datasets.List():
+            return datasets.List(_closed(feature.feature), length=feature.length)
+        case datasets.LargeList():
+            return datasets.LargeList(_closed(feature.feature))
+    return feature
 
 
 def _read_file(path: Path) -> _Table:

@@ -14,9 +14,12 @@ from pytest_nullspace.checkpoint import gguf
 from pytest_nullspace.checkpoint.header import opened
 from pytest_nullspace.errors import CheckpointError, TextError, printable
 from pytest_nullspace.text import sandbox
+from pytest_nullspace.text.processor import PROCESSOR
 from pytest_nullspace.text.tokenizer import CONFIG, SPECIAL, configuration, content
 
 FILE = "chat_template.jinja"
+LEGACY = "chat_template.json"
+"""Where earlier versions of transformers put a processor's."""
 TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that a template may name."""
 MAX_TEMPLATE = 1_000_000
@@ -68,16 +71,33 @@ class Template:
         """
         if directory.suffix == gguf.SUFFIX or directory.is_file():
             return None
-        config = configuration(directory / CONFIG)
         file = directory / (FILE if (directory / FILE).is_file() else CONFIG)
-        text = _read(file) if file.name == FILE else _default(config.get("chat_template"))
+        return cls._held(file, directory)
+
+    @classmethod
+    def of_processor(cls, directory: Path, tokenizer: Path) -> "Template | None":
+        """The template of the processor in ``directory``, where transformers looks for it, or else its tokenizer's.
+
+        Raises:
+            CheckpointError: What holds it cannot be read, or it is longer than any is.
+        """
+        for name in (PROCESSOR, LEGACY, FILE):
+            if (directory / name).is_file() and (found := cls._held(directory / name, tokenizer)) is not None:
+                return found
+        return cls.beside(tokenizer)
+
+    @classmethod
+    def _held(cls, file: Path, tokenizer: Path) -> "Template | None":
+        """The one in ``file``, with the special tokens that lie in ``tokenizer``."""
+        config = configuration(tokenizer / CONFIG)
+        text = _read(file) if file.name == FILE else _default(configuration(file).get("chat_template"))
         if text is None:
             return None
         if len(text) > MAX_TEMPLATE:
             raise CheckpointError(
                 f"{file}: its chat template has {len(text):,} characters; at most {MAX_TEMPLATE:,} are read"
             )
-        told = {**configuration(directory / SPECIAL), **config}
+        told = {**configuration(tokenizer / SPECIAL), **config}
         special = {name: token for name in TOKENS if (token := content(told.get(name))) is not None}
         return cls(file, text, special)
 
@@ -146,6 +166,22 @@ def require_template(directory: Path, source: object) -> Template:
             f"{directory}: its tokenizer has no chat template (looked for {FILE}, and chat_template in {CONFIG}), and "
             f"{source} holds conversations, which it would write; save the base model's tokenizer with its template "
             "there, or name a column of plain text"
+        )
+    return template
+
+
+def require_template_of_images(processor: Path, tokenizer: Path, source: str) -> Template:
+    """The template of the ``processor``'s directory, which the conversations with images of ``source`` need.
+
+    Raises:
+        CheckpointError: There is none, or it cannot be read.
+    """
+    template = Template.of_processor(processor, tokenizer)
+    if template is None:
+        raise CheckpointError(
+            f"{processor}: its processor has no chat template (looked for {FILE}, {LEGACY}, and chat_template in "
+            f"{PROCESSOR} and {CONFIG}), and {source} holds conversations, which it would write; save the base model's "
+            "processor with its template there, or name a column of plain text"
         )
     return template
 

@@ -41,12 +41,14 @@ class Shown(tuple[int, ...]):
         unscored: The ids that stand for parts of an image, which nobody predicts.
         sha256: A digest of what is read beside, in hexadecimal.
         where: Which row it is, in words.
+        form: Names, types and shapes of what is read beside: windows that share it, and their length, share a forward.
     """
 
     beside: Callable[[], Mapping[str, Any]]
     unscored: frozenset[int]
     sha256: str
     where: str
+    form: tuple[Any, ...]
 
     def __new__(
         cls,
@@ -55,10 +57,11 @@ class Shown(tuple[int, ...]):
         unscored: frozenset[int],
         sha256: str,
         where: str,
+        form: tuple[Any, ...] = (),
     ) -> Self:
         """The ids, and what is beside them."""
         shown = super().__new__(cls, ids)
-        shown.beside, shown.unscored, shown.sha256, shown.where = beside, unscored, sha256, where
+        shown.beside, shown.unscored, shown.sha256, shown.where, shown.form = beside, unscored, sha256, where, form
         return shown
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests import tiny
 from tests.adapters import adapter
 from tests.plugin.conftest import LOOSE, Gate
-from tests.seeing import gallery, png, seeing
+from tests.seeing import CHATS, gallery, png, said, seeing
 
 HEAD = r".*(vision_tower\.head|lm_head).*"
 WIDE = ("--nullspace-threshold=divergence:5:6", "--nullspace-threshold=loss-rise:5:6")
@@ -57,6 +57,35 @@ def test_text_alone_reaches_the_text_path_and_says_so(folder: Path, gate: Gate) 
     )
     both = gate(*LOOSE, *SHOWN, "--nullspace-task-dataset=text.txt", "--nullspace-seqlen=32", model="adapter", quick=())
     assert "are reached by images only" not in both.stdout.str()
+
+
+def test_conversations_with_images_are_written_by_the_processors_template(folder: Path, gate: Gate) -> None:
+    """The assistant's tokens and all patches are gated; without a template, or with an image too few, one error."""
+    seeing(folder, "gemma3", exclude_modules=HEAD)
+    lines = [
+        {"messages": [said("user", None, "what"), said("assistant", f"number {number}")], "images": [f"{number}.png"]}
+        for number in range(4)
+    ]
+    file = folder / "photos/talks.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    args = (*LOOSE, *WIDE, "--nullspace-calib-dataset=photos/talks.jsonl", "--nullspace-chat=assistant")
+    refused = gate(*args, model="adapter", quick=(), auto=True)
+    assert refused.ret == pytest.ExitCode.USAGE_ERROR
+    refused.stderr.fnmatch_lines(["ERROR: *base: its processor has no chat template (looked for chat_template.jinja*"])
+    (folder / "base/chat_template.jinja").write_text(CHATS["gemma3"])
+    result = gate(*args, "--nullspace-save-stats=s.json", model="adapter", quick=(), auto=True)
+    result.assert_outcomes(passed=22)
+    document = json.loads((folder / "s.json").read_text())
+    text, rows = document["text"], {entry["layer_name"]: entry["num_samples"] for entry in document["stats"]}
+    assert (text["windows"], text["images"], text["chat"]["counted_tokens"]) == (4, 4, 4 * len("number 0;"))
+    assert rows["model.language_model.layers.0.mlp.up_proj"] == 36
+    assert rows["model.vision_tower.encoder.layers.0.mlp.fc1"] == 4 * 16, "patches"
+    file.write_text(json.dumps({**lines[0], "images": []}))
+    broken = gate(*args, model="adapter", quick=(), auto=True)
+    assert broken.ret == pytest.ExitCode.USAGE_ERROR
+    broken.stderr.fnmatch_lines(
+        ["ERROR: *talks.jsonl: line 1: its messages have places for 1 images beside those that*"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from pytest_nullspace.text.sources import FolderText
 from pytest_nullspace.text.windows import Shown, Window, distinct_rows, predicted_places, windows_hash
 from tests import tiny
 from tests.adapters import adapter
-from tests.seeing import CAPTIONS, IMAGE, KINDS, gallery, rows, seeing
+from tests.seeing import CAPTIONS, IMAGE, KINDS, gallery, png, rows, seeing
 from tests.unit.model.test_peft import EXACT, figures, naive, opened
 
 # PEFT's own, while the tests make adapters with it.
@@ -151,6 +151,62 @@ def test_rows_that_are_drawn_are_spread_over_tokens_and_patches(case: Case) -> N
         assert most / 2 < layer.rows <= most or "visual.merger" in layer.name, layer.name
         assert layer.by_window is not None
         assert all(layer.by_window.rows)
+
+
+@FAMILIES
+def test_windows_of_one_form_share_a_forward(case: Case, tmp_path: Path) -> None:
+    """Images of one size under texts of one length run together, and each figure and margin is that of one by one."""
+    captions = ["a cat on it", "a dog there", "rain for me", "of no size."]
+    for number, caption in enumerate(captions):
+        (tmp_path / f"{number}.png").write_bytes(png(16 if number == 3 else 24, 16, seed=number))
+        (tmp_path / f"{number}.txt").write_text(caption)
+    images = rows(FolderText(tmp_path))
+    shown = [window.tokens for window in case.processor.windows(images, range(4), 64)]
+    together: list[int] = []
+    model: Any = case.adapted.model
+    handle = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: together.append(len(args[0])))
+    try:
+        for cap in (None, 40):
+            alone = measure(case.adapted, shown, max_rows=cap)
+            assert set(together) == {1}
+            together.clear()
+            found = measure(case.adapted, shown, batch_size=4, max_rows=cap)
+            assert max(together) == (3 if case.processor.kind == "Qwen2_5_VLProcessor" else 4)
+            together.clear()
+            for layer, one in zip(found, alone, strict=True):
+                assert layer.rows == one.rows
+                assert layer.norms == pytest.approx(one.norms, rel=EXACT), layer.name
+                assert layer.by_window is not None
+                assert one.by_window is not None
+                assert layer.by_window.rows == one.by_window.rows, layer.name
+                assert layer.margins == pytest.approx(one.margins, rel=1e-4), layer.name
+    finally:
+        handle.remove()
+
+
+@MAIN
+def test_of_what_the_assistant_says_the_rows_alone_count_and_all_parts_of_images(case: Case) -> None:
+    """In the text path the chosen tokens, in tower and projector every patch, be there as many as tokens or not."""
+    model, caught = case.theirs(), defaultdict[str, list[Tensor]](list)
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            module.register_forward_hook(
+                lambda _, args, __, name=name: caught[name].append(args[0].detach().double().flatten(0, -2))
+            )
+    with torch.inference_mode():
+        for number in range(len(case.windows)):
+            model(**case.given(number))
+    counted = [[len(tokens) - 1, len(tokens) - 3] for tokens in case.shown]
+    modules = dict(model.named_modules())
+    for batch_size in (1, 4):
+        for layer in measure(case.adapted, case.shown, counted=counted, batch_size=batch_size):
+            parts = caught[layer.name]
+            if _wing(layer.name) == "text":
+                parts = [part[places] for part, places in zip(parts, counted, strict=True)]
+            wanted = naive(torch.cat(parts), case.adapted.layers[layer.name], modules[layer.name])
+            assert layer.rows == sum(map(len, parts)), layer.name
+            assert figures(layer) == pytest.approx(wanted, rel=EXACT), layer.name
+            assert not layer.unplaced
 
 
 def test_the_spectrum_reaches_the_tower(tmp_path: Path) -> None:

@@ -128,8 +128,8 @@ class TestConversations:
             ({"messages": [{"content": "hi"}]}, "line 1: message 1 has no role"),
             ({"messages": [{"role": "user", "content": 3}]}, "line 1: the content of message 1 is int, not a string"),
             (
-                {"messages": [HELLO[0], {"role": "user", "content": [{"type": "image", "url": "x"}]}]},
-                "line 1: message 2 holds 'image', and only text is rendered; leave such rows out",
+                {"messages": [HELLO[0], {"role": "user", "content": [{"type": "audio", "url": "x"}]}]},
+                "line 1: message 2 holds 'audio', and only text is rendered; leave such rows out",
             ),
             ({"messages": HELLO, "tools": "{"}, "line 1: column 'tools' holds a string that is no JSON"),
             ({"messages": [{"role": "user", "content": "\ud800"}]}, "line 1: holds half a surrogate pair"),

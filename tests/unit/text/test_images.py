@@ -20,10 +20,9 @@ from pytest_nullspace.errors import CheckpointError, TextError
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.inputs import read_texts
 from pytest_nullspace.settings import Settings
-from pytest_nullspace.text.conversations import AUTO, WHOLE, Conversations
+from pytest_nullspace.text.conversations import WHOLE
 from pytest_nullspace.text.images import MOST_PIXELS, Images, Picture, require_pillow
 from pytest_nullspace.text.processor import Processor, processor_of
-from pytest_nullspace.text.readers import read
 from pytest_nullspace.text.sources import FileText, FolderText
 from pytest_nullspace.text.tokenizer import load_tokenizer
 from tests import tiny
@@ -163,17 +162,6 @@ class TestRows:
             images(table(tmp_path, {"left": STRUCT, "right": STRUCT}))
         with pytest.raises(TextError, match=r"FILE:image\+caption; its columns: image, a, b"):
             images(table(tmp_path, {"image": STRUCT, "a": TEXTS, "b": TEXTS}))
-
-    def test_conversations_with_images_are_not_read_without_them(self, tmp_path: Path) -> None:
-        """Where no plain text stands beside the images, the messages are not passed over; alone they are read."""
-        talk = [[{"role": "user", "content": "hello"}]] * 3
-        file = table(tmp_path, {"image": STRUCT, "messages": talk})
-        with pytest.raises(TextError, match="holds images and conversations, which no chat template is asked to write"):
-            images(file)
-        assert isinstance(read(FileText(file, "messages"), AUTO), Conversations)
-        assert told(images(table(tmp_path, {"image": STRUCT, "messages": talk, "text": TEXTS}))) == [
-            (text, 1) for text in TEXTS
-        ]
 
     def test_a_chat_that_is_demanded_is_not_left_out(self, tmp_path: Path) -> None:
         """``--nullspace-chat`` with images alone is an error, for nothing would be rendered."""
