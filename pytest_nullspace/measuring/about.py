@@ -1,6 +1,5 @@
 """What a run tells beside its figures: texts, settings, files, libraries, and where the time went."""
 
-import hashlib
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -41,13 +40,13 @@ def of_format(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"format": checkpoint.format, "init_lora_weights": checkpoint.config.get("init_lora_weights")}
 
 
-def of_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def of_checkpoint(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
     """What its files are, by name and by hash."""
     return {
         **of_format(checkpoint),
         "base": checkpoint.base,
         "outside": list(checkpoint.outside),
-        "weights_sha256": hashes(checkpoint),
+        "weights_sha256": dict(hashes),
     }
 
 
@@ -131,13 +130,3 @@ def of_machine(device: str, batch_sizes: Sequence[int], load_seconds: float, clo
         "device_name": device,
         "seconds": {"load": round(load_seconds, 3), **clock.rounded},
     }
-
-
-def hashes(checkpoint: Checkpoint) -> dict[str, str]:
-    """The SHA-256 of each file of its weights."""
-    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    found = {}
-    for file in files:
-        with file.open("rb") as stream:
-            found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found

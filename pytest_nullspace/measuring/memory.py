@@ -5,6 +5,8 @@ import gc
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT = 32 << 20
@@ -42,3 +44,20 @@ def free_earlier_models() -> None:
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within this context Python looks for no cycles; for imports, of which it finds none that could go.
+
+    Torch and transformers make a million objects that stay, and looking through them again and again is a quarter of
+    the time of their imports.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

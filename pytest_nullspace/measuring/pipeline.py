@@ -13,6 +13,7 @@ from pytest_nullspace.checkpoint.header import require_unchanged
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
+from pytest_nullspace.measuring.hashing import hashed_meanwhile
 from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.inputs import (
     NOT_AT_HAND,
@@ -37,7 +38,7 @@ from pytest_nullspace.measuring.loading import (
     true_base,
 )
 from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement
-from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory
+from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory, uncollected
 from pytest_nullspace.measuring.reading import Reading
 from pytest_nullspace.measuring.written import Request, Written, base_sha256, had, require_base
 from pytest_nullspace.run.predictions import Headroom
@@ -84,27 +85,27 @@ def measure_checkpoint(
     read = Reading.of(checkpoint, settings, initial, texts, live)
     clock.on("text")
 
-    # Only now torch, for what is wrong with the text need not wait for it.
-    from pytest_nullspace.measuring.forward import model_told
-    from pytest_nullspace.model import import_libraries
-    from pytest_nullspace.model.spread import places
+    with hashed_meanwhile(checkpoint) as hashed:
+        # Only now torch, for what is wrong with the text need not wait for it.
+        with uncollected():
+            from pytest_nullspace.measuring.forward import model_told
+            from pytest_nullspace.model import import_libraries
+            from pytest_nullspace.model.spread import places
 
-    import_libraries(checkpoint)
-    clock.on("imports")
-    loaded = _loaded(checkpoint, settings, read, bases, initial, live)
-    adapted = loaded.adapted
-    clock.on("model")
-    seqlen = window_length(settings.seqlen, adapted.model)
-    read = _with_written(read, checkpoint, settings, loaded, seqlen).with_chats(settings, seqlen)
-    drawn = read.windows(settings, seqlen)
-    _require_known(read, drawn, loaded, checkpoint)
-    clock.on("windows")
-    load_seconds = sum(clock.seconds.values())
-
-    run = Measurement(checkpoint, settings, adapted, drawn, seqlen, loaded.running, progress, loaded.held_against)
-    with model_told(adapted, checkpoint, drawn[FIRST][0].tokens):
-        passed = _passed(run, layers, clock)
-    of_checkpoint = about.of_checkpoint(checkpoint)
+            import_libraries(checkpoint)
+        clock.on("imports")
+        loaded = _loaded(checkpoint, settings, read, bases, initial, live)
+        clock.on("model")
+        adapted, seqlen = loaded.adapted, window_length(settings.seqlen, loaded.adapted.model)
+        read = _with_written(read, checkpoint, settings, loaded, seqlen).with_chats(settings, seqlen)
+        drawn = read.windows(settings, seqlen)
+        _require_known(read, drawn, loaded, checkpoint)
+        clock.on("windows")
+        load_seconds = sum(clock.seconds.values())
+        run = Measurement(checkpoint, settings, adapted, drawn, seqlen, loaded.running, progress, loaded.held_against)
+        with model_told(adapted, checkpoint, drawn[FIRST][0].tokens):
+            passed = _passed(run, layers, clock)
+        of_checkpoint = about.of_checkpoint(checkpoint, hashed())
     clock.on("hashes")
     require_unchanged(read.stamps)
     return RunStats(
@@ -165,8 +166,7 @@ def _passed(run: Measurement, layers: Collection[str], clock: Clock) -> _Passed:
         clock.on("headroom")
     suggested, unbegun = run.suggestion(figures), run.unbegun()
     run.adapted.take_off()
-    if suggested:
-        clock.on("suggestion")
+    clock.on("suggestion" if suggested else "checks")
     return _Passed(figures, batches, headroom, suggested | unbegun)
 
 

@@ -11,6 +11,7 @@ from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.judging.audit import Audit, audit
 from pytest_nullspace.judging.weights import STATEMENT, weigh
 from pytest_nullspace.measuring import about
+from pytest_nullspace.measuring.hashing import hashes
 from pytest_nullspace.measuring.inputs import may_be_rows
 from pytest_nullspace.measuring.limits import default_length
 from pytest_nullspace.measuring.measurement import with_task
@@ -56,7 +57,7 @@ def read_files(checkpoint: Checkpoint, settings: Settings, layers: Collection[st
         checkpoint_layers=len(checkpoint.layers),
         about={
             **weighed,
-            **about.of_checkpoint(checkpoint),
+            **about.of_checkpoint(checkpoint, hashes(checkpoint)),
             "settings": {"layers": settings.layers, "stage": settings.stage},
             "libraries": about.of_libraries(),
         },

@@ -323,6 +323,7 @@ def time_spent(run: RunStats) -> str | None:
     try:
         seconds = run.about["measured"]["seconds"]
         start = ", ".join(f"{what} {seconds[what]:.1f} s" for what in _START_UP)
-        return f"start-up: {start}; measuring {seconds['pass']:.1f} s; hashing the weights {seconds['hashes']:.1f} s"
+        waited = f"waiting for the weights' hashes {seconds['hashes']:.1f} s"
+        return f"start-up: {start}; measuring {seconds['pass']:.1f} s; {waited}"
     except (KeyError, TypeError, ValueError):
         return None

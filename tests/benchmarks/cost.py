@@ -28,6 +28,7 @@ from pytest_nullspace.measuring.spectrum import spectrum
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from tests import tiny
+from tests.benchmarks import startup
 from tests.benchmarks.headers import sharded
 from tests.benchmarks.reference import bare, cached, windows_of
 
@@ -184,20 +185,9 @@ def _cpu_seconds(*arguments: str, cwd: Path = ROOT) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def start_up(folder: Path) -> dict[str, float]:
-    """Where the seconds of a gate of the tiny world go, from the command to its end: medians."""
-    stats = folder / "stats.json"
-    gate = ("-m", "pytest", "-q", "-p", "no:randomly", f"--nullspace-model={WORLD / 'null-v2'}",
-            f"--nullspace-calib-dataset={WORLD / 'facts.txt'}", f"--nullspace-save-stats={stats}")  # fmt: skip
-    runs = []
-    for _ in range(_rounds):
-        taken: Times = {"interpreter": _cpu_seconds("-c", "pass")}
-        taken["pytest"] = _cpu_seconds("-c", "import pytest") - taken["interpreter"]
-        whole = _cpu_seconds(*gate, str(folder))
-        seconds = json.loads(stats.read_text("utf-8"))["measured"]["seconds"]
-        taken |= {part: seconds[part] for part in ("text", "imports", "model", "windows", "pass")}
-        runs.append(taken | {"whole": whole})
-    return {part: median(run[part] for run in runs) for part in runs[0]}
+def start_up(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Where the seconds go from the command to the first window."""
+    return startup.start_up(folder, _rounds)
 
 
 OPENING = """
@@ -275,9 +265,9 @@ def draw(found: Mapping[str, Any], file: Path) -> None:
     memory.minorticks_off()
     memory.grid(alpha=0.3)
     memory.legend(fontsize=9)
-    start = {part: seconds for part, seconds in found["start-up"].items() if part != "whole"}
+    start = next(iter(found["start-up"].values()))["parts"]
     parts.barh(list(start)[::-1], list(start.values())[::-1])
-    parts.set(xlabel="seconds", title="a gate of the tiny world")
+    parts.set(xlabel="CPU seconds", title="the shipped world, to the first window")
     parts.grid(alpha=0.3, axis="x")
     fig.savefig(file, dpi=70)
     plt.close(fig)
@@ -305,6 +295,7 @@ def page(found: Mapping[str, Any]) -> str:
         for rows, of in found["reference"].items()
     ]
     start = found["start-up"]
+    first = next(iter(start.values()))
     return PAGE.format(
         machine=found["machine"],
         growth=table(["grows", "to", "pass ÷ bare forward"], grown),
@@ -327,7 +318,17 @@ def page(found: Mapping[str, Any]) -> str:
             ["model", "1", "2", "4", "8"],
             [[name, *(f"{ratio:.2f}" for ratio in of.values())] for name, of in found["batches"].items()],
         ),
-        start=table(["part", "seconds"], [[part, f"{seconds:.2f}"] for part, seconds in start.items()]),
+        start=table(
+            ["CPU seconds", *start],
+            [[part, *(f"{of['parts'][part]:.2f}" for of in start.values())] for part in first["parts"]],
+        ),
+        packages=table(
+            ["share of all imports", *start],
+            [
+                [package, *(f"{of['packages'][package] / sum(of['packages'].values()):.0%}" for of in start.values())]
+                for package in first["packages"]
+            ],
+        ),
         unused=1000 * found["shell"]["unused plugin"],
         opened=found["shell"]["10,000 layers read"],
         collected=found["shell"]["10,000 layers read and collected"],
@@ -409,16 +410,26 @@ half whenever the device has no memory for so many; the report says so, and the 
 
 ## Start-up
 
-A gate of the shipped tiny world: the parts that `-vv` shows for every run, as the clock has them, and the whole command
-in CPU seconds:
+From the command to the first window of the pass, in CPU seconds of a process without pytest's other plugins
+(`NULLSPACE_REAL_LORA=DIR python -m tests.benchmarks.cost --only start-up`). "Factors" is what the pass does before its
+first window:
 
 {start}
 
-Nearly all of it are the imports of torch and transformers, which take as long whatever is imported of them. The
-text is read before, so that what is wrong with it is told at once; weights of the asked precision are mapped from
-their file and not copied; no random number is drawn for a weight that comes from a file. Tokenising and hashing
-beside the imports, in threads of their own, was tried and was no faster: both compete with the imports for the
-interpreter.
+Nearly all of it are imports, and these are torch's and transformers':
+
+{packages}
+
+While they are imported Python's collector of cycles is off: torch and transformers make a million objects that stay,
+and looking through them again and again was a quarter of it (3.0 s against 2.3 s here). What the run does not need is
+not imported: `datasets`, `pyarrow` and `pandas` for a text file, `peft` for a LoRA-Null directory, which
+`tests/plugin/test_start_up.py` holds. What transformers imports by itself where it is installed cannot be left out
+without telling the rest of the process that it is not there, and your own tests may run in it: `accelerate`, Pillow,
+scikit-learn and torchvision, and the half of torch that compiles (`torch._dynamo`, `torch.distributed.tensor`, sympy).
+
+The text is read before, so that what is wrong with it is told at once; weights of the asked precision are mapped from
+their file and not copied; no random number is drawn for a weight that comes from a file. The weights are hashed by a
+thread, from the moment when the text was read until the last window; `-vv` tells how long the end had to wait for it.
 
 Where nothing is gated the plugin adds {unused:.0f} ms to pytest. The headers of a sharded checkpoint of 10,000
 layers are read and checked in {opened:.2f} s; with their collection and the printing of their ids pytest takes
@@ -430,12 +441,14 @@ layers are read and checked in {opened:.2f} s; with their collection and the pri
 way, share of copy bandwidth) is worse than in `tests/benchmarks/baseline.json` by more than a quarter; absolute
 times are shown and never judged. In CI:
 
+<!-- not run: takes minutes of an idle machine; prints each ratio beside its baseline -->
 ```yaml
 - run: pip install tox && tox -e bench
 ```
 
 A change that is meant to cost is accepted by writing the baseline anew on the same kind of machine:
 
+<!-- not run: takes minutes of an idle machine; prints pytest-benchmark's table -->
 ```sh
 pytest tests/benchmarks -o addopts= --benchmark-only -p no:randomly --benchmark-json=run.json
 python -m tests.benchmarks.track run.json --write

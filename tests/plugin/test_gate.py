@@ -679,7 +679,7 @@ def test_where_the_time_went_is_told_on_request(checkpoint: Path, gate: Gate) ->
     part = r"\d+\.\d s"
     line = (
         f"start-up: text {part}, imports {part}, model {part}, windows {part}; measuring {part}; "
-        f"hashing the weights {part}"
+        f"waiting for the weights' hashes {part}"
     )
     gate(*LOOSE, "-vv").stdout.re_match_lines([line])
     gate(*LOOSE, "-v").stdout.no_re_match_line("start-up")

@@ -102,8 +102,8 @@ ORDERS = {
     ),
     "text": "sources images gallery readers windows tokenizer processor",
     "measuring": (
-        "memory inmemory written passages about distributed rows forward drift moved recorder streaming spectrum "
-        "writing loading measurement reading pipeline"
+        "memory hashing inmemory written passages about distributed rows forward drift moved recorder streaming "
+        "spectrum writing loading measurement reading pipeline"
     ),
     "shell": "values options asked shared once served against runs opening outputs progress collect gate",
 }
