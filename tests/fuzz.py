@@ -18,7 +18,8 @@ from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.checkpoint.header import read_header, read_tensors
 from pytest_nullspace.errors import CheckpointError, StatsError
 from pytest_nullspace.judging.audit import Audit
-from pytest_nullspace.judging.baseline import compare, incomparable
+from pytest_nullspace.judging.baseline import compare
+from pytest_nullspace.judging.comparable import incomparable
 from pytest_nullspace.judging.diagnosis import diagnose
 from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.start import Start

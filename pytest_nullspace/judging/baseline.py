@@ -1,4 +1,4 @@
-"""Run against run: what became worse since an earlier run, layer by layer, and whether the two compare at all. Pure.
+"""Run against run: what became worse since an earlier run that compares with it, layer by layer. Pure.
 
 A baseline is only ever read; it changes when somebody saves another run in its place.
 """
@@ -8,16 +8,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
-from typing import Any
 
+from pytest_nullspace.judging.comparable import about, doubts
 from pytest_nullspace.judging.invariants import Stage, lower_is_better
 from pytest_nullspace.run import paired
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
-from pytest_nullspace.run.texts import FIRST, name_of, preserved
+from pytest_nullspace.run.texts import FIRST, preserved
 
-BASE_TOLERANCE = 1e-3
-"""How far ``‖W_res‖`` may differ between runs of one base, in whatever precision they were measured."""
 ROUNDING = 2e-6
 """How far a figure may differ on the very same windows although nothing did: each is right to half of it.
 
@@ -132,6 +130,7 @@ class Comparison:
         drift: The change of every figure of the predictions that both runs tell.
         drift_regressions: What fails the drift, in phrases.
         unpaired: Why the two are not held against each other window by window; None if they are.
+        doubts: In what they differ all the same, or may, in sentences.
     """
 
     changes: Mapping[str, tuple[Change, ...]]
@@ -141,6 +140,7 @@ class Comparison:
     drift: tuple[Change, ...] = ()
     drift_regressions: tuple[str, ...] = ()
     unpaired: str | None = None
+    doubts: tuple[str, ...] = ()
 
     @property
     def is_none(self) -> bool:
@@ -193,6 +193,7 @@ def compare(run: RunStats, earlier: RunStats, limits: Sequence[Limit], stage: St
         drift,
         tuple(_beyond(drift, limits)),
         unpaired,
+        tuple(doubts(run, earlier)),
     )
 
 
@@ -273,119 +274,8 @@ def _why_unpaired(run: RunStats, earlier: RunStats) -> str | None:
             return f"{which} does not tell what each window gave"
     further = {*preserved(run.about), *preserved(earlier.about)} - {FIRST}
     for what in (FIRST, "task_text", *sorted(further)):
-        read = _about(what, "windows_sha256")
+        read = about(what, "windows_sha256")
         now, before = read(run, ()), read(earlier, ())
         if now != before or (what == FIRST and now is None):
             return f"the windows of the {what.replace('_', ' ')} are not the same"
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Why two runs do not compare.
-
-    Attributes:
-        what: A name in `COMPARED`, or ``unrecorded``.
-        how: What it is now, and what it was.
-    """
-
-    what: str
-    how: str
-
-    def __str__(self) -> str:
-        """The difference in a phrase."""
-        return f"{self.what} ({self.how})"
-
-
-def _layers(of: Callable[[LayerStats], Any]) -> Callable[[RunStats, Collection[str]], Any]:
-    def read(run: RunStats, common: Collection[str]) -> Any:
-        values = {layer.name: of(layer) for layer in run.layers if layer.name in common}
-        return values if any(values.values()) else None
-
-    return read
-
-
-def _about(section: str, key: str) -> Callable[[RunStats, Collection[str]], Any]:
-    def read(run: RunStats, _: Collection[str]) -> Any:
-        recorded = run.about.get(section)
-        value = recorded.get(key) if isinstance(recorded, Mapping) else None
-        return value if value is None or isinstance(value, str | int | float) else str(value)
-
-    return read
-
-
-def _written_by(run: RunStats) -> Iterator[str]:
-    """By which template each text of conversations was written, and whether the assistant's tokens alone counted."""
-    for key in (*preserved(run.about), "task_text"):
-        entry = run.about.get(key)
-        told = entry.get("chat") if isinstance(entry, Mapping) else None
-        if isinstance(told, Mapping):
-            only = " of the assistant alone" if told.get("assistant_only") else ""
-            yield f"{name_of(key) or key} by template {str(told.get('template_sha256'))[:12]}{only}"
-
-
-COMPARED: Mapping[str, Callable[[RunStats, Collection[str]], Any]] = {
-    "text": _about("text", "sha256"),
-    "texts": lambda run, _: [
-        f"{name_of(key)} {str(of.get('sha256'))[:12]}" for key, of in preserved(run.about).items() if key != FIRST
-    ],
-    "windows": _about("text", "windows"),
-    "seqlen": _about("text", "seqlen"),
-    "seed": _about("settings", "seed"),
-    "rows": _layers(lambda layer: layer.rows),
-    "rank": _layers(lambda layer: layer.rank),
-    "widths": _layers(lambda layer: (layer.in_features, layer.out_features) if layer.in_features else ()),
-    "base": _layers(lambda layer: layer.base_weight_norm),
-    "task": _about("task_text", "sha256"),
-    "chat": lambda run, _: [*_written_by(run)],
-    "update": lambda run, _: "since start" if run.about.get("update_against") else "as a whole",
-    "figures": lambda run, _: list(run.measured),
-}
-"""What two runs must have in common, and where a run records it."""
-
-UNRECORDED = "unrecorded"
-
-
-def incomparable(
-    run: RunStats, earlier: RunStats, conditions: Collection[str] = tuple(COMPARED)
-) -> tuple[Difference, ...]:
-    """All in which two runs differ so that their figures do not compare; layers that only one holds are left out.
-
-    What only one of the two records, as the reference script records little, is one difference: ``unrecorded``.
-
-    Args:
-        run: This run.
-        earlier: The other.
-        conditions: The names in `COMPARED` that are looked at.
-    """
-    common = {layer.name for layer in run.layers} & {layer.name for layer in earlier.layers}
-    found, unrecorded = [], []
-    for what, read in COMPARED.items():
-        if what not in conditions:
-            continue
-        now, before = read(run, common), read(earlier, common)
-        if (now is None) != (before is None):
-            unrecorded.append(what)
-        elif isinstance(now, dict):
-            differing = [name for name in now if not _alike(now[name], before[name])]
-            if differing:
-                name = differing[0]
-                more = f" and {len(differing) - 1} more layers" if len(differing) > 1 else ""
-                found.append(Difference(what, f"{name}: {_shown(now[name])}, was {_shown(before[name])}{more}"))
-        elif now != before:
-            found.append(Difference(what, f"{_shown(now)}, was {_shown(before)}"))
-    if unrecorded:
-        found.append(Difference(UNRECORDED, f"only one of the runs tells its {', '.join(unrecorded)}"))
-    return tuple(found)
-
-
-def _alike(now: Any, before: Any) -> bool:
-    if isinstance(now, float) and isinstance(before, float):  # NaN fails its layer by itself
-        return math.isnan(now) or math.isnan(before) or math.isclose(now, before, rel_tol=BASE_TOLERANCE)
-    return bool(now == before)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return "×".join(map(str, value)) if isinstance(value, tuple) else ", ".join(map(str, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)[:12]

@@ -3,8 +3,9 @@
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pytest_nullspace.checkpoint import Checkpoint
@@ -40,20 +41,23 @@ def of_format(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"format": checkpoint.format, "init_lora_weights": checkpoint.config.get("init_lora_weights")}
 
 
-def of_checkpoint(checkpoint: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """What its files are, by name and by hash."""
+def of_checkpoint(
+    checkpoint: Checkpoint, hashes: Mapping[str, str], base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What its files are, by name and by hash, and what is told of its base."""
     return {
         **of_format(checkpoint),
         "base": checkpoint.base,
         "outside": list(checkpoint.outside),
         "weights_sha256": dict(hashes),
+        **(base or {}),
     }
 
 
-def of_model(kind: str, remarks: Sequence[str], since: str) -> dict[str, Any]:
-    """As what its base was built, what was done to fit the two, and since when its update is told, where known."""
+def of_model(name: str, kind: str, remarks: Sequence[str], since: str) -> dict[str, Any]:
+    """Its class, as what its base was built, what was done to fit the two, and since when its update is told."""
     model = {"model": {"class": kind, "remarks": list(remarks)}} if kind or remarks else {}
-    return {**model, **({"update_against": since} if since else {})}
+    return {"model_class": name, **model, **({"update_against": since} if since else {})}
 
 
 def of_settings(settings: Settings) -> dict[str, Any]:
@@ -116,9 +120,19 @@ def _without_language(windows: Sequence[Window], vocabulary: int | None) -> dict
     return {"vocabulary": known, "unigram_loss": unigram_loss(windows, known)}
 
 
+def libraries(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The libraries by which the figures of ``checkpoint`` come."""
+    through_peft = not checkpoint.carries_base and not checkpoint.is_whole
+    return ("torch", "transformers", "safetensors", "tokenizers", *(("peft",) if through_peft else ()))
+
+
 def of_libraries(*names: str) -> dict[str, str]:
-    """The versions that took part."""
-    return {"python": platform.python_version(), **{name: version(name) for name in ("pytest-nullspace", *names)}}
+    """The versions that took part, of those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("pytest-nullspace", *names):
+        with suppress(PackageNotFoundError):  # which is told where it is needed
+            found[name] = version(name)
+    return found
 
 
 def of_machine(device: str, batch_sizes: Sequence[int], load_seconds: float, clock: Clock) -> dict[str, Any]:

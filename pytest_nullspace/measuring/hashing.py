@@ -1,17 +1,28 @@
-"""The hashes of a checkpoint's weights, taken by a thread while its model is loaded and measured."""
+"""The hashes of a checkpoint's weights and of its base, taken by a thread while its model is loaded and measured."""
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from hashlib import sha256
+from pathlib import Path
 from threading import Event
+from typing import Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
-
-_AT_ONCE = 4 << 20
-"""Bytes that are hashed at once: neither reading nor hashing them holds the interpreter, only what is in between."""
+from pytest_nullspace.measuring.digests import file_sha256, of_base
 
 Hashes = Mapping[str, str]
+
+
+class Hashed(NamedTuple):
+    """What was hashed.
+
+    Attributes:
+        weights: Each file of the checkpoint's weights, by its name.
+        base: What a run tells of the base.
+    """
+
+    weights: Hashes
+    base: Mapping[str, Any]
 
 
 def hashes(checkpoint: Checkpoint, until: Event | None = None) -> Hashes:
@@ -20,25 +31,16 @@ def hashes(checkpoint: Checkpoint, until: Event | None = None) -> Hashes:
     Raises:
         CancelledError: ``until`` was set before the end, so that no hash of a part is taken for that of the whole.
     """
-    found = {}
-    buffer = memoryview(bytearray(_AT_ONCE))
-    for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
-        digest = sha256()
-        with file.open("rb", buffering=0) as stream:
-            while count := stream.readinto(buffer):
-                if until is not None and until.is_set():
-                    raise CancelledError
-                digest.update(buffer[:count])
-        found[file.name] = digest.hexdigest()
-    return found
+    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    return {file.name: file_sha256(file, until) for file in files}
 
 
 @contextmanager
-def hashed_meanwhile(checkpoint: Checkpoint) -> Iterator[Callable[[], Hashes]]:
-    """Within this context its weights are hashed, and what is given waits for the end of that."""
+def hashed_meanwhile(checkpoint: Checkpoint, base: Path | None = None) -> Iterator[Callable[[], Hashed]]:
+    """Within this context its weights and its base are hashed, and what is given waits for the end of that."""
     over = Event()
     with ThreadPoolExecutor(1, "nullspace-hashes") as thread:
-        found = thread.submit(hashes, checkpoint, over)
+        found = thread.submit(lambda: Hashed(hashes(checkpoint, over), of_base(checkpoint, base, over)))
         try:
             yield found.result
         finally:

@@ -85,7 +85,7 @@ def measure_checkpoint(
     read = Reading.of(checkpoint, settings, initial, texts, live)
     clock.on("text")
 
-    with hashed_meanwhile(checkpoint) as hashed:
+    with hashed_meanwhile(checkpoint, read.base) as hashed:
         # Only now torch, for what is wrong with the text need not wait for it.
         with uncollected():
             from pytest_nullspace.measuring.forward import model_told
@@ -105,7 +105,7 @@ def measure_checkpoint(
         run = Measurement(checkpoint, settings, adapted, drawn, seqlen, loaded.running, progress, loaded.held_against)
         with model_told(adapted, checkpoint, drawn[FIRST][0].tokens):
             passed = _passed(run, layers, clock)
-        of_checkpoint = about.of_checkpoint(checkpoint, hashed())
+        of_files = about.of_checkpoint(checkpoint, *hashed())
     clock.on("hashes")
     require_unchanged(read.stamps)
     return RunStats(
@@ -115,8 +115,8 @@ def measure_checkpoint(
         checkpoint_layers=len(checkpoint.layers),
         drift=read.with_passages(run, passed.headroom),
         about={
-            **of_checkpoint,
-            **about.of_model(adapted.kind, adapted.remarks, adapted.since),
+            **of_files,
+            **about.of_model(type(adapted.model).__name__, adapted.kind, adapted.remarks, adapted.since),
             **({WITHOUT_DRIFT: NOT_AT_HAND} if settings.drift is None and run.drift is None else {}),
             **passed.told,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
@@ -124,7 +124,7 @@ def measure_checkpoint(
             "settings": about.of_settings(settings),
             "device": places(adapted),
             "dtype": loaded.precision,
-            "libraries": about.of_libraries("torch", "transformers", "safetensors"),
+            "libraries": about.of_libraries(*about.libraries(checkpoint)),
             "measured": about.of_machine(device_name(adapted.device), passed.batches, load_seconds, clock),
         },
     )

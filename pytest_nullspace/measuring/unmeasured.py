@@ -23,7 +23,7 @@ def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, froze
     """The run as it will be, as far as that is known before the text is read and the model loaded.
 
     Returns:
-        A run without figures, and the conditions in `pytest_nullspace.baseline.COMPARED` that it already tells.
+        A run without figures, and the conditions in `pytest_nullspace.judging.comparable` that it already tells.
     """
     seqlen = settings.seqlen
     if seqlen is None and checkpoint.carries_base:
@@ -40,8 +40,11 @@ def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, froze
     if settings.task_dataset is not None:
         layers = with_task(layers, layers)
     told = {"windows": None if may_be_rows(settings) else settings.calib_size, "seqlen": seqlen}
-    tells = {"text": told, "settings": {"seed": settings.seed}}
-    known = {"seed", "rank", "widths", "figures"} | {what for what, value in told.items() if value is not None}
+    libraries = about.of_libraries(*about.libraries(checkpoint))
+    tells = {"text": told, "settings": {"seed": settings.seed}, "libraries": libraries}
+    known = {"seed", "rank", "widths", "figures", "libraries"} | {
+        what for what, value in told.items() if value is not None
+    }
     return RunStats(str(checkpoint.directory), settings.calib_dataset, layers, len(layers), tells), frozenset(known)
 
 

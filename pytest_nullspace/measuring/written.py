@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import opened
 from pytest_nullspace.checkpoint.lora_null import DOWN, PROTECT_DOWN, PROTECT_UP, UP
 from pytest_nullspace.errors import OptionError, StatsError, TextError
+from pytest_nullspace.measuring.digests import add_bytes
 from pytest_nullspace.run.saved import write_atomically
 from pytest_nullspace.text.sources import OPTION, SELF
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 BETWEEN = "\n\n"
 """What stands between two texts, as between those of any table."""
-_CHUNK = 1 << 24
 _VERSION = 1
 """Of the way in which it is written; another one has files of its own."""
 
@@ -183,7 +182,7 @@ def base_sha256(checkpoint: Checkpoint, base: Path | None) -> str:
     if base is not None:
         files = [base] if base.is_file() else [base / "config.json", *sorted(base.glob("*.safetensors"))]
         for file in files:
-            _add(digest, file, 0, None)
+            add_bytes(digest, file, 0, None)
         return digest.hexdigest()
     config = {name: value for name, value in checkpoint.config.items() if name not in ("lora_r", "auto_map")}
     digest.update(json.dumps(config, sort_keys=True).encode())
@@ -191,17 +190,5 @@ def base_sha256(checkpoint: Checkpoint, base: Path | None) -> str:
         if not name.endswith(_ADAPTER):
             tensor = checkpoint.tensors[name]
             digest.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
-            _add(digest, tensor.file, tensor.begin, tensor.nbytes)
+            add_bytes(digest, tensor.file, tensor.begin, tensor.nbytes)
     return digest.hexdigest()
-
-
-def _add(digest: Any, file: Path, begin: int, size: int | None) -> None:
-    """Add a whole file, or ``size`` bytes of a safetensors file's data from ``begin``."""
-    with opened(file, "the base model") as (stream, status):
-        if size is None:
-            size = status.st_size
-        else:
-            stream.seek(8 + int.from_bytes(stream.read(8), "little") + begin)
-        while size > 0 and (data := stream.read(min(size, _CHUNK))):
-            digest.update(data)
-            size -= len(data)

@@ -35,6 +35,7 @@ def comparison(compared: Comparison, against: Path, missing: Sequence[str]) -> I
         + ("" if compared.unpaired is None else f"; unpaired: {compared.unpaired}"),
         Tier.FAIL if worse or missing or compared.drift_regressions else None,
     )
+    yield from ((f"  {doubt}", None) for doubt in compared.doubts)
     if unchanged:
         return
     still = []

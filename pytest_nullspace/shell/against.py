@@ -9,7 +9,8 @@ from pytest_nullspace.checkpoint.header import quoted
 from pytest_nullspace.checkpoint.layers import is_layer_name
 from pytest_nullspace.errors import OptionError, StatsError
 from pytest_nullspace.judging.audit import Audit
-from pytest_nullspace.judging.baseline import COMPARED, Comparison, Difference, compare, incomparable
+from pytest_nullspace.judging.baseline import Comparison, compare
+from pytest_nullspace.judging.comparable import COMPARED, OF_ONE_BASE, Difference, incomparable
 from pytest_nullspace.judging.diagnosis import diagnose
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import Check, Expectations, Stage, passes
@@ -160,7 +161,7 @@ class Against:
             )
         against = [("compare", self.earlier_file, self.earlier, set(COMPARED))]
         if self.start is not None:  # whether W_res is what it was is a test of its own, and figures may lack
-            against.append(("init", self.start_file, self.start.run, {*COMPARED} - {"base", "figures"}))
+            against.append(("init", self.start_file, self.start.run, {*COMPARED} - OF_ONE_BASE))
         for option, file, other, conditions in against:
             refused = [] if other is None else self._refused(outcome, other, conditions & {*known})
             if refused:

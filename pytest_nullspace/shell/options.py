@@ -274,11 +274,12 @@ OPTIONS = (
         "compare-allow",
         "WHAT",
         "Compare although WHAT differs: text, texts (all but the first), windows, seqlen, seed, rows, rank, widths, "
-        "base, task, update, figures or unrecorded.",
+        "base, base-files, config, quantisation, base-loss, tokenizer, processor, class, libraries, task, chat, "
+        "update, figures or unrecorded.",
         values.allowed,
         repeatable=True,
         more="It holds for a saved start of `--nullspace-init` as well. `unrecorded` allows what only one of "
-        "the two runs tells.",
+        "the two runs tells. [Saved runs](saved-runs.md#one-run-against-another) has each of them.",
     ),
     Option(
         "weights-only",

@@ -224,7 +224,7 @@ def servers(given: Given) -> "tuple[Asked, ...]":
 
 def allowed(given: Given) -> str:
     """What two runs may differ in."""
-    from pytest_nullspace.judging.baseline import COMPARED, UNRECORDED
+    from pytest_nullspace.judging.comparable import COMPARED, UNRECORDED
 
     return one_of(*COMPARED, UNRECORDED)(given)
 

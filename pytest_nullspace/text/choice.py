@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from pytest_nullspace.errors import first_line
-from pytest_nullspace.text.tokenizer import TOKENIZER_FILES, LoadedTokenizer, load_tokenizer, tokenizer_hashes
+from pytest_nullspace.text.tokenizer import (
+    TOKENIZER_FILES,
+    LoadedTokenizer,
+    load_tokenizer,
+    tokenizer_hashes,
+    tokenizer_sha256,
+)
 from pytest_nullspace.text.windows import Shown, Window, tokens_at
 
 FIRST_IDS = 8
@@ -44,7 +50,9 @@ class TokenizerChoice:
         """
         first = next(iter(read))
         files = tokenizer_hashes(self.used)
-        told = {"files": files, "first_ids": list(read[first][0].tokens[:FIRST_IDS])}
+        told: dict[str, Any] = {"files": files, "first_ids": list(read[first][0].tokens[:FIRST_IDS])}
+        if (decides := tokenizer_sha256(self.used)) is not None:
+            told["sha256"] = decides
         read = {what: windows for what, windows in read.items() if not isinstance(windows[0].tokens, Shown)}
         if not read or self.base is None or (base_files := tokenizer_hashes(self.base)) == files:
             return told

@@ -11,7 +11,8 @@ from pytest_nullspace.checkpoint import gguf
 from pytest_nullspace.checkpoint.header import opened, printable, read_json_object
 from pytest_nullspace.errors import CheckpointError, first_line
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+FILE = "tokenizer.json"
+TOKENIZER_FILES = (FILE, "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 """A directory with none of these holds no tokenizer."""
 
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -115,6 +116,38 @@ def tokenizer_hashes(directory: Path) -> dict[str, str]:
             with opened(directory / name, "the tokenizer") as (stream, _):
                 hashes[name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
+
+
+def tokenizer_sha256(directory: Path) -> str | None:
+    """The digest of what decides which ids a tokenizer makes of a text, whoever saved it; None of a GGUF file's.
+
+    How a ``tokenizer.json`` pads and cuts, which training writes into it, is left out, for it is not followed here; so
+    is how older and newer versions write the same thing.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    hashes = tokenizer_hashes(directory)
+    deciding: object = hashes
+    if FILE in hashes:
+        with opened(directory / FILE, "the tokenizer") as (stream, _):
+            try:
+                deciding = _deciding(json.load(stream))
+            except (ValueError, RecursionError):  # which the library reads all the same
+                deciding = hashes
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest() if hashes else None
+
+
+def _deciding(told: object) -> object:
+    """What a ``tokenizer.json`` says that its ids follow from."""
+    if not isinstance(told, dict):
+        return told
+    kept = {key: value for key, value in told.items() if key not in ("padding", "truncation")}
+    if isinstance(model := told.get("model"), dict):
+        kept["model"] = {key: value for key, value in model.items() if value is not None and value is not False}
+        if isinstance(merges := model.get("merges"), list):
+            kept["model"]["merges"] = [" ".join(map(str, of)) if isinstance(of, list) else of for of in merges]
+    return kept
 
 
 def check_tokenizer(directory: Path) -> None:

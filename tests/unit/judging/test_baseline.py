@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_nullspace.judging.baseline import COMPARED, Change, Limit, compare, incomparable
+from pytest_nullspace.judging.baseline import Change, Limit, compare
+from pytest_nullspace.judging.comparable import COMPARED, incomparable
 from pytest_nullspace.judging.invariants import Stage
 from pytest_nullspace.report.changes import comparison
 from pytest_nullspace.run.figures import of_layers
