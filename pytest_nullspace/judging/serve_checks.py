@@ -3,7 +3,7 @@
 import ast
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -147,11 +147,9 @@ def scaled(*, rslora: bool, by_layer: bool) -> Check:
         return float(facts.setting("lora_alpha")) / divisor
 
     def check(facts: Facts) -> Iterator[Finding]:
-        divisor = facts.setting("r")
-        if not by_layer and not (isinstance(divisor, int) and divisor > 0):
-            yield doubt(
-                f"the config's r is {printable(divisor)}, so by what the update would be scaled was not checked"
-            )
+        unknown = [] if by_layer else [*scaled_as_trained(facts)]
+        if unknown:
+            yield from unknown
             return
         wrong = [
             (layer, served(facts, layer))
@@ -165,6 +163,27 @@ def scaled(*, rslora: bool, by_layer: bool) -> Check:
             yield refused(
                 f"{len(wrong)} of {len(facts.layers)} layers would be scaled wrongly, for {why} is not read: tensor "
                 f"{quoted(tensor)} was trained with {layer.scale}, and would be served with {scale:.4g}"
+            )
+
+    return check
+
+
+def scaled_as_trained(facts: Facts) -> Iterator[Finding]:
+    """The update is scaled as PEFT does it; without a rank in the config nobody can tell."""
+    rank = facts.setting("r")
+    if not (isinstance(rank, int) and rank > 0):
+        yield doubt(f"the config's r is {printable(rank)}, so by what the update would be scaled was not checked")
+
+
+def plain_start(taken: Collection[str]) -> Check:
+    """The adapter started from no part of the base, which would have to be taken out again; ``taken`` starts do not."""
+
+    def check(facts: Facts) -> Iterator[Finding]:
+        start = facts.setting("init_lora_weights")
+        if isinstance(start, str) and start.lower() not in taken:
+            yield refused(
+                f"init_lora_weights is {quoted(start)}, and the base that it is served on is whole; save it by PEFT's "
+                "path_initial_model_for_weight_conversion"
             )
 
     return check

@@ -2,7 +2,8 @@
 
 A rule is added here, with a check of `serve_checks` or `serve_names`; docs/serving.md is written from this table. The
 sources are files of the servers' own repositories at a commit, their issues and pull requests, and their documentation.
-None of it was held against a running server.
+None of it was held against a running server; `tests.server_sources` holds names, classes and quoted texts against the
+source in a server's wheel.
 """
 
 from dataclasses import dataclass
@@ -56,33 +57,38 @@ VLLM_WRAPPERS = {
     **dict.fromkeys(
         (
             "Gemma3ForConditionalGeneration", "Lfm2VlForConditionalGeneration", "LlavaForConditionalGeneration",
-            "Mistral3ForConditionalGeneration", "Qwen3VLForConditionalGeneration", "Qwen3_5ForConditionalGeneration",
-            "Qwen3_5MoeForConditionalGeneration",
+            "Qwen3VLForConditionalGeneration", "Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration",
         ),
         _TEXT_OF_WRAPPER,
     ),
     **dict.fromkeys(
-        ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+        (
+            "Mistral3ForConditionalGeneration", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration",
+        ),
         _TEXT_OF_QWEN2,
     ),
+    "OPTForCausalLM": {"decoder.": "model.decoder."},
 }  # fmt: skip
 """Classes that vLLM names otherwise than their files do, and the prefixes that it puts in place of theirs."""
+_VLLM_WRAPPERS_0_28 = {**VLLM_WRAPPERS, "Mistral3ForConditionalGeneration": _TEXT_OF_WRAPPER}
 
 VLLM_PLAIN = (
     "CohereForCausalLM", "Cohere2ForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Exaone4ForCausalLM",
     "GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GlmForCausalLM", "Glm4ForCausalLM",
     "Glm4MoeForCausalLM", "GptOssForCausalLM", "GraniteForCausalLM", "GraniteMoeForCausalLM", "InternLM3ForCausalLM",
     "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "NemotronForCausalLM", "OlmoForCausalLM",
-    "Olmo2ForCausalLM", "Olmo3ForCausalLM", "OPTForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM",
+    "Olmo2ForCausalLM", "Olmo3ForCausalLM", "PhiForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM",
     "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "SeedOssForCausalLM", "SmolLM3ForCausalLM",
     "SolarForCausalLM", "Starcoder2ForCausalLM",
 )  # fmt: skip
 """Classes that take adapters in vLLM, under the names of their files."""
+_VLLM_SINCE_0_33 = ("GPTNeoXForCausalLM", "OlmoeForCausalLM")
+"""Classes that took none up to 0.22, and do in 0.33."""
 
 VLLM_WITHOUT = (
     "ArcticForCausalLM", "BloomForCausalLM", "DbrxForCausalLM", "FalconForCausalLM", "FalconMambaForCausalLM",
-    "GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoXForCausalLM", "Gemma3nForCausalLM", "Gemma3nForConditionalGeneration",
-    "MPTForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM", "OlmoeForCausalLM", "OrionForCausalLM",
+    "GPT2LMHeadModel", "GPTJForCausalLM", "Gemma3nForCausalLM", "Gemma3nForConditionalGeneration",
+    "MPTForCausalLM", "Mamba2ForCausalLM", "MambaForCausalLM", "OrionForCausalLM",
     "StableLmForCausalLM", "Zamba2ForCausalLM",
 )  # fmt: skip
 """Classes that take none."""
@@ -93,10 +99,10 @@ TGI_TAKEN = (
 )  # fmt: skip
 """Classes of which pull requests or issues say that TGI takes adapters."""
 
-_SGLANG_MODULES = (
+SGLANG_MODULES = (
     "q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "out_proj", "in_proj", "gate_proj", "up_proj", "gate_up_proj",
     "down_proj", "embed_tokens", "lm_head", "unembed_tokens", "q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj",
-    "in_proj_qkv", "in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z", "in_proj_qkvz", "fc1_latent_proj",
+    "in_proj_q", "in_proj_k", "in_proj_v", "in_proj_z", "in_proj_qkvz", "fc1_latent_proj",
     "fc2_latent_proj",
 )  # fmt: skip
 
@@ -112,13 +118,18 @@ _TGI_NAMES = (
     r"base_model\.model\.model\.layers\.\d+\.(self_attn\.(q|k|v|o|qkv)_proj|mlp\.(gate|up|down)_proj)\."
     r"lora_[AB]\.weight"
 )
-_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def _v(
-    name: str, says: str, source: str, check: Check | None, last: str = "0.22", until: str = "", since: str = ""
+    name: str, says: str, source: str, check: Check | None, last: str = "0.33", until: str = "", since: str = ""
 ) -> Rule:
-    return Rule("vllm", name, says, source, since or "0.10", last, check, until, since)
+    return Rule("vllm", name, says, source, since or "0.10", until or last, check, until, since)
+
+
+def _now(name: str, says: str, source: str, check: Check | None, since: str) -> Rule:
+    """A rule as vLLM 0.33 has it, that is another than the one that was read before ``since``."""
+    return Rule("vllm", name, says, source, "0.33", "0.33", check, since=since)
 
 
 def _s(name: str, says: str, source: str, check: Check | None, last: str = "0.5.12", until: str = "") -> Rule:
@@ -144,32 +155,53 @@ RULES = (
         "contain tensors”", _VLLM_MODEL, has.one_file,
     ),
     _v(
-        "names", "a module takes what lies under its whole name after the class's own prefixes were put in place; what "
-        "lies under another name is kept and never used, with no warning", "vllm/lora/model_manager.py@bb1d76e, issues "
-        "34186 (open), 48019, pull requests 39278 and 39369", names.found(VLLM_WRAPPERS, VLLM_PLAIN), last="0.28",
+        "names to 0.28", "a module takes what lies under its whole name after the class's own prefixes were put in "
+        "place; what lies under another name is kept and never used, with no warning",
+        "vllm/lora/model_manager.py@bb1d76e, issues 34186 (open), 48019, pull requests 39278 and 39369",
+        names.found(_VLLM_WRAPPERS_0_28, VLLM_PLAIN), until="0.28",
+    ),
+    _now(
+        "names", "a module takes what lies under its whole name after the class's own prefixes were put in place, of "
+        "Mistral 3 also those of the text model alone; what lies under another name is kept and never used",
+        "vllm/lora/worker_manager.py, vllm/model_executor/models of 0.33.0, issue 34186",
+        names.found(VLLM_WRAPPERS, (*VLLM_PLAIN, *_VLLM_SINCE_0_33)), since="0.29",
     ),
     _v(
-        "architecture", "a class that has no LoRA in the list of models takes no adapter; Gemma 4 has it, and its "
-        "adapters are reported as without effect (issue 41754, open)", "docs/models/supported_models.md@0046f77",
-        has.architectures((*VLLM_PLAIN, *VLLM_WRAPPERS), VLLM_WITHOUT),
+        "architecture to 0.22", "a class that has no LoRA in the list of models takes no adapter; Gemma 4 has it, and "
+        "its adapters are reported as without effect (issue 41754, open)", "docs/models/supported_models.md@0046f77",
+        has.architectures((*VLLM_PLAIN, *VLLM_WRAPPERS), (*VLLM_WITHOUT, *_VLLM_SINCE_0_33)), until="0.22",
+    ),
+    _now(
+        "architecture", "a class that does not come from SupportsLoRA takes no adapter; Gemma 4 does, and its adapters "
+        "are reported as without effect (issue 41754, open)", "vllm/model_executor/models/registry.py of 0.33.0",
+        has.architectures((*VLLM_PLAIN, *VLLM_WRAPPERS, *_VLLM_SINCE_0_33), VLLM_WITHOUT), since="0.23",
     ),
     _v(
         "lora-target-modules", "modules outside --lora-target-modules are left out without a word", "issue 55193 "
-        "(observed with 0.28.0), pull request 34984", names.among_targets, since="0.17", last="0.28",
+        "(observed with 0.28.0), pull request 34984", names.among_targets, since="0.17",
     ),
     _v(
         "rank", "r is at most max_lora_rank: 16, or what --max-lora-rank says of 1, 8, 16, 32, 64, 128, 256, 320, 512",
-        "vllm/config/lora.py@01230b4, docs.vllm.ai/en/v0.11.0 and v0.22.1", has.rank(_VLLM_RANKS, 16),
+        "vllm/config/lora.py@01230b4, docs.vllm.ai/en/v0.11.0 and v0.22.1", has.rank(VLLM_RANKS, 16),
     ),
     _v(
-        "scale", "one factor for all modules, lora_alpha / r, or / √r with use_rslora; rank_pattern and alpha_pattern "
-        "are no fields of the config that is read", _VLLM_HELPER, has.scaled(rslora=True, by_layer=False),
+        "scale to 0.22", "one factor for all modules, lora_alpha / r, or / √r with use_rslora; rank_pattern and "
+        "alpha_pattern are no fields of the config that is read", _VLLM_HELPER,
+        has.scaled(rslora=True, by_layer=False), until="0.22",
     ),
-    _v("modules_to_save", "“vLLM only supports modules_to_save being None.”", _VLLM_HELPER,
+    _now("scale", "rank_pattern, alpha_pattern and use_rslora are read as PEFT reads them",
+         "vllm/lora/peft_helper.py of 0.33.0", has.scaled_as_trained, since="0.23"),
+    _now(
+        "start", "“vLLM does not support init_lora_weights=” of PiSSA, OLoRA, CorDA and LoftQ, which “modify the base "
+        "model weights when PEFT loads the adapter”", "vllm/lora/peft_helper.py of 0.33.0",
+        has.plain_start(("gaussian", "eva", "orthogonal", "mica", "lora_ga")), since="0.23",
+    ),
+    _v("modules_to_save", "“vLLM only supports modules_to_save being” None; in 0.33 also the head of a classifier",
+       _VLLM_HELPER,
        has.no_whole_modules(silently=False)),
     _v("dora", "“vLLM does not yet support DoRA.”", _VLLM_HELPER, has.no_dora),
     _v(
-        "bias", "“Adapter bias is not supported.”, before 0.11 “cannot be used without bias_enabled”; a tensor that "
+        "bias", "“Adapter bias is not supported.”, before 0.11 not without bias_enabled; a tensor that "
         "ends in bias “is unsupported LoRA weight”", f"{_VLLM_HELPER}, vllm/lora/utils.py@0fd1570", has.no_bias,
     ),
     _v(
@@ -187,7 +219,7 @@ RULES = (
     ),
     _v(
         "qwen-head", "Qwen2 and Qwen3 register no embedding_modules, so that LoRA on lm_head or embed_tokens is an "
-        "unexpected module", "pull request 33234, issue 21500", has.no_head, last="0.15", until="0.15",
+        "unexpected module", "pull request 33234, issue 21500", has.no_head, until="0.15",
     ),
     _v(
         "tower", "LoRA acts in the language model alone, unless --enable-tower-connector-lora; what is elsewhere “will "
@@ -241,7 +273,7 @@ RULES = (
     _s("tower", "modules are told by the number after layers., so that a tower's are lost or taken for the text's",
        "issue 28784", names.only_text()),
     _s("modules", "sizes are known for these modules, else get_hidden_dim is “not implemented”",
-       "python/sglang/srt/lora/utils.py@01235a1", has.pooled(_SGLANG_MODULES)),
+       "python/sglang/srt/lora/utils.py@01235a1", has.pooled(SGLANG_MODULES)),
     _s("sizes", "one size for all blocks by the config, unless a class has get_hidden_dim of its own; else the shapes "
        "do not fit", "python/sglang/srt/lora/utils.py@01235a1 (get_default_hidden_dim), pull request 19974", has.sized),
     _s("names", "what stands before layers.N does not matter", "python/sglang/srt/layers/utils.py (get_layer_id)",

@@ -135,6 +135,14 @@ def test_vllm_34186_names_of_the_text_model_alone_serve_the_base(tmp_path: Path,
     )
 
 
+def test_vllm_finds_names_of_the_text_model_in_mistral_3_since_it_maps_them(tmp_path: Path) -> None:
+    """The one wrapper beside Qwen2-VL whose prefixes hold them in 0.33; up to 0.28 they were not found."""
+    base(tmp_path, "Mistral3ForConditionalGeneration", blocks(NESTED))
+    adapter(tmp_path)
+    assert held(tmp_path, "vllm").tier is Tier.PASS
+    assert "none of its 14 modules" in refused(held(tmp_path, "vllm==0.22"), "names to 0.28")
+
+
 def test_vllm_39278_a_suffix_that_is_known_is_not_a_module_that_is_found(tmp_path: Path) -> None:
     """down_proj alone passes vLLM's own look at suffixes; on a wrapper none is found. The nested names are."""
     base(tmp_path, "Qwen3_5ForConditionalGeneration", blocks(NESTED))
@@ -233,7 +241,9 @@ HEAD, EMBEDDING = "base_model.model.lm_head.weight", "base_model.model.model.emb
         ("vllm", "bias", "bias is all", {}, {"bias": "all"}),
         ("sglang", "scale", "use_rslora", {}, {"use_rslora": True}),
         ("llama.cpp", "scale", "use_rslora", {}, {"use_rslora": True}),
-        *((s, "scale", "alpha_pattern", {}, {"alpha_pattern": {"q_proj": 2}}) for s in SERVERS if s != "peft"),
+        *((s, "scale", "alpha_pattern", {}, {"alpha_pattern": {"q_proj": 2}}) for s in ("sglang", "tgi", "llama.cpp")),
+        ("vllm==0.22", "scale to 0.22", "alpha_pattern", {}, {"alpha_pattern": {"q_proj": 2}}),
+        ("vllm", "start", "init_lora_weights is 'pissa_niter_4'", {}, {"init_lora_weights": "pissa_niter_4"}),
         ("vllm", "tokens", "trainable_tokens_delta", {f"{EMBEDDING}.token_adapter.trainable_tokens_delta": (1, 8)}, {}),
         ("vllm", "embedding", "40 rows", {f"{EMBEDDING}.base_layer.weight": (40, 8)}, {}),
         ("llama.cpp", "embedding", "40 rows", {f"{EMBEDDING}.base_layer.weight": (40, 8)}, {}),
@@ -258,12 +268,14 @@ def test_the_factor_that_would_be_served_is_told(tmp_path: Path) -> None:
 
 
 def test_a_rank_of_its_own_is_refused_where_one_fills_all(tmp_path: Path) -> None:
-    """A layer of another rank does not fill SGLang's rows, and vLLM scales it by the config's rank."""
+    """A layer of another rank does not fill SGLang's rows; vLLM scaled it by the config's rank up to 0.22."""
     base(tmp_path)
     adapter(tmp_path, lora(blocks()) | lora(blocks(parts=["mlp.up_proj"]), rank=2), rank_pattern={"up_proj": 2})
     rules = [one.rule.name for one in held(tmp_path, "sglang").of(Tier.FAIL)]
     assert rules == ["ranks", "scale"]
-    assert "up_proj" in refused(held(tmp_path, "vllm"), "scale")
+    assert "up_proj" in refused(held(tmp_path, "vllm==0.22"), "scale to 0.22")
+    assert held(tmp_path, "vllm").tier is held(tmp_path, "vllm==0.33.0").tier is Tier.PASS
+    assert held(tmp_path, "vllm==0.30").tier is Tier.WARN
 
 
 @pytest.mark.parametrize("server", ["vllm", "sglang", "tgi"])
@@ -378,7 +390,7 @@ def test_without_its_base_nothing_is_green(tmp_path: Path, server: str) -> None:
 @pytest.mark.parametrize(
     ("server", "said"),
     [
-        ("vllm==0.99", "nobody checked 15 of 16 rules for vllm==0.99"),
+        ("vllm==0.99", "nobody checked 16 of 17 rules for vllm==0.99"),
         ("vllm==0.9", "nobody checked"),
         ("sglang==0.5.13", "nobody checked"),
         ("tgi==4", "nobody checked"),
@@ -401,7 +413,9 @@ def test_a_version_that_nobody_checked_warns(tmp_path: Path, server: str, said: 
     assert said in "\n".join(held(other, server).lines())
 
 
-@pytest.mark.parametrize("server", ["vllm==0.11", "vllm==0.11.2", "vllm==v0.22.1", "sglang==0.5.9", "tgi==3.3.4"])
+@pytest.mark.parametrize(
+    "server", ["vllm==0.11", "vllm==0.11.2", "vllm==v0.22.1", "vllm==0.33.0", "sglang==0.5.9", "tgi==3.3.4"]
+)
 def test_a_version_that_was_checked_is_green(tmp_path: Path, server: str) -> None:
     """A version with more numbers is of the one with fewer."""
     base(tmp_path)
@@ -418,7 +432,7 @@ def test_a_rule_of_older_versions_does_not_stand_for_newer_ones(tmp_path: Path) 
 
 
 def test_an_unknown_class_is_a_doubt_and_one_without_lora_a_refusal(tmp_path: Path) -> None:
-    """Of a class that stands in no list nobody knows; GPT-NeoX takes none in vLLM."""
+    """Of a class that stands in no list nobody knows; GPT-NeoX took none in vLLM up to 0.22."""
     base(tmp_path, "SomethingForCausalLM")
     adapter(tmp_path)
     assert held(tmp_path, "vllm").tier is held(tmp_path, "tgi").tier is Tier.WARN
@@ -426,7 +440,8 @@ def test_an_unknown_class_is_a_doubt_and_one_without_lora_a_refusal(tmp_path: Pa
     other.mkdir()
     base(other, "GPTNeoXForCausalLM")
     adapter(other)
-    assert "a GPTNeoXForCausalLM, which takes no adapter" in refused(held(other, "vllm"), "architecture")
+    assert "a GPTNeoXForCausalLM, which takes no adapter" in refused(held(other, "vllm==0.22"), "architecture to 0.22")
+    assert held(other, "vllm").tier is Tier.PASS
 
 
 def test_names_as_on_disk_prove_nothing_of_a_class_that_nobody_checked(tmp_path: Path) -> None:
