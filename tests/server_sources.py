@@ -84,15 +84,7 @@ class Models:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.registered = {
-            name.value: (str(value.elts[0].value), str(value.elts[1].value))
-            for table in ast.walk(_tree(folder / "registry.py"))
-            if isinstance(table, ast.Dict)
-            for name, value in zip(table.keys, table.values, strict=True)
-            if isinstance(name, ast.Constant) and isinstance(name.value, str) and isinstance(value, ast.Tuple)
-            if len(value.elts) == 2 and all(isinstance(of, ast.Constant) for of in value.elts)
-            for value in [value]
-        }
+        self.registered = dict(_registered(_tree(folder / "registry.py")))
 
     def bases(self, module: str, name: str) -> set[str]:
         """The names of all classes from which one comes."""
@@ -120,7 +112,7 @@ class Models:
         if isinstance(told, ast.Attribute) and told.attr == MAPPER and isinstance(told.value, ast.Name):
             where = self._where(module, told.value.id)
             return None if where is None else self.prefixes(*where)
-        if not isinstance(told, ast.Call):
+        if not (isinstance(told, ast.Call) and isinstance(told.func, ast.Name) and told.func.id == "WeightsMapper"):
             return None
         given = next((word.value for word in told.keywords if word.arg == "orig_to_new_prefix"), None)
         try:
@@ -162,6 +154,17 @@ class Models:
     def _file(self, module: str) -> Path:
         place = self._folder / module.replace(".", "/")
         return place / "__init__.py" if place.is_dir() else place.with_name(f"{place.name}.py")
+
+
+def _registered(tree: ast.Module) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Of each architecture the module and the class."""
+    for table in ast.walk(tree):
+        for name, value in zip(table.keys, table.values, strict=True) if isinstance(table, ast.Dict) else ():
+            place = (
+                [of.value for of in value.elts if isinstance(of, ast.Constant)] if isinstance(value, ast.Tuple) else []
+            )
+            if isinstance(name, ast.Constant) and len(place) == 2:
+                yield str(name.value), (str(place[0]), str(place[1]))
 
 
 def _assigned(tree: ast.Module | ast.ClassDef, name: str) -> ast.expr | None:
