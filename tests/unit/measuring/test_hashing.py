@@ -5,12 +5,14 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
+from dataclasses import replace
 from threading import Event
 
 import pytest
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
-from pytest_nullspace.measuring.hashing import Hashes, hashed_meanwhile, hashes
+from pytest_nullspace.measuring.digests import of_base
+from pytest_nullspace.measuring.hashing import Hashed, Hashes, hashed_meanwhile, hashes
 from pytest_nullspace.measuring.memory import uncollected
 from tests import tiny
 
@@ -30,7 +32,24 @@ def test_each_file_has_the_hash_of_its_bytes(sharded: Checkpoint) -> None:
     expected = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     assert hashes(sharded) == expected
     with hashed_meanwhile(sharded) as hashed:
-        assert hashed() == expected
+        assert hashed().weights == expected
+
+
+def test_a_base_is_known_by_its_files_or_by_what_lies_beside_the_layers(sharded: Checkpoint) -> None:
+    """Of a checkpoint that carries it another W_res is no other base, and another embedding is."""
+    files = sorted(sharded.directory.glob("*.safetensors"))
+    with hashed_meanwhile(sharded) as hashed:
+        carried = hashed().base["base_model"]
+    assert set(carried) == {"beside_sha256", "config_sha256", "quantisation"}
+    config = replace(sharded, config={**sharded.config, "rms_norm_eps": 1e-4})
+    assert of_base(config, None)["base_model"]["config_sha256"] != carried["config_sha256"]
+    fewer = replace(sharded, tensors={name: t for name, t in sharded.tensors.items() if "embed_tokens" not in name})
+    assert of_base(fewer, None)["base_model"]["beside_sha256"] != carried["beside_sha256"]
+    layer = f"{sharded.layers[0].name}."
+    trained = replace(sharded, tensors={name: t for name, t in sharded.tensors.items() if not name.startswith(layer)})
+    assert of_base(trained, None)["base_model"] == carried
+    told = of_base(replace(sharded, base="elsewhere"), sharded.directory)["base_model"]["files"]
+    assert told == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def test_hashes_that_were_cut_short_are_none(sharded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +64,7 @@ def test_hashes_that_were_cut_short_are_none(sharded: Checkpoint, monkeypatch: p
         return hashes(checkpoint, until)
 
     monkeypatch.setattr("pytest_nullspace.measuring.hashing.hashes", late)
-    waited: list[Callable[[], Hashes]] = []
+    waited: list[Callable[[], Hashed]] = []
 
     def measured() -> None:
         with hashed_meanwhile(sharded) as hashed:
