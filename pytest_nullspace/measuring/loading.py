@@ -45,6 +45,11 @@ def device_of(settings: Settings) -> Any:
     if settings.device_map and set(settings.device_map) == {"cpu"}:
         name = "cpu"
     if ranks.size > 1 and name in ("cuda", "xpu"):
+        if ranks.local >= cards > 0:
+            raise OptionError(
+                f"{PREFIX}device: this machine has more processes than cards: process {ranks.local} takes card "
+                f"{ranks.local}, and torch sees {cards}; start one process for each card, or give {PREFIX}device=cpu"
+            )
         name = f"{name}:{ranks.local}"
     return device_named(name, f"{PREFIX}device")
 

@@ -48,6 +48,12 @@ def cached(adapted: AdaptedModel, windows: Windows) -> dict[str, list[float]]:
     return found
 
 
+def wait_for(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device != "cpu":
+        getattr(torch, device).synchronize()
+
+
 def bare(adapted: AdaptedModel, windows: Windows) -> None:
     """The decoder alone, as the pass runs it, with nothing watching."""
     with torch.inference_mode():
@@ -55,8 +61,7 @@ def bare(adapted: AdaptedModel, windows: Windows) -> None:
             decoder = adapted.model.base_model
             assert isinstance(decoder, torch.nn.Module)
             decoder(input_ids=torch.tensor([list(window)], device=adapted.device), use_cache=False)
-    if adapted.device.type == "cuda":
-        torch.cuda.synchronize()
+    wait_for(adapted.device.type)
 
 
 def streaming(adapted: AdaptedModel, windows: Windows) -> dict[str, list[float]]:

@@ -11,16 +11,13 @@ from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import load_model
 from tests import tiny
+from tests.benchmarks.conftest import DEVICES
 from tests.benchmarks.reference import bare
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")),
-]
 ALTERNATIONS = 9
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.benchmark(group="pass")
 def test_pass_over_bare_forward(
     benchmark: BenchmarkFixture, device: str, tmp_path_factory: pytest.TempPathFactory

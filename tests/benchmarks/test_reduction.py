@@ -13,11 +13,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from pytest_nullspace import kernels
+from tests.benchmarks.conftest import DEVICES
+from tests.benchmarks.reference import wait_for
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")),
-]
 RANK = 128
 NUMBERS = 1 << 25
 """Of the rows whose norms are taken: more than any cache holds, so that memory is what limits them."""
@@ -28,8 +26,7 @@ def synchronised(work: Callable[[], object], device: str) -> Callable[[], None]:
 
     def run() -> None:
         work()
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
 
     return run
 
@@ -45,9 +42,9 @@ def seconds(work: Callable[[], object], device: str, rounds: int = 15) -> float:
     return statistics.median(times)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("width", [576, 4096, 14336])
+@pytest.mark.parametrize("width", [576, 4096, 11008, 14336])
 @pytest.mark.benchmark(group="reduction")
 def test_row_norms(benchmark: BenchmarkFixture, device: str, dtype: torch.dtype, width: int) -> None:
     """The norms of many rows, with bytes per second beside those of a plain copy of the same rows."""
@@ -57,7 +54,7 @@ def test_row_norms(benchmark: BenchmarkFixture, device: str, dtype: torch.dtype,
     torch.testing.assert_close(kernels.row_norms(rows).double(), rows.double().norm(dim=-1), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [576, 4096])
 @pytest.mark.benchmark(group="reduction")

@@ -1,7 +1,8 @@
 """Holds the ratios of a benchmark run against the committed baseline; absolute times are shown and never judged.
 
 ``python -m tests.benchmarks.track RUN.json`` with a file that ``pytest --benchmark-json`` wrote fails where a ratio is
-worse than in ``baseline.json`` by more than the margin. ``… --write`` makes the run the baseline.
+worse than in ``baseline.json``, on a device of the same name, by more than the margin. ``… --write`` makes the run the
+baseline of its device.
 """
 
 import argparse
@@ -37,6 +38,11 @@ def ratios(run: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
+def device(run: Mapping[str, Any]) -> str:
+    """The name of the device on which it ran."""
+    return str(run["machine_info"]["device"])
+
+
 def compared(now: Ratios, before: Ratios, margin: float = MARGIN) -> Iterator[tuple[str, bool]]:
     """A line for each ratio of either, and whether it is a regression."""
     for name in sorted({*now, *before}):
@@ -57,14 +63,19 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="what pytest --benchmark-json wrote")
     parser.add_argument("--write", action="store_true", help="make it the baseline")
     options = parser.parse_args()
-    now = ratios(json.loads(options.run.read_text("utf-8")))
+    run = json.loads(options.run.read_text("utf-8"))
+    now = ratios(run)
     if not now:
         print(f"{options.run}: holds no ratio, so there is nothing to hold", file=sys.stderr)
         return 1
+    baselines, name = json.loads(BASELINE.read_text("utf-8")), device(run)
     if options.write:
-        BASELINE.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        baselines[name] = now
+        BASELINE.write_text(json.dumps(baselines, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         return 0
-    lines = list(compared(now, json.loads(BASELINE.read_text("utf-8"))))
+    if name not in baselines:
+        print(f"{name}: has no baseline yet; --write makes this run its own")
+    lines = list(compared(now, baselines.get(name, {})))
     for line, regressed in lines:
         print(f"{'REGRESSED' if regressed else 'ok':<10}{line}")
     return int(any(regressed for _, regressed in lines))

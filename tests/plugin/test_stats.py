@@ -38,14 +38,18 @@ def test_a_saved_run_has_the_same_tests_and_reports(replay: Replay, pytester: py
 
 
 @pytest.mark.parametrize("mode", [(), ("-n", "2")])
-def test_torch_is_never_imported(replay: Replay, pytester: pytest.Pytester, mode: tuple[str, ...]) -> None:
+def test_torch_is_never_imported(
+    replay: Replay, pytester: pytest.Pytester, mode: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The machine that gates needs nothing heavy, in the controller and in every worker."""
     pytester.makeconftest(
         "import sys\n"
         "def pytest_sessionfinish(session):\n"
         f"    assert not {HEAVY} & set(sys.modules), sorted({HEAVY} & set(sys.modules))\n"
     )
-    result = replay(*mode, apart=True)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # another plugin may import it
+    plugins = "-p", "pytest_nullspace.plugin", *(("-p", "xdist") if mode else ())
+    result = replay(*plugins, *mode, apart=True)
     result.assert_outcomes(passed=LAYERS + 1)
     assert result.ret == 0
     result.stdout.fnmatch_lines(["gated 9 of 9 layers: 9 green*"])

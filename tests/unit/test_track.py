@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -28,12 +29,20 @@ def test_a_ratio_regresses_in_its_own_direction(now: track.Ratios, regressed: in
 
 
 def test_only_ratios_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times are left out; a run without any ratio fails, and writing makes it the baseline."""
-    run = {"benchmarks": [{"fullname": "a", "stats": {"mean": 1}, "extra_info": {"share_of_copy_bandwidth": 0.5}}]}
-    assert track.ratios(run) == {"a": {"share_of_copy_bandwidth": 0.5}}
+    """Times are left out; a run without any ratio fails, and writing makes it the baseline of its device alone."""
+
+    def run(share: float, device: str = "a card") -> dict[str, object]:
+        one = {"fullname": "a", "stats": {"mean": 1}, "extra_info": {"share_of_copy_bandwidth": share}}
+        return {"benchmarks": [one], "machine_info": {"device": device}}
+
+    assert track.ratios(run(0.5)) == {"a": {"share_of_copy_bandwidth": 0.5}}
     file = tmp_path / "run.json"
     monkeypatch.setattr(track, "BASELINE", tmp_path / "baseline.json")
-    for document, arguments, code in ((run, ["--write"], 0), (run, [], 0), ({"benchmarks": []}, [], 1)):
+    (tmp_path / "baseline.json").write_text("{}")
+    for document, arguments, code in (
+        (run(0.5), ["--write"], 0), (run(0.5), [], 0), (run(0.2), [], 1), (run(0.2, "another"), [], 0),
+        (run(0.2, "another"), ["--write"], 0), (run(0.2), [], 1), ({"benchmarks": []}, [], 1),
+    ):  # fmt: skip
         file.write_text(json.dumps(document))
         monkeypatch.setattr("sys.argv", ["track", str(file), *arguments])
         assert track.main() == code
@@ -42,7 +51,7 @@ def test_only_ratios_are_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_committed_baseline_holds_ratios_of_every_kind() -> None:
     """What CI compares with is there, for the reduction and for the pass."""
     held = json.loads(track.BASELINE.read_text("utf-8"))
-    assert {ratio for told in held.values() for ratio in told} == set(track.LOWER_IS_BETTER)
+    assert {ratio for of in held.values() for told in of.values() for ratio in told} == set(track.LOWER_IS_BETTER)
 
 
 def test_what_the_reduction_writes_keeps_its_keys(tmp_path: Path) -> None:
@@ -68,4 +77,7 @@ def test_what_the_reduction_writes_keeps_its_keys(tmp_path: Path) -> None:
     assert (told["group"], told["fullname"]) == ("reduction", test)
     assert set(told["extra_info"]) == {"bytes_per_second", "copy_bytes_per_second", "share_of_copy_bandwidth"}
     assert {"min", "max", "mean", "stddev", "median", "rounds", "iterations", "ops"} <= set(told["stats"])
-    assert track.ratios(document).keys() <= json.loads(track.BASELINE.read_text("utf-8")).keys()
+    assert track.device(document) == platform.machine()
+    assert any(
+        track.ratios(document).keys() <= of.keys() for of in json.loads(track.BASELINE.read_text("utf-8")).values()
+    )

@@ -54,3 +54,22 @@ def test_an_apple_gpu_is_no_card_of_a_map(monkeypatch: pytest.MonkeyPatch) -> No
     settings: Any = SimpleNamespace(device="auto", ranks=SimpleNamespace(size=1), device_map={0: GIB})
     with pytest.raises(OptionError, match="torch sees no card 0 on this machine"):
         loading.device_of(settings)
+
+
+def test_more_processes_than_cards_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process for which its machine has no card says how many there are; the others take theirs."""
+    machine(monkeypatch, "cuda", {0: GIB})
+    taken: list[str] = []
+    monkeypatch.setattr("pytest_nullspace.model.device_named", lambda name, _: taken.append(name))
+
+    def device(local: int) -> object:
+        ranks = SimpleNamespace(size=2, local=local)
+        settings: Any = SimpleNamespace(device="auto", ranks=ranks, device_map=None)
+        return loading.device_of(settings)
+
+    device(0)
+    assert taken == ["cuda:0"]
+    with pytest.raises(
+        OptionError, match=r"more processes than cards: process 1 takes card 1, and torch sees 1; start"
+    ):
+        device(1)
