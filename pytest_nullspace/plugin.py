@@ -26,7 +26,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Where a cause is to be explained, print its page in place of a run."""
+    """Where a cause or a figure is to be explained, print its page in place of a run."""
     asked = config.getoption("nullspace_explain")
     if asked is None:
         return None

@@ -113,7 +113,7 @@ def stats(_: Path) -> Callable[[bytes], None]:
                 checks.append(partial(audited.check, trained=True))
             expectations = Expectations(Stage.TRAINED, (), checks)
             lines = [*changes.start_lines(start, file, now, True, True), *changes.comparison(compared, file, ())]
-            lines += changes.diagnosis(diagnose(now, audited, compared))
+            lines += changes.explained(diagnose(now, audited, compared))
             str(incomparable(now, before))
             shown(now, expectations, [line for line, _ in lines])
         if audited is not None:

@@ -4,11 +4,11 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from pytest_nullspace.judging.profiles import BOUNDS, OF_AVERAGES, OF_LAYERS, STAND_IN
 from pytest_nullspace.judging.served import SERVERS
 from pytest_nullspace.judging.servers import Rule, rules_of
 from pytest_nullspace.judging.serving import versions
-from pytest_nullspace.run.figures import FIGURES, Bounds, Figure, Text
+from pytest_nullspace.report.figure import in_averages, ranges, section
+from pytest_nullspace.run.figures import FIGURES, Figure
 from pytest_nullspace.settings import PREFIX
 from pytest_nullspace.shell.options import OPTIONS, Option
 
@@ -54,10 +54,19 @@ def _told(option: Option) -> str:
 def figures() -> str:
     """Every figure: its formula, and where it passes, warns and fails after training."""
     rows = (
-        f"| `{figure.name}` | {_when(figure)}{figure.formula} | {' | '.join(_ranges(figure.trained))} |"
+        f"| `{figure.name}` | {_when(figure)}{figure.formula} | {' | '.join(_bounds(figure))} |"
         for figure in FIGURES.values()
     )
     return "\n".join(["| figure | what it is | passes | warns | fails |", "| --- | --- | --- | --- | --- |", *rows])
+
+
+def _bounds(figure: Figure) -> tuple[str, str, str]:
+    """Where it passes, warns and fails, by profiles that have bounds of their own as well."""
+    passes, warns, fails = ranges(figure.trained)
+    if (alone := in_averages(figure)) is None:
+        return passes, warns, fails
+    profiles, (other, worse) = alone
+    return f"{passes}; by {profiles}, in the averages, {other}", warns, f"{fails}; by those {worse}"
 
 
 def _when(figure: Figure) -> str:
@@ -67,59 +76,9 @@ def _when(figure: Figure) -> str:
     return f"with {needed}: " if needed else ""
 
 
-def _ranges(bounds: Bounds) -> tuple[str, str, str]:
-    better, worse = ("<", ">") if bounds.lower_is_better else (">", "<")
-    return f"{better} {bounds.passes:g}", f"to {bounds.fails:g}", f"{worse} {bounds.fails:g}"
-
-
 def figure_pages() -> str:
     """Every figure: a section each, with what its tiers mean."""
-    return "\n\n".join(map(_page, FIGURES.values()))
-
-
-def _page(figure: Figure) -> str:
-    where = {
-        Text.PRESERVED: "the preserved text",
-        Text.TASK: "the task text where there is one",
-        Text.BOTH: "both texts",
-    }
-    told = [
-        f"{figure.meaning} {figure.formula[0].upper()}{figure.formula[1:]}"
-        + (f", in {figure.unit}" if figure.unit else "")
-        + f". Taken on {where[figure.text]}; reports show it as `{figure.symbol}`"
-        + (f", a saved run has it as `{figure.key}` (`{figure.follows}`)" if figure.key else "")
-        + "."
-    ]
-    if figure.sink_free:
-        told.append("Where sink rows decide it, it is told without them as well, and does not pass.")
-    told.append(_decides(figure))
-    rows = [_tiers("after training", figure.trained)]
-    rows.append(_tiers("before", figure.init) if figure.init else "| before | not judged | | |")
-    table = ["| | passes | warns | fails |", "| --- | --- | --- | --- |", *rows]
-    return "\n".join([f"## {figure.name}", "", *told, "", *table])
-
-
-def _decides(figure: Figure) -> str:
-    """In which profiles it decides."""
-    if figure.of_predictions:
-        return "It decides in every profile, where the drift is judged."
-    layers = [f"`{profile}`" for profile, names in OF_LAYERS.items() if figure.name in names]
-    told = [f"in each layer and in the averages by the profiles {', '.join(layers)}"] if layers else []
-    alone = [profile for profile, names in OF_AVERAGES.items() if figure.name in names - OF_LAYERS[profile]]
-    if alone:
-        bounds = " and ".join(map(str, BOUNDS[alone[0]][figure.name]))
-        named = ", ".join(f"`{profile}`" for profile in alone)
-        told.append(f"in the averages alone by {named}, with the bounds {bounds}")
-    if figure.name in STAND_IN:
-        told.append("in the averages where no test judges the drift")
-    return f"It decides {'; '.join(told)}." if told else "It is shown, and decides only where a bound is given for it."
-
-
-def _tiers(stage: str, bounds: Bounds) -> str:
-    cells = (f"{where}: {words}" for where, words in zip(_ranges(bounds), bounds.words, strict=True))
-    return f"| {stage} | {' | '.join(cells)} |".replace(
-        "{against_chance}", "so many times quieter than chance, or louder"
-    )
+    return "\n\n".join(section(figure) for figure in FIGURES.values())
 
 
 def servers() -> str:

@@ -106,7 +106,7 @@ def plain_lora(case: Case) -> Iterator[Diagnosis]:
     if case.audit is not None and case.audit.variant == "lora" and loud:
         yield Diagnosis(
             "plain-lora",
-            f"{case.audit.decided}; leakage / chance {median(layer.leakage for layer in loud):.3g} "
+            f"{case.audit.decided}; leakage {median(layer.leakage for layer in loud):.3g} "
             f"{in_how_many(loud, case.sound)}",
             "this adapter was never given a null space: initialise it as LoRA-Null does",
             "a null-space adapter begins with orthonormal rows of B (v2) or with A not zero (v1)",

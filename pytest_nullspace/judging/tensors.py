@@ -26,7 +26,7 @@ def b_trained(case: Case) -> Iterator[Diagnosis]:
     if case.audit is None and loud:
         yield Diagnosis(
             "no-null-space",
-            f"the input space is none that was chosen to be quiet {in_how_many(loud, case.sound)} (leakage / chance "
+            f"the input space is none that was chosen to be quiet {in_how_many(loud, case.sound)} (leakage "
             f"{median(layer.leakage for layer in loud):.3g}), and the rows of B are not orthonormal",
             "give the start by --nullspace-init: it tells which of the likely causes it is",
             "a trained B, plain LoRA and a v1 trained too far all look so",
@@ -150,7 +150,7 @@ def v1_trained(case: Case) -> Iterator[Diagnosis]:
     yield Diagnosis(
         "v1-left-null-space",
         f"B was trained, as v1 allows, and moved out of the null space {in_how_many(left, case.sound)}: median "
-        f"principal angle {angle:.3g}° from its start, leakage / chance {leakage:.3g}",
+        f"principal angle {angle:.3g}° from its start, leakage {leakage:.3g}",
         "train fewer steps or at a lower learning rate, or freeze B as v2 does: v1 guarantees its space at the start "
         "alone",
         "if the start, measured by itself, leaks as much, its subspace was never a null space of this text",

@@ -9,8 +9,10 @@ from pytest_nullspace.text.windows import Shown, Window
 
 TOLD = 5
 """Passages of each text."""
-BEFORE = 60
-"""Characters that are told before the token."""
+BEFORE, AFTER = 240, 120
+"""Characters that are told before the token, so that one sees what it is about, and behind it."""
+NEAR = 60
+"""Characters before a token within which another is the same place."""
 LONGEST = 200
 """Characters that are told of what a token stands for."""
 
@@ -60,14 +62,16 @@ def _passage(spot: Spot, window: Window, text: str, tokenizer: LoadedTokenizer, 
         start, end = window.start, None
         before = tokenizer.decode(window.tokens[max(0, target - BEFORE) : target])
         token = tokenizer.decode(window.tokens[target : target + 1])
+        after = tokenizer.decode(window.tokens[target + 1 : target + 1 + AFTER])
     else:
         start, end = (begin + at for at in spans[target])
+        read = begin + spans[min(len(window.tokens), len(spans)) - 1][1]
         before, token = text[max(window.start, start - BEFORE) : start], text[start:end]
+        after = text[end : min(end + AFTER, read)]
     likeliest, instead = (tokenizer.decode([which])[:LONGEST] for which in (spot.likeliest, spot.instead))
     row = window.tokens.where[-LONGEST:] if isinstance(window.tokens, Shown) else ""
-    return Passage(
-        start, end, before[-BEFORE:], token[:LONGEST], spot.base, spot.adapted, likeliest, instead, spot.divergence, row
-    )
+    quoted = before[-BEFORE:], token[:LONGEST], after[:AFTER]
+    return Passage(start, end, *quoted, spot.base, spot.adapted, likeliest, instead, spot.divergence, row)
 
 
 def _spans(
@@ -87,4 +91,4 @@ def _overlap(one: Passage, other: Passage) -> bool:
     """Whether one stands in what the other tells."""
     if one.end is None or other.end is None:
         return one == other
-    return one.start - len(one.before) < other.end and other.start - len(other.before) < one.end
+    return one.start - min(NEAR, len(one.before)) < other.end and other.start - min(NEAR, len(other.before)) < one.end

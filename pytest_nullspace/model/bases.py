@@ -4,9 +4,7 @@ import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from inspect import signature
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -34,8 +32,6 @@ _CLASSES = {
 }
 _LAST = "AutoModelForImageTextToText"
 """What a base is that names no class, for a task that has none for it: of what sees beside reading there is one."""
-_OF_PARTS = ("AutoModelForMultimodalLM", _LAST)
-"""What the part is that reads text of a model that only generates."""
 _QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """The packages that read a base quantised so; of others transformers' message tells."""
 
@@ -122,10 +118,6 @@ def _kinds(checkpoint: Checkpoint | None, task: str, fields: Mapping[str, Any], 
         _named(adapted, config, "named by the adapter's auto_mapping"),
         _of_mapping(_LAST, config, "of its model_type") if task == "CAUSAL_LM" else None,
     ]
-    if any(kind is not None and not _runs(kind.build) for kind in found):
-        parts = [getattr(config, name) for name in config.sub_configs]
-        of_parts = [auto for auto in _OF_PARTS if hasattr(transformers, auto)]
-        found += [_of_mapping(auto, part, "the part of the base that runs") for part in parts for auto in of_parts]
     kinds: dict[Any, Kind] = {}
     for kind in found:
         if kind is not None:
@@ -137,21 +129,6 @@ def _kinds(checkpoint: Checkpoint | None, task: str, fields: Mapping[str, Any], 
             + "; give another base by --nullspace-base=DIR"
         )
     return list(kinds.values())
-
-
-def _runs(build: Any) -> bool:
-    """Whether a class has a forward, and does not generate alone."""
-    return build.forward is not nn.Module.forward
-
-
-def reading(model: nn.Module) -> nn.Module:
-    """What of a model reads token ids: itself, or the part that has a forward, as Qwen-Omni's thinker."""
-    if _runs(type(model)):
-        return model
-    parts = (
-        part for part in model.children() if _runs(type(part)) and "input_ids" in signature(part.forward).parameters
-    )
-    return next(parts, model)
 
 
 def _of_task(task: str, config: Any) -> Kind | None:
@@ -222,7 +199,7 @@ def load_base(
     with _told_of(base):
         config, tensors, how = _from_gguf(base) if base.is_file() else _from_directory(kind, base)
         with held_to(tensors, base if base.is_file() else base / "config.json"):
-            model, report = _loading(kind.build)(
+            model, report = kind.build.from_pretrained(
                 str(base.parent if base.is_file() else base),
                 config=config,
                 dtype=dtype,
@@ -238,13 +215,6 @@ def load_base(
     wrong = [key for key in (*missing, *mismatched) if not any(part in replaced for part in key.split("."))]
     assert isinstance(model, nn.Module)
     return model, tuple(wrong)
-
-
-def _loading(build: Any) -> Any:
-    """How a class loads a model: as all do, past what some do beside, who would open a pickle, or meet our pair."""
-    if not issubclass(build, transformers.PreTrainedModel):  # of a GGUF file, which says itself what it is
-        return build.from_pretrained
-    return MethodType(vars(transformers.PreTrainedModel)["from_pretrained"].__func__, build)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pytest_nullspace.checkpoint.header import printable, quoted
 from pytest_nullspace.judging.baseline import Change
 from pytest_nullspace.judging.decision import times
 from pytest_nullspace.judging.verdicts import Finding, Tier, Verdict
-from pytest_nullspace.report.notes import place_of
+from pytest_nullspace.report.notes import QUOTED, place_of
 from pytest_nullspace.run.figures import FIGURES, Text, of_predictions
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
 from pytest_nullspace.run.texts import called, drift_test
@@ -144,6 +144,7 @@ class Quote:
         where: Which place of the text it is.
         before: What stands before the token.
         token: The token.
+        after: What stands behind it.
         moved: How much less or more likely the token became, in words.
         tier: The colour of that: it fails where the token was lost.
         models: What each model holds of it: who, its probability of the token, the same in per cent, and what it would
@@ -154,6 +155,7 @@ class Quote:
     where: str
     before: str
     token: str
+    after: str
     moved: str
     tier: str
     models: Sequence[tuple[str, str, float, str]]
@@ -191,8 +193,8 @@ def quotes(drift: Drift, verdicts: Sequence[Verdict]) -> Iterator[Quotes]:
                 ("base", f"{of.base:.2g}", _percent(of.base), quoted(of.likeliest, 200)),
                 ("adapted", f"{of.adapted:.2g}", _percent(of.adapted), quoted(of.instead, 200)),
             ]
-            before, token = printable(of.before, 400), printable(of.token, 400)
-            told.append(Quote(place_of(of), before, token, moved, colour, models, f"{of.divergence:.2g}"))
+            before, token, after = (printable(part, QUOTED) for part in (of.before, of.token, of.after))
+            told.append(Quote(place_of(of), before, token, after, moved, colour, models, f"{of.divergence:.2g}"))
         if told:
             yield Quotes(f"preserved text {printable(name)}".rstrip(), str(tier or ""), tier is not Tier.PASS, told)
 

@@ -25,9 +25,7 @@ def summary(
     run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations, decision: Decision, width: float
 ) -> Iterator[Line]:
     """The lines of the summary, each with the tier that colours it; ``-v`` shows all of what they tell the first of."""
-    yield from verdict.lines(decision)
-    if (further := next_step(run, decision)) is not None:
-        yield further, None
+    yield from opening(run, decision)
     if (told := notes.measured_on(run)) is not None:
         yield told, None
     yield from counted(run, verdicts, expectations)
@@ -35,6 +33,20 @@ def summary(
     yield from ((told, Tier.WARN) for doubt in doubts.all_of(verdicts, run, expectations) if (told := _first(doubt)))
     if run.layers:
         yield from _table(run, verdicts, decision, width)
+
+
+def opening(run: RunStats, decision: Decision, every: bool = False) -> Iterator[Line]:
+    """The verdict and what decided it, where to read on and what to try first."""
+    yield from verdict.lines(decision, every)
+    yield from ((line, None) for line in (explained(decision), next_step(run, decision)) if line is not None)
+
+
+def explained(decision: Decision) -> str | None:
+    """Where to read what the figure is that decided; a cause has its own page."""
+    first = decision.reasons[0].finding
+    if decision.causes or first is None or decision.call not in (Call.STOP, Call.LOOK):
+        return None
+    return f"more: pytest --nullspace-explain={first.threshold.figure}"
 
 
 def next_step(run: RunStats, decision: Decision) -> str | None:
@@ -73,11 +85,11 @@ def cautions(
 
 
 def _first(doubt: str) -> str:
-    """What is in doubt, without the example and the remedy; nothing of sink rows that decide no verdict."""
+    """What is in doubt, without the example, and the remedy where it is sure; nothing of sinks that decide nothing."""
     if doubt.startswith("sink rows: ") and "they decide" not in doubt:
         return ""
-    doubt = doubt.replace("might change the verdict on", "might change")
-    return re.split(r", such as |; | \(", doubt, maxsplit=1)[0]
+    told = re.split(r", such as |; | \(", doubt, maxsplit=1)[0]
+    return f"{told}; {doubt.rpartition('; ')[2]}" if doubt.startswith(doubts.FEW_ROWS) else told
 
 
 def _table(run: RunStats, verdicts: Sequence[Verdict], decision: Decision, width: float) -> Iterator[Line]:

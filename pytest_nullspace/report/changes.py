@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -13,6 +14,7 @@ from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.remedy import Remedy
 from pytest_nullspace.judging.start import Start, quantities
 from pytest_nullspace.judging.verdicts import Tier
+from pytest_nullspace.report.words import named
 from pytest_nullspace.run import texts
 from pytest_nullspace.run.figures import of_layers
 from pytest_nullspace.run.stats import RunStats
@@ -148,10 +150,18 @@ def remedy(run: RunStats) -> Iterator[tuple[str, Tier | None]]:
         yield f"suggestion: {found}", None
 
 
-def diagnosis(causes: Sequence[Diagnosis]) -> Iterator[tuple[str, Tier | None]]:
+def in_names(causes: Sequence[Diagnosis], run: RunStats) -> list[Diagnosis]:
+    """The causes with the matrices called as in the adapter's files."""
+    return [
+        replace(cause, evidence=named(cause.evidence, run), cure=named(cause.cure, run), apart=named(cause.apart, run))
+        for cause in causes
+    ]
+
+
+def explained(causes: Sequence[Diagnosis]) -> Iterator[tuple[str, Tier | None]]:
     """Each cause with its evidence, its cure, what would tell it from the next likely one, and its page."""
     for cause in causes:
-        yield f"diagnosis: {cause.cause}: {cause.evidence}", Tier.FAIL
+        yield f"cause: {cause.cause}: {cause.evidence}", Tier.FAIL
         yield f"  cure: {cause.cure}", None
         yield f"  to tell it apart: {cause.apart}", None
         yield f"  more: {cause.page}", None

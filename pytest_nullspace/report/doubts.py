@@ -14,6 +14,7 @@ from pytest_nullspace.run.stats import SINK, LayerStats, RunStats
 from pytest_nullspace.run.texts import FIRST, called, key_of
 from pytest_nullspace.run.uncertainty import MOST_WINDOWS, windows_needed
 
+FEW_ROWS = "too few rows"
 SINKS_TOLD = 0.05
 """Of mean ``‖x‖``: sink rows of a layer that carry less are not told where they decide nothing."""
 
@@ -30,14 +31,14 @@ def sinks(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
     if most is None or (most.sink_share < SINKS_TOLD and not decided):
         return None
     without = ", and ".join(
-        f"{FIGURES[figure].symbol} is {most.figure(figure, sinks=False):.3g}, not {most.figure(figure):.3g}"
+        f"{figure} is {most.figure(figure, sinks=False):.3g}, not {most.figure(figure):.3g}"
         for figure in ("preservation", "forgetting")
         if figure not in most.without
     )
     told = (
         f"sink rows: {len({layer.name for _, layer in found})} of {len(run.layers)} layers have rows beyond {SINK} "
         f"times the median norm, such as {printable(most.name)}{where}: {most.sinks:,} of {most.rows:,} rows carry "
-        f"{most.sink_share:.1%} of mean ||X||, and without them {without}"
+        f"{most.sink_share:.1%} of the mean norm, and without them {without}"
     )
     if not decided:
         return told
@@ -239,9 +240,9 @@ def few_rows(run: RunStats) -> str | None:
         return None
     layer = min(short, key=lambda layer: rows[layer.name] / layer.in_features)
     return (
-        f"too few rows: {len(short)} of {len(run.layers)} layers are wider than their distinct rows are many, such as "
-        f"{printable(layer.name)} ({rows[layer.name]:,.0f} distinct rows in a width of {layer.in_features:,}); so few "
-        "rows leave some subspace perfectly quiet on any text, so leakage says little there; "
+        f"{FEW_ROWS}: leakage proves little in {len(short)} of {len(run.layers)} layers, such as "
+        f"{printable(layer.name)} ({rows[layer.name]:,.0f} distinct rows in a width of {layer.in_features:,}): fewer "
+        "different rows than a layer is wide leave some space of it quiet by themselves, whatever the adapter does; "
         f"{_enough(run, layer, new)}"
     )
 
@@ -265,7 +266,8 @@ def _enough(run: RunStats, layer: LayerStats, new: float) -> str:
     windows = text.get("windows") if isinstance(text, dict) else None
     if not isinstance(windows, int):
         return "measure on more text"
-    return f"about {math.ceil(windows * layer.in_features / rows):,} windows as long and as new would be enough"
+    needed = math.ceil(windows * layer.in_features / rows)
+    return f"about {needed:,} such windows would be enough (--nullspace-calib-size={needed})"
 
 
 def _tokens(run: RunStats) -> tuple[int, int]:

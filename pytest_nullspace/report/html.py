@@ -88,6 +88,7 @@ class Sheet:
         since: Old and new of every figure that changed, where it is held against an earlier run.
         same: Those that did not.
         shifted: A heat map of what changed for each figure that decides in layers.
+        down: How the adapter's files call the down projection.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Sheet:
     since: Sequence[moves.Move] = field(default=())
     same: str = ""
     shifted: Sequence[charts.Heat] = field(default=())
+    down: str = "B"
 
 
 def sheet(
@@ -154,9 +156,7 @@ def sheet(
         drift_words=() if run.drift is None else _plain(notes.drift(run.drift, *moved), run),
         quotes=() if run.drift is None else list(bars.quotes(run.drift, moved)),
         stands=list(bars.stands(run)),
-        reading=_plain(reading(judge_averages(run, expectations), by_name=True), run)
-        if run.complete and run.layers
-        else (),
+        reading=_plain(reading(judge_averages(run, expectations)), run) if run.complete and run.layers else (),
         figures=figures,
         deciding=list(dict.fromkeys(deciding)),
         of_layers=of_layers,
@@ -170,6 +170,7 @@ def sheet(
         since=() if compared is None else moves.moves(compared),
         same="" if compared is None else ", ".join(moves.same(compared)),
         shifted=() if compared is None else _shifted(of_layers, run.layers, compared, each),
+        down=named("B", run),
     )
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 OUTSIDE_SHOWN = 2
 OTHERS_SHOWN = 3
+QUOTED = 400
+"""Characters of a text, as they are shown, on either side of a token whose prediction changed."""
 
 
 def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator[str]:
@@ -174,7 +176,7 @@ def best_possible(run: RunStats) -> Iterator[str]:
     shared = median(spectrum.shared for _, spectrum, _ in layers)
     worst, _, lowest = min(layers, key=lambda entry: entry[2])
     yield (
-        f"best possible on this text: leakage / chance {least:.3g} (median over layers); from chance (0) to that (1) "
+        f"best possible on this text: leakage {least:.3g} (median over layers); from chance (0) to that (1) "
         f"the adapter stands at {median(s for *_, s in layers):.3f}, lowest {lowest:.3f} in {printable(worst.name)}; "
         f"it shares {shared:.0%} of the best subspace; effective rank of inputs {min(ranks):.1f} to {max(ranks):.1f}"
     )
@@ -224,10 +226,11 @@ def passages(told: Drift) -> Iterator[str]:
         if text.passages:
             yield f"changed most on the preserved text{f' {printable(name)}' if name else ''}:"
         for of in text.passages:
+            on = f"; the text goes on {quoted(of.after, QUOTED)}" if of.after else ""
             yield (
-                f"  {place_of(of)}: after {quoted(of.before)} {quoted(of.token)} had probability {of.base:.2g} and has "
-                f"{of.adapted:.2g}; likeliest was {quoted(of.likeliest)}, is {quoted(of.instead)} "
-                f"(divergence {of.divergence:.2g})"
+                f"  {place_of(of)}: after {quoted(of.before, QUOTED)} {quoted(of.token)} had probability {of.base:.2g} "
+                f"and has {of.adapted:.2g}; likeliest was {quoted(of.likeliest)}, is {quoted(of.instead)} "
+                f"(divergence {of.divergence:.2g}){on}"
             )
 
 

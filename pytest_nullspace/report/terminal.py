@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.invariants import Expectations, judge, judge_averages, judge_drifts
 from pytest_nullspace.judging.verdicts import Tier, Verdict
-from pytest_nullspace.report import brief, doubts, model, notes, verdict
+from pytest_nullspace.report import brief, doubts, model, notes
 from pytest_nullspace.report.layout import Form, wrapped
 from pytest_nullspace.report.words import (
     beside,
     faults,
-    figures,
     mark,
     named,
-    of_whole,
     reading,
     scanned_figure,
     shown,
@@ -31,8 +29,8 @@ if TYPE_CHECKING:
     from pytest_nullspace.judging.decision import Decision
 
 WORST_SHOWN = 5
-ROWS = 2
-"""The verbosity from which each layer has a row in the table, and at which it has no block."""
+BLOCKS = 2
+"""The verbosity from which each layer has a block."""
 WIDTH = 60
 MARGIN = 4
 
@@ -40,8 +38,8 @@ MARGIN = 4
 def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expectations, decision: "Decision") -> None:
     """Print the report of one checkpoint in brief, its verdict first.
 
-    With ``-v`` it is whole, after the reference's block for each layer; with ``-vv`` it tells where the time went, and
-    each layer has a row in place of its block; with ``-vvv`` both.
+    With ``-v`` it is whole, with a row for each layer and where the time went; with ``-vv`` after the reference's block
+    for each layer.
     """
     verdicts = [judge(layer, expectations) for layer in run.layers]
     width = columns(reporter._tw)
@@ -49,15 +47,15 @@ def write(reporter: "pytest.TerminalReporter", run: RunStats, expectations: Expe
         short = brief.summary(run, verdicts, expectations, decision, width)
         write_lines(reporter, ((named(line, run), tier) for line, tier in short))
         return
-    rows = WORST_SHOWN if reporter.verbosity < ROWS else len(verdicts)
-    write_lines(reporter, verdict.lines(decision))
-    if reporter.verbosity != ROWS:
+    write_lines(reporter, ((named(line, run), tier) for line, tier in brief.opening(run, decision, every=True)))
+    if reporter.verbosity >= BLOCKS and run.layers:
+        write_lines(reporter, ((named(line, run), None) for line in legend()))
         for layer, judged in zip(run.layers, verdicts, strict=True):
-            write_lines(reporter, ((of_whole(line) if run.is_whole else line, None) for line in block(layer, judged)))
+            write_lines(reporter, ((named(line, run), None) for line in block(layer, judged)))
     write_lines(reporter, ((line, None) for line in model.built_as(run)))
-    if reporter.verbosity > 1 and (told := notes.time_spent(run)) is not None:
+    if (told := notes.time_spent(run)) is not None:
         write_lines(reporter, [(told, None)])
-    whole = summary(run, verdicts, expectations, width, rows)
+    whole = summary(run, verdicts, expectations, width, len(verdicts))
     write_lines(reporter, ((named(line, run), tier) for line, tier in whole))
 
 
@@ -75,6 +73,14 @@ def write_lines(reporter: "pytest.TerminalReporter", lines: Iterable[tuple[str, 
 
 
 _COLOURS = {Tier.PASS: "green", Tier.WARN: "yellow", Tier.FAIL: "red"}
+
+
+def legend() -> Iterator[str]:
+    """What the letters of the blocks stand for."""
+    yield (
+        "In the blocks X is a layer's input, BX what B, its down projection, makes of it, and ABX what A, its up "
+        "projection, makes of that: the update. W_residual is the layer without it; avg is the mean over tokens."
+    )
 
 
 _NORMS = ("||X|| (avg):", "||BX|| (avg):", "||ABX|| (avg):", "||W_residual @ X||:", "||full output||:")
@@ -167,12 +173,9 @@ def _table(run: RunStats, verdicts: Sequence[Verdict], width: float, shown: int)
     ordered = sorted(zip(run.layers, verdicts, strict=True), key=lambda pair: pair[1].severity, reverse=True)
     worst = ordered[:shown]
     rows: list[LayerStats | RunStats] = [*(layer for layer, _ in worst), run]
-    exact = [figures(row, run.expected) for row in rows]
-    short = [[scanned_figure(row, figure) for figure in run.expected] for row in rows]
-    judged = [FIGURES[figure] for figure in run.expected]
+    cells = [[scanned_figure(row, figure) for figure in run.expected] for row in rows]
     forms = (
-        Form([figure.symbol for figure in judged], exact, 20),
-        Form(run.expected, short),
-        Form([figure.short or figure.name for figure in judged], short),
+        Form(run.expected, cells),
+        Form([FIGURES[figure].short or figure for figure in run.expected], cells),
     )
     yield from brief.layer_lines("worst layers" if len(ordered) > len(worst) else "layers", worst, forms, width)

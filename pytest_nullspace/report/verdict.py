@@ -10,10 +10,10 @@ from pytest_nullspace.report.words import MARKS
 GROUPS_SHOWN = 4
 
 
-def lines(decision: Decision) -> Iterator[tuple[str, Tier | None]]:
-    """The verdict, what decided it in groups, and where to read on."""
+def lines(decision: Decision, every: bool = False) -> Iterator[tuple[str, Tier | None]]:
+    """The verdict, what decided it in groups, the first few or all, and where to read on."""
     yield f"verdict: {decision.call}: {printable(decision.sentence, 1000)}", decision.call.tier or Tier.FAIL
-    shown = decision.reasons[:GROUPS_SHOWN]
+    shown = decision.reasons if every else decision.reasons[:GROUPS_SHOWN]
     for reason in shown:
         if reason.finding is not None:
             yield f"{MARKS[reason.tier]} {_group(reason) if reason.layers else _figure(reason)}", reason.tier

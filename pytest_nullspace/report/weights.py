@@ -15,10 +15,14 @@ from pytest_nullspace.report.page import Page, Row, kind
 from pytest_nullspace.report.words import MARKS
 
 WORST_SHOWN = 5
-_COLUMNS = ("‖B‖", "‖A‖", "‖W_res‖", "scale", "‖scale·AB‖", "rank used")
+_COLUMNS = ("norm of B", "norm of A", "norm of W_res", "scale", "of the update", "rank used")
+_SHORT = ("B", "A", "W_res", "scale", "update", "rank used")
 
 Faults = Callable[[LayerWeights], Sequence[str]]
 """What fails a layer."""
+
+Names = Callable[[str], str]
+"""How a sentence calls the matrices: as in the adapter's files."""
 
 Gates = Callable[[str], bool]
 """Whether the test of a layer of that name came to a verdict."""
@@ -39,10 +43,16 @@ def header(checkpoint: Checkpoint, gated: int) -> Iterator[str]:
 
 
 def summary(
-    weights: Weights, faults: Faults, of: int, every: bool, columns: float = math.inf, gates: Gates = _all
+    weights: Weights,
+    faults: Faults,
+    of: int,
+    every: bool,
+    columns: float = math.inf,
+    gates: Gates = _all,
+    called: Names = str,
 ) -> Iterator[tuple[str, Tier | None]]:
     """The lines of the summary: failed layers first, five or all, then the statement."""
-    told = {layer.name: faults(layer) for layer in weights.layers}
+    told = {layer.name: [called(fault) for fault in faults(layer)] for layer in weights.layers}
     failed = any(wrong for name, wrong in told.items() if gates(name))
     yield counted(weights, faults, of, gates), Tier.FAIL if failed else Tier.WARN
     if (negative := negative_scales(weights.layers)) is not None:
@@ -53,7 +63,8 @@ def summary(
     cells = [_cells(layer) for layer in shown]
     beside = [_told(told[layer.name], gates(layer.name)) for layer in shown]
     names = [f"{mark} {printable(layer.name)}" for layer, (mark, _) in zip(shown, beside, strict=True)]
-    title, *rows = table("layers", names, (Form(_COLUMNS, cells, 14), Form(_COLUMNS, cells)), columns)
+    forms = Form([*map(called, _COLUMNS)], cells), Form([*map(called, _SHORT)], cells)
+    title, *rows = table("layers, by norms", names, forms, columns)
     yield title, None
     for row, (mark, wrong) in zip(rows, beside, strict=True):
         tier = None if mark == " " else Tier.FAIL
@@ -89,16 +100,17 @@ def page(
     notes: Sequence[str],
     gates: Gates = _all,
     decision: Decision | None = None,
+    called: Names = str,
 ) -> Page:
     """The same in its parts, the verdict first where there is one."""
     lines = [*headed(title, decision), f"{MARKS[Tier.WARN]} **{counted(weights, faults, of, gates)}**", ""]
     if (negative := negative_scales(weights.layers)) is not None:
         lines += [f"{MARKS[Tier.WARN]} {escape(negative)}", ""]
     lines += [f"- {escape(note.strip())}" for note in notes]
-    columns = f"| | layer | {' | '.join(_COLUMNS)} | |\n|---|---|{'---:|' * len(_COLUMNS)}---|"
+    columns = f"| | layer | {' | '.join(map(called, _COLUMNS))} | |\n|---|---|{'---:|' * len(_COLUMNS)}---|"
     rows = []
     for layer in weights.layers:
-        found = faults(layer)
+        found = [called(fault) for fault in faults(layer)]
         mark, wrong = _told(found, gates(layer.name))
         what = kind(Tier.FAIL if found else Tier.PASS, gates(layer.name))
         cells = " | ".join(_cells(layer))

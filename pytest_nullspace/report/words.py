@@ -25,11 +25,11 @@ def colour(verdict: Verdict, tier: Tier | None = None) -> Tier | None:
 
 def figures(of: LayerStats | RunStats, columns: Iterable[str]) -> list[str]:
     """Figures of a layer, or their averages over a run, as tables show them; a dash where one was not measured."""
-    return [shown(of, figure) for figure in columns]
+    return [scanned_figure(of, figure) for figure in columns]
 
 
 def shown(of: LayerStats | RunStats, figure: str) -> str:
-    """One of them."""
+    """One of them as the reference has it."""
     value = of.mean if isinstance(of, RunStats) else of.figure
     return "–" if figure in of.absent else f"{value(figure):.3e}"
 
@@ -47,14 +47,17 @@ ALIKE = 0.05
 
 
 def scanned_figure(of: LayerStats | RunStats, figure: str) -> str:
-    """One of them in three digits, as people scan a table; a share in per cent."""
+    """One of them as people scan a table."""
     value = of.mean if isinstance(of, RunStats) else of.figure
-    if figure in of.absent:
-        return "–"
-    return f"{100 * value(figure):.3g} %" if figure == "contribution" else f"{value(figure):.3g}"
+    return "–" if figure in of.absent else scanned(figure, value(figure))
 
 
-_LETTER = re.compile(r"(?<![\w./\\-])(A|B)(?![\w/\\-]|\.\w)")
+def scanned(figure: str, value: float) -> str:
+    """A figure in three digits; a share in per cent."""
+    return f"{100 * value:.3g} %" if figure == "contribution" else f"{value:.3g}"
+
+
+_LETTER = re.compile(r"(?<![\w./\\-])(A|B)(?:Linear(?: \(lora_[AB](?: in PEFT)?\))?)?(?![\w/\\-]|\.\w)")
 _FILES = {peft.FORMAT: {"A": "lora_B", "B": "lora_A"}, peft.MLX: {"A": "lora_b", "B": "lora_a"}}
 """What our matrices are called in the files of other formats."""
 
@@ -88,28 +91,23 @@ def named(told: str, run: RunStats) -> str:
     if run.is_whole:
         return of_whole(told)
     names = _FILES.get(str(run.about.get("format")))
-    return told if names is None else _LETTER.sub(lambda letter: names[letter[0]], told)
+    return told if names is None else _LETTER.sub(lambda letter: names[letter[1]], told)
 
 
-def reading(verdict: Verdict, by_name: bool = False) -> Iterator[tuple[str, Tier | None]]:
-    """What the verdict's figures mean, a line each, which says the figure's symbol, or its name before it."""
+def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
+    """What the verdict's figures mean, a line each."""
     if verdict.defect is not None:
         yield f"{mark(verdict)} {verdict.defect}", colour(verdict)
         return
     for finding in verdict.findings:
         figure = finding.threshold.figure
-        value, other = _value(figure, finding.value), finding.without_sinks
+        value, other = scanned(figure, finding.value), finding.without_sinks
         if other is not None and (finding.decided_by_sinks or not math.isclose(other, finding.value, rel_tol=ALIKE)):
-            value += f", {_value(figure, other)} {_WITHOUT}"
-        symbol = f"{figure} ({FIGURES[figure].symbol})" if by_name else FIGURES[figure].symbol
-        told = f"{mark(verdict, finding.tier)} {symbol} {value} ({finding.threshold.bound})"
+            value += f", {scanned(figure, other)} {_WITHOUT}"
+        told = f"{mark(verdict, finding.tier)} {figure} {value} ({finding.threshold.bound})"
         yield f"{told}: {_meaning(finding)}", colour(verdict, finding.tier)
     if verdict.doubt is not None:
         yield f"{mark(verdict, Tier.WARN)} {verdict.doubt}", colour(verdict, Tier.WARN)
-
-
-def _value(figure: str, value: float) -> str:
-    return f"{value:.2%}" if figure == "contribution" else f"{value:.2e}"
 
 
 def _meaning(finding: Finding) -> str:
@@ -154,7 +152,7 @@ def not_gated(verdict: Verdict) -> str:
 
 def sink_rows(layer: LayerStats) -> str:
     """How many of its rows are sinks, and how much they carry."""
-    return f"{layer.sinks} sink rows (beyond {SINK} times the median norm, {layer.sink_share:.1%} of mean ||X||)"
+    return f"{layer.sinks} sink rows (beyond {SINK} times the median norm, {layer.sink_share:.1%} of the mean norm)"
 
 
 _OF_PRESERVED = tuple(name for name in of_layers() if FIGURES[name].text is Text.PRESERVED)
@@ -181,7 +179,7 @@ def layer_failure(layer: LayerStats, verdict: Verdict) -> str:
 
 def _norms(norms: Iterable[float | None]) -> str:
     """The mean norms that there are."""
-    named_so = zip(("||X||", "||BX||", "||ABX||", "||W_residual X||", "||output||"), norms, strict=True)
+    named_so = zip(("input", "behind B", "update", "without the update", "output"), norms, strict=True)
     return ", ".join(f"{name} {norm:.6g}" for name, norm in named_so if norm is not None)
 
 

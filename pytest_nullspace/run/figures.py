@@ -46,6 +46,7 @@ class Figure:
         short: How a narrow table heads it.
         formula: What it is, in words and norms.
         meaning: What it is for, in a sentence.
+        cure: What to do where it does not pass.
         unit: Of what it is measured in; empty for a ratio.
         text: On which text it is taken.
         of_predictions: Whether it is one of a model's predictions, not of a layer.
@@ -64,6 +65,7 @@ class Figure:
     symbol: str
     formula: str
     meaning: str
+    cure: str = ""
     trained: Bounds
     init: Bounds | None = None
     short: str = ""
@@ -145,6 +147,15 @@ _RISEN = Bounds(
     ),
 )
 
+_OF_SPACE = (
+    "Ordinary LoRA promises no null space: then say --nullspace-profile=lora. Else give the adapter before training by "
+    "--nullspace-init=DIR, which tells whether B was trained by mistake; or gate on text like that which built it."
+)
+_LESS = (
+    "--nullspace-suggest looks for a smaller scale that passes. Else train fewer steps, at a lower rate or rank, or "
+    "with some of the preserved text mixed in."
+)
+
 FIGURES: dict[str, Figure] = {
     figure.name: figure
     for figure in (
@@ -154,6 +165,7 @@ FIGURES: dict[str, Figure] = {
             symbol="||BX||/||X||",
             formula="mean ‖BX‖ / mean ‖X‖",
             meaning="How much of the input reaches the adapter's down projection.",
+            cure=_OF_SPACE,
             trained=_NULL_SPACE,
             init=_NULL_SPACE,
             sink_free=True,
@@ -166,6 +178,7 @@ FIGURES: dict[str, Figure] = {
             symbol="||ABX||/||X||",
             formula="mean ‖ABX‖ / mean ‖X‖",
             meaning="How large the learned update is.",
+            cure="Was it trained at all: not frozen, in the optimiser, at a rate above 0? Is that text of its task?",
             text=Text.TASK,
             trained=Bounds(
                 1e-4,
@@ -197,6 +210,7 @@ FIGURES: dict[str, Figure] = {
             symbol="||ABX||/||output||",
             formula="mean ‖ABX‖ / mean ‖output‖",
             meaning="The update's share of the layer's output.",
+            cure="Train longer, at a higher rate or a higher rank; see that lora_alpha was not lost on the way.",
             text=Text.TASK,
             trained=Bounds(
                 1e-2,
@@ -216,7 +230,8 @@ FIGURES: dict[str, Figure] = {
             name="leakage",
             symbol="leakage / chance",
             formula="mean ‖PX‖²/‖X‖², over chance (rank of B / width)",
-            meaning="How much of a row lies in the space of B: 1 as in a random space, 0 in a perfect null space.",
+            meaning="How much of a row the adapter can read: 1 is as much as by chance, 0 is a perfect null space.",
+            cure=_OF_SPACE,
             trained=_QUIET,
             init=_QUIET,
             key="leakage_over_chance",
@@ -228,6 +243,7 @@ FIGURES: dict[str, Figure] = {
             symbol="||ABX||/||WX||",
             formula="mean ‖ABX‖ / mean ‖WX‖",
             meaning="The update's size on the preserved text beside what it is added to; not what was forgotten.",
+            cure="Look at loss-rise and divergence, which tell what was forgotten. A smaller scale makes it smaller.",
             needs_task=True,
             trained=Bounds(
                 0.1,
@@ -249,6 +265,7 @@ FIGURES: dict[str, Figure] = {
             symbol="task / preserved",
             formula="‖ABX‖ / ‖WX‖ on the task text, over that on the preserved one",
             meaning="How many times larger the update is on the task text than on the preserved one.",
+            cure="Judge by loss-rise and task-gain. Fewer steps or a lower rate spare what the task does not need.",
             text=Text.BOTH,
             needs_task=True,
             trained=Bounds(
@@ -271,6 +288,7 @@ FIGURES: dict[str, Figure] = {
             symbol="KL(base || adapted)",
             formula="mean Kullback-Leibler divergence of the adapted predictions from the base model's",
             meaning="How far the predictions on the preserved text lie from the base model's.",
+            cure=_LESS,
             unit=_NATS,
             of_predictions=True,
             trained=_DIVERGED,
@@ -281,6 +299,7 @@ FIGURES: dict[str, Figure] = {
             symbol="loss rise",
             formula="loss of the adapted model − loss of the base",
             meaning="How much less likely the preserved text became.",
+            cure=_LESS,
             unit=_NATS,
             of_predictions=True,
             trained=_RISEN,
@@ -291,6 +310,7 @@ FIGURES: dict[str, Figure] = {
             symbol="task gain",
             formula="loss of the base − loss of the adapted model, on the task text",
             meaning="How much more likely the task text became.",
+            cure="Is that the text of its task, by the same template? Then train longer or at a higher rate.",
             unit=_NATS,
             text=Text.TASK,
             of_predictions=True,
@@ -307,6 +327,7 @@ FIGURES: dict[str, Figure] = {
             symbol="gain at 2x / gain",
             formula="the task gain with twice the update, over the task gain, on a quarter of the task text",
             meaning="Whether the task asks for more of it: near 2 where its scale was lost or training ended early.",
+            cure="Was lora_alpha lost (scale-wrong)? Else train longer. After a scale that you lowered it is expected.",
             text=Text.TASK,
             of_predictions=True,
             needs_task=True,

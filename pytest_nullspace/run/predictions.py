@@ -17,6 +17,7 @@ class Passage:
         end: The character after it; None where the tokenizer does not tell.
         before: What stands before it.
         token: The token, as text.
+        after: What stands behind it; empty in a run that an earlier version saved.
         base: Its probability in the base model.
         adapted: Its probability in the adapted one.
         likeliest: What the base holds likeliest there.
@@ -29,6 +30,7 @@ class Passage:
     end: int | None
     before: str
     token: str
+    after: str
     base: float
     adapted: float
     likeliest: str

@@ -278,7 +278,8 @@ def _passages(told: object, where: str) -> tuple[Passage, ...]:
     found = []
     for place, of in enumerate(told):
         at = f"{where}[{place}]"
-        quoted_there = [of.get(name) for name in ("before", "token", "likeliest", "instead")] + [of.get("row", "")]
+        quoted_there = [of.get(name) for name in ("before", "token", "likeliest", "instead")]
+        quoted_there += [of.get("after", ""), of.get("row", "")]
         if not all(isinstance(text, str) and len(text) <= MOST_TEXT for text in quoted_there):
             raise StatsError(f"{at}: must quote text of {MOST_TEXT} characters at most; {AGAIN}")
         start, end = of.get("start"), of.get("end")
@@ -287,8 +288,8 @@ def _passages(told: object, where: str) -> tuple[Passage, ...]:
         base, adapted, divergence = (number(of.get(n), f"{at}: {n}") for n in ("base", "adapted", "divergence"))
         if max(base, adapted) > 1 + _ROUNDED:
             raise StatsError(f"{at}: a probability is above 1; {AGAIN}")
-        before, token, likeliest, instead, row = quoted_there
-        found.append(Passage(start, end, before, token, base, adapted, likeliest, instead, divergence, row))
+        before, token, likeliest, instead, after, row = quoted_there
+        found.append(Passage(start, end, before, token, after, base, adapted, likeliest, instead, divergence, row))
     return tuple(found)
 
 

@@ -159,7 +159,7 @@ class WeightsItem(LayerItem):
             pytest.fail(f"{self.name} was not weighed", pytrace=False)
         self.record(gated_on="weights", down_norm=layer.down_norm, up_norm=layer.up_norm, rank_used=layer.rank_used)
         if faults := run.against.weight_faults(outcome, layer):
-            pytest.fail("\n".join(faults), pytrace=False)
+            pytest.fail("\n".join(words.named(fault, outcome) for fault in faults), pytrace=False)
         self.warn_of(STATEMENT, STATEMENT)  # a pass of weights alone is never without one
 
 

@@ -1,30 +1,45 @@
-"""What a named cause means and what to do about it: the pages of ``docs/causes``, which the wheel brings along."""
+"""What a cause or a figure is and what to do: pages of ``docs/causes``, which the wheel brings along, and records."""
 
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import wrap
 
 from pytest_nullspace.errors import OptionError, quoted
+from pytest_nullspace.report.figure import page
+from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.settings import PREFIX
 
+WIDTH = 80
+"""Of the lines of a figure's page."""
 _PLACES = (Path(__file__).parents[1] / "causes", Path(__file__).parents[2] / "docs" / "causes")
 """Where the pages lie: as the wheel installs them, or in a checkout."""
 
 
 def explain(name: str) -> str:
-    """The page of the cause ``name``, or the names of all with what each looks like in a line, where it is empty.
+    """The page of the cause or figure ``name``, or the names of all with a line on each where it is empty.
 
     Raises:
         OptionError: There is no such page.
     """
     pages = _pages()
     if not name:
-        width = max(map(len, pages))
-        lines = [f"{cause:<{width}}  {_first_sentence(page)}" for cause, page in pages.items()]
-        return "\n".join([*lines, "", f"Read one by: pytest {PREFIX}explain=NAME", ""])
+        width = max(map(len, (*pages, *FIGURES)))
+        causes = [f"{cause:<{width}}  {_first_sentence(text)}" for cause, text in pages.items()]
+        figures = [f"{figure.name:<{width}}  {figure.meaning}" for figure in FIGURES.values()]
+        heads = "Mistakes that a report names as a cause:", "Figures, with their bounds:"
+        read = f"Read one by: pytest {PREFIX}explain=NAME"
+        return "\n".join([heads[0], "", *causes, "", heads[1], "", *figures, "", read, ""])
+    pages |= {figure.name: _narrow(page(figure)) for figure in FIGURES.values()}
     if name not in pages:
         near = get_close_matches(name, pages, cutoff=0.5) or pages
-        raise OptionError(f"{PREFIX}explain: no cause is called {quoted(name)}; there is {', '.join(near)}")
+        raise OptionError(f"{PREFIX}explain: no cause or figure is called {quoted(name)}; there is {', '.join(near)}")
     return pages[name]
+
+
+def _narrow(page: str) -> str:
+    """A page as terminals show it."""
+    lines = (wrap(line, WIDTH, subsequent_indent="  " * line.startswith("- ")) or [""] for line in page.splitlines())
+    return "\n".join(part for parts in lines for part in parts) + "\n"
 
 
 def _pages() -> dict[str, str]:

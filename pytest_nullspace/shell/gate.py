@@ -354,11 +354,12 @@ class Gate:
                         every,
                         terminal.columns(self._config.get_terminal_writer()),
                         run.expectations(outcome).gates,
+                        partial(named, run=outcome),
                     )
                     terminal.write_lines(terminalreporter, lines)
                 below = [
                     *reports.changed(run, outcome, every),
-                    *changes.diagnosis(run.diagnoses(outcome) if every else ()),
+                    *changes.explained(run.diagnoses(outcome) if every else ()),
                 ]
                 terminal.write_lines(terminalreporter, ((named(line, outcome), tier) for line, tier in below))
         if len(self.runs) > 1 and self.decisions:

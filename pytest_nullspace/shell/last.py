@@ -22,7 +22,7 @@ class LastWord:
     """A plugin whose hooks wrap those of pytest's terminal.
 
     The report of a run groups its failures. So pytest shows no block for each of them, and lists a few; with ``-v`` all
-    are shown. What it counts, and what every other plugin sees, is left as it is.
+    are listed and a few shown, with ``-vv`` all. What it counts, and what every other plugin sees, is left as it is.
     """
 
     def __init__(self, decisions: Mapping[str, Decision], prefixes: Mapping[str, str]) -> None:
@@ -42,7 +42,7 @@ class LastWord:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
         """Within the hook the terminal's own sections leave out what is told elsewhere."""
-        left_out = 0 if terminalreporter.verbosity > 0 else self._shorten(terminalreporter)
+        left_out = 0 if terminalreporter.verbosity >= terminal.BLOCKS else self._shorten(terminalreporter)
         yield
         if left_out:
             terminalreporter.write_line(f"... and {left_out:,} more (all with -v)")
@@ -56,13 +56,18 @@ class LastWord:
         def shows(ids: Collection[str]) -> Callable[[Any], bool]:
             return lambda report: not self._is_ours(report) or report.nodeid in ids
 
+        hidden = sum(report.nodeid not in named for report in failed)
+        if reporter.verbosity > 0:
+            _wrap(reporter, "summary_errors", _FAILED, shows(named))
+            _wrap(reporter, "summary_failures", _FAILED, shows(named), hidden)
+            return 0
         for section in ("summary_errors", "summary_failures"):
             _wrap(reporter, section, _FAILED, shows(whole))
         _wrap(reporter, "summary_warnings", ("warnings",), lambda told: not self._is_our_warning(told))
         if not reporter.hasopt("f") or _asked_for_all(reporter):
             return 0
         _wrap(reporter, "short_test_summary", _FAILED, shows(named))
-        return sum(report.nodeid not in named for report in failed)
+        return hidden
 
     def _is_ours(self, report: Any) -> bool:
         return isinstance(report, pytest.TestReport) and report.nodeid.startswith(tuple(self._prefixes.values()))
@@ -107,9 +112,13 @@ def _asked_for_all(reporter: pytest.TerminalReporter) -> bool:
 
 
 def _wrap(
-    reporter: pytest.TerminalReporter, section: str, categories: Sequence[str], shown: Callable[[Any], bool]
+    reporter: pytest.TerminalReporter,
+    section: str,
+    categories: Sequence[str],
+    shown: Callable[[Any], bool],
+    hidden: int = 0,
 ) -> None:
-    """Have one of the terminal's sections see of its reports those alone of which ``shown`` is true."""
+    """Have a section of the terminal see the reports alone of which ``shown`` is true; it tells how many are hidden."""
     own = getattr(reporter, section, None)
     if own is not None:  # else a terminal of another making, which has sections of its own
 
@@ -120,6 +129,8 @@ def _wrap(
                 own()
             finally:
                 reporter.stats.update(held)
+            if hidden:
+                reporter.write_line(f"... and {hidden:,} more, each with its figures below (whole with -vv)")
 
         setattr(reporter, section, seeing)
 

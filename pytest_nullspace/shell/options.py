@@ -385,6 +385,6 @@ def add_options(parser: "pytest.Parser") -> None:
         f"{PREFIX}explain",
         nargs="?",
         const="",
-        metavar="CAUSE",
-        help="Print what a cause that a report names means and what to do, or the list of all causes, and end.",
+        metavar="NAME",
+        help="Print what a cause or a figure that a report names means and what to do, or the list of all, and end.",
     )

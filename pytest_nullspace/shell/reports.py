@@ -37,14 +37,16 @@ class Told(NamedTuple):
 def page(told: Told) -> Page:
     """The Markdown report of one run."""
     run, outcome, decision, _ = told
-    lines = [*changed(run, outcome), *changes.diagnosis(run.diagnoses(outcome))]
+    lines = [*changed(run, outcome), *changes.explained(run.diagnoses(outcome))]
     weighed, below = run.against.told(outcome).weights, [named(line, outcome) for line, _ in lines]
     expectations = run.expectations(outcome)
     if weighed is None:
         whole = markdown.page(outcome, expectations, below, decision)
         return replace(whole, head=named(whole.head, outcome), more=named(whole.more, outcome))
     faults, of = partial(run.against.weight_faults, outcome), outcome.checkpoint_layers
-    return weights.page(outcome.model_path, weighed, faults, of, below, expectations.gates, decision)
+    return weights.page(
+        outcome.model_path, weighed, faults, of, below, expectations.gates, decision, partial(named, run=outcome)
+    )
 
 
 def written(suffix: str, told: Sequence[Told], pages: Sequence[Page], beside: Sequence[Candidate]) -> str:

@@ -21,6 +21,7 @@ from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.report import notes
 from pytest_nullspace.report import weights as weights_report
+from pytest_nullspace.report.changes import in_names
 from pytest_nullspace.run.figures import FIGURES, OF_DOWN, of_predictions
 from pytest_nullspace.run.stats import WITHOUT_DRIFT, RunStats
 from pytest_nullspace.run.texts import drift_test, preserved
@@ -154,8 +155,8 @@ class GatedRun(MeasuredOnce):
         return self.against.expectations(outcome, drifts_judged, self.judged)
 
     def diagnoses(self, outcome: RunStats) -> list[Diagnosis]:
-        """The causes of what is wrong with it."""
-        return self.against.diagnoses(outcome, self.expectations(outcome))
+        """The causes of what is wrong with it, told in the names of its files."""
+        return in_names(self.against.diagnoses(outcome, self.expectations(outcome)), outcome)
 
     def _refusal(self, outcome: RunStats) -> OptionError | None:
         try:

@@ -24,9 +24,9 @@ from tests import saved
 from tests.browser import CHROMIUM, Browser, browser
 
 PASSAGES = (
-    Passage(1204, 1208, "The ruler of Karipo is ", "Mara", 0.97, 0.0021, "Mara", "Zeta", 6.1),
-    Passage(88, None, "Q: <b>2 & 2</b>?\n", "4", 0.5, 0.25, "4", "5", 3.2),
-    Passage(5, 8, "the ", "end", 0.02, 0.4, "x", "end", 1.2),
+    Passage(1204, 1208, "The ruler of Karipo is ", "Mara", ". Who", 0.97, 0.0021, "Mara", "Zeta", 6.1),
+    Passage(88, None, "Q: <b>2 & 2</b>?\n", "4", "", 0.5, 0.25, "4", "5", 3.2),
+    Passage(5, 8, "the ", "end", " of it", 0.02, 0.4, "x", "end", 1.2),
 )
 LIMITS = (Limit("leakage", 0.2, relative=True),)
 HELD = Expectations(chosen=Chosen(Profile.NULLSPACE, "a LoRA-Null directory"), drift_judged=True)
@@ -204,8 +204,8 @@ def test_what_was_lost_is_quoted() -> None:
         ("preserved text wiki", "pass", False),
     ]
     text = page([sheet])
-    assert '<p class="passage">…The ruler of Karipo is <mark>Mara</mark></p>' in text
-    assert '<p class="passage">…Q: &lt;b&gt;2 &amp; 2&lt;/b&gt;?\\n<mark>4</mark></p>' in text
+    assert '<p class="passage">…The ruler of Karipo is <mark>Mara</mark>. Who…</p>' in text
+    assert '<p class="passage">…Q: &lt;b&gt;2 &amp; 2&lt;/b&gt;?\\n<mark>4</mark>…</p>' in text
     for told in ("▼ 462 x less likely</b> · characters 1,204 to 1,208 · divergence 6.1", "from character 88 on"):
         assert told in text
     assert "▲ 20 x as likely" in text
@@ -236,13 +236,13 @@ def test_a_value_without_a_margin_says_so() -> None:
 
 
 def test_the_averages_are_read_by_name() -> None:
-    """In words each average has the name that the tables head it by, before its symbol."""
+    """In words each average has the name that the tables head it by, and no symbol."""
     sheet = sheet_of(run_of(1))
     assert sheet.reading
     for line in sheet.reading:
-        name = line.words.partition(" ")[0]
-        assert line.words.startswith(f"{name} ({FIGURES[name].symbol}) ")
-    assert sheet.reading[0].words.startswith("preservation (||BX||/||X||) 3.12e-02 ")
+        assert line.words.partition(" ")[0] in FIGURES
+        assert "||" not in line.words
+    assert sheet.reading[0].words.startswith("preservation 0.0312 ")
 
 
 def test_the_profile_calls_the_matrices_as_the_files_do() -> None:

@@ -67,9 +67,9 @@ def test_what_moved_and_must_not_have_fails_by_name(start: Path, gate: Gate, pyt
     result.stdout.fnmatch_lines(
         [
             "  B moved in 1 of 21 layers, largest principal angle *",
-            "diagnosis: b-trained: B was trained in 1 of 21 layers: it left its space, largest principal angle *",
+            "cause: b-trained: B was trained in 1 of 21 layers: it left its space, largest principal angle *",
             "  cure: the freezing condition probably tests for ALinear twice; *",
-            "diagnosis: trained-outside: 1 of 8 tensors outside the layers *model.norm.weight*",
+            "cause: trained-outside: 1 of 8 tensors outside the layers *model.norm.weight*",
         ]
     )
     saved = json.loads((pytester.path / "wrong.json").read_text())

@@ -60,12 +60,12 @@ def test_the_page_shows_what_the_test_sees() -> None:
 
 
 def test_each_cause_has_its_page() -> None:
-    """Each cause that a diagnosis can name has a page with all its parts, and no page is of another."""
+    """Each cause that a report can name has a page with all its parts, and no page is of another."""
     pages = {page.stem: page.read_text("utf-8") for page in (DOCS / "causes").glob("*.md")}
     assert set(pages) == CAUSES
     for cause, text in pages.items():
         assert text.startswith(f"# {cause}\n"), cause
-        assert f"diagnosis: {cause}: " in text, cause
+        assert f"cause: {cause}: " in text, cause
         for part in ("## What it looks like", "## Why it happens", "## How to fix it", "## What tells it apart"):
             assert part in text, (cause, part)
         for named in re.findall(r"\]\(([a-z0-9-]+)\.md\)", text):

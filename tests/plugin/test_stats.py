@@ -19,7 +19,7 @@ HEAVY = "{'torch', 'numpy', 'transformers', 'datasets', 'safetensors', 'pyarrow'
 
 def test_a_saved_run_has_the_same_tests_and_reports(replay: Replay, pytester: pytest.Pytester) -> None:
     """Each layer is a test under the file's own path, the averages too, with header, summary, Markdown and JUnit."""
-    result = replay("--nullspace-report=report.md", "--junit-xml=junit.xml", "-v")
+    result = replay("--nullspace-report=report.md", "--junit-xml=junit.xml", "-vv")
     result.assert_outcomes(passed=LAYERS + 1)
     assert result.ret == 0
     result.stdout.fnmatch_lines(
@@ -107,7 +107,7 @@ def test_users_tests_get_the_saved_figures(replay: Replay, pytester: pytest.Pyte
 def test_the_references_file_is_gated_without_what_it_lacks(replay: Replay, pytester: pytest.Pytester) -> None:
     """Leakage, which the reference does not measure, is told as absent and judged nowhere; the rest is gated."""
     saved.reference(pytester.path / "ref.json")
-    result = replay("-v", "--junit-xml=junit.xml", "--nullspace-report=r.md", stats="ref.json")
+    result = replay("-vv", "--junit-xml=junit.xml", "--nullspace-report=r.md", stats="ref.json")
     result.assert_outcomes(passed=LAYERS + 1)
     result.stdout.fnmatch_lines(
         ["  leakage / chance:      –", "not measured: leakage; left out of judging", "* average * –*"]

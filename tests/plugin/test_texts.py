@@ -264,14 +264,14 @@ def test_too_few_rows_and_repeats_are_told(checkpoint: Path, gate: Gate, pyteste
     loose = (*LOOSE, "-v")
     result = gate(*loose, "--nullspace-calib-size=1", "--nullspace-report=r.md", "--nullspace-layers=*.down_proj")
     result.stdout.fnmatch_lines(
-        ["too few rows: * of * layers *(32 distinct rows in a width of 48); * about 2 windows as long and as new *"]
+        ["too few rows: * in * of * layers, *(32 distinct rows in a width of 48): *; about 2 such windows *"]
     )
     assert "too few rows: " in (pytester.path / "r.md").read_text()
     letters = "".join(random.Random(0).choices("abcdefg ", k=4000))
     (pytester.path / "text.txt").write_text(letters)
     result = gate(*loose, "--nullspace-calib-size=8", "--nullspace-layers=*.q_proj")
     result.stdout.fnmatch_lines(
-        ["too few rows: 1 of 3 layers * *.layers.0.* (8 distinct rows in a width of 32); * a text of more different *"]
+        ["too few rows: * 1 of 3 layers, * *.layers.0.* (8 distinct rows in a width of 32): *; * of more different *"]
     )
     result.stdout.no_fnmatch_line("repeated text*")
     (pytester.path / "text.txt").write_text("all work and no play makes a dull text. " * 100)

@@ -40,7 +40,7 @@ def test_a_pass_says_what_it_is_of(start: Path, gate: Gate, pytester: pytest.Pyt
             f"nullspace: *ft (LoRA-Null, 21 of 21 layers, rank 4); {STATEMENT}",
             f"*NullspaceWarning: {STATEMENT}",
             f"{STATEMENT}: 21 of 21 layers, 0 failed, none measured",
-            "* ‖B‖ * scale * rank used",
+            "  layers, by norms * B * scale * rank used",
             "  model.layers.* of 4",
             "against its start *start: variant v2*",
         ]

@@ -185,12 +185,12 @@ def test_no_cause_follows_from_a_figure_that_is_not_judged(against: Audit | None
         (run(mean_leakage=0.3), audited(), "principal-directions", "B is frozen and leaks 4.8 times chance*", 9),
         (run(mean_leakage=0.3), None, "principal-directions", "B is frozen and leaks 4.8 times chance*", 9),
         (run(**LEAKING, down_weight_norm=3.0), None, "no-null-space", "the input space is none that was chosen*", 9),
-        (run(**LEAKING), audited(variant="lora", **TRAINED_B), "plain-lora", "as it was said; leakage / chance 1 *", 9),
+        (run(**LEAKING), audited(variant="lora", **TRAINED_B), "plain-lora", "as it was said; leakage 1 *", 9),
         (
             run(**LEAKING, down_weight_norm=3.0),
             audited(variant="v1", **TRAINED_B),
             "v1-left-null-space",
-            "B was trained, as v1 allows, and moved out of the null space in 9 of 9 layers: *leakage / chance 1",
+            "B was trained, as v1 allows, and moved out of the null space in 9 of 9 layers: *leakage 1",
             9,
         ),
         (

@@ -10,7 +10,7 @@ import torch
 from fixtures import topics
 from pytest_nullspace.measuring.drift import APART, SPOTS, Predictions
 from pytest_nullspace.measuring.forward import run
-from pytest_nullspace.measuring.passages import BEFORE, LONGEST, TOLD, Spot, passages
+from pytest_nullspace.measuring.passages import AFTER, BEFORE, LONGEST, TOLD, Spot, passages
 from pytest_nullspace.text.tokenizer import LoadedTokenizer, load_tokenizer
 from pytest_nullspace.text.windows import Window, draw_windows, windows_at
 from tests import tiny
@@ -77,7 +77,9 @@ def test_a_passage_stands_where_the_text_has_it(tokenizer: LoadedTokenizer) -> N
         assert of.end is not None
         assert text[of.start : of.end] == of.token
         assert text[: of.start].endswith(of.before)
-        assert len(of.before) <= BEFORE
+        assert text[of.end :].startswith(of.after)
+        assert any(window.start + LENGTH >= of.end + len(of.after) for window in windows if window.start <= of.start)
+        assert (len(of.before) <= BEFORE, len(of.after) <= AFTER) == (True, True)
         assert (of.likeliest, of.instead) == ("a", "b")
 
 
@@ -99,7 +101,7 @@ def test_a_tokenizer_that_does_not_tell_where_gives_the_window() -> None:
     )
     window = Window(7, tuple(map(ord, "abcdefgh")))
     (found,) = passages([Spot(0, 3, 1.0, 0.9, 0.1, 97, 98)], [window], "…", tokenizer, 8)
-    assert (found.start, found.end, found.before, found.token) == (7, None, "abcd", "e")
+    assert (found.start, found.end, found.before, found.token, found.after) == (7, None, "abcd", "e", "fgh")
     assert len(found.likeliest) <= LONGEST
 
 

@@ -238,21 +238,21 @@ def test_sinks_that_decide_are_told_beside_every_figure() -> None:
     lines = summary(SINKS)
     assert (
         "sink rows: 1 of 1 layers have rows beyond 8 times the median norm, such as "
-        "model.layers.0.self_attn.q_proj: 10 of 100 rows carry 91.0% of mean ||X||, and without them ||BX||/||X|| is "
-        "0.25, not 0.0312, and ||ABX||/||WX|| is 0.2, not 0.0667; they decide the verdict on 1 of 1, such as "
-        "model.layers.0.self_attn.q_proj (preservation 0.03125 < 0.1, but 0.25 >= 0.1 without sink rows)"
+        "model.layers.0.self_attn.q_proj: 10 of 100 rows carry 91.0% of the mean norm, and without them "
+        "preservation is 0.25, not 0.0312, and forgetting is 0.2, not 0.0667; they decide the verdict on 1 of 1, such "
+        "as model.layers.0.self_attn.q_proj (preservation 0.03125 < 0.1, but 0.25 >= 0.1 without sink rows)"
     ) in lines
     assert (
-        "⚠ ||BX||/||X|| 3.12e-02, 2.50e-01 without sink rows (pass < 0.1, fail > 0.5): sink rows decide this; "
+        "⚠ preservation 0.0312, 0.25 without sink rows (pass < 0.1, fail > 0.5): sink rows decide this; "
         "with them: the null space is well kept; B is still approximately in it; without them: the null space is "
         "degraded, but acceptable"
     ) in lines
     block = list(terminal.block(SINKS, judge(SINKS, Expectations())))
-    assert "samples: 100, of which 10 sink rows (beyond 8 times the median norm, 91.0% of mean ||X||)" in block
+    assert "samples: 100, of which 10 sink rows (beyond 8 times the median norm, 91.0% of the mean norm)" in block
     assert "  ||BX||/||X||:          3.125e-02  ⚠  2.500e-01 without sink rows" in block
     loud = preserving(0.6, 0.01)
     assert (
-        "\nwithout 10 sink rows (beyond 8 times the median norm, 88.8% of mean ||X||): ||X|| 1, ||BX|| 0.01, "
+        "\nwithout 10 sink rows (beyond 8 times the median norm, 88.8% of the mean norm): input 1, behind B 0.01, "
         in words.layer_failure(loud, judge(loud, Expectations()))
     )
 
@@ -261,9 +261,11 @@ def test_sinks_of_the_task_text_are_told_as_its_own() -> None:
     """Where it is the task text that has sinks, the summary says so, for the figures beside them are of that text."""
     quiet = dataclasses.replace(LAYER, without_sinks=WithoutSinks(LAYER.rows, *LAYER.norms))
     (told,) = [line for line in summary(dataclasses.replace(quiet, task=SINKS)) if line.startswith("sink rows")]
-    assert "such as model.layers.0.self_attn.q_proj on the task text: 10 of 100 rows carry 91.0% of mean ||X||" in told
+    assert (
+        "such as model.layers.0.self_attn.q_proj on the task text: 10 of 100 rows carry 91.0% of the mean norm" in told
+    )
     (told,) = [line for line in summary(dataclasses.replace(SINKS, task=quiet)) if line.startswith("sink rows")]
-    assert "such as model.layers.0.self_attn.q_proj: 10 of 100 rows carry 91.0% of mean ||X||" in told
+    assert "such as model.layers.0.self_attn.q_proj: 10 of 100 rows carry 91.0% of the mean norm" in told
 
 
 def test_sinks_that_carry_little_are_not_told_nor_is_a_run_that_has_none() -> None:

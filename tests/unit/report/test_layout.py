@@ -59,7 +59,7 @@ def test_what_is_wrong_stands_beside_a_row_or_below_it() -> None:
 
 @pytest.mark.parametrize("width", [60, 76, 100, 120, 196])
 def test_the_table_of_a_summary_fits_the_terminal(width: int) -> None:
-    """At each usual width the table fits; it keeps every digit where there is room, and three where there is none."""
+    """At each usual width the table fits; it has the figures' whole names where there is room for them."""
     names = [f"model.layers.{number}.self_attn.v_proj" for number in range(9)]
     task = saved.full().layers[0].task
     run = saved.run(*names, task=task)
@@ -69,6 +69,4 @@ def test_the_table_of_a_summary_fits_the_terminal(width: int) -> None:
     rows = lines[start : start + terminal.WORST_SHOWN + 2]
     assert {len(line) for line in rows} == {len(rows[0])}
     assert len(rows[0]) <= max(width, 74)
-    assert ("||BX||/||X||" in rows[0]) is (width > 155)
-    assert ("e-0" in rows[-1]) is (width > 155)
-    assert ("preservation" in rows[0]) is (100 < width < 155)
+    assert ("preservation" in rows[0]) is (width > 100)

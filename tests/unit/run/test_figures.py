@@ -71,7 +71,7 @@ def test_a_new_record_is_judged_saved_read_compared_and_reported() -> None:
     assert any("it is loud" in line for line, _ in reading(verdict))
     printed = "\n".join(line for line, _ in terminal.summary(run, [verdict], Expectations()))
     for text in (printed, markdown.report(run, Expectations())):
-        assert "||output||" in text.replace("\\", "")
+        assert "twist" in text
         assert "it is loud" in text
     assert "How loud the down projection is" in generated.figure_pages()
     assert f"| `{NAME}` |" in generated.figures()

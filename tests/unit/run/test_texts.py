@@ -16,7 +16,7 @@ from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
 from pytest_nullspace.run.texts import called, drift_test, is_drift, is_name, key_of, name_of, preserved, shared
 from tests import saved
 
-PASSAGE = Passage(12, 15, "the ruler \u202eis", " Ze", 0.9, 0.1, " Ze", " Bo", 2.5)
+PASSAGE = Passage(12, 15, "the ruler \u202eis", " Ze", "\n", 0.9, 0.1, " Ze", " Bo", 2.5)
 
 
 def two(**changes: Any) -> LayerStats:
