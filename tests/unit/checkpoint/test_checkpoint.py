@@ -288,8 +288,8 @@ def test_a_missing_unreadable_or_huge_json_file_is_refused(tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match="the config cannot be read"):
         read_json_object(tmp_path, "the config")
     with (tmp_path / "huge.json").open("wb") as huge:
-        huge.truncate(10**12)
-    with pytest.raises(CheckpointError, match="1,000,000,000,000 bytes; at most 100,000,000 are read"):
+        huge.truncate(10**8 + 1)  # no larger, for not every file system takes a hole of any size
+    with pytest.raises(CheckpointError, match="100,000,001 bytes; at most 100,000,000 are read"):
         read_json_object(tmp_path / "huge.json", "the config")
 
 
@@ -707,8 +707,8 @@ def test_a_layer_name_that_breaks_a_node_id_is_refused(tmp_path: Path) -> None:
 
 
 def test_opening_a_checkpoint_reads_no_weight(sound: Path, tmp_path: Path) -> None:
-    """Only headers are read: a file whose data are a hole in the disk, terabytes wide, opens at once."""
-    rows = 2**30
+    """Only headers are read: a file whose data are a hole in the disk, gigabytes wide, opens at once."""
+    rows = 2**28
     parts = {f"{Q}.BLinear.weight": [1, 2], f"{Q}.ALinear.weight": [rows, 1], f"{Q}.weight_residual": [rows, 2]}
     header, at = {}, 0
     for name, shape in parts.items():
