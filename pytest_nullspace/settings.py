@@ -85,6 +85,7 @@ class Settings:
         card: Whether the result is written into each adapter's model card.
         serve: The servers that are to take each adapter.
         attest: Where a statement of the result is written.
+        merge: The types in which a merge is to keep the update.
     """
 
     models: tuple[Path | str, ...]
@@ -111,6 +112,7 @@ class Settings:
     card: bool = False
     serve: "tuple[Asked, ...]" = ()
     attest: Path | None = None
+    merge: tuple[str, ...] = ()
     drift: bool | None = False
     spectrum: bool = False
     suggest: bool = False

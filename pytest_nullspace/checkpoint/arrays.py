@@ -62,6 +62,33 @@ def read_tensor(info: TensorInfo) -> "Array":
     return _floats(_raw(info), info.dtype).reshape(info.shape)
 
 
+def rows_of(info: TensorInfo, rows: slice, *, turned: bool = False) -> "Array":
+    """Some rows of a matrix in float64, or with ``turned`` of its transpose; the rest of its file is not read."""
+    import numpy as np
+
+    held = _raw(info).view(_DTYPES[info.dtype]).reshape(info.shape)
+    part = np.ascontiguousarray((held.T if turned else held)[rows])
+    return _floats(part.view(np.uint8).reshape(-1), info.dtype).reshape(part.shape)
+
+
+def triangle(info: TensorInfo, *, turned: bool = False) -> "Array":
+    """The triangle R of a QR decomposition of a tall matrix or, ``turned``, of its transpose, some rows at a time.
+
+    It has the norm and the singular values of the matrix, and is no number where that holds one that is none.
+    """
+    import numpy as np
+
+    rows, columns = info.shape[::-1] if turned else info.shape
+    found: Array = np.zeros((0, columns))
+    step = max(_CHUNK // 16 // columns, columns)
+    for first in range(0, rows, step):
+        part = rows_of(info, slice(first, first + step), turned=turned)
+        stacked = np.concatenate((found, part))
+        root: Any = np.linalg.qr(stacked, mode="r")
+        found = root if np.isfinite(stacked).all() else np.full((columns, columns), np.nan)
+    return found
+
+
 ORTHONORMAL = 1e-2
 """How far ``B Bᵀ`` may lie from the identity, in any element; half precision rounds."""
 

@@ -20,7 +20,7 @@ CONFIG_FILE = "config.json"
 FORMAT = "whole model"
 WEIGHT = ".weight"
 
-_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """The architectures whose linear layers hold their weight as ``(in, out)``."""
 _ROWS = re.compile(r"embed|(^|\.)(wte|wpe|shared|lm_head)$|relative_attention_bias")
 """In the names of matrices that have a row for each token or place."""
@@ -185,7 +185,7 @@ def _layer(now: TensorInfo, before: TensorInfo, config: Mapping[str, Any], rank:
                 f"{tensor.file}: tensor {printable(tensor.name)} is {tensor.dtype}, not a floating point type whose "
                 "change could be measured; give the model in float32, bfloat16 or float16"
             )
-    out_features, in_features = now.shape if config.get("model_type") not in _TRANSPOSED else now.shape[::-1]
+    out_features, in_features = now.shape if config.get("model_type") not in TRANSPOSED else now.shape[::-1]
     if rank > min(now.shape):
         raise CheckpointError(
             f"{PREFIX}rank: {rank} is above what {printable(now.name)}, {list(now.shape)}, can have; give a smaller one"

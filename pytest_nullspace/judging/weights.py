@@ -10,11 +10,13 @@ from functools import cached_property
 from typing import Any
 
 from pytest_nullspace.checkpoint import Checkpoint, lora_null
-from pytest_nullspace.checkpoint.arrays import norm, read_tensor
+from pytest_nullspace.checkpoint.arrays import norm, read_tensor, triangle
 from pytest_nullspace.errors import StatsError
 from pytest_nullspace.judging.audit import places
 from pytest_nullspace.run.stats import SCALE_ZERO
 
+EQUAL = 1e-6
+"""The share of the largest singular value within which all are taken for equal."""
 STATEMENT = "gated on weights, activations not measured"
 """What every report of such a run says."""
 
@@ -32,6 +34,9 @@ class LayerWeights:
         base_norm: Frobenius norm of W_res; None where the checkpoint does not carry it.
         update_norm: Frobenius norm of ``scale · A B``.
         rank_used: The effective rank of ``A B``: e to the entropy of its singular values' shares; 0 of no update.
+        sigma: The largest singular value of ``scale · A B``.
+        concentration: Its share in their energy, σ₁² over the sum of all σ²; NaN of no update.
+        kurtosis: Their fourth central moment over the square of the second; NaN of fewer than four, or equal ones.
     """
 
     name: str
@@ -42,6 +47,9 @@ class LayerWeights:
     base_norm: float | None
     update_norm: float
     rank_used: float
+    sigma: float = math.nan
+    concentration: float = math.nan
+    kurtosis: float = math.nan
 
     @property
     def is_finite(self) -> bool:
@@ -132,13 +140,14 @@ def weigh(checkpoint: Checkpoint, layers: Collection[str]) -> Weights:
     for spec in checkpoint.layers:
         if spec.name not in layers:
             continue
-        down, up = read_tensor(held[spec.name, "down"]), read_tensor(held[spec.name, "up"])
+        up, down = triangle(held[spec.name, "up"]), triangle(held[spec.name, "down"], turned=True)
         base = held.get((spec.name, "base"))
         scale = 1.0 if spec.scale is None else spec.scale.value
         down_norm, up_norm = float(np.linalg.norm(down)), abs(scale) * float(np.linalg.norm(up))
         protect = [checkpoint.tensors.get(f"{spec.name}.{p}") for p in (lora_null.PROTECT_UP, lora_null.PROTECT_DOWN)]
         if protect[0] is not None and protect[1] is not None:
-            down = down - down @ read_tensor(protect[0]) @ read_tensor(protect[1])
+            whole = read_tensor(held[spec.name, "down"])
+            down = (whole - whole @ read_tensor(protect[0]) @ read_tensor(protect[1])).T
         values = singular_values(up, down)
         found.append(
             LayerWeights(
@@ -150,20 +159,37 @@ def weigh(checkpoint: Checkpoint, layers: Collection[str]) -> Weights:
                 None if base is None else norm(base),
                 abs(scale) * float(np.linalg.norm(values)),
                 effective_rank(values),
+                abs(scale) * float(values.max()),
+                concentration(values),
+                kurtosis(values),
             )
         )
     return Weights(tuple(found))
 
 
 def singular_values(up: Any, down: Any) -> Any:
-    """Those of ``up @ down``, by the small factors of two QR decompositions; NaN where a weight is no number."""
+    """Those of ``up @ down.T``, shapes ``(…, r)``, of which each may be a triangle; NaN where a number is none."""
     import numpy as np
 
     if not (np.isfinite(up).all() and np.isfinite(down).all()):
-        return np.full(len(down), np.nan)
-    left: Any = np.linalg.qr(up)[1]
-    right: Any = np.linalg.qr(down.T)[1]
-    return np.linalg.svd(left @ right.T, compute_uv=False)
+        return np.full(down.shape[1], np.nan)
+    root: Any = np.linalg.qr(down, mode="r")
+    return np.linalg.svd(up @ root.T, compute_uv=False)
+
+
+def concentration(values: Any) -> float:
+    """``σ₁² / Σ σ²``."""
+    energy = float((values**2).sum())
+    return float(values.max()) ** 2 / energy if energy else math.nan
+
+
+def kurtosis(values: Any) -> float:
+    """The fourth central moment of singular values over the square of their second."""
+    apart = values - values.mean()
+    second = float((apart**2).mean())
+    if len(values) < 4 or not math.isfinite(second) or second <= (EQUAL * float(values.max())) ** 2:
+        return math.nan
+    return float((apart**4).mean()) / second**2
 
 
 def effective_rank(values: Any) -> float:

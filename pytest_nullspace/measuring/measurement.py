@@ -23,6 +23,7 @@ from pytest_nullspace.text.windows import Shown, Window, counted_places, predict
 
 if TYPE_CHECKING:
     from pytest_nullspace.measuring.drift import Base, Predictions
+    from pytest_nullspace.measuring.left import Sampled
     from pytest_nullspace.model import AdaptedModel
     from pytest_nullspace.run.predictions import Headroom
 
@@ -212,6 +213,20 @@ class Measurement:
                 counted=counted_places(self.read["text"]),
             )
         return tuple(replace(layer, spectrum=best.get(layer.name)) for layer in figures)
+
+    def rows(self, layers: Collection[str]) -> "Sampled":
+        """Some rows of each layer's input on each text that was read, by the text's name in words."""
+        from pytest_nullspace.measuring.sampled import sampled
+
+        named = {FIRST: "preserved text", "task_text": "task text"}
+        ordered = [name for name in self.adapted.layers if name in layers]
+        with shortage_told(lambda: f"{self._short} for the rows on which a merge is held, in {self.running}"):
+            return {
+                named.get(what, f"preserved text {what.removeprefix(FIRST).strip('[]')}"): sampled(
+                    self.adapted, [window.tokens for window in of], ordered, counted_places(of)
+                )
+                for what, of in self.read.items()
+            }
 
     @property
     def drift(self) -> Drift | None:

@@ -20,6 +20,7 @@ from pytest_nullspace.measuring.inputs import (
     Texts,
     sources,
 )
+from pytest_nullspace.measuring.left import Sampled, left
 from pytest_nullspace.measuring.limits import (
     require_known_to_base,
     require_known_tokens,
@@ -106,6 +107,7 @@ def measure_checkpoint(
         with model_told(adapted, checkpoint, drawn[FIRST][0].tokens):
             passed = _passed(run, layers, clock)
         of_files = about.of_checkpoint(checkpoint, *hashed())
+        of_files |= left(checkpoint, settings, layers, initial, passed.rows)
     clock.on("hashes")
     require_unchanged(read.stamps)
     return RunStats(
@@ -147,12 +149,13 @@ def _require_known(
 
 
 class _Passed(NamedTuple):
-    """What the model gave: figures, batch sizes, what more of the update would gain, and what is told beside."""
+    """What the model gave: figures, batch sizes, what more of the update would gain, what is told, and some rows."""
 
     figures: tuple[LayerStats, ...]
     batches: list[int]
     headroom: Headroom | None
     told: dict[str, Any]
+    rows: Sampled
 
 
 def _passed(run: Measurement, layers: Collection[str], clock: Clock) -> _Passed:
@@ -165,9 +168,10 @@ def _passed(run: Measurement, layers: Collection[str], clock: Clock) -> _Passed:
     if headroom is not None:
         clock.on("headroom")
     suggested, unbegun = run.suggestion(figures), run.unbegun()
+    rows = run.rows(layers) if run.settings.merge else {}
     run.adapted.take_off()
     clock.on("suggestion" if suggested else "checks")
-    return _Passed(figures, batches, headroom, suggested | unbegun)
+    return _Passed(figures, batches, headroom, suggested | unbegun, rows)
 
 
 class _Loaded(NamedTuple):

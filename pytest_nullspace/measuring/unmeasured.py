@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.arrays import require_finite
@@ -9,10 +10,12 @@ from pytest_nullspace.checkpoint.header import TensorInfo, read_tensors, require
 from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.judging.audit import Audit, audit
+from pytest_nullspace.judging.odd import oddities
 from pytest_nullspace.judging.weights import STATEMENT, weigh
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.hashing import hashes
 from pytest_nullspace.measuring.inputs import may_be_rows
+from pytest_nullspace.measuring.left import left
 from pytest_nullspace.measuring.limits import default_length
 from pytest_nullspace.measuring.measurement import with_task
 from pytest_nullspace.run.stats import LayerStats, RunStats
@@ -48,11 +51,17 @@ def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, froze
     return RunStats(str(checkpoint.directory), settings.calib_dataset, layers, len(layers), tells), frozenset(known)
 
 
-def read_files(checkpoint: Checkpoint, settings: Settings, layers: Collection[str]) -> RunStats:
+def read_files(
+    checkpoint: Checkpoint, settings: Settings, layers: Collection[str], initial: Checkpoint | None = None
+) -> RunStats:
     """A run in which nothing was measured: no text, no model, no torch; weighed where the settings ask for it."""
     if settings.weights_only:
         require_finite(checkpoint.beside([spec.name for spec in checkpoint.layers]))
-    weighed = {"statement": STATEMENT, "weights": weigh(checkpoint, layers).to_list()} if settings.weights_only else {}
+    weighed: dict[str, Any] = {}
+    if settings.weights_only:
+        weights = weigh(checkpoint, layers)
+        odd = oddities(weights).to_dict()
+        weighed = {"statement": STATEMENT, "weights": weights.to_list(), "odd_layers": odd}
     return RunStats(
         model_path=str(checkpoint.directory),
         calib_dataset="",
@@ -60,6 +69,7 @@ def read_files(checkpoint: Checkpoint, settings: Settings, layers: Collection[st
         checkpoint_layers=len(checkpoint.layers),
         about={
             **weighed,
+            **left(checkpoint, settings, layers, initial),
             **about.of_checkpoint(checkpoint, hashes(checkpoint)),
             "settings": {"layers": settings.layers, "stage": settings.stage},
             "libraries": about.of_libraries(),

@@ -17,6 +17,7 @@ from pytest_nullspace.judging.invariants import Check, Expectations, Stage, pass
 from pytest_nullspace.judging.profiles import Chosen, choose
 from pytest_nullspace.judging.sanity import insane
 from pytest_nullspace.judging.start import Start, unpaired
+from pytest_nullspace.judging.survival import Survival
 from pytest_nullspace.judging.weights import LayerWeights, Weights
 from pytest_nullspace.run.saved import read
 from pytest_nullspace.run.stats import RunStats
@@ -30,6 +31,7 @@ class Told:
     outcome: RunStats
     audit: Audit | None
     weights: Weights | None
+    survival: Survival | None
 
 
 class Against:
@@ -80,7 +82,7 @@ class Against:
     def told(self, outcome: RunStats) -> Told:
         """What the outcome tells beside its figures, read once, for each of its layers asks."""
         if self._told is None or self._told.outcome is not outcome:
-            self._told = Told(outcome, Audit.of(outcome.about), Weights.of(outcome.about))
+            self._told = Told(outcome, Audit.of(outcome.about), Weights.of(outcome.about), Survival.of(outcome.about))
         return self._told
 
     def expectations(self, outcome: RunStats, drift_selected: bool, judged: Collection[str] | None) -> Expectations:

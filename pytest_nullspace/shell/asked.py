@@ -76,6 +76,7 @@ def settings_of(read: Mapping[str, Any], folder: Path) -> Settings:
         card=read["card"],
         serve=tuple(server for given in read["serve"] for server in given),
         attest=read["attest"],
+        merge=read["merge"],
         drift=read["suggest"] or read["drift"],
         spectrum=read["spectrum"],
         suggest=read["suggest"],
@@ -157,6 +158,7 @@ def _check_together(settings: Settings) -> None:
     _check_card(settings)
     _check_serve(settings)
     _check_attest(settings)
+    _check_merge(settings)
     _check_weights_only(settings)
     _check_compare(settings)
     for option, template in (("save-stats", settings.save_stats), ("compare", settings.compare)):
@@ -206,6 +208,12 @@ def _check_attest(settings: Settings) -> None:
         why = f"{PREFIX}weights-only measures no activations, which is no result; leave one of the two out"
     if why is not None:
         raise OptionError(f"{PREFIX}attest: {why}")
+
+
+def _check_merge(settings: Settings) -> None:
+    """Only a trained update can be kept, or lost."""
+    if settings.merge and settings.stage != "trained":
+        raise OptionError(f"{PREFIX}merge: before training there is no update that a merge could keep; leave it out")
 
 
 def _check_weights_only(settings: Settings) -> None:

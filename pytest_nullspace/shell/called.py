@@ -22,7 +22,7 @@ from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.shell import values
 from pytest_nullspace.shell.asked import settings_of
 from pytest_nullspace.shell.collect import FROZEN
-from pytest_nullspace.shell.decided import decided
+from pytest_nullspace.shell.decided import decided, merge_failed
 from pytest_nullspace.shell.opening import check_inputs, open_runs
 from pytest_nullspace.shell.options import OPTIONS, Option
 from pytest_nullspace.shell.runs import GatedRun
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 Texts = str | os.PathLike[str] | Sequence[str]
 IN_MEMORY = "PeftModel"
 """What stands for a model in memory where a directory is asked for."""
-_AS_IT_IS = ("device", "device-map", "dtype")
-"""Options that say how a model is loaded, and mean nothing for one that is there."""
+_AS_IT_IS = ("device", "device-map", "dtype", "merge")
+"""Options of how a model is loaded, or of its files, which mean nothing for one that is there."""
 _NOT_HERE = ("model", "stats", "require", "report", "save-stats", "strict-scope", "weights-only", "card", "attest")
 """Options of a run of pytest that mean nothing here, or that `Report` stands for."""
 
@@ -187,6 +187,7 @@ def _reported(settings: Settings, texts: dict[str, Text], live: InMemory | None 
     if not texts:
         check_inputs([run], settings, texts, look=False)
     run.selected, run.drift_selected = set(run.gated), set(run.drift_tests)
+    run.merges_selected = set(run.merge_tests)
     outcome = run.measured()
     expectations = run.expectations(outcome)
     decision = decided(run, _failed(run, outcome))
@@ -200,7 +201,7 @@ def _failed(run: GatedRun, outcome: RunStats) -> dict[str, str]:
     audited = run.against.told(outcome).audit
     if audited is not None and audited.others:
         failed[FROZEN] = changes.moved(audited)
-    failed |= run.servers.failed()
+    failed |= merge_failed(run, outcome) | run.servers.failed()
     return failed | dict.fromkeys(run.against.missing, "the earlier run has this layer, and the adapter has not")
 
 

@@ -58,6 +58,8 @@ class CheckpointFile(pytest.File):
             yield DriftItem.from_parent(self, name=name)
         if self.run.gates_scope:
             yield ScopeItem.from_parent(self, name=SCOPE)
+        for name in self.run.merge_tests:
+            yield MergeItem.from_parent(self, name=name)
         for name in self.run.servers.tests:
             yield ServeItem.from_parent(self, name=name)
 
@@ -248,6 +250,24 @@ class ServeItem(GateItem):
             self.warn_of(f"{self.name}: {outcome.summary}", "\n".join(outcome.lines()))
 
 
+class MergeItem(MeasuredItem):
+    """Holds that a merge in one type keeps the update of every layer."""
+
+    def runtest(self) -> None:
+        """Fail where rounding takes it away, warn where it takes much of it."""
+        run = self.parent.run
+        survival = run.against.told(run.measured()).survival
+        if survival is None or (absent := set(run.gated) - {layer.name for layer in survival.layers}):
+            what = "the merge" if survival is None else f"the merge of {min(absent)}"
+            pytest.fail(f"{what} was not measured", pytrace=False)
+        kept = survival.of_type(run.merge_tests[self.name])
+        self.record(merge_tier=str(kept.tier), survival=kept.average, layers=len(kept.told))
+        if kept.tier is Tier.FAIL:
+            pytest.fail("\n".join(kept.lines()), pytrace=False)
+        if kept.tier is Tier.WARN:
+            self.warn_of(f"{self.name}: {kept.summary}", "\n".join(kept.lines()))
+
+
 def select(items: list[pytest.Item], runs: tuple[GatedRun, ...]) -> list[pytest.Item]:
     """Tell each run which layers to measure, and drop the items of averages that no longer are over all layers.
 
@@ -265,6 +285,9 @@ def select(items: list[pytest.Item], runs: tuple[GatedRun, ...]) -> list[pytest.
             models[id(item.parent.run)] = item
         elif isinstance(item, DriftItem):
             item.parent.run.drift_selected.add(item.name)
+        elif isinstance(item, MergeItem):
+            item.parent.run.merges_selected.add(item.name)
+            layers[id(item.parent.run)].update(item.parent.run.gated)
         else:
             for run, names in wanted_by_test(item, runs):
                 layers[id(run)].update(names)

@@ -5,8 +5,11 @@ from dataclasses import replace
 
 from pytest_nullspace.judging.decision import UNMEASURED, Call, Decision, decide, gaps, not_gated, stopped
 from pytest_nullspace.judging.invariants import MODEL
+from pytest_nullspace.judging.survival import OfType
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report.words import named
+from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.shell.collect import FROZEN, SCOPE
 from pytest_nullspace.shell.runs import GatedRun
 
@@ -19,7 +22,13 @@ def tests_of(run: GatedRun) -> Sequence[str]:
         *((name, True) for name in run.drift_tests),
         (SCOPE, run.gates_scope),
     )
-    return (*run.gated, *run.against.missing, *(name for name, has in single if has), *run.servers.tests)
+    return (
+        *run.gated,
+        *run.against.missing,
+        *(name for name, has in single if has),
+        *run.merge_tests,
+        *run.servers.tests,
+    )
 
 
 def decided(run: GatedRun, failed: Mapping[str, str], excused: Collection[str] = ()) -> Decision:
@@ -41,10 +50,31 @@ def decided(run: GatedRun, failed: Mapping[str, str], excused: Collection[str] =
         tests_of(run),
         failed,
         STATEMENT if run.weights_only else UNMEASURED,
-        run.servers.doubts(run.judged),
+        [*merge_doubts(run, outcome), *run.servers.doubts(run.judged)],
         excused,
     )
     return replace(told, reasons=tuple(replace(one, words=named(one.words, outcome)) for one in told.reasons))
+
+
+def merge_doubts(run: GatedRun, outcome: RunStats) -> list[str]:
+    """What the tests of a merge that came to a verdict warn of."""
+    return [kept.summary for test, kept in merged(run, outcome) if kept.tier is Tier.WARN and is_judged(run, test)]
+
+
+def merge_failed(run: GatedRun, outcome: RunStats) -> dict[str, str]:
+    """The tests of a merge that fail, each with what it says."""
+    return {test: kept.summary for test, kept in merged(run, outcome) if kept.tier is Tier.FAIL}
+
+
+def merged(run: GatedRun, outcome: RunStats) -> list[tuple[str, OfType]]:
+    """What a merge keeps, by the name of its test, as far as it was measured."""
+    survival = run.against.told(outcome).survival
+    return [] if survival is None else [(test, survival.of_type(kind)) for test, kind in run.merge_tests.items()]
+
+
+def is_judged(run: GatedRun, test: str) -> bool:
+    """Whether a test came to a verdict, as far as that is known."""
+    return run.judged is None or test in run.judged
 
 
 def why_untold(run: GatedRun, decision: Decision) -> str | None:

@@ -65,6 +65,8 @@ def check_inputs(runs: Sequence[GatedRun], settings: Settings, texts: dict[str, 
     for run in measured:
         for test in run.servers.tests:
             run.servers.outcome(test)
+        if not look:
+            run.check_merge()
     # Several processes must first meet, to fail together.
     if not measured or settings.weights_only or settings.ranks.size > 1:
         return

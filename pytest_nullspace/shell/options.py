@@ -347,6 +347,16 @@ OPTIONS = (
         "[what servers take](serving.md).",
     ),
     Option(
+        "merge",
+        "TYPE[,TYPE]",
+        "Add the test `merge[TYPE]`: does a merge in bf16, fp16, fp8 or nf4 keep the update of every layer, or round "
+        "it away?",
+        values.merged,
+        default=(),
+        more="From the weights alone, also with `--nullspace-weights-only`; where a text is measured it is told of its "
+        "activations too. See [merging](merging.md).",
+    ),
+    Option(
         "strict-scope",
         "",
         "Add the test `scope`, which fails where a PEFT adapter trained tensors that no layer test covers.",

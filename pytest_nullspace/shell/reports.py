@@ -11,7 +11,7 @@ from pytest_nullspace.judging.candidates import Candidate
 from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import Expectations, Stage
 from pytest_nullspace.judging.verdicts import Tier
-from pytest_nullspace.report import changes, html, machine, markdown, weights
+from pytest_nullspace.report import changes, html, machine, markdown, merging, odd, weights
 from pytest_nullspace.report.page import Page, joined
 from pytest_nullspace.report.words import named
 from pytest_nullspace.run.stats import RunStats
@@ -72,7 +72,8 @@ def sheet(told: Told, expectations: Expectations, among: int) -> html.Sheet:
     """What the page shows of one run among so many layers; of an earlier one a line tells, and a table the rest."""
     run, outcome, decision, _ = told
     compared = run.against.compared(outcome)
-    lines = [*began(run, outcome), *itertools.islice(since(run, outcome), 1), *servers(run)]
+    since_begin = [*began(run, outcome), *itertools.islice(since(run, outcome), 1)]
+    lines = [*since_begin, *odds(run, outcome), *merges(run, outcome), *servers(run)]
     return html.sheet(run.name, outcome, expectations, decision, lines, compared, among)
 
 
@@ -91,7 +92,8 @@ def changed(run: GatedRun, outcome: RunStats, every: bool = False) -> list[tuple
 
     With ``every`` layer by layer where there is so much to say.
     """
-    return [*began(run, outcome, every), *since(run, outcome), *changes.remedy(outcome), *servers(run)]
+    told = [*began(run, outcome, every), *since(run, outcome), *changes.remedy(outcome)]
+    return [*told, *odds(run, outcome, every), *merges(run, outcome, every), *servers(run)]
 
 
 def began(run: GatedRun, outcome: RunStats, every: bool = False) -> Iterator[tuple[str, Tier | None]]:
@@ -112,6 +114,20 @@ def since(run: GatedRun, outcome: RunStats) -> Iterator[tuple[str, Tier | None]]
     compared = run.against.compared(outcome)
     if compared is not None and run.against.earlier_file is not None:
         yield from changes.comparison(compared, run.against.earlier_file, run.against.missing)
+
+
+def merges(run: GatedRun, outcome: RunStats, every: bool = False) -> Iterator[tuple[str, Tier | None]]:
+    """What a merge keeps of the update, a line each type."""
+    survival = run.against.told(outcome).survival
+    if survival is not None:
+        yield from merging.lines(survival, every)
+
+
+def odds(run: GatedRun, outcome: RunStats, every: bool = False) -> Iterator[tuple[str, Tier | None]]:
+    """Which layers are odd beside their own kind, where the weights alone are gated."""
+    weighed = run.against.told(outcome).weights
+    if weighed is not None:
+        yield from odd.lines(weighed, every)
 
 
 def servers(run: GatedRun) -> Iterator[tuple[str, Tier | None]]:

@@ -5,7 +5,7 @@ A saved run is not measured again.
 
 import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,8 +16,10 @@ from pytest_nullspace.judging.audit import Audit
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import MODEL, Expectations
 from pytest_nullspace.judging.remedy import Remedy
+from pytest_nullspace.judging.survival import KEY, Survival
 from pytest_nullspace.measuring import inputs, pipeline, unmeasured
 from pytest_nullspace.measuring.inmemory import InMemory
+from pytest_nullspace.measuring.left import merges_of
 from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.report import notes
 from pytest_nullspace.report import weights as weights_report
@@ -68,6 +70,7 @@ class GatedRun(MeasuredOnce):
         judged: The names of its tests that came to a verdict, once all have run.
         against: What it is held against.
         servers: The servers that are to take it.
+        merges_selected: The selected tests of what a merge keeps; it is measured where there is one.
     """
 
     def __init__(self, path: Path, file: Path, name: str, layers: Sequence[str], settings: Settings) -> None:
@@ -81,6 +84,7 @@ class GatedRun(MeasuredOnce):
             )
         self.selected: set[str] = set()
         self.drift_selected: set[str] = set()
+        self.merges_selected: set[str] = set()
         self.judged: Collection[str] | None = None
         self._settings = settings
         self.against = Against(path, name, layers, settings)
@@ -120,6 +124,16 @@ class GatedRun(MeasuredOnce):
     def drift_tests(self) -> Sequence[str]:
         """The tests that hold the predictions against the base model's, one for each preserved text."""
         return [drift_test(name) for name in self.text_names] if self.has_drift else []
+
+    @property
+    @abstractmethod
+    def merge_types(self) -> Sequence[str]:
+        """The types in which a merge is to keep its update."""
+
+    @property
+    def merge_tests(self) -> Mapping[str, str]:
+        """The tests of what a merge keeps, each with its type."""
+        return {f"{KEY}[{kind}]": kind for kind in self.merge_types}
 
     @property
     @abstractmethod
@@ -228,6 +242,11 @@ class CheckpointRun(GatedRun):
         return [text.name for text in self._settings.preserved]
 
     @property
+    def merge_types(self) -> Sequence[str]:
+        """Those that were asked for."""
+        return self._settings.merge
+
+    @property
     def gates_all(self) -> bool:
         """Whether every adapted layer has a test."""
         return len(self.gated) == len(self.checkpoint.layers)
@@ -247,6 +266,10 @@ class CheckpointRun(GatedRun):
         """Refuse a base model or a tokenizer that cannot be read; with ``look`` only what can be told at a glance."""
         if self._live is None:
             inputs.check_models(self.checkpoint, self._initial, self._settings, look=look)
+
+    def check_merge(self) -> None:
+        """Refuse a merge whose weights are not at hand."""
+        merges_of(self.checkpoint, self._settings, self.gated, self._initial)
 
     def check_chat(self) -> None:
         """Refuse conversations among the texts that were read, where the tokenizer's template cannot write them."""
@@ -279,9 +302,10 @@ class CheckpointRun(GatedRun):
             self._bases, self._texts = {}, {}  # the last run to let go of what is shared frees it
 
     def _measured_here(self, progress: Callable[[int, int], None] | None) -> RunStats:
-        checkpoint, settings, layers = self.checkpoint, self._settings, self.selected or set(self.gated)
+        checkpoint, layers = self.checkpoint, self.selected or set(self.gated)
+        settings = self._settings if self.merges_selected else replace(self._settings, merge=())
         if self.weights_only or not (self.selected or self.drift_selected):  # as where `frozen` alone is selected
-            outcome = unmeasured.read_files(checkpoint, settings, layers)
+            outcome = unmeasured.read_files(checkpoint, settings, layers, self._initial)
         else:
             outcome = pipeline.measure_checkpoint(
                 checkpoint,
@@ -307,6 +331,7 @@ class SavedRun(GatedRun):
     def __init__(self, file: Path, settings: Settings) -> None:
         self._saved = read_run(file)
         self._audited, _ = Audit.of(self._saved.about, str(file)), Remedy.of(self._saved.about, str(file))
+        self._merged = Survival.of(self._saved.about, str(file))
         names = [layer.name for layer in self._saved.layers]
         if settings.strict_scope and (self._saved.about.get("base") is None or "outside" not in self._saved.about):
             raise OptionError(
@@ -318,6 +343,11 @@ class SavedRun(GatedRun):
         if settings.drift and self._saved.drift is None:
             raise OptionError(f"{PREFIX}drift: {file} does not tell of it; measure the model with the option")
         super().__init__(file, file, file.stem, names, settings)
+        if lacking := [kind for kind in settings.merge if kind not in self.merge_types]:
+            raise OptionError(
+                f"{PREFIX}merge: {file} does not tell of {lacking[0]}; measure the model with the option, for a saved "
+                "run holds no weights"
+            )
         self.against.check_comparable(self._saved)
 
     @property
@@ -345,6 +375,11 @@ class SavedRun(GatedRun):
     def text_names(self) -> Sequence[str]:
         """Those of the texts on which its predictions were measured."""
         return [] if self._saved.drift is None else list(self._saved.drift.texts)
+
+    @property
+    def merge_types(self) -> Sequence[str]:
+        """Those of which the saved run tells."""
+        return () if self._merged is None else self._merged.types
 
     @property
     def has_audit(self) -> bool:

@@ -222,6 +222,14 @@ def servers(given: Given) -> "tuple[Asked, ...]":
     return asked(text(given))
 
 
+def merged(given: Given) -> tuple[str, ...]:
+    """The types in which a merge is to keep the update."""
+    from pytest_nullspace.checkpoint.rounding import TYPES
+
+    named = [name.strip() for name in text(given).split(",")]
+    return tuple(dict.fromkeys(one_of(*TYPES)(given._replace(text=name)) for name in named))
+
+
 def allowed(given: Given) -> str:
     """What two runs may differ in."""
     from pytest_nullspace.judging.comparable import COMPARED, UNRECORDED

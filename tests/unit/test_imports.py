@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
     "callback", "kernels", "model", "measuring.bypassed", "measuring.distinct", "measuring.drift", "measuring.forward",
-    "measuring.moved", "measuring.recorder",
-    "measuring.rows", "measuring.scaling", "measuring.spectrum", "measuring.streaming", "measuring.writing",
+    "measuring.moved", "measuring.recorder", "measuring.rows", "measuring.sampled", "measuring.scaling",
+    "measuring.spectrum", "measuring.streaming", "measuring.writing",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {
@@ -103,7 +103,7 @@ ORDERS = {
     "text": "sources images gallery readers windows tokenizer processor",
     "measuring": (
         "memory hashing inmemory written passages about distributed rows forward drift moved recorder streaming "
-        "spectrum writing loading measurement reading pipeline"
+        "spectrum sampled writing loading measurement reading pipeline"
     ),
     "shell": "values options asked shared once served against runs opening outputs progress collect gate",
 }

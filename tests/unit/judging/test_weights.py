@@ -48,7 +48,7 @@ def test_the_effective_rank_counts_directions() -> None:
     assert effective_rank(np.ones(5)) == pytest.approx(5)
     assert effective_rank(np.array([3.0, 0, 0])) == pytest.approx(1)
     assert effective_rank(np.zeros(3)) == 0
-    assert math.isnan(effective_rank(singular_values(np.full((4, 2), np.nan), np.ones((2, 3)))))
+    assert math.isnan(effective_rank(singular_values(np.full((4, 2), np.nan), np.ones((3, 2)))))
 
 
 def test_the_scale_of_peft_is_in_the_update(tmp_path: Path) -> None:

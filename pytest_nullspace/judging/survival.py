@@ -1,0 +1,308 @@
+"""What a merge leaves of an update: ``R = round(W + ΔW) − round(W)`` in the type in which the merged model is served.
+
+``survival`` is ``⟨R, ΔW⟩ / ‖ΔW‖²``, how much of the update is in what the merge changes: 1 all of it, 0 nothing. It is
+the product of a share, ``‖R‖ / ‖ΔW‖``, and the cosine between the two, both of which are told beside it. What is
+changed beside the update is noise, ``‖R − ΔW‖ / ‖ΔW‖``.
+"""
+
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from pytest_nullspace.checkpoint.rounding import BITS, TYPES
+from pytest_nullspace.errors import StatsError
+from pytest_nullspace.judging.merging import Merge
+from pytest_nullspace.judging.verdicts import Threshold, Tier
+
+if TYPE_CHECKING:
+    from pytest_nullspace.checkpoint.arrays import Array
+
+KEY = "merge"
+"""Under which a run tells of it."""
+THRESHOLD = Threshold("survival", 0.9, 0.5, lower_is_better=False)
+"""Where a layer's survival passes and fails; measured, see docs/merging.md."""
+NOISE = Threshold("noise", 1.0, math.inf, lower_is_better=True)
+"""Where it only warns: what is changed beside the update outweighs it."""
+SHOWN = 3
+WORKERS = 8
+"""Layers that are rounded at once at most, each with its blocks in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What one type leaves of one layer's update.
+
+    Attributes:
+        survival: ``⟨R, ΔW⟩ / ‖ΔW‖²``; NaN where a number is none or leaves the type's range.
+        share: ``‖R‖ / ‖ΔW‖``.
+        cosine: Between ``R`` and ``ΔW``; NaN where nothing is left.
+        moved: For each text whose rows were at hand mean ``‖Rx‖`` over mean ``‖ΔWx‖``.
+    """
+
+    survival: float
+    share: float
+    cosine: float
+    moved: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def noise(self) -> float:
+        """``‖R − ΔW‖ / ‖ΔW‖``."""
+        return math.sqrt(max(0.0, 1 - 2 * self.survival + self.share**2)) if math.isfinite(self.survival) else math.nan
+
+    @property
+    def tier(self) -> Tier:
+        """How it is judged; noise alone does not fail."""
+        return Tier.worst([THRESHOLD.tier(self.survival), NOISE.tier(self.noise)])
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLeft:
+    """What a merge leaves of one layer's update.
+
+    Attributes:
+        name: Its module path.
+        stored: The type in which its W lies in its file.
+        update_norm: ``‖ΔW‖``, Frobenius.
+        types: What each type leaves; nothing where there is no update.
+    """
+
+    name: str
+    stored: str
+    update_norm: float
+    types: Mapping[str, Left]
+
+
+def left_of(merge: Merge, types: Sequence[str], rows: "Mapping[str, Array]") -> LayerLeft:
+    """Round a layer's weight with and without its update, some rows at a time.
+
+    Args:
+        merge: Where both lie.
+        types: Names in `pytest_nullspace.checkpoint.rounding.TYPES`.
+        rows: For each text some rows of the layer's input, shape ``(n, in)``.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    import numpy as np
+
+    inputs = {text: np.asarray(of, np.float64).T for text, of in rows.items()}
+    whole = 0.0
+    far = {text: np.zeros(of.shape[1]) for text, of in inputs.items()}
+    sums = {kind: [0.0, 0.0] for kind in types}
+    moved = {kind: {text: np.zeros(of.shape[1]) for text, of in inputs.items()} for kind in types}
+    with np.errstate(invalid="ignore", over="ignore"):
+        for before, update in merge.parts():
+            whole += float(np.vdot(update, update))
+            for text, x in inputs.items():
+                far[text] += np.square(update @ x).sum(axis=0)
+            bare, merged = before.astype(np.float32), (before + update).astype(np.float32)
+            for kind in types:
+                rest = TYPES[kind](merged).astype(np.float64) - TYPES[kind](bare)
+                sums[kind][0] += float(np.vdot(rest, update))
+                sums[kind][1] += float(np.vdot(rest, rest))
+                for text, x in inputs.items():
+                    moved[kind][text] += np.square(rest @ x).sum(axis=0)
+    norm, lengths = math.sqrt(whole), {text: float(np.sqrt(of).mean()) for text, of in far.items()}
+    found = {}
+    for kind, (common, own) in sums.items() if norm else ():
+        reached = {text: _over(float(np.sqrt(of).mean()), lengths[text]) for text, of in moved[kind].items()}
+        size = math.sqrt(own)
+        found[kind] = Left(common / whole, size / norm, _over(common, size * norm), reached)
+    return LayerLeft(merge.name, merge.stored, norm, found)
+
+
+def _over(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+@dataclass(frozen=True)
+class Survival:
+    """What a merge leaves of an adapter's updates.
+
+    Attributes:
+        types: The types that were asked for.
+        layers: Each layer, in model order.
+    """
+
+    types: tuple[str, ...]
+    layers: tuple[LayerLeft, ...]
+
+    @classmethod
+    def measured(
+        cls, merges: Sequence[Merge], types: Sequence[str], rows: "Mapping[str, Mapping[str, Array]]"
+    ) -> "Survival":
+        """Round every layer, several at once.
+
+        Args:
+            merges: Where their weights lie.
+            types: The types.
+            rows: For each text, and then each layer that it reached, some rows of the layer's input.
+
+        Raises:
+            CheckpointError: A file cannot be read.
+        """
+
+        def left(merge: Merge) -> LayerLeft:
+            return left_of(merge, types, {text: of[merge.name] for text, of in rows.items() if merge.name in of})
+
+        with ThreadPoolExecutor(max_workers=min(WORKERS, os.cpu_count() or 1)) as pool:
+            return cls(tuple(types), tuple(pool.map(left, merges)))
+
+    def of_type(self, kind: str) -> "OfType":
+        """What one type leaves."""
+        return OfType(kind, tuple((layer, layer.types.get(kind)) for layer in self.layers))
+
+    @property
+    def cheapest(self) -> str | None:
+        """The type of fewest bits, of those that were asked for, that passes; None where none does."""
+        kept = [kind for kind in self.types if self.of_type(kind).tier is Tier.PASS]
+        return min(kept, key=BITS.__getitem__, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON holds them, no number as ``null``."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        verdicts = {kind: str(self.of_type(kind).tier) for kind in self.types}
+        return {**plain, "tiers": verdicts, "cheapest": self.cheapest}
+
+    @classmethod
+    def of(cls, about: Mapping[str, Any], where: str = "the run") -> "Survival | None":
+        """What a run tells of it, if it does.
+
+        Args:
+            about: Of the run.
+            where: The file it was saved in, for messages.
+
+        Raises:
+            StatsError: What it tells is none.
+        """
+        told = about.get(KEY)
+        if told is None:
+            return None
+        try:
+            types, layers = tuple(told["types"]), tuple(map(_layer, told["layers"]))
+            if not types or not layers or not {*types} <= {*TYPES}:
+                raise ValueError(types)
+            if any(layer.update_norm and {*layer.types} != {*types} for layer in layers):
+                raise ValueError(types)  # a layer without a figure would be green unmeasured
+            return cls(types, layers)
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+            raise StatsError(f"{where}: its entry '{KEY}' does not tell of a merge; measure again") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _layer(told: Mapping[str, Any]) -> LayerLeft:
+    types = {
+        str(kind): Left(
+            _number(left["survival"]),
+            _number(left["share"]),
+            _number(left["cosine"]),
+            {str(text): _number(value) for text, value in left["moved"].items()},
+        )
+        for kind, left in told["types"].items()
+    }
+    return LayerLeft(str(told["name"]), str(told["stored"]), _number(told["update_norm"]), types)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise TypeError(value)
+    return math.nan if value is None else float(value)
+
+
+@dataclass(frozen=True)
+class OfType:
+    """What one type leaves of every layer's update.
+
+    Attributes:
+        kind: The type.
+        layers: Each layer, with what the type leaves of it; None of one without an update.
+    """
+
+    kind: str
+    layers: tuple[tuple[LayerLeft, Left | None], ...]
+
+    @cached_property
+    def told(self) -> list[tuple[LayerLeft, Left]]:
+        """The layers that have an update, the worst first; what is no number is worse than any."""
+        with_update = [(layer, left) for layer, left in self.layers if left is not None]
+        return sorted(with_update, key=lambda of: of[1].survival if math.isfinite(of[1].survival) else -math.inf)
+
+    @property
+    def tier(self) -> Tier:
+        """That of the worst layer; where none has an update nothing can be left of it."""
+        return Tier.worst(left.tier for _, left in self.told) if self.told else Tier.FAIL
+
+    @property
+    def average(self) -> float:
+        """The mean survival over layers that have an update."""
+        return sum(left.survival for _, left in self.told) / len(self.told) if self.told else math.nan
+
+    def moved(self, text: str) -> float | None:
+        """The median over layers of how much of what the update does to a text's activations the merge does."""
+        found = sorted(left.moved[text] for _, left in self.told if math.isfinite(left.moved.get(text, math.nan)))
+        return found[len(found) // 2] if found else None
+
+    @property
+    def lost(self) -> list[tuple[LayerLeft, Left]]:
+        """The layers that do not pass, the worst first: by what is left of them or, where that passes, by noise."""
+        found = [(layer, left) for layer, left in self.told if left.tier is not Tier.PASS]
+        is_kept = all(THRESHOLD.tier(left.survival) is Tier.PASS for _, left in found)
+        return sorted(found, key=lambda of: -of[1].noise) if is_kept else found
+
+    @property
+    def texts(self) -> Collection[str]:
+        """The texts whose rows were at hand."""
+        return dict.fromkeys(text for _, left in self.told for text in left.moved)
+
+    @property
+    def summary(self) -> str:
+        """What is left, in one line, the worst layer by name."""
+        if not self.told:
+            return f"no layer has an update that a merge in {self.kind} could keep"
+        layer, worst = self.told[0]
+        loud = max(self.told, key=lambda of: of[1].noise)
+        if not math.isfinite(worst.survival):
+            return f"{self.kind} cannot hold {layer.name}: a number of it is none, or leaves the type's range"
+        kept = f"a merge in {self.kind} keeps {percent(self.average)} of the update"
+        if self.tier is Tier.PASS:
+            return f"{kept}, {percent(worst.survival)} in the worst layer {layer.name}"
+        many = f"{len(self.lost)} of {len(self.layers)} layers"
+        if THRESHOLD.tier(worst.survival) is Tier.PASS:
+            beside = f"{loud[1].noise:.3g} x as much in {loud[0].name}"
+            return f"{kept}, but in {many} changes more beside the update than by it, {beside}"
+        held = f"{percent(worst.survival)} of {layer.name}, whose W is stored as {layer.stored}"
+        return f"{kept}; {many} lose too much of it, and there is left {held}"
+
+    def lines(self) -> Iterator[str]:
+        """All that a failure says."""
+        yield self.summary
+        for layer, left in self.lost[:SHOWN]:
+            beside = "".join(f", {value:.3g} of ‖ΔWx‖ on the {text}" for text, value in left.moved.items())
+            yield f"  {layer.name}: {figures(left)}{beside}"
+        if self.lost:
+            yield (
+                f"the update lies near or below the step of {self.kind} beside W, and is rounded away or drowned: "
+                "serve the adapter unmerged, or merge in float32 and keep it so"
+            )
+
+
+def figures(left: Left) -> str:
+    """All that is told of the weights."""
+    told = {"survival": left.survival, "norm": left.share, "cosine": left.cosine, "noise": left.noise}
+    return ", ".join(f"{name} {value:.3g}" for name, value in told.items())
+
+
+def percent(part: float) -> str:
+    """A share in per cent."""
+    return f"{100 * part:.3g} %"
