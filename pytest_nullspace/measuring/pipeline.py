@@ -106,8 +106,7 @@ def measure_checkpoint(
         run = Measurement(checkpoint, settings, adapted, drawn, seqlen, loaded.running, progress, loaded.held_against)
         with model_told(adapted, checkpoint, drawn[FIRST][0].tokens):
             passed = _passed(run, layers, clock)
-        of_files = about.of_checkpoint(checkpoint, *hashed())
-        of_files |= left(checkpoint, settings, layers, initial, passed.rows)
+        told = about.of_checkpoint(checkpoint, *hashed()) | left(checkpoint, settings, layers, initial, passed.rows)
     clock.on("hashes")
     require_unchanged(read.stamps)
     return RunStats(
@@ -117,7 +116,7 @@ def measure_checkpoint(
         checkpoint_layers=len(checkpoint.layers),
         drift=read.with_passages(run, passed.headroom),
         about={
-            **of_files,
+            **told,
             **about.of_model(type(adapted.model).__name__, adapted.kind, adapted.remarks, adapted.since),
             **({WITHOUT_DRIFT: NOT_AT_HAND} if settings.drift is None and run.drift is None else {}),
             **passed.told,
