@@ -63,6 +63,8 @@ class Reason:
         """What is wrong in a few words; empty where nothing is, or where ``words`` say it."""
         if self.finding is None or self.layers or self.tier is not Tier.FAIL:
             return ""
+        if not math.isfinite(self.finding.value):
+            return "it is broken"
         threshold = self.finding.threshold
         before_training = threshold.figure == "effectiveness" and threshold.lower_is_better
         return "it holds an update before training" if before_training else _WRONG[threshold.figure]

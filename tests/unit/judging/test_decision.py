@@ -141,6 +141,11 @@ def test_every_figure_has_plain_words_for_every_value(figure: str, value: float)
     assert math.isfinite(value) is not told.endswith("is no number")
 
 
+def test_predictions_that_are_no_number_are_not_called_forgetting() -> None:
+    """Nobody knows what such an adapter forgets: it is broken."""
+    assert verdict(good(drift(math.nan, math.nan))).sentence == "it is broken: loss-rise is no number"
+
+
 def test_json_holds_what_decided() -> None:
     """Verdict, tier, thresholds, figures and causes stand there as numbers and words, what is no number as null."""
     told = verdict(good(drift(math.nan, math.inf), mean_leakage=0.9)).to_dict()
