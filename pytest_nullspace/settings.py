@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pytest_nullspace.judging.served import Asked
     from pytest_nullspace.measuring.distributed import Ranks
 
+STREAM = "stream"
+"""In place of a map: the blocks of a model are read one after the other, each for all windows."""
 CARD = "README.md"
 """What the hub calls a model's card, in its directory."""
 AUTO_MOST = 128
@@ -52,7 +54,7 @@ class Settings:
         batch_size: Windows a forward; None for as many as suit the device.
         device: ``auto`` or a torch device.
         device_map: The bytes that the model may take of each device, over which it is spread; empty for what there is,
-            None where it is not spread.
+            `STREAM` where its blocks are read one after the other, None where that is done only if it does not fit.
         dtype: ``auto`` or a torch dtype.
         layers: A glob that the names of the gated layers match.
         rank: How many right singular vectors of what changed stand for the down projections of a whole model; 0 for
@@ -116,7 +118,7 @@ class Settings:
     drift: bool | None = False
     spectrum: bool = False
     suggest: bool = False
-    device_map: Mapping[int | str, int] | None = None
+    device_map: Mapping[int | str, int] | str | None = None
     init: Path | None = None
     variant: str = "auto"
     profile: str = "auto"

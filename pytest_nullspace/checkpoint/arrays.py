@@ -119,10 +119,15 @@ def require_finite(tensors: Iterable[TensorInfo]) -> None:
     """
     for info in tensors:
         if not is_finite(info):
-            raise CheckpointError(
-                f"{info.file}: tensor {printable(info.stored or info.name)} holds NaN or infinity, and no layer test "
-                f"covers it; throw this one away, or {AGAIN}"
-            )
+            raise not_finite(info)
+
+
+def not_finite(info: TensorInfo) -> CheckpointError:
+    """The error that it is not."""
+    return CheckpointError(
+        f"{info.file}: tensor {printable(info.stored or info.name)} holds NaN or infinity, and no layer test covers "
+        f"it; throw this one away, or {AGAIN}"
+    )
 
 
 def norm(info: TensorInfo) -> float:

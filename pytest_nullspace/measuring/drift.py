@@ -78,6 +78,12 @@ class Predictions:
         start = time.perf_counter()
         with self._base() as plain:
             before = run(plain, tokens.to(self._place), beside).logits
+        self.seconds += time.perf_counter() - start
+        return self.held(adapted, before, tokens, first)
+
+    def held(self, adapted: Tensor, before: Tensor, tokens: Tensor, first: int = 0) -> Tensor:
+        """The same where the base model's logits, ``before``, are there."""
+        start = time.perf_counter()
         kept = [None] * len(tokens) if self._counted is None else self._counted[first : first + len(tokens)]
         found = torch.stack([compared(*of) for of in zip(adapted, before, tokens, kept, strict=True)]).cpu()
         self.seconds += time.perf_counter() - start
@@ -149,9 +155,14 @@ def begun(base: Base, tokens: Sequence[int], first: int, place: torch.device) ->
     for before in ((), (first,)):
         read = torch.tensor([[*before, *tokens]], device=place)
         with torch.no_grad(), base() as plain:
-            logits = run(plain, read).logits[0, -len(tokens) : -1].double()
-        losses.append(float(cross_entropy(logits, read[0, 1 - len(tokens) :])))
+            losses.append(loss_of_last(run(plain, read).logits[0], tokens))
     return losses[0], losses[1]
+
+
+def loss_of_last(logits: Tensor, tokens: Sequence[int]) -> float:
+    """The mean loss on the last ``tokens`` of what was read, but for the first of them, in nats."""
+    predicted = logits[-len(tokens) : -1].double()
+    return float(cross_entropy(predicted, torch.tensor(tokens[1:], device=logits.device)))
 
 
 def _wait(device: torch.device) -> None:

@@ -5,7 +5,7 @@ Torch is imported only inside functions.
 
 import platform
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, MutableMapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,10 +39,10 @@ def device_of(settings: Settings) -> Any:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         name = accelerator.type if accelerator is not None and accelerator.type in ("cuda", "xpu") else "cpu"
     cards = 0 if name == "cpu" else torch.accelerator.device_count()  # an Apple GPU takes no sums in float64
-    for card in settings.device_map or ():
+    for card in _spread_over(settings) or ():
         if card != "cpu" and card not in range(cards):
             raise OptionError(f"{PREFIX}device-map: torch sees no card {card} on this machine; leave it out")
-    if settings.device_map and set(settings.device_map) == {"cpu"}:
+    if set(_spread_over(settings) or ()) == {"cpu"}:
         name = "cpu"
     if ranks.size > 1 and name in ("cuda", "xpu"):
         if ranks.local >= cards > 0:
@@ -116,9 +116,16 @@ def load(
     from pytest_nullspace.model import load_model
     from pytest_nullspace.model.spread import spread
 
-    if settings.device_map is None:
+    if (over := _spread_over(settings)) is None:
         return load_model(checkpoint, device, dtype, base, bases)
-    return spread(load_model(checkpoint, torch.device("cpu"), dtype, base), settings.device_map)
+    return spread(load_model(checkpoint, torch.device("cpu"), dtype, base), over)
+
+
+def _spread_over(settings: Settings) -> Mapping[int | str, int] | None:
+    """What a model is spread over; of one that was to be streamed what there is, if no other process takes it."""
+    if not isinstance(settings.device_map, str):
+        return settings.device_map
+    return {} if settings.ranks.size == 1 else None
 
 
 def load_base(
@@ -130,10 +137,10 @@ def load_base(
     from pytest_nullspace.model import load_plain
     from pytest_nullspace.model.spread import spread_plain
 
-    if settings.device_map is None:
+    if (over := _spread_over(settings)) is None:
         return load_plain(base, device, dtype, adapter), device
     model = load_plain(base, torch.device("cpu"), dtype, adapter)
-    return model, spread_plain(model, settings.device_map)
+    return model, spread_plain(model, over)
 
 
 class TrueBase(NamedTuple):

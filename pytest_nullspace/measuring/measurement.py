@@ -22,6 +22,7 @@ from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.windows import Shown, Window, counted_places, predicted_places
 
 if TYPE_CHECKING:
+    from pytest_nullspace.measuring.blockwise import Blockwise
     from pytest_nullspace.measuring.drift import Base, Predictions
     from pytest_nullspace.measuring.left import Sampled
     from pytest_nullspace.model import AdaptedModel
@@ -92,6 +93,7 @@ class Measurement:
         held_against: The true base, loaded, where its predictions are asked for.
         used: How many windows of each text were used, once it was read.
         predictions: Those of each text, beside the base's.
+        streamed: Reads all texts together, once begun, where the model's blocks come and go.
     """
 
     checkpoint: Checkpoint
@@ -104,6 +106,7 @@ class Measurement:
     held_against: HeldAgainst | None = None
     used: dict[str, int] = field(default_factory=dict)
     predictions: "dict[str, Predictions]" = field(default_factory=dict)
+    streamed: "list[Blockwise]" = field(default_factory=list)
 
     @property
     def read(self) -> dict[str, Sequence[Window]]:
@@ -135,6 +138,8 @@ class Measurement:
             return self._settled(with_task(own, own) if has_task else own, preserved, name)
 
         with shortage_told(short):
+            if self.adapted.shelf is not None:
+                self.streamed.append(self._blockwise(layers, batches))
             name = self.settings.text_name
             own = self._of(FIRST, layers, batches, lambda own: settled(own, name))
             further = {
@@ -157,6 +162,38 @@ class Measurement:
             tokens = min(tokens, PREDICTED // (vocabulary(self.adapted.model) or 1))
         return max(1, tokens // self.seqlen)
 
+    def _predictions(self, what: str) -> "Predictions":
+        from pytest_nullspace.measuring.drift import Predictions
+
+        assert self.held_against is not None
+        _, base, place = self.held_against
+        return Predictions(base, len(self.drawn[what]), place, predicted_places(self.drawn[what]))
+
+    def _blockwise(self, layers: Collection[str], batches: list[int]) -> "Blockwise":
+        """All texts, to be read together, and what else is asked of the model."""
+        from pytest_nullspace.measuring.blockwise import Blockwise
+        from pytest_nullspace.model.shelf import ShelvedLayer
+
+        of = (layer for name, layer in self.adapted.layers.items() if name in layers)
+        chosen = [layer for layer in of if isinstance(layer, ShelvedLayer)]
+        against = self.held_against is not None
+        streamed = Blockwise(
+            self.adapted,
+            chosen,
+            self.drawn,
+            {what: self._predictions(what) for what in self.drawn} if against else {},
+            self.settings.ranks,
+            batches,
+            max_rows=self.settings.max_activation_samples,
+            seed=self.settings.seed,
+            early=self.settings.calib_size is None,
+        )
+        if (begin := self._beginning) is not None:
+            streamed.also_begun(*begin)
+        if self._asks_for_headroom:
+            streamed.also_doubled(self.checkpoint)
+        return streamed
+
     def _of(
         self, what: str, layers: Collection[str], batches: list[int], settled: Callable[[Figures], bool]
     ) -> Figures:
@@ -167,18 +204,20 @@ class Measurement:
         total -= sum(len(self.drawn[earlier]) - count for earlier, count in self.used.items())
         self.used[what] = len(self.drawn[what])
         if self.held_against is not None:
-            from pytest_nullspace.measuring.drift import Predictions
+            self.predictions[what] = self._predictions(what)
 
-            _, base, place = self.held_against
-            self.predictions[what] = Predictions(base, len(self.drawn[what]), place, predicted_places(self.drawn[what]))
-
-        def tell(done: int, _: int) -> None:
+        def tell(done: int, _: int = 0) -> None:
             self.used[what] = done
             if self.progress is not None:
                 self.progress(before + done, total)
 
         if self.progress is not None:
             self.progress(before, total)
+        may_end = None if self.settings.calib_size is not None else settled
+        for streamed in self.streamed:
+            if what in streamed.predictions:
+                self.predictions[what] = streamed.predictions[what]
+            return streamed.measure(what, may_end, tell)
         return measure(
             self.adapted,
             [window.tokens for window in self.drawn[what]],
@@ -189,7 +228,7 @@ class Measurement:
             seed=self.settings.seed,
             progress=tell,
             ranks=self.settings.ranks,
-            settled=None if self.settings.calib_size is not None else settled,
+            settled=may_end,
             predictions=self.predictions.get(what),
             counted=counted_places(self.drawn[what]),
         )
@@ -237,21 +276,24 @@ class Measurement:
         further = {text.name: found[key] for text in self.settings.further if (key := key_of(text.name)) in found}
         return Drift(self.held_against.name, found[FIRST], found.get("task_text"), self.settings.text_name, further)
 
+    @property
+    def _asks_for_headroom(self) -> bool:
+        return "task_text" in self.drawn and self.held_against is not None and self.settings.stage == Stage.TRAINED
+
     def headroom(self) -> "Headroom | None":
         """What the task text would gain from more of the update; None where there is none, or nothing was trained."""
-        if "task_text" not in self.predictions or self.held_against is None or self.settings.stage != Stage.TRAINED:
+        if not self._asks_for_headroom:
             return None
         from pytest_nullspace.measuring.scaling import headroom
 
         task, windows = self.predictions["task_text"], [window.tokens for window in self.read["task_text"]]
+        doubled = self.streamed[0].doubled if self.streamed else None
         with shortage_told(lambda: f"{self._short} for the predictions at twice the update, in {self.running}"):
-            return headroom(self.checkpoint, self.adapted, task, windows, self.settings.ranks)
+            return headroom(self.checkpoint, self.adapted, task, windows, self.settings.ranks, doubled)
 
-    def unbegun(self) -> dict[str, Any]:
-        """That the base reads the preserved text far better behind the token that begins one, which it does not have.
-
-        A tokenizer that lost it makes Gemma's kind a model that cannot read; others hardly mind.
-        """
+    @property
+    def _beginning(self) -> tuple[Sequence[int], int] | None:
+        """Of the preserved text what the base is to read with and without the token that begins one, and that token."""
         window, first = self.drawn[FIRST][0], of_text(self.adapted.model.config, "bos_token_id")
         # Of a row of images its text, which alone is asked about.
         of_row = tuple(window.tokens[place] for place in window.places) if isinstance(window.tokens, Shown) else None
@@ -259,14 +301,23 @@ class Measurement:
         is_id = isinstance(first, int) and 0 <= first < (vocabulary(self.adapted.model) or 0)
         is_first = window.within is None or not window.within.before
         if self.held_against is None or not is_id or not is_first or len(tokens) < 2 or tokens[0] == first:
+            return None
+        return tokens, first
+
+    def unbegun(self) -> dict[str, Any]:
+        """That the base reads the preserved text far better behind the token that begins one, which it does not have.
+
+        A tokenizer that lost it makes Gemma's kind a model that cannot read; others hardly mind.
+        """
+        if self.held_against is None or (begin := self._beginning) is None:
             return {}
         from pytest_nullspace.measuring.drift import begun
 
         _, base, place = self.held_against
-        without, behind = begun(base, tokens, first, place)
+        without, behind = self.streamed[0].begun if self.streamed else begun(base, *begin, place)
         if not without - behind > UNBEGUN:
             return {}
-        return {"first_token": {"id": first, "base_loss": without, "base_loss_behind": behind}}
+        return {"first_token": {"id": begin[1], "base_loss": without, "base_loss_behind": behind}}
 
     def suggestion(self, figures: Figures) -> dict[str, Any]:
         """The largest scale of the update whose predictions pass, as a run tells it; nothing where they pass already.

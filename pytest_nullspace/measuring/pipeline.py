@@ -5,6 +5,7 @@ The parts that hold tensors are reached from here and from `loading` alone, and 
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
@@ -13,6 +14,7 @@ from pytest_nullspace.checkpoint.header import require_unchanged
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
+from pytest_nullspace.measuring.fitting import load_fitting
 from pytest_nullspace.measuring.hashing import hashed_meanwhile
 from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.inputs import (
@@ -33,7 +35,6 @@ from pytest_nullspace.measuring.loading import (
     device_of,
     dtype_of,
     half_precision,
-    load,
     one_of,
     shortage_told,
     true_base,
@@ -51,7 +52,7 @@ from pytest_nullspace.text.tokenizer import tokenizer_hashes
 from pytest_nullspace.text.windows import Window
 
 if TYPE_CHECKING:
-    from pytest_nullspace.model import AdaptedModel
+    from pytest_nullspace.model import AdaptedModel, UnfitError
 
 
 def measure_checkpoint(
@@ -89,24 +90,24 @@ def measure_checkpoint(
     with hashed_meanwhile(checkpoint, read.base) as hashed:
         # Only now torch, for what is wrong with the text need not wait for it.
         with uncollected():
-            from pytest_nullspace.measuring.forward import model_told
             from pytest_nullspace.model import import_libraries
             from pytest_nullspace.model.spread import places
 
             import_libraries(checkpoint)
         clock.on("imports")
-        loaded = _loaded(checkpoint, settings, read, bases, initial, live)
+        load = partial(_loaded, checkpoint, settings, read, bases, initial, live)
+        loaded = load()
         clock.on("model")
-        adapted, seqlen = loaded.adapted, window_length(settings.seqlen, loaded.adapted.model)
+        seqlen = window_length(settings.seqlen, loaded.adapted.model)
         read = _with_written(read, checkpoint, settings, loaded, seqlen).with_chats(settings, seqlen)
         drawn = read.windows(settings, seqlen)
         _require_known(read, drawn, loaded, checkpoint)
         clock.on("windows")
         load_seconds = sum(clock.seconds.values())
-        run = Measurement(checkpoint, settings, adapted, drawn, seqlen, loaded.running, progress, loaded.held_against)
-        with model_told(adapted, checkpoint, drawn[FIRST][0].tokens):
-            passed = _passed(run, layers, clock)
+        run = loaded.measurement(checkpoint, settings, drawn, seqlen, progress)
+        run, passed = _measured(run, load, layers, clock)
         told = about.of_checkpoint(checkpoint, *hashed()) | left(checkpoint, settings, layers, initial, passed.rows)
+    adapted = run.adapted
     clock.on("hashes")
     require_unchanged(read.stamps)
     return RunStats(
@@ -157,6 +158,25 @@ class _Passed(NamedTuple):
     rows: Sampled
 
 
+def _measured(
+    run: Measurement, again: Callable[["UnfitError"], "_Loaded"], layers: Collection[str], clock: Clock
+) -> tuple[Measurement, _Passed]:
+    """The measurement, and what it gave; of the model loaded ``again`` where only running it could tell it is unfit."""
+    from pytest_nullspace.measuring.forward import model_told
+    from pytest_nullspace.model import UnfitError
+
+    first = run.drawn[FIRST][0].tokens
+    try:
+        with model_told(run.adapted, run.checkpoint, first):
+            return run, _passed(run, layers, clock)
+    except UnfitError as error:
+        why = error
+    run.adapted.take_off()
+    run = again(why).measurement(run.checkpoint, run.settings, run.drawn, run.seqlen, run.progress)
+    with model_told(run.adapted, run.checkpoint, first):
+        return run, _passed(run, layers, clock)
+
+
 def _passed(run: Measurement, layers: Collection[str], clock: Clock) -> _Passed:
     """All that the model is there for, and off it goes."""
     figures, batches = run.figures(layers)
@@ -188,6 +208,17 @@ class _Loaded(NamedTuple):
     precision: str
     running: str
 
+    def measurement(
+        self,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        drawn: Mapping[str, Sequence[Window]],
+        seqlen: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> Measurement:
+        """Its measurement on these windows."""
+        return Measurement(checkpoint, settings, self.adapted, drawn, seqlen, self.running, progress, self.held_against)
+
 
 def _loaded(
     checkpoint: Checkpoint,
@@ -196,8 +227,12 @@ def _loaded(
     bases: Bases | None,
     initial: Checkpoint | None,
     live: InMemory | None,
+    unfit: "UnfitError | None" = None,
 ) -> _Loaded:
-    """Load the model unless it is there, and what its predictions are held against."""
+    """Load the model unless it is there, and what its predictions are held against.
+
+    Where it was tried to stream it, ``unfit`` says why it could not be.
+    """
     from pytest_nullspace.measuring.forward import require_tokens_read
     from pytest_nullspace.measuring.moved import with_base, with_start
 
@@ -212,8 +247,15 @@ def _loaded(
             + one_of(*half_precision(running, "lower it by"), "take a machine with more")
         )
     ):
-        adapted = load(checkpoint, settings, device, dtype, base, bases) if live is None else live.adapted
-    require_finite(checkpoint.beside(adapted.layers))  # a token's row that the text never asks for shows in no figure
+        adapted = (
+            load_fitting(checkpoint, settings, device, dtype, base, bases, initial, unfit)
+            if live is None
+            else live.adapted
+        )
+    beside = checkpoint.beside(adapted.layers)
+    if adapted.shelf is not None:
+        beside = adapted.shelf.require_finite(beside)
+    require_finite(beside)  # a token's row that the text never asks for shows in no figure
     if read.has_text(settings):
         require_tokens_read(adapted, checkpoint)
     if settings.profile != "reference":  # whose formulas know of no start

@@ -100,7 +100,9 @@ class Rows:
         self._readers: frozenset[int] = frozenset()
 
     def start(self, batch: Batch) -> None:
-        """From here on tell of ``batch``."""
+        """From here on tell of ``batch``; if it is the one that is told of, nothing known of it is forgotten."""
+        if batch is self._batch:
+            return
         self._batch, self._lengths = batch, [batch.tokens.shape[1]]
         self._known.clear()
 

@@ -1,7 +1,7 @@
 """The drift of an adapter whose update is scaled, at a few scales at once, and the largest scale that passes."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -102,8 +102,27 @@ class Scales:
         return [predictions.of(len(windows)) for predictions in kept]
 
 
+def few_of(windows: int) -> int:
+    """Of so many windows of the task text, on how many more of the update is tried."""
+    return min(windows, max(LEAST_WINDOWS, math.ceil(windows / 4)))
+
+
+def loss_on(logits: Tensor, targets: Tensor) -> float:
+    """The summed loss of the predictions of one window, in nats."""
+    loss = 0.0
+    for first in range(0, len(targets), CHUNK):
+        rows = logits[first : first + CHUNK].to(targets.device).double()
+        loss += float(cross_entropy(rows, targets[first : first + CHUNK], reduction="sum", ignore_index=IGNORED))
+    return loss
+
+
 def headroom(
-    checkpoint: Checkpoint, adapted: AdaptedModel, task: Predictions, windows: Windows, ranks: Ranks
+    checkpoint: Checkpoint,
+    adapted: AdaptedModel,
+    task: Predictions,
+    windows: Windows,
+    ranks: Ranks,
+    streamed: Callable[[Sequence[int]], Mapping[int, float]] | None = None,
 ) -> Headroom | None:
     """What the task text would gain from twice the update, on a quarter of its windows.
 
@@ -113,29 +132,29 @@ def headroom(
         task: Its predictions on the task text, as it is.
         windows: Of the task text, which were all read.
         ranks: The processes that share them.
+        streamed: Gives the losses at twice the update where the model's blocks come and go, and its base is what it is
+            when it is switched off.
 
     Returns:
         None where the update's scale is not that of what was learned alone, or nothing is gained there as it is.
     """
     if not windows or _not_by_scale(checkpoint) is not None:
         return None
-    few = min(len(windows), max(LEAST_WINDOWS, math.ceil(len(windows) / 4)))
-    share, read = ranks.share(range(few)), []
-    doubled = torch.zeros(few, dtype=torch.float64)
-    with adapted.without_grad():
-        if checkpoint.carries_base and not _is_base_without(adapted, task, windows[0]):
-            return None
-        with scaled(adapted, 2.0):
-            for number in share:
-                batch = Batch.of([windows[number]], adapted.device, number)
-                logits = run(adapted.model, batch.tokens, batch.beside).logits[0]
-                targets = task.targets(number, batch.tokens[0])
-                for first in range(0, len(targets), CHUNK):
-                    rows = logits[first : first + CHUNK].to(targets.device).double()
-                    loss = cross_entropy(rows, targets[first : first + CHUNK], reduction="sum", ignore_index=IGNORED)
-                    doubled[number] += loss.cpu()
-                read.append(number)
-    ranks.add("the predictions at twice the update", range(few), read, doubled)
+    few = few_of(len(windows))
+    share, doubled = ranks.share(range(few)), torch.zeros(few, dtype=torch.float64)
+    if streamed is not None:
+        for number, loss in streamed(share).items():
+            doubled[number] = loss
+    else:
+        with adapted.without_grad():
+            if checkpoint.carries_base and not _is_base_without(adapted, task, windows[0]):
+                return None
+            with scaled(adapted, 2.0):
+                for number in share:
+                    batch = Batch.of([windows[number]], adapted.device, number)
+                    logits = run(adapted.model, batch.tokens, batch.beside).logits[0]
+                    doubled[number] = loss_on(logits, task.targets(number, batch.tokens[0]))
+    ranks.add("the predictions at twice the update", range(few), share, doubled)
     scored, base, as_it_is = task.losses(few).T
     gains, more = base - as_it_is, base - doubled
     gain = float(gains.sum())
@@ -198,6 +217,11 @@ def remedy(checkpoint: Checkpoint, drift: Drift, expectations: Expectations, sca
         little = f"{said} is the most that keeps the preserved text, and too little for the task"
         return Remedy(None, little, {})
     return Remedy(exact, said, at.figures, gains[0] / gains[1] if gains and gains[1] > 0 else None)
+
+
+def by_scale(checkpoint: Checkpoint) -> bool:
+    """Whether the factor of its format scales what was learned alone, as far as the files tell."""
+    return _not_by_scale(checkpoint) is None
 
 
 def _not_by_scale(checkpoint: Checkpoint) -> str | None:

@@ -1,7 +1,7 @@
 """The streaming pass: text through the model once, the layers' figures from what the recorder added up meanwhile."""
 
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -29,6 +29,12 @@ FIRST_ROUND = 16
 
 Progress = Callable[[int, int], None]
 """Told how many windows of how many are done."""
+Read = tuple[Sequence[int], Tensor, Tensor]
+"""The windows that this process read, and what `Recorder.taken` gave of them."""
+Seen = tuple[Mapping[str, Tensor | None], Mapping[str, int]]
+"""What `Recorder.distinct` gives of some layers, and in how many windows their rows had no place."""
+NOTHING = torch.empty(0), torch.empty(0)
+"""That of no layer."""
 
 
 def measure(
@@ -76,22 +82,17 @@ def measure(
     chosen = [layer for name, layer in adapted.layers.items() if layers is None or name in layers]
     if not chosen and predictions is None:
         return ()
-    drawn = _rows(windows, counted, max_rows, seed)
+    drawn = counted_rows(windows, counted, max_rows, seed)
     recorder = Recorder(adapted.device, len(windows))
-    sums = torch.zeros(len(chosen), 0, len(kernels.Sums._fields), dtype=torch.float64)
-    by_octave = torch.zeros(len(chosen), *OCTAVES, dtype=torch.float64)
-
-    def figures() -> tuple[LayerStats, ...]:
-        summed = zip(chosen, sums, by_octave, strict=True)
-        return tuple(_stats(layer, recorder.down_ranks[layer.name], *of) for layer, *of in summed)
-
     watching = recorder.rows.watching(adapted.model), recorder.watching(chosen)
     running = forwards(adapted, chosen, windows, whole=predictions is not None)
     with running as forward, watching[0], watching[1]:
-        for part in _rounds(len(windows), settled is not None):
+
+        def read(part: range) -> Read:
+            nonlocal batch_size
             share, done, told = ranks.share(part), 0, part.start
             while done < len(share):
-                batch = _batch(windows, share[done : done + batch_size], drawn, adapted.device, counted is not None)
+                batch = batch_of(windows, share[done : done + batch_size], drawn, adapted.device, counted is not None)
                 if not _fits(recorder, forward, batch, predictions):
                     batch_size = 1 if recorder.alone else len(batch.tokens) // 2
                     if shrunk is not None and not recorder.alone:
@@ -101,33 +102,67 @@ def measure(
                 told = min(part.start + ranks.size * done, part.stop)
                 if progress is not None:
                     progress(told, len(windows))
-            if chosen:
-                added, apart = recorder.taken(part)
-                ranks.add("the sums over windows", part, share[:done], added, apart)
-                sums, by_octave = torch.cat((sums, added), dim=1), by_octave + apart
-            if predictions is not None:
-                predictions.merge(ranks, part, share[:done])
             if progress is not None and told < part.stop:
                 progress(part.stop, len(windows))
-            if settled is not None and part.stop < len(windows) and settled(figures()):
-                break
-        # What a whole model computes with by itself is W′, with the update in it.
-        lost = [layer for layer, of in zip(chosen, sums, strict=True) if not (layer.is_whole or of[:, 0].any())]
+            return share[:done], *(recorder.taken(part) if chosen else NOTHING)
+
+        figures, lost = in_rounds(chosen, recorder.down_ranks, len(windows), read, ranks, predictions, settled)
         with recorder.silent():
             unused = bypassed(lost, forward, telling(windows), adapted.device)
-    return _with_rows(figures(), ranks, recorder, unused)
+    return with_rows(figures, ranks, [(recorder.distinct(), recorder.unplaced)], unused)
 
 
-def _with_rows(
-    layers: tuple[LayerStats, ...], ranks: Ranks, recorder: Recorder, unused: Collection[str]
+def in_rounds(
+    chosen: Sequence[AdaptedLayer],
+    down_ranks: Mapping[str, int],
+    windows: int,
+    read: Callable[[range], Read],
+    ranks: Ranks,
+    predictions: Predictions | None,
+    settled: Callable[[tuple[LayerStats, ...]], bool] | None,
+) -> tuple[tuple[LayerStats, ...], list[AdaptedLayer]]:
+    """The figures of so many windows, or of as many as settle them, and the layers that no row reached.
+
+    Args:
+        chosen: The layers.
+        down_ranks: How many directions the rows of their B span, once some windows were read.
+        windows: How many there are.
+        read: Reads some of them.
+        ranks: The processes that share them.
+        predictions: Takes the predictions.
+        settled: As `measure` asks it.
+    """
+    sums = torch.zeros(len(chosen), 0, len(kernels.Sums._fields), dtype=torch.float64)
+    by_octave = torch.zeros(len(chosen), *OCTAVES, dtype=torch.float64)
+
+    def figures() -> tuple[LayerStats, ...]:
+        summed = zip(chosen, sums, by_octave, strict=True)
+        return tuple(_stats(layer, down_ranks[layer.name], *of) for layer, *of in summed)
+
+    for part in _rounds(windows, settled is not None):
+        share, added, apart = read(part)
+        if chosen:
+            ranks.add("the sums over windows", part, share, added, apart)
+            sums, by_octave = torch.cat((sums, added), dim=1), by_octave + apart
+        if predictions is not None:
+            predictions.merge(ranks, part, share)
+        if settled is not None and part.stop < windows and settled(figures()):
+            break
+    # What a whole model computes with by itself is W′, with the update in it.
+    lost = [layer for layer, of in zip(chosen, sums, strict=True) if not (layer.is_whole or of[:, 0].any())]
+    return figures(), lost
+
+
+def with_rows(
+    layers: tuple[LayerStats, ...], ranks: Ranks, seen: Sequence[Seen], unused: Collection[str]
 ) -> tuple[LayerStats, ...]:
     """The figures, with how many rows were distinct and how many had no place, and where none was wanted."""
-    found = ranks.told("the distinct rows", (recorder.distinct(), recorder.unplaced))
+    found = [of for told in ranks.told("the distinct rows", list(seen)) for of in told]
     return tuple(
         replace(
             layer,
             distinct_rows=together([of[layer.name] for of, _ in found if layer.name in of], layer.in_features),
-            unplaced=sum(of[layer.name] for _, of in found),
+            unplaced=sum(of.get(layer.name, 0) for _, of in found),
             bypassed=1 if layer.name in unused else None,
         )
         for layer in layers
@@ -140,6 +175,11 @@ def _rounds(windows: int, early: bool) -> Iterator[range]:
     while first < windows:
         yield range(first, min(last, windows))
         first, last = last, 2 * last
+
+
+def first_round(windows: int, early: bool) -> range:
+    """The first of those parts."""
+    return next(_rounds(windows, early))
 
 
 def _fits(recorder: Recorder, forward: Callable[[Batch], Any], batch: Batch, predictions: Predictions | None) -> bool:
@@ -225,7 +265,7 @@ def _without_sinks(found: LayerStats, by_octave: Tensor) -> WithoutSinks:
     return quiet if found.down_norm is not None else replace(quiet, down_norm=None)
 
 
-def _rows(
+def counted_rows(
     windows: Sequence[Sequence[int]], counted: Sequence[Sequence[int]] | None, max_rows: int | None, seed: int
 ) -> Sequence[Sequence[int]] | None:
     """Which rows of each window count, at most so many of those that may; None where all do."""
@@ -262,7 +302,7 @@ def draw_rows(lengths: Sequence[int], max_rows: int | None, seed: int) -> list[l
     return drawn
 
 
-def _batch(
+def batch_of(
     windows: Sequence[Sequence[int]],
     numbers: range,
     drawn: Sequence[Sequence[int]] | None,

@@ -18,8 +18,9 @@ from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.errors import OptionError, quoted
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
+from pytest_nullspace.model.shelf import UnfitError
 
-__all__ = ["AdaptedLayer", "AdaptedModel", "import_libraries", "load_model", "load_plain"]
+__all__ = ["AdaptedLayer", "AdaptedModel", "UnfitError", "import_libraries", "load_model", "load_plain"]
 
 
 def import_libraries(checkpoint: Checkpoint) -> None:
@@ -101,6 +102,8 @@ def load_model(
     dtype: torch.dtype | str = "float32",
     base: str | os.PathLike[str] | None = None,
     bases: MutableMapping[Hashable, nn.Module] | None = None,
+    *,
+    shelve: bool = False,
 ) -> AdaptedModel:
     """Build the checkpoint's model in eval mode, every weight from its files.
 
@@ -111,8 +114,11 @@ def load_model(
         base: The base model of a checkpoint that does not carry its own: a directory, a GGUF file or a hub id; None
             for what its config names. With it a whole model without adapter is held against that.
         bases: Keeps that base model, once `AdaptedModel.take_off` was called, for the next adapter of the same.
+        shelve: Whether the numbers of its blocks are left in their files, and the rest stays on the CPU; ``device`` is
+            then where a block is brought to.
 
     Raises:
+        UnfitError: They cannot be left there.
         CheckpointError: Config and weights do not make one model, or the base cannot be had.
         OptionError: There is no such device or precision.
     """
@@ -125,7 +131,9 @@ def load_model(
         if found is None:
             from pytest_nullspace.model import lora_null
 
-            return lora_null.load(checkpoint, place, precision)
+            return lora_null.load(checkpoint, place, precision, shelve=shelve)
+        if checkpoint.is_whole and shelve:
+            raise UnfitError("a whole model is measured beside its base")
         if checkpoint.is_whole:
             from pytest_nullspace.model import whole
 
@@ -134,7 +142,7 @@ def load_model(
             return whole.load(checkpoint, found, place, precision)
         from pytest_nullspace.model import peft
 
-        return peft.load(checkpoint, found, place, precision, {} if bases is None else bases)
+        return peft.load(checkpoint, found, place, precision, {} if bases is None else bases, shelve=shelve)
 
 
 def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Checkpoint | None = None) -> nn.Module:

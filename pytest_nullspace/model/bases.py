@@ -1,6 +1,7 @@
 """The base model of an adapter: which class of transformers it is, and the whole of it loaded."""
 
 import copy
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,18 +10,28 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto.auto_factory import _get_model_class
 
 from pytest_nullspace.checkpoint import Checkpoint, gguf
-from pytest_nullspace.checkpoint.header import TensorInfo, printable, quoted, read_header, read_json_object
+from pytest_nullspace.checkpoint.header import (
+    TensorInfo,
+    printable,
+    quoted,
+    read_header,
+    read_json_object,
+    read_tensors,
+)
 from pytest_nullspace.checkpoint.strangers import require_unwrapped
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
 from pytest_nullspace.model.known import known_config, own_code
 from pytest_nullspace.model.names import of_today
+from pytest_nullspace.model.shelf import Shelf, UnfitError, stack_of
 from pytest_nullspace.model.sizes import NOT_FITTED, Fitted, sizes_of
+from pytest_nullspace.model.weights import fill
 
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -215,6 +226,46 @@ def load_base(
     wrong = [key for key in (*missing, *mismatched) if not any(part in replaced for part in key.split("."))]
     assert isinstance(model, nn.Module)
     return model, tuple(wrong)
+
+
+def shelve_base(kind: Kind, base: Path, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Shelf]:
+    """The base model on the CPU, the numbers of its blocks left in their files.
+
+    Raises:
+        UnfitError: What lies there is not the numbers of this model one for one.
+        CheckpointError: It cannot be loaded.
+    """
+    if base.is_file() or _quantiser(base) is not None or kind.fitted != NOT_FITTED:
+        raise UnfitError("its base is quantised, a GGUF file, or of other sizes than the adapter")
+    with _told_of(base):
+        with held_to(_tensors(base), base / "config.json"), init_empty_weights(include_buffers=False):
+            model = kind.build._from_config(copy.deepcopy(kind.config), dtype=dtype)
+        own, needless = model.state_dict().keys(), model._keys_to_ignore_on_load_unexpected or ()
+        tensors = {
+            name: info
+            for name, info in read_tensors(base, "model").items()
+            if name in own or not any(re.search(of, name) for of in needless)
+        }
+        kept = (model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict)
+        if _converts(model, tensors) or (dtype != torch.float32 and any(kept)):
+            raise UnfitError("its weights are not computed with as they lie in the files")
+        shelf = Shelf(stack_of(model), device, dtype)
+        try:
+            fill(model, tensors, torch.device("cpu"), dtype, shelf)
+        except CheckpointError as error:
+            raise UnfitError(f"its files do not hold its weights one for one ({printable(error, 300)})") from None
+    return model.eval(), shelf
+
+
+def _converts(model: nn.Module, names: Collection[str]) -> bool:
+    """Whether transformers makes weights of other weights as it loads this model; a name alone it may change."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:  # it did not, once
+        return False
+    converters = [of for of in get_model_conversion_mapping(model) if isinstance(of, WeightConverter)]
+    return any(of.rename_source_key(name)[1] is not None for of in converters for name in names)
 
 
 @contextmanager

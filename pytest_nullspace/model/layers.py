@@ -3,12 +3,16 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pytest_nullspace.kernels import exact_row_norms
 from pytest_nullspace.model.stored import stored
+
+if TYPE_CHECKING:
+    from pytest_nullspace.model.shelf import Shelf
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ class AdaptedModel:
         since: The start against which its update is told, where that held a part of W.
         without_grad: Within this context nothing is kept for a backward pass.
         base_name: What it is where it is switched off, in words.
+        shelf: Where the numbers of its blocks lie, where they are brought one block at a time; tokens then go to the
+            CPU, and ``device`` is where blocks run.
     """
 
     model: nn.Module
@@ -136,6 +142,7 @@ class AdaptedModel:
     since: str = ""
     without_grad: Callable[[], AbstractContextManager[object]] = torch.inference_mode
     base_name: str = "the model with its adapter switched off"
+    shelf: "Shelf | None" = None
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -20,6 +20,7 @@ from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
 from pytest_nullspace.model.known import require_known
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
+from pytest_nullspace.model.shelf import Shelf, shelved, stack_of
 from pytest_nullspace.model.stored import stored
 from pytest_nullspace.model.weights import fill
 
@@ -76,8 +77,8 @@ _PARAMETER_OF = {"weight_residual": "residual.weight", BIAS: "bias"}
 """Names in the files that differ from the names in `AdaptedLinear`."""
 
 
-def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> AdaptedModel:
-    """Rebuild the checkpoint's model on ``device``.
+def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, shelve: bool = False) -> AdaptedModel:
+    """Rebuild the checkpoint's model on ``device``, or on the CPU with its blocks left in their files for it.
 
     Raises:
         CheckpointError: The architecture is unknown or does not have the checkpoint's layers, a tensor has no place,
@@ -95,7 +96,9 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Ad
             protected=None if protect is None else protect.shape[0],
         )
         _replace(model, spec.name, adapted, checkpoint)
-    fill(model, _by_parameter(checkpoint), device, dtype)
+    tensors = _by_parameter(checkpoint)
+    shelf = Shelf(stack_of(model), device, dtype) if shelve else None
+    fill(model, tensors, torch.device("cpu") if shelve else device, dtype, shelf)
     modules = {spec.name: _adapted(model, spec.name) for spec in checkpoint.layers}
 
     @contextmanager
@@ -108,17 +111,22 @@ def load(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Ad
             for module in modules.values():
                 module.is_on = True
 
-    return AdaptedModel(
-        model.eval(),
-        {name: _view(module, name) for name, module in modules.items()},
-        device,
-        # Orthonormal rows are those of v2, which leaves W_res = W; v1 and CorDA take the adapter's start out of it.
-        switched_off=switched_off if all(map(_is_orthonormal, modules.values())) else None,
+    layers = {name: _view(module, name) for name, module in modules.items()}
+    if shelf is not None:
+        layers = shelved(layers, shelf)
+    downs = (
+        module.BLinear.weight if shelf is None else shelf.taken(tensors[f"{name}.BLinear.weight"])
+        for name, module in modules.items()
     )
+    # Orthonormal rows are those of v2, which leaves W_res = W; v1 and CorDA take the adapter's start out of it.
+    off = switched_off if all(map(_is_orthonormal, downs)) else None
+    if shelf is not None:
+        shelf.close()
+    return AdaptedModel(model.eval(), layers, device, switched_off=off, shelf=shelf)
 
 
-def _is_orthonormal(adapted: AdaptedLinear) -> bool:
-    down = adapted.BLinear.weight.detach().to("cpu", torch.float64)
+def _is_orthonormal(down: Tensor) -> bool:
+    down = down.detach().to("cpu", torch.float64)
     off = down @ down.mT - torch.eye(len(down), dtype=torch.float64)
     return bool(off.abs().max() <= ORTHONORMAL)
 

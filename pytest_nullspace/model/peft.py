@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -28,12 +28,11 @@ from pytest_nullspace.checkpoint.patterns import require_quick
 from pytest_nullspace.checkpoint.peft import FIELDS
 from pytest_nullspace.errors import CheckpointError, some
 from pytest_nullspace.model.absent import not_whole, told_behind
-from pytest_nullspace.model.bases import kind_of, load_base
+from pytest_nullspace.model.bases import Kind, kind_of, load_base, shelve_base
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.names import OLDER, Placed, are_older, placed
-from pytest_nullspace.model.stored import stored
-
-_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from pytest_nullspace.model.shelf import Shelf, UnfitError, shelved
+from pytest_nullspace.model.stored import stored, weight_of
 
 
 def load(
@@ -42,20 +41,19 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     bases: MutableMapping[Hashable, nn.Module],
+    *,
+    shelve: bool = False,
 ) -> AdaptedModel:
     """Load the base model from ``base``, or take it from ``bases``, and put the adapter on it.
 
+    Where it is to ``shelve`` the base's blocks they stay in their files, and what is loaded is on the CPU.
+
     Raises:
+        UnfitError: They cannot be left there.
         CheckpointError: The base cannot be loaded, or adapter and base do not match, tensor by tensor.
     """
-    kind = kind_of(checkpoint, base)
-    replaced = tuple(checkpoint.config.get("modules_to_save") or ())
-    key = base.resolve(), stamps(base), device, dtype, kind.build, kind.fitted, replaced
-    model, absent = bases.pop(key, None), tuple[str, ...]()
-    if model is None:
-        bases.clear()  # of the bases one is in memory at a time
-        model, absent = load_base(kind, base, dtype, replaced)
-        model.to(device)
+    key, kind, model, absent, shelf = _base(checkpoint, base, device, dtype, bases, shelve)
+    where = device if shelf is None else torch.device("cpu")
     untouched = _Untouched(model)
     # What is off is left out: an older PEFT does not know every field.
     fields = {key: value for key in FIELDS if (value := checkpoint.config.get(key)) is not None and value is not False}
@@ -75,8 +73,9 @@ def load(
     _check_blocks(checkpoint, base, model, set(at.layers.values()))
     _fill(wrapped, checkpoint, base)
     is_written = untouched.is_written()
-    model.to(device).eval()
+    model.to(where).eval()
     views = {name: view(name, found[place], *found[place].lora_A) for name, place in at.layers.items()}
+    views = views if shelf is None else shelved(views, shelf)
     behind = told_behind(model, absent, [layer.layer for layer in views.values()], base)
     if at.remarks:
         _require_scales(checkpoint, views)
@@ -97,7 +96,43 @@ def load(
     # Nor is a vocabulary that was resized the base's.
     whole = checkpoint.changed_base is None and not is_written and kind.fitted.vocabulary is None and not absent
     told, remarks = f"{kind.build.__name__}, {kind.why}", kind.fitted.remarks + at.remarks + behind
-    return AdaptedModel(model, views, device, take_off, switched_off if whole else None, told, remarks)
+    off = switched_off if whole else None
+    return AdaptedModel(model, views, device, take_off, off, told, remarks, shelf=shelf)
+
+
+class _Base(NamedTuple):
+    """A base model: by which it is known again, as what it was built, its random weights, and its shelf if any."""
+
+    key: Hashable
+    kind: Kind
+    model: nn.Module
+    absent: tuple[str, ...]
+    shelf: Shelf | None
+
+
+def _base(
+    checkpoint: Checkpoint,
+    base: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    bases: MutableMapping[Hashable, nn.Module],
+    shelve: bool,
+) -> _Base:
+    kind = kind_of(checkpoint, base)
+    replaced = tuple(checkpoint.config.get("modules_to_save") or ())
+    key = base.resolve(), stamps(base), device, dtype, kind.build, kind.fitted, replaced
+    if shelve:
+        if checkpoint.outside or checkpoint.changed_base is not None:
+            raise UnfitError("its adapter is more than A B beside its base")
+        model, shelf = shelve_base(kind, base, device, dtype)
+        return _Base(key, kind, model, (), shelf)
+    kept, absent = bases.pop(key, None), tuple[str, ...]()
+    if kept is not None:
+        return _Base(key, kind, kept, absent, None)
+    bases.clear()  # of the bases one is in memory at a time
+    model, absent = load_base(kind, base, dtype, replaced)
+    model.to(device)
+    return _Base(key, kind, model, absent, None)
 
 
 def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Checkpoint | None) -> nn.Module:
@@ -325,7 +360,7 @@ def view(name: str, layer: Any, adapter: str) -> AdaptedLayer:
         base=base,
         scale=float(layer.scaling[adapter]),
         down_matrix=lambda: stored(down, "weight").to("cpu", torch.float64),
-        base_matrix=lambda: _weight(base, {layer.in_features, layer.out_features}),
+        base_matrix=lambda: weight_of(base, {layer.in_features, layer.out_features}),
         has_bias=getattr(base, "bias", None) is not None,
         update=layer.lora_magnitude_vector[adapter] if layer.use_dora.get(adapter) else None,
     )
@@ -357,32 +392,3 @@ def require_changed(checkpoint: Checkpoint, base: Path | str, views: Iterable[Ad
             f"{share:.0%} of what that takes out, and every figure would be wrong; give the base as PEFT left it by "
             "--nullspace-base=DIR"
         )
-
-
-def _weight(base: nn.Module, widths: set[int]) -> Tensor | None:
-    """The weight of one linear layer, taken out of its quantisation by the library that put it in; None if it cannot.
-
-    What another library packs or scales apart may still be a tensor named ``weight``, whose norm would be wrong.
-    """
-    weight = _dequantised(base)
-    if isinstance(weight, Tensor) and weight.dtype in _NUMBERS and weight.ndim == 2 and set(weight.shape) == widths:
-        return weight
-    return None
-
-
-def _dequantised(base: Any) -> object:
-    # PEFT has a function for it, but on a CPU that leaves an 8-bit layer unable to run again.
-    weight: Any = getattr(base, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_meta:
-        return stored(base, "weight")
-    match type(weight).__name__:
-        case "Params4bit":
-            from bitsandbytes.functional import dequantize_4bit
-
-            return dequantize_4bit(weight.data, weight.quant_state)
-        case "Int8Params":
-            from bitsandbytes.functional import int8_vectorwise_dequant
-
-            held = weight if base.state.CB is None else base.state  # there from the first forward on
-            return int8_vectorwise_dequant(held.CB, held.SCB)
-    return weight.dequantize() if type(weight).__module__.startswith("torchao.") else weight

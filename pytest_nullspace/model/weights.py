@@ -10,11 +10,18 @@ from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint.header import TensorInfo, printable
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.model.shelf import Shelf
 
 _SHOWN = 5
 
 
-def fill(model: nn.Module, tensors: Mapping[str, TensorInfo], device: torch.device, dtype: torch.dtype) -> None:
+def fill(
+    model: nn.Module,
+    tensors: Mapping[str, TensorInfo],
+    device: torch.device,
+    dtype: torch.dtype,
+    shelf: Shelf | None = None,
+) -> None:
     """Put every tensor into the parameter of its name; tied parameters share one.
 
     Where device and dtype are those of the file, the parameter *is* the memory-mapped file.
@@ -24,6 +31,7 @@ def fill(model: nn.Module, tensors: Mapping[str, TensorInfo], device: torch.devi
         tensors: By the name of the parameter or persistent buffer that they fill.
         device: Where the model shall be.
         dtype: To what floating point weights are converted.
+        shelf: Takes those of its blocks that are not tied.
 
     Raises:
         CheckpointError: A tensor has no parameter or not its shape, a parameter has no tensor, or two tensors of one
@@ -41,6 +49,8 @@ def fill(model: nn.Module, tensors: Mapping[str, TensorInfo], device: torch.devi
     _check_shapes(model, tensors)
     files: defaultdict[Path, list[tuple[str, ...]]] = defaultdict(list)
     for names in places:
+        if shelf is not None and len(names) == 1 and shelf.takes(model, names[0], tensors[names[0]]):
+            continue
         files[next(tensors[name].file for name in names if name in tensors)].append(names)
     for file, held in files.items():
         _fill_from(file, model, held, tensors, device, dtype)

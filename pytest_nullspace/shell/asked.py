@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.errors import OptionError, quoted
-from pytest_nullspace.settings import PREFIX, GivenText, Settings, model_name, stats_file
+from pytest_nullspace.settings import PREFIX, STREAM, GivenText, Settings, model_name, stats_file
 from pytest_nullspace.shell import values
 from pytest_nullspace.shell.options import DEFAULT_TEXT, OPTIONS, REQUIRE, Option
 
@@ -148,12 +148,13 @@ def _check_together(settings: Settings) -> None:
             f"{PREFIX}suggest: asks the model for its predictions at other scales, and a saved run holds none; give "
             "the model as well"
         )
-    if settings.device_map is not None and settings.ranks.size > 1:
+    spreads = settings.device_map not in (None, STREAM)
+    if spreads and settings.ranks.size > 1:
         raise OptionError(
             f"{PREFIX}device-map: {settings.ranks.size} processes would each spread the model over the same devices; "
             "run it without torchrun"
         )
-    if settings.device_map is not None and settings.device != "auto":
+    if spreads and settings.device != "auto":
         raise OptionError(f"{PREFIX}device-map: chooses the devices itself; leave {PREFIX}device out")
     _check_card(settings)
     _check_serve(settings)

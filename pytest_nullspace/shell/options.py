@@ -149,7 +149,7 @@ OPTIONS = (
         "device-map",
         "MAP",
         "Spread a model that is larger than one device: auto over all cards, the CPU's memory and the disk, or what it "
-        "may take of each, such as 0=20GiB,cpu=60GiB.",
+        "may take of each, such as 0=20GiB,cpu=60GiB; or stream its blocks, as is done where it does not fit.",
         values.device_map,
         more="See [models larger than one device](larger.md).",
     ),

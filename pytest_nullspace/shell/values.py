@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_nullspace.errors import OptionError, TextError, quoted
-from pytest_nullspace.settings import AUTO_MOST, GivenText
+from pytest_nullspace.settings import AUTO_MOST, STREAM, GivenText
 
 if TYPE_CHECKING:
     from pytest_nullspace.judging.baseline import Limit
@@ -134,15 +134,17 @@ def device(given: Given) -> str:
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
-def device_map(given: Given) -> dict[int | str, int]:
-    """The bytes allowed by each device; empty for ``auto``."""
+def device_map(given: Given) -> dict[int | str, int] | str:
+    """The bytes allowed by each device; empty for ``auto``; or ``stream``."""
+    if given.text == STREAM:
+        return STREAM
     if given.text == "auto":
         return {}
     allowed: dict[int | str, int] = {}
     for part in given.text.split(","):
         match = re.fullmatch(r"\s*(cpu|\d{1,3})\s*=\s*(\d{1,9})\s*([KMG]i?B)\s*", part)
         if match is None:
-            raise OptionError(f"takes auto, or sizes such as 0=20GiB,cpu=60GiB, not {quoted(given.text)}")
+            raise OptionError(f"takes auto, stream, or sizes such as 0=20GiB,cpu=60GiB, not {quoted(given.text)}")
         device, size, unit = match.groups()
         allowed[device if device == "cpu" else int(device)] = int(size) * _UNITS[unit]
     return allowed

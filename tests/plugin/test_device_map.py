@@ -141,8 +141,8 @@ def test_a_layer_that_cannot_be_spread_is_refused(folder: Path, gate: Gate) -> N
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--nullspace-device-map=0:20GiB"], "takes auto, or sizes such as 0=20GiB,cpu=60GiB, not '0:20GiB'"),
-        (["--nullspace-device-map=cpu=lots"], "takes auto, or sizes such as *, not 'cpu=lots'"),
+        (["--nullspace-device-map=0:20GiB"], "takes auto, stream, or sizes such as 0=20GiB,cpu=60GiB, not '0:20GiB'"),
+        (["--nullspace-device-map=cpu=lots"], "takes auto, stream, or sizes such as *, not 'cpu=lots'"),
         (["--nullspace-device-map=auto", "--nullspace-device=cpu"], "chooses the devices itself; leave *-device out"),
     ],
 )

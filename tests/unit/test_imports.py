@@ -16,12 +16,14 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
     "callback", "kernels", "model", "measuring.bypassed", "measuring.distinct", "measuring.drift", "measuring.forward",
-    "measuring.moved", "measuring.recorder", "measuring.rows", "measuring.sampled", "measuring.scaling",
-    "measuring.spectrum", "measuring.streaming", "measuring.writing",
+    "measuring.blockwise", "measuring.moved", "measuring.recorder", "measuring.rows", "measuring.sampled",
+    "measuring.scaling", "measuring.spectrum", "measuring.streamed", "measuring.streaming", "measuring.waiting",
+    "measuring.writing",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {
     "measuring.pipeline", "measuring.loading", "measuring.measurement", "measuring.distributed", "measuring.inmemory",
+    "measuring.fitting",
 }  # fmt: skip
 """Those that reach them, inside functions only."""
 PYTEST = {"plugin", "shell.gate", "shell.last", "shell.extras", "shell.collect", "shell.fixtures", "shell.progress"}
@@ -103,7 +105,7 @@ ORDERS = {
     "text": "sources images gallery readers windows tokenizer processor",
     "measuring": (
         "memory hashing inmemory written passages about distributed rows forward drift moved recorder streaming "
-        "spectrum sampled writing loading measurement reading pipeline"
+        "spectrum sampled scaling waiting streamed blockwise writing loading fitting measurement reading pipeline"
     ),
     "shell": "values options asked shared once served against runs opening outputs progress collect gate",
 }

@@ -14,7 +14,7 @@ from torch import nn
 
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring.streaming import measure
-from pytest_nullspace.model.peft import _weight
+from pytest_nullspace.model.stored import weight_of
 from tests import tiny
 from tests.adapters import adapter
 from tests.unit.model.test_peft import EXACT, WINDOWS, inputs_of, opened
@@ -109,11 +109,11 @@ def test_the_norm_of_a_quantised_weight_is_that_of_its_numbers(kind: str, tmp_pa
 def test_a_weight_that_does_not_tell_its_numbers_has_no_norm(weight: torch.Tensor | None) -> None:
     """What is packed or scaled apart gives no norm rather than a wrong one; a plain weight gives its own."""
     module = nn.Linear(4, 8)
-    assert _weight(module, {4, 8}) is module.weight
+    assert weight_of(module, {4, 8}) is module.weight
     del module.weight
     if weight is not None:
         module.weight = nn.Parameter(weight, requires_grad=False)
-    assert _weight(module, {4, 8}) is None
+    assert weight_of(module, {4, 8}) is None
 
 
 @pytest.mark.parametrize(("library", "options"), [("bitsandbytes", {"load_in_8bit": True}), ("torchao", {})])

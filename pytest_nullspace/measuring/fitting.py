@@ -1,0 +1,123 @@
+"""Whether a model fits where it is to run; where it does not, its blocks are streamed from their files, if they can be.
+
+What holds tensors is imported inside functions.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.header import read_header
+from pytest_nullspace.errors import PREFIX
+from pytest_nullspace.measuring.inputs import sources
+from pytest_nullspace.measuring.loading import Bases, load
+from pytest_nullspace.settings import STREAM, Settings
+from pytest_nullspace.text.sources import SelfText
+
+if TYPE_CHECKING:
+    from pytest_nullspace.model import AdaptedModel, UnfitError
+
+_UNITS = (1.0, "bytes"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB")
+ROOM = 0.9
+"""The share of free memory that the weights of a model may take where it is loaded whole."""
+
+
+def load_fitting(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    device: Any,
+    dtype: Any,
+    base: Path | None,
+    bases: Bases | None,
+    initial: Checkpoint | None,
+    unfit: "UnfitError | None" = None,
+) -> "AdaptedModel":
+    """The checkpoint's model: whole, spread, or to be streamed where that is asked for or it does not fit.
+
+    Args:
+        checkpoint: Of which it is.
+        settings: How it is measured.
+        device: Where it runs.
+        dtype: In which precision.
+        base: The base of an adapter.
+        bases: Keeps that for the next adapter.
+        initial: The checkpoint from which training started.
+        unfit: Why it cannot be streamed, where that was tried.
+    """
+    from pytest_nullspace.model import UnfitError, load_model
+
+    why = unfit
+    if why is None:
+        large = "" if settings.device_map == STREAM else _too_large(checkpoint, settings, base, device, dtype)
+        if settings.device_map != STREAM and not large:
+            return load(checkpoint, settings, device, dtype, base, bases)
+        try:
+            _require_asks(settings, initial, is_told_by_base=checkpoint.carries_base and base is not None)
+            adapted = load_model(checkpoint, device, dtype, base, shelve=True)
+            if settings.drift and adapted.switched_off is None:
+                raise UnfitError("the base that its predictions are held against is another model")
+            return replace(adapted, remarks=(*adapted.remarks, f"{large}its blocks are read one after the other"))
+        except UnfitError as error:
+            why = error
+    adapted = load(checkpoint, settings, device, dtype, base, bases)
+    how = "loaded whole" if settings.device_map is None or settings.ranks.size > 1 else "spread"
+    return replace(
+        adapted, remarks=(*adapted.remarks, f"its blocks are not read one after the other, for {why}; {how}")
+    )
+
+
+def _require_asks(settings: Settings, initial: Checkpoint | None, *, is_told_by_base: bool) -> None:
+    """Refuse what needs the whole model at once.
+
+    Raises:
+        UnfitError: It was asked for.
+    """
+    from pytest_nullspace.model import UnfitError
+
+    asks = {
+        "spectrum": settings.spectrum, "suggest": settings.suggest, "init": initial is not None,
+        "base": is_told_by_base, "merge": bool(settings.merge),
+    }  # fmt: skip
+    for name in (name for name, asked in asks.items() if asked):
+        raise UnfitError(f"{PREFIX}{name} asks for more than each of them once")
+    if any(isinstance(source, SelfText) for source in sources(settings).values()):
+        raise UnfitError("a text that the base writes itself takes a pass for each token")
+
+
+def _too_large(checkpoint: Checkpoint, settings: Settings, base: Path | None, device: Any, dtype: Any) -> str:
+    """That the weights do not fit, as the beginning of a sentence; empty where they do, or where that is unknown."""
+    free = _free(device)
+    if settings.device_map is not None or free is None:
+        return ""
+    takes = _bytes(checkpoint, base, dtype.itemsize)
+    if takes <= ROOM * free:
+        return ""
+    return f"its weights take {size(takes)}, and {size(free)} are free on {device}: "
+
+
+def _bytes(checkpoint: Checkpoint, base: Path | None, itemsize: int) -> int:
+    files = [] if checkpoint.carries_base or base is None or base.is_file() else sorted(base.glob("*.safetensors"))
+    held = [*checkpoint.tensors.values(), *(tensor for file in files for tensor in read_header(file).values())]
+    return sum(math.prod(tensor.shape) * itemsize for tensor in held)
+
+
+def _free(device: Any) -> int | None:
+    """The bytes that are free there; None where that cannot be told."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    import psutil  # type: ignore[import-untyped]
+
+    available: int = psutil.virtual_memory().available
+    return available
+
+
+def size(count: float) -> str:
+    """So many bytes, in words."""
+    unit, name = max((of for of in _UNITS if of[0] <= count), default=_UNITS[0])
+    return f"{count / unit:.3g} {name}"

@@ -1,0 +1,318 @@
+"""The pass over a model whose blocks come into memory one at a time: block outside, windows inside.
+
+Each block is read once from its files, by a thread while the one before it runs, and the windows of all texts go
+through it: with the adapter, and beside them those of the base model, which is the same block with it switched off.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from pytest_nullspace.measuring.distributed import Ranks
+from pytest_nullspace.measuring.drift import Predictions
+from pytest_nullspace.measuring.forward import run
+from pytest_nullspace.measuring.recorder import Recorder
+from pytest_nullspace.measuring.rows import Batch, Rows
+from pytest_nullspace.measuring.streaming import Seen
+from pytest_nullspace.measuring.waiting import Waiting, asking
+from pytest_nullspace.model import AdaptedModel
+from pytest_nullspace.model.shelf import ShelvedLayer, UnfitError
+
+CPU = torch.device("cpu")
+"""Where all but the blocks and the head is, and where hidden states wait."""
+
+State = Callable[[], AbstractContextManager[object]]
+"""Within the context the model is in that state."""
+
+
+class OfBlock(NamedTuple):
+    """What was taken of the layers of one block on a part of a text.
+
+    Attributes:
+        names: The layers.
+        sums: What `Recorder.taken` gives.
+        by_octave: Likewise.
+        seen: What their rows were.
+        down_ranks: How many directions the rows of their B span.
+    """
+
+    names: list[str]
+    sums: Tensor
+    by_octave: Tensor
+    seen: Seen
+    down_ranks: Mapping[str, int]
+
+
+@dataclass
+class Text:
+    """A text whose windows are streamed.
+
+    Attributes:
+        windows: How many it has.
+        batches: Gives the batches of some of its windows, of at most so many each.
+        predictions: Takes the predictions, where they are compared.
+        read: Of each part that was read what a recorder took of each block.
+    """
+
+    windows: int
+    batches: Callable[[range, int], Iterator[Batch]]
+    predictions: Predictions | None
+    read: dict[range, list[OfBlock]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A forward beside those that are measured.
+
+    Attributes:
+        state: In which state of the model.
+        tokens: What it reads.
+        take: Given the logits, shape ``(length, vocabulary)``.
+    """
+
+    state: State
+    tokens: Sequence[int]
+    take: Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A forward on its way through the blocks.
+
+    Attributes:
+        waiting: The forward.
+        batch: What it reads.
+        state: In which state of the model.
+        of: The text whose norms are taken of it, where they are.
+        rows: Which rows are whose, where they are.
+        predictions: Of which the time that it takes is.
+    """
+
+    waiting: Waiting
+    batch: Batch
+    state: State = nullcontext
+    of: Text | None = None
+    rows: Rows = field(default_factory=Rows)
+    predictions: Predictions | None = None
+
+
+_ORDER = "its blocks do not run once each, one after the other"
+
+
+class _SmallerError(Exception):
+    """Raised where the rows of a batch cannot be told apart."""
+
+
+class Streaming:
+    """Streams windows through a model whose blocks lie on a shelf.
+
+    Attributes:
+        batches: The batch sizes, of which each but the first did not fit before it.
+        progress: Told which share of a pass is done.
+    """
+
+    def __init__(self, adapted: AdaptedModel, layers: Sequence[ShelvedLayer], ranks: Ranks, batches: list[int]) -> None:
+        """Stream nothing yet.
+
+        Args:
+            adapted: The model, which has a shelf.
+            layers: Those that are measured.
+            ranks: The processes of which each streams its own windows.
+            batches: The batch size to begin with.
+
+        Raises:
+            UnfitError: The blocks cannot be run so.
+        """
+        assert adapted.shelf is not None
+        if adapted.is_encoder_decoder:
+            raise UnfitError("it is an encoder-decoder")
+        self._adapted, self._shelf, self._ranks, self.batches = adapted, adapted.shelf, ranks, batches
+        self.progress: Callable[[float], None] = lambda _: None
+        inside = [set(map(id, block.modules())) for block in self._shelf.blocks]
+        self._layers = [[layer for layer in layers if id(layer.layer) in block] for block in inside]
+        self._head: nn.Module | None = getattr(adapted.model, "get_output_embeddings", lambda: None)()
+        if self._head is not None and self._shelf.device != CPU:  # embeddings that it is tied to stay where they are
+            for name, value in list(self._head.named_parameters(recurse=False)):
+                moved = nn.Parameter(value.to(self._shelf.device), requires_grad=False)
+                self._head.register_parameter(name, moved)
+
+    def read(self, texts: Mapping[Any, Text], parts: Mapping[Any, range], extras: Sequence[Extra] = ()) -> None:
+        """Read parts of some texts, and what is beside them, in one pass; what was read is in the texts.
+
+        Raises:
+            UnfitError: The blocks do not run one after the other.
+            torch.OutOfMemoryError: A device has no memory even for one window.
+        """
+        chosen = [(texts[key], part) for key, part in parts.items()]
+        while True:
+            try:
+                self._once(chosen, extras)
+                break
+            except (_SmallerError, torch.OutOfMemoryError) as error:
+                if self.batches[-1] == 1:
+                    raise
+                # Where rows cannot be told apart one window alone can; what has no room may have in half.
+                smaller = 1 if isinstance(error, _SmallerError) else self.batches[-1] // 2
+            self.batches.append(smaller)
+
+    def switched_off(self) -> AbstractContextManager[object]:
+        """Within the context the model is its base."""
+        assert self._adapted.switched_off is not None
+        return self._adapted.switched_off()
+
+    def _once(self, chosen: Sequence[tuple[Text, range]], extras: Sequence[Extra]) -> None:
+        whole = bool(extras) or any(text.predictions is not None for text, _ in chosen)
+        if whole and self._head is None:
+            raise UnfitError("its head is not one module")
+        for text, part in chosen:
+            text.read[part] = []
+        pairs = [pair for of in chosen for pair in self._of(*of)]
+        beside = [self._forward(Batch.of([extra.tokens], CPU), state=extra.state) for extra in extras]
+        forwards = [forward for pair in pairs for forward in pair] + beside
+        with ExitStack() as stack:
+            stack.enter_context(asking([*self._shelf.blocks, *([] if self._head is None else [self._head])]))
+            for forward in forwards:
+                stack.callback(forward.waiting.leave)
+            self._start(forwards)
+            self._through(forwards, chosen)
+            if self._head is None:
+                _require_ended(forwards)
+            else:
+                _require_waiting(forwards, self._head)
+            if whole:
+                for pair in pairs:
+                    self._compare(*pair)
+                for extra, forward in zip(extras, beside, strict=True):
+                    extra.take(self._end(forward)[0])
+
+    def _of(self, text: Text, part: range) -> Iterator[list[_Forward]]:
+        """The forwards of a text's batches, beside each the base's where predictions are compared."""
+        for batch in text.batches(self._ranks.share(part), self.batches[-1]):
+            pair = [self._forward(batch, of=text, predictions=text.predictions)]
+            if text.predictions is not None:
+                pair.append(self._forward(batch, state=self.switched_off, predictions=text.predictions))
+            yield pair
+
+    def _forward(self, batch: Batch, **of: Any) -> _Forward:
+        def forward() -> Any:
+            torch.set_num_threads(1)  # of this thread: else each would come to have as many as the machine has cores
+            with self._adapted.without_grad():
+                return run(self._adapted.model, batch.tokens, batch.beside)
+
+        return _Forward(Waiting(forward), batch, **of)
+
+    def _start(self, forwards: Sequence[_Forward]) -> None:
+        """Run each up to its first block."""
+        threads = torch.get_num_threads()
+        try:
+            for forward in forwards:
+                forward.rows.start(forward.batch)
+                with forward.rows.watching(self._adapted.model) if forward.of is not None else nullcontext():
+                    forward.waiting.go_on()
+        finally:
+            torch.set_num_threads(threads)
+
+    def _through(self, forwards: Sequence[_Forward], chosen: Sequence[tuple[Text, range]]) -> None:
+        """Run all of them through all blocks: what comes back to one could not be known of before the last."""
+        shelf, threads = self._shelf, torch.get_num_threads()
+        last = len(shelf.blocks) - 1
+        with closing(shelf), ThreadPoolExecutor(1, "nullspace-reader") as reader:
+            reader.submit(torch.set_num_threads, 1).result()  # what runs a block has the cores
+            torch.set_num_threads(threads)
+            coming = reader.submit(shelf.read, 0)
+            for number in range(last + 1):
+                _require_waiting(forwards, shelf.blocks[number])
+                shelf.put(number, coming.result())
+                if number < last:
+                    coming = reader.submit(shelf.read, number + 1)
+                try:
+                    self._block(forwards, chosen, self._layers[number])
+                finally:
+                    shelf.clear(number)
+                self.progress((number + 1) / (last + 1))
+
+    def _block(
+        self,
+        forwards: Sequence[_Forward],
+        chosen: Sequence[tuple[Text, range]],
+        layers: Sequence[ShelvedLayer],
+    ) -> None:
+        """Run all of them through the one block that is there."""
+        for layer in layers:
+            layer.keep_norms()
+        for text, part in chosen:
+            recorder = Recorder(self._shelf.device, text.windows)
+            with recorder.watching(layers):
+                for forward in forwards:
+                    if forward.of is text:
+                        forward.waiting.go_on(self._recorded(forward, recorder))
+                if layers:
+                    seen = recorder.distinct(), recorder.unplaced
+                    names = [layer.name for layer in layers]
+                    text.read[part].append(OfBlock(names, *recorder.taken(part), seen, recorder.down_ranks))
+        states: dict[State, list[_Forward]] = {}
+        for forward in forwards:
+            if forward.of is None:
+                states.setdefault(forward.state, []).append(forward)
+        for state, alike in states.items():
+            with state():
+                for forward in alike:
+                    began = time.perf_counter()
+                    forward.waiting.go_on(self._called(forward))
+                    if forward.predictions is not None:
+                        forward.predictions.seconds += time.perf_counter() - began
+
+    def _recorded(self, forward: _Forward, recorder: Recorder) -> Any:
+        """What the block gives to a forward, its norms counted."""
+        recorder.rows = forward.rows
+        recorder.start(forward.batch)
+        output = self._called(forward)
+        if not recorder.end():
+            raise _SmallerError
+        return output
+
+    def _called(self, forward: _Forward) -> Any:
+        """What the module for which a forward waits gives; a block's is brought back to where the forward is."""
+        call, device = forward.waiting.call, self._shelf.device
+        assert call is not None
+        if device == CPU:
+            return call.context.run(call.forward, *call.args, **call.kwargs)
+        args, kwargs = send_to_device(call.args, device), send_to_device(call.kwargs, device)
+        output = call.context.run(call.forward, *args, **kwargs)
+        return output if call.module is self._head else send_to_device(output, CPU)
+
+    def _end(self, forward: _Forward) -> Tensor:
+        """The logits of a forward that waits for the head."""
+        forward.waiting.go_on(self._called(forward))
+        if not forward.waiting.ended:
+            raise UnfitError("its head does not run last")
+        logits: Tensor = forward.waiting.output.logits
+        forward.waiting.output = None
+        return logits
+
+    def _compare(self, adapted: _Forward, base: _Forward | None = None) -> None:
+        if base is None or base.predictions is None:
+            return
+        logits, before = self._end(adapted), self._end(base)
+        tokens, first = adapted.batch.tokens.to(logits.device), adapted.batch.first
+        base.predictions.add(first, base.predictions.held(logits, before, tokens, first))
+
+
+def _require_waiting(forwards: Sequence[_Forward], module: nn.Module) -> None:
+    """Refuse forwards of which one waits for another module than this, or for none."""
+    for forward in forwards:
+        if forward.waiting.call is None or forward.waiting.call.module is not module:
+            raise UnfitError(_ORDER)
+
+
+def _require_ended(forwards: Sequence[_Forward]) -> None:
+    """Refuse forwards of which one did not end."""
+    if not all(forward.waiting.ended for forward in forwards):
+        raise UnfitError(_ORDER)

@@ -1,0 +1,215 @@
+"""A model whose blocks stay in their files and come into memory one at a time.
+
+A block is an element of the outermost `torch.nn.ModuleList` that holds most of the numbers. Until it is put into its
+place, and again once it is taken out, each of its weights is one NaN seen everywhere, so what computed with it shows.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pytest_nullspace.checkpoint.arrays import not_finite
+from pytest_nullspace.checkpoint.header import AGAIN, TensorInfo, printable
+from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.model.layers import AdaptedLayer
+
+Norms = tuple[float | None, float, float | None]
+
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+_AT_ONCE = 1 << 24
+"""Bytes of one read."""
+
+
+class UnfitError(CheckpointError):
+    """The blocks of a model cannot be run one after the other for all windows; the message is why, in a clause."""
+
+
+class _Piece(NamedTuple):
+    """A weight on the shelf: whose it is, and where it lies."""
+
+    module: nn.Module
+    attribute: str
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class ShelvedLayer(AdaptedLayer):
+    """An adapted layer in a block that comes and goes; the norms of its weights are kept from when it was there."""
+
+    kept: list[Norms] = field(default_factory=list)
+
+    def keep_norms(self) -> None:
+        """Take the norms, while the weights are there."""
+        if not self.kept:
+            self.kept.append(super().weight_norms())
+
+    def weight_norms(self) -> Norms:
+        """The norms that were kept."""
+        return self.kept[0]
+
+
+class Shelf:
+    """Where the numbers of a model's blocks lie.
+
+    Attributes:
+        blocks: The blocks, in their order.
+        device: Where a block runs.
+        bytes_read: Of the files of the weights, all tensors together.
+        largest: Bytes of the largest block in memory.
+        beside: Bytes of what stays in memory.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+        """Set up an empty shelf.
+
+        Args:
+            blocks: The blocks.
+            device: Where they are to run.
+            dtype: To what floating point weights are converted.
+        """
+        self.blocks, self.device, self.dtype = tuple(blocks), device, dtype
+        self.bytes_read = self.largest = self.beside = 0
+        self._pieces: list[list[_Piece]] = [[] for _ in self.blocks]
+        self._block_of = {id(module): number for number, block in enumerate(self.blocks) for module in block.modules()}
+        self._files: dict[Path, tuple[FileIO, int]] = {}
+        self._open = ExitStack()
+        self._finite: frozenset[str] = frozenset()
+
+    def takes(self, model: nn.Module, name: str, info: TensorInfo) -> bool:
+        """Whether the parameter of that name lies in a block; it is then read where its block is."""
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        value, number = module._parameters.get(attribute), self._block_of.get(id(module))
+        if number is None or value is None or info.dtype not in _TYPES or info.transposed:
+            self.beside += info.nbytes
+            self.bytes_read += info.nbytes
+            return False
+        self._pieces[number].append(_Piece(module, attribute, info))
+        self._empty(module, attribute)
+        size = sum(map(self._size, self._pieces[number]))
+        self.largest = max(self.largest, size)
+        return True
+
+    def require_finite(self, infos: Collection[TensorInfo]) -> list[TensorInfo]:
+        """From here on refuse NaN and infinity in those that lie here, as they are read; gives the others."""
+        held = {piece.info.name for pieces in self._pieces for piece in pieces}
+        self._finite = frozenset(info.name for info in infos) & held
+        return [info for info in infos if info.name not in held]
+
+    def taken(self, info: TensorInfo) -> Tensor:
+        """One tensor from its file, on the CPU, as it is to be computed with.
+
+        Raises:
+            CheckpointError: It cannot be read, or is one that has to be finite and is not.
+        """
+        values = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        try:
+            stream, begin = self._opened(info.file)
+            stream.seek(begin + info.begin)
+            done = self._read_into(stream, values.numpy().data)
+        except OSError as error:
+            raise CheckpointError(f"{info.file}: the weights cannot be read: {error.strerror}; {AGAIN}") from None
+        if done < info.nbytes:
+            raise CheckpointError(f"{info.file}: ends before its tensor {printable(info.name)} does; {AGAIN}")
+        value = values.view(_TYPES[info.dtype]).view(info.shape)
+        if info.name in self._finite and not bool(value.isfinite().all()):
+            raise not_finite(info)
+        return value.to(self.dtype) if value.is_floating_point() else value
+
+    def read(self, number: int) -> list[Tensor]:
+        """The weights of a block from their files; nothing of the model is changed, so a thread may do it."""
+        values = {piece.info.name: self.taken(piece.info) for piece in sorted(self._pieces[number], key=_place)}
+        return [values[piece.info.name] for piece in self._pieces[number]]
+
+    def put(self, number: int, values: Sequence[Tensor]) -> None:
+        """Put what was `read` of a block into its place, where it runs."""
+        for piece, value in zip(self._pieces[number], values, strict=True):
+            _set(piece.module, piece.attribute, value.to(self.device, non_blocking=True))
+        if self.device.type != "cpu":  # what is not on the shelf, such as buffers and PEFT's own, stays from now on
+            self.blocks[number].to(self.device)
+
+    def clear(self, number: int) -> None:
+        """Let go of a block's weights."""
+        for piece in self._pieces[number]:
+            self._empty(piece.module, piece.attribute)
+
+    def close(self) -> None:
+        """Close its files, which are opened again when they are read."""
+        self._files.clear()
+        self._open.close()
+
+    def _empty(self, module: nn.Module, attribute: str) -> None:
+        shape, dtype = getattr(module, attribute).shape, getattr(module, attribute).dtype
+        fill = float("nan") if dtype.is_floating_point else 0
+        _set(module, attribute, torch.full((1,), fill, dtype=dtype).expand(shape))
+
+    def _size(self, piece: _Piece) -> int:
+        value: Tensor = getattr(piece.module, piece.attribute)
+        return value.numel() * value.element_size()
+
+    def _opened(self, file: Path) -> tuple[FileIO, int]:
+        """The file, unbuffered so that no byte is read for nothing, and where its data begin."""
+        if file not in self._files:
+            stream = self._open.enter_context(FileIO(file))
+            self._files[file] = stream, 8 + int.from_bytes(stream.read(8), "little")
+        return self._files[file]
+
+    def _read_into(self, stream: FileIO, place: memoryview) -> int:
+        done = 0
+        while done < len(place) and (got := stream.readinto(place[done : done + _AT_ONCE])):
+            done += got
+        self.bytes_read += done
+        return done
+
+
+def _place(piece: _Piece) -> tuple[Path, int]:
+    return piece.info.file, piece.info.begin
+
+
+def _set(module: nn.Module, attribute: str, value: Tensor) -> None:
+    module.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+
+
+def stack_of(model: nn.Module) -> nn.ModuleList:
+    """The outermost list of modules that holds the most numbers.
+
+    Raises:
+        UnfitError: There is none.
+    """
+    stacks, inner = list[nn.ModuleList](), set[int]()
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and id(module) not in inner:
+            stacks.append(module)
+            inner.update(map(id, module.modules()))
+    if not stacks:
+        raise UnfitError("it has no list of blocks")
+    return max(stacks, key=lambda stack: sum(value.numel() for value in stack.parameters()))
+
+
+def shelved(layers: Mapping[str, AdaptedLayer], shelf: Shelf) -> dict[str, AdaptedLayer]:
+    """The layers, as such whose block comes and goes.
+
+    Raises:
+        UnfitError: One lies in no block, or its update is more than A B.
+    """
+    inside = {id(module) for block in shelf.blocks for module in block.modules()}
+    for layer in layers.values():
+        if id(layer.layer) not in inside:
+            raise UnfitError(f"{layer.name} lies in none of its blocks")
+        if layer.update is not None:
+            raise UnfitError(f"{layer.name} is a DoRA layer, which needs its whole weight when it is loaded")
+    return {
+        name: ShelvedLayer(**{of.name: getattr(layer, of.name) for of in fields(layer)})
+        for name, layer in layers.items()
+    }

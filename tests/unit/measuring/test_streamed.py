@@ -1,0 +1,188 @@
+"""Blocks outside, windows inside: the same figures, each byte read once, or a plain reason why not."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.measuring.distributed import Ranks
+from pytest_nullspace.measuring.pipeline import measure_checkpoint
+from pytest_nullspace.model.shelf import Shelf
+from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.settings import STREAM, Settings
+from tests import tiny
+from tests.adapters import adapter
+from tests.plugin.test_device_map import gpt2
+
+Measured = Callable[..., RunStats]
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> Measured:
+    """Measure a checkpoint on two windows, and on two of a task text."""
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    (tmp_path / "task.txt").write_text(tiny.TEXT[::-1])
+
+    def measure(directory: Path, **changes: Any) -> RunStats:
+        given: dict[str, Any] = {
+            "models": (), "stats": (), "base": None, "calib_dataset": "text.txt", "text_folder": tmp_path,
+            "calib_size": 2, "calib_most": 128, "seqlen": 32, "max_activation_samples": None, "seed": 42,
+            "batch_size": None, "device": "cpu", "dtype": "auto", "layers": "*", "stage": "trained", "overrides": (),
+            "save_stats": None, "reports": (), "ranks": Ranks(), "task_folder": tmp_path, "task_dataset": "task.txt",
+            "drift": None,
+        }  # fmt: skip
+        checkpoint = open_checkpoint(directory)
+        names = [layer.name for layer in checkpoint.layers]
+        return measure_checkpoint(checkpoint, Settings(**{**given, **changes}), names)
+
+    return measure
+
+
+def made(kind: str, folder: Path) -> Path:
+    """A checkpoint of this kind."""
+    match kind:
+        case "LoRA-Null":
+            return tiny.lora_null(folder / "whole")
+        case "shards":
+            return tiny.lora_null(folder / "whole", shards=3)
+        case "biases":
+            return adapter(folder, tiny.qwen2(), r=4, target_modules="all-linear")
+        case "Conv1D":
+            return adapter(folder, gpt2(), r=4, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True)
+        case "sliding":
+            config = transformers.Gemma2Config(**tiny.SIZES, head_dim=8, sliding_window=8)
+            return adapter(folder, transformers.Gemma2ForCausalLM(config).eval(), r=4, target_modules="all-linear")
+        case "one layer":
+            return adapter(folder, tiny.llama(), r=4, target_modules=["layers.1.self_attn.q_proj"])
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("LoRA-Null", {}),
+        ("LoRA-Null", {"calib_size": None, "calib_most": 40, "max_activation_samples": 100}),
+        ("LoRA-Null", {"dtype": "bfloat16"}),
+        ("shards", {"drift": False}),
+        ("biases", {"batch_size": 1}),
+        ("Conv1D", {}),
+        ("sliding", {}),
+        ("one layer", {"drift": False}),
+    ],
+)
+def test_figures_are_those_of_the_model_in_memory(
+    kind: str, changes: dict[str, Any], measured: Measured, tmp_path: Path
+) -> None:
+    """To the last bit: layers, drift, headroom, the windows that settle them, and of capped rows."""
+    directory = made(kind, tmp_path)
+    whole, streamed = measured(directory, **changes), measured(directory, device_map=STREAM, **changes)
+    assert streamed.about["model"]["remarks"][-1] == "its blocks are read one after the other"
+    assert whole.layers
+    assert streamed.layers == whole.layers
+    assert (whole.drift is None) == (changes.get("drift") is False)
+    assert streamed.drift == whole.drift
+    for told in ("text", "task_text", "first_token", "tokenizer", "weights_sha256"):
+        assert streamed.about.get(told) == whole.about.get(told)
+
+
+@pytest.mark.parametrize("windows", [2, 12])
+def test_each_byte_of_the_weights_is_read_once(
+    windows: int, measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many windows and texts there are, and with drift: no more than what the files hold and B once more."""
+    shelves: list[Shelf] = []
+    put = Shelf.put
+
+    def seen(shelf: Shelf, number: int, values: Any) -> None:
+        shelves.append(shelf)
+        put(shelf, number, values)
+
+    monkeypatch.setattr(Shelf, "put", seen)
+    wide = tiny.llama(hidden_size=128, intermediate_size=256, num_hidden_layers=7)
+    directory = tiny.lora_null(tmp_path / "wide", wide, rank=4, shards=2)
+    measured(directory, device_map=STREAM, calib_size=windows)
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    assert len(shelves) == 7
+    assert len(set(map(id, shelves))) == 1
+    assert 0.95 * size < shelves[0].bytes_read < 1.05 * size
+
+
+def no_blocks(**_: Any) -> Any:
+    """A model of one shared block: ALBERT's layers are one group, run again and again."""
+    config = transformers.AlbertConfig(
+        vocab_size=128, embedding_size=32, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        num_hidden_layers=3, max_position_embeddings=256,
+    )  # fmt: skip
+    return transformers.AlbertForMaskedLM(config).eval()
+
+
+def encoder_decoder() -> Any:
+    """A tiny T5."""
+    config = transformers.T5Config(
+        vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("model", "asks", "changes", "why"),
+    [
+        (tiny.llama, {"use_dora": True}, {}, "its adapter is more than A B beside its base"),
+        (tiny.llama, {"modules_to_save": ["lm_head"]}, {}, "its adapter is more than A B beside its base"),
+        (tiny.llama, {}, {"spectrum": True}, "--nullspace-spectrum asks for more than each of them once"),
+        (no_blocks, {"target_modules": ["query"], "task": None}, {"drift": False}, "its blocks do not run once each"),
+        (
+            encoder_decoder,
+            {"target_modules": ["q"], "task": "SEQ_2_SEQ_LM"},
+            {"drift": False},
+            "lies in none of its blocks",
+        ),
+    ],
+    ids=["DoRA", "saved", "spectrum", "shared", "two sides"],
+)
+def test_what_cannot_be_streamed_is_measured_as_before_and_says_so(
+    model: Callable[[], Any],
+    asks: dict[str, Any],
+    changes: dict[str, Any],
+    why: str,
+    measured: Measured,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its figures are those of the model in memory; here it did not fit by itself, and no map was asked for."""
+    monkeypatch.setattr("pytest_nullspace.measuring.fitting._free", lambda _: None)
+    directory = adapter(tmp_path, model(), **{"r": 4, "target_modules": ["q_proj"], **asks})
+    whole = measured(directory, **changes)
+    monkeypatch.setattr("pytest_nullspace.measuring.fitting._free", lambda _: 1)
+    streamed = measured(directory, **changes)
+    assert streamed.layers == whole.layers
+    assert streamed.drift == whole.drift
+    remark = streamed.about["model"]["remarks"][-1]
+    assert remark.startswith("its blocks are not read one after the other, for ")
+    assert why in remark
+
+
+def test_a_model_that_does_not_fit_is_streamed_by_itself(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where less is free than its weights take, and says so in one line."""
+    monkeypatch.setattr("pytest_nullspace.measuring.fitting._free", lambda _: 100_000)
+    run = measured(tiny.lora_null(tmp_path / "whole"))
+    assert run.about["model"]["remarks"] == [
+        "its weights take 132 kB, and 100 kB are free on cpu: its blocks are read one after the other"
+    ]
+
+
+def test_nan_beside_the_layers_is_refused_as_in_memory(measured: Measured, tmp_path: Path) -> None:
+    """A norm in a block, which no layer test covers, is looked at as it is read."""
+
+    def spoil(tensors: dict[str, Any], _: Any) -> None:
+        tensors["model.layers.2.input_layernorm.weight"][3] = float("nan")
+
+    directory = tiny.lora_null(tmp_path / "whole", change=spoil)
+    with pytest.raises(CheckpointError, match=r"layers\.2\.input_layernorm\.weight holds NaN or infinity"):
+        measured(directory, device_map=STREAM)
