@@ -425,10 +425,11 @@ and looking through them again and again was a quarter of it (3.0 s against 2.3 
 not imported: `datasets`, `pyarrow` and `pandas` for a text file, `peft` for a LoRA-Null directory, which
 `tests/plugin/test_start_up.py` holds. What transformers imports by itself where it is installed cannot be left out
 without telling the rest of the process that it is not there, and your own tests may run in it: `accelerate`, Pillow,
-scikit-learn and torchvision, and the half of torch that compiles (`torch._dynamo`, `torch.distributed.tensor`, sympy).
+scipy, torchvision, torchaudio and soundfile, and the half of torch that compiles (`torch._dynamo`,
+`torch.distributed.tensor`, sympy).
 
 The text is read before, so that what is wrong with it is told at once; weights of the asked precision are mapped from
-their file and not copied; no random number is drawn for a weight that comes from a file. The weights are hashed by a
+their file and not copied; no random number is drawn for a weight that comes from a file. Weights and base are hashed by a
 thread, from the moment when the text was read until the last window; `-vv` tells how long the end had to wait for it.
 
 Where nothing is gated the plugin adds {unused:.0f} ms to pytest. The headers of a sharded checkpoint of 10,000
