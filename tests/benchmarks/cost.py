@@ -429,8 +429,8 @@ scipy, torchvision, torchaudio and soundfile, and the half of torch that compile
 `torch.distributed.tensor`, sympy).
 
 The text is read before, so that what is wrong with it is told at once; weights of the asked precision are mapped from
-their file and not copied; no random number is drawn for a weight that comes from a file. Weights and base are hashed by a
-thread, from the moment when the text was read until the last window; `-vv` tells how long the end had to wait for it.
+their file and not copied; no random number is drawn for a weight that comes from a file. Weights and base are
+hashed by a thread, from when the text was read until the last window; `-vv` tells how long the end waited for it.
 
 Where nothing is gated the plugin adds {unused:.0f} ms to pytest. The headers of a sharded checkpoint of 10,000
 layers are read and checked in {opened:.2f} s; with their collection and the printing of their ids pytest takes
