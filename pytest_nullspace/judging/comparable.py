@@ -93,7 +93,7 @@ def _base_losses(run: RunStats, _: Collection[str]) -> Any:
         name = drift.name if key == FIRST else name_of(key)
         windows = about(key, "windows_sha256")(run, ())
         if isinstance(windows, str) and name in drift.texts:
-            found[f"on the windows {windows[:12]}"] = drift.texts[name].base_loss
+            found[f"on the windows {printable(windows[:12])}"] = drift.texts[name].base_loss
     return found or None
 
 
@@ -240,7 +240,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 def _shown(value: object) -> str:
     if isinstance(value, list | tuple):
-        return "×".join(map(str, value)) if isinstance(value, tuple) else ", ".join(map(str, value))
+        return "×".join(map(str, value)) if isinstance(value, tuple) else printable(", ".join(map(str, value)), 400)
     if isinstance(value, float):
         return f"{value:.6g}"
     text = str(value)

@@ -78,6 +78,25 @@ def test_what_a_run_was_measured_with_must_be_alike(run: RunStats, said: str | N
     assert [str(difference) for difference in incomparable(run, told())] == ([] if said is None else [said])
 
 
+def test_what_a_stranger_s_file_tells_is_shown_as_text() -> None:
+    """Digests, names and versions that hold what a terminal would follow are escaped, and cut where they are long."""
+    bad = "\x1b[31m" + "x" * 1000
+    strange = told(
+        windows=bad,
+        loss=9.0,
+        base_model={"files": {bad: bad}, "config_sha256": bad, "quantisation": bad},
+        processor={"files": {bad: bad}},
+        model_class=bad,
+        libraries={**LIBRARIES, "torch": bad, bad: bad},
+        dtype=bad,
+    )
+    other = told(windows=bad, libraries={**LIBRARIES, bad: "1"})
+    lines = [*map(str, incomparable(strange, other)), *doubts(strange, other)]
+    assert {line.partition(" ")[0] for line in lines} > {"base-files", "base-loss", "class", "config", "libraries"}
+    assert not any("\x1b" in line for line in lines)
+    assert max(len(line) for line in lines[:-2]) < 1000
+
+
 def test_a_run_that_tells_none_of_it_compares_with_a_doubt() -> None:
     """A run of an earlier version is held against a newer one, either way round, and what is not known is told."""
     older = saved.run()
