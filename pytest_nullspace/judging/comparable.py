@@ -153,8 +153,8 @@ OPTIONAL = frozenset(
     ("base-files", "config", "quantisation", "base-loss", "tokenizer", "processor", "class", "libraries")
 )
 """What runs of earlier versions do not tell: where only one does, that is a doubt and no refusal."""
-OF_ONE_BASE = frozenset(("base", "base-files", "base-loss", "figures"))
-"""What need not be alike of a run and of its start, which may hold a part of the base."""
+OF_ONE_BASE = frozenset(("base", "base-files", "base-loss", "config", "figures"))
+"""What need not be alike of a run and of its start, which may hold a part of the base, and was saved anew since."""
 _OF_LAYERS = ("rows", "rank", "widths", "base")
 
 UNRECORDED = "unrecorded"

@@ -18,7 +18,7 @@ _QUANTISED = ("quantization_config", "quantization")
 """What a config calls the form of its weights: of transformers, and of MLX."""
 _DECIDES_NOTHING = {
     *_QUANTISED, "_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype",
-    "use_cache", "lora_r",
+    "use_cache", "eos_token_id", "lora_r",
 }  # fmt: skip
 """What a config tells of its making, or what a run tells by itself; no figure follows from it."""
 
