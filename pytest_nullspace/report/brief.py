@@ -26,8 +26,7 @@ def summary(
 ) -> Iterator[Line]:
     """The lines of the summary, each with the tier that colours it; ``-v`` shows all of what they tell the first of."""
     yield from opening(run, decision)
-    if (told := notes.measured_on(run)) is not None:
-        yield told, None
+    yield from ((told, None) for told in (notes.unread(run, decision), notes.measured_on(run)) if told is not None)
     yield from counted(run, verdicts, expectations)
     yield from cautions(run, verdicts, expectations, in_short=True)
     yield from ((told, Tier.WARN) for doubt in doubts.all_of(verdicts, run, expectations) if (told := _first(doubt)))

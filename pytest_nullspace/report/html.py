@@ -150,7 +150,7 @@ def sheet(
     return Sheet(
         name=printable(name, 200),
         decision=decision,
-        facts=_facts(run, verdicts, expectations),
+        facts=_facts(run, verdicts, expectations, notes.unread(run, decision)),
         lines=_lines(run, verdicts, expectations),
         drift=bars.groups(moved, () if compared is None else compared.drift),
         drift_words=() if run.drift is None else _plain(notes.drift(run.drift, *moved), run),
@@ -186,11 +186,12 @@ def _shifted(
     ]
 
 
-def _facts(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations) -> list[str]:
+def _facts(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations, unread: str | None) -> list[str]:
     gated = sum(verdict.gated for verdict in verdicts)
     profile = notes.profile(expectations)
     told = [
         notes.conditions(run),
+        unread,
         f"layers: {gated} of {run.checkpoint_layers} gated: {notes.tally(verdicts)}",
         None if profile is None else named(profile, run),
         *model.built_as(run),

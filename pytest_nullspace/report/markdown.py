@@ -17,6 +17,7 @@ from pytest_nullspace.report.notes import (
     tally,
     texts,
     ungated,
+    unread,
 )
 from pytest_nullspace.report.page import Page, Row, kind
 from pytest_nullspace.report.words import MARKS, figures, mark, not_gated, reading
@@ -55,6 +56,8 @@ def page(
         f"Gated {sum(judged.gated for judged in verdicts)} of {run.checkpoint_layers} layers on "
         f"{escape(texts(run))}: **{tally(verdicts)}**.",
     ]
+    if (told := unread(run, decision)) is not None:
+        lines += ["", f"{escape(told[0].upper() + told[1:])}."]
     if (told := ungated(verdicts, expectations)) is not None:
         lines += ["", f"{MARKS[Tier.WARN]} {escape(told)}."]
     if not run.layers and run.drift is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable, quoted
+from pytest_nullspace.judging.decision import Call, Decision
 from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.profiles import WORDS, Profile
 from pytest_nullspace.judging.verdicts import Tier, Verdict
@@ -25,6 +26,7 @@ OUTSIDE_SHOWN = 2
 OTHERS_SHOWN = 3
 QUOTED = 400
 """Characters of a text, as they are shown, on either side of a token whose prediction changed."""
+_SELF = "--nullspace-calib-dataset=self=self"
 
 
 def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator[str]:
@@ -273,6 +275,15 @@ def measured_on(run: RunStats) -> str | None:
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def unread(run: RunStats, decision: Decision | None) -> str | None:
+    """Of what a safe verdict says nothing, and how to have more checked; None where the base wrote a text already."""
+    is_safe = decision is not None and decision.call is Call.SAFE and run.drift is not None
+    if not is_safe or any("written" in entry for entry in preserved(run.about).values()):
+        return None
+    has_base = "update_against" not in run.about  # else none but another model could write
+    return f"these texts alone were checked{f'; {_SELF} adds one' if has_base else ''}"
 
 
 def _passed(seconds: Mapping[str, float]) -> str:

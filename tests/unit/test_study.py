@@ -244,6 +244,28 @@ def test_what_is_published_agrees_with_its_data() -> None:
         assert published["areas"][name] == pytest.approx(found, rel=1e-2)
 
 
+@pytest.mark.parametrize("name", ["llama", "phi", "smollm2", "all"])
+def test_what_reading_self_would_do_is_what_the_data_say(name: str) -> None:
+    """The page's counts of what is missed and falsely alarmed, with and without self, are those of the data."""
+    names = ["llama", "phi", "smollm2"] if name == "all" else [name]
+    entries = [entry for of in names for entry in study_figures.read(study.DOCS / "prediction" / f"{of}.jsonl")]
+    ruined = [entry for entry in entries if 1 - entry["kept"] > 0.1]
+    cells = []
+    for bound in (0.05, 0.15):
+        for with_self in (False, True):
+
+            def beyond(entry: Any, bound: float = bound, with_self: bool = with_self) -> bool:
+                own, other = entry["figures"]["preserved"], entry["figures"]["self"]
+                return bool(max(own["kl"], own["loss rise"], other["kl"] if with_self else 0.0) > bound)
+
+            missed = sum(not beyond(entry) for entry in ruined)
+            alarmed = sum(beyond(entry) for entry in entries) - (len(ruined) - missed)
+            cells.append(f"{missed}/{len(ruined)}, {alarmed}/{len(entries) - len(ruined)}")
+    page = (study.DOCS / "prediction.md").read_text("utf-8")
+    table = page[page.index("<!-- self -->") : page.index("<!-- /self -->")]
+    assert f"| {name} | {' | '.join(cells)} |" in table
+
+
 def test_trained_weights_stand_only_inside_the_block(base: Any) -> None:
     """The base has its own weights again after the block, also after an error in it."""
     before = deepcopy(base.state_dict())

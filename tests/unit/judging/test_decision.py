@@ -120,6 +120,15 @@ def test_an_update_that_is_too_weak_is_told_by_what_twice_of_it_would_gain() -> 
     assert verdict(good(dataclasses.replace(drift(), headroom=Headroom(144, 0.2, 0.1, 0.01)))).call is Call.SAFE
 
 
+def test_who_was_trained_gently_is_not_called_too_weak() -> None:
+    """What 60 steps at a thirtieth of the rate leave is to be looked at; a scale lost in SmolLM2 is still a failure."""
+    gentle = verdict(good(dataclasses.replace(drift(), headroom=Headroom(2040, 0.93, 0.93 * 1.807, 0.021))))
+    assert gentle.call is Call.LOOK
+    assert gentle.sentence == "twice the update would gain 1.8 x as much on the task"
+    lost = verdict(good(dataclasses.replace(drift(), headroom=Headroom(2040, 0.0288, 0.0288 * 1.97, 0.01))))
+    assert lost.call is Call.STOP
+
+
 def test_defects_and_faults_are_told_once_with_their_number() -> None:
     """Layers that hold NaN are one reason, whatever their number."""
     told = verdict(good(output_norm=math.nan))

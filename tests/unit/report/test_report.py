@@ -543,6 +543,30 @@ def test_a_layer_that_no_row_reached_fails_in_a_line() -> None:
     assert words.layer_failure(lost, moved).splitlines()[1:] == ["✗ B was trained"]
 
 
+@pytest.mark.parametrize(
+    ("about", "gain", "told"),
+    [
+        ({}, 2.0, "these texts alone were checked; --nullspace-calib-dataset=self=self adds one"),
+        ({"update_against": "start"}, 2.0, "these texts alone were checked"),
+        ({"text[self]": {"written": {"was_kept": True}}}, 2.0, None),
+        ({}, 0.0, None),
+    ],
+    ids=["safe", "no base that writes", "one that the base wrote", "not safe"],
+)
+def test_a_safe_verdict_says_which_texts_it_is_of(about: dict[str, Any], gain: float, told: str | None) -> None:
+    """What was in none of the texts was not checked: said where all is green, on the terminal and in Markdown."""
+    layer = dataclasses.replace(saved.LAYER, task=saved.LAYER)
+    drift = Drift("the base", TextDrift(480, 2.0, 2.0, 0.0, 0.0, 0.0), TextDrift(480, 3.0, 3.0 - gain, 0.5, 0.01, 0.02))
+    run = RunStats("ft", "text.txt", (layer,), 1, about, drift)
+    held = Expectations(chosen=Chosen(Profile.LORA, "said"), drift_judged=True)
+    decision = decide(run, held)
+    assert (decision.call == "SAFE") is (gain > 0)
+    assert notes.unread(run, decision) == told
+    lines = [line for line, _ in brief.summary(run, [judge(layer, held)], held, decision, 80)]
+    page = markdown.page(run, held, (), decision).whole
+    assert ("these texts alone" in "".join(lines), "These texts alone" in page) == (told is not None,) * 2
+
+
 def test_a_red_adapter_of_green_layers_shows_its_largest_updates_and_a_next_step() -> None:
     """Where the predictions alone failed no layer is the worst: those that change most stand there, and what to try."""
     names = (
