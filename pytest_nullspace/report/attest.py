@@ -36,7 +36,7 @@ class Attested:
         expectations: What it was held against, and the tests that came to a verdict.
         decision: The verdict.
         failed: The names of the tests that failed.
-        excused: Those of the tests that failed as a mark of the user's expects.
+        excused: Those of the tests that failed as a mark of the user's expects, or only warn without a figure.
         prefix: How the ids of the tests begin.
         url: Where the run can be looked at, if it has a page.
     """

@@ -14,7 +14,7 @@ from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.report import attest
 from pytest_nullspace.run.saved import write_atomically
 from pytest_nullspace.settings import CARD, PREFIX, Settings, stats_file
-from pytest_nullspace.shell.decided import why_untold
+from pytest_nullspace.shell.decided import warned, why_untold
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun
 
 ADAPTER, BASE = "adapter", "base"
@@ -76,7 +76,7 @@ class Begun:
         for name, digest in outcome.about.get("weights_sha256", {}).items():
             if subjects.get(f"{ADAPTER}/{name}") != digest:
                 raise StatsError(f"{run.path / name}: changed since it was measured, so nothing is stated; run again")
-        failed, excused = tests.named(tests.failed), tests.named(tests.excused)
+        failed, excused = tests.named(tests.failed), [*tests.named(tests.excused), *warned(run, outcome)]
         expectations = run.expectations(outcome)
         told = attest.Attested(subjects, outcome, expectations, decision, failed, excused, tests.prefix, _url())
         write_atomically(file, attest.statement(told))

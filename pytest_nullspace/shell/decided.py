@@ -72,6 +72,12 @@ def merged(run: GatedRun, outcome: RunStats) -> list[tuple[str, OfType]]:
     return [] if survival is None else [(test, survival.of_type(kind)) for test, kind in run.merge_tests.items()]
 
 
+def warned(run: GatedRun, outcome: RunStats) -> list[str]:
+    """The names of the tests beside the figures that only warn: of merges, and of servers."""
+    servers = (test for test in run.servers.tests if run.servers.outcome(test).tier is Tier.WARN)
+    return [*(test for test, kept in merged(run, outcome) if kept.tier is Tier.WARN), *servers]
+
+
 def is_judged(run: GatedRun, test: str) -> bool:
     """Whether a test came to a verdict, as far as that is known."""
     return run.judged is None or test in run.judged

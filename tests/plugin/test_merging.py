@@ -36,8 +36,12 @@ def test_each_type_is_a_test_that_tells_of_weights_and_activations(
     """What is kept stands in every report, with what it does to the text; a saved run is gated by it again."""
     peft(folder)
     reports = ("--nullspace-report=r.md", "--nullspace-report=r.html", "--nullspace-save-stats=s.json")
-    result = gate(*LOOSE, "--nullspace-merge=fp16,bf16", *reports, *mode, model="adapter")
-    result.assert_outcomes(passed=LAYERS + 1 + 2)
+    beside = ("--nullspace-serve=vllm==99", "--nullspace-attest=a.json")
+    result = gate(*LOOSE, "--nullspace-merge=fp16,bf16", *beside, *reports, *mode, model="adapter")
+    result.assert_outcomes(passed=LAYERS + 1 + 2 + 1)
+    stated = json.loads((folder / "a.json").read_text())["predicate"]
+    assert {"adapter/adapter_config.json::merge[bf16]"} <= {*stated["passedTests"]}
+    assert "adapter/adapter_config.json::serve[vllm]" in stated["warnedTests"]
     line = "merge[[]bf16]: a merge in bf16 keeps * of the update, * in the worst layer model.layers.*; "
     moved = "it moves activations by what the update does: on the preserved text * x"
     said = [line + moved, "merge: * is the cheapest type that keeps it"]
