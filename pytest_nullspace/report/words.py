@@ -3,10 +3,11 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from pytest_nullspace.checkpoint import peft
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.verdicts import Finding, Tier, Verdict
+from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
 from pytest_nullspace.run.figures import FIGURES, Text, of_layers
 from pytest_nullspace.run.stats import SCALE_ZERO, SINK, LayerStats, RunStats
 
@@ -104,10 +105,18 @@ def reading(verdict: Verdict) -> Iterator[tuple[str, Tier | None]]:
         value, other = scanned(figure, finding.value), finding.without_sinks
         if other is not None and (finding.decided_by_sinks or not math.isclose(other, finding.value, rel_tol=ALIKE)):
             value += f", {scanned(figure, other)} {_WITHOUT}"
-        told = f"{mark(verdict, finding.tier)} {figure} {value} ({finding.threshold.bound})"
+        told = f"{mark(verdict, finding.tier)} {figure} {value} ({_bound(finding.threshold)})"
         yield f"{told}: {_meaning(finding)}", colour(verdict, finding.tier)
     if verdict.doubt is not None:
         yield f"{mark(verdict, Tier.WARN)} {verdict.doubt}", colour(verdict, Tier.WARN)
+
+
+def _bound(threshold: Threshold) -> str:
+    """Both bounds, in per cent where the value is."""
+    if threshold.figure != "contribution":
+        return threshold.bound
+    hundredfold = replace(threshold, passes=100 * threshold.passes, fails=100 * threshold.fails)
+    return f"{hundredfold.bound.replace(',', ' %,')} %"
 
 
 def _meaning(finding: Finding) -> str:
