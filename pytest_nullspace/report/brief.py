@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.decision import Call, Decision
+from pytest_nullspace.judging.decision import MORE_TEXT, Call, Decision
 from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.profiles import KEPT
 from pytest_nullspace.judging.remedy import KEY as SUGGESTION
@@ -29,7 +29,9 @@ def summary(
     yield from ((told, None) for told in (notes.unread(run, decision), notes.measured_on(run)) if told is not None)
     yield from counted(run, verdicts, expectations)
     yield from cautions(run, verdicts, expectations, in_short=True)
-    yield from ((told, Tier.WARN) for doubt in doubts.all_of(verdicts, run, expectations) if (told := _first(doubt)))
+    said = [doubts.ON_DRIFT] if MORE_TEXT in decision.sentence else []
+    short = map(_first, doubts.all_of(verdicts, run, expectations))
+    yield from ((told, Tier.WARN) for told in short if told and told not in said)
     if run.layers:
         yield from _table(run, verdicts, decision, width)
 
@@ -53,10 +55,10 @@ def next_step(run: RunStats, decision: Decision) -> str | None:
     first = decision.reasons[0].finding
     if decision.causes or first is None:
         return None
+    if decision.call in (Call.STOP, Call.LOOK) and first.uncertain:
+        return "next: --nullspace-calib-size=auto reads text until that is settled"
     if decision.call is Call.STOP and first.threshold.figure in KEPT and SUGGESTION not in run.about:
         return "next: --nullspace-suggest looks for a smaller scale that passes"
-    if decision.call is Call.LOOK and first.uncertain:
-        return "next: --nullspace-calib-size=auto reads text until that is settled"
     return None
 
 
@@ -88,7 +90,8 @@ def _first(doubt: str) -> str:
     if doubt.startswith("sink rows: ") and "they decide" not in doubt:
         return ""
     told = re.split(r", such as |; | \(", doubt, maxsplit=1)[0]
-    return f"{told}; {doubt.rpartition('; ')[2]}" if doubt.startswith(doubts.FEW_ROWS) else told
+    remedy = doubt.rpartition("; ")[2].rpartition(": ")[2]
+    return f"{told}; {remedy}" if doubt.startswith(doubts.FEW_ROWS) else told
 
 
 def _table(run: RunStats, verdicts: Sequence[Verdict], decision: Decision, width: float) -> Iterator[Line]:

@@ -15,6 +15,7 @@ from pytest_nullspace.run.texts import FIRST, called, key_of
 from pytest_nullspace.run.uncertainty import MOST_WINDOWS, windows_needed
 
 FEW_ROWS = "too few rows"
+ON_DRIFT = "uncertain: more text might change the verdict on the drift"
 SINKS_TOLD = 0.05
 """Of mean ``‖x‖``: sink rows of a layer that carry less are not told where they decide nothing."""
 
@@ -100,7 +101,7 @@ def uncertain_drift(run: RunStats, expectations: Expectations) -> str | None:
         f"{f.threshold.bound}"
         for test, f in found
     )
-    told = f"uncertain: more text might change the verdict on the drift ({figures})"
+    told = f"{ON_DRIFT} ({figures})"
     drawn = [_windows(run, finding.threshold.figure, test) for test, finding in found]
     if not min(drawn):
         return told
@@ -147,12 +148,14 @@ def cautions(run: RunStats, verdicts: Sequence[Verdict]) -> list[str]:
 
 def all_of(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectations) -> Iterator[str]:
     """What keeps the figures from being trusted as they stand."""
-    told = uncertain(verdicts, run, expectations), uncertain_drift(run, expectations), few_rows(run), repeated(run)
+    judged = {finding.threshold.figure for verdict in verdicts for finding in verdict.findings}
+    few = few_rows if "leakage" in judged else lambda _: None  # it is leakage that few rows blur
+    told = uncertain(verdicts, run, expectations), uncertain_drift(run, expectations), few(run), repeated(run)
     of_text = other_tokenizer(run), no_first_token(run)
     first = without_drift(run), without_scale(run), *of_text, sinks(verdicts, run)
     yield from (doubt for doubt in (*first, *told) if doubt is not None)
     for name, of in _further(run).items():
-        yield from (f"on the text {name}: {doubt}" for doubt in (few_rows(of), repeated(of)) if doubt is not None)
+        yield from (f"on the text {name}: {doubt}" for doubt in (few(of), repeated(of)) if doubt is not None)
 
 
 def _further(run: RunStats) -> dict[str, RunStats]:

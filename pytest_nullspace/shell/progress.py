@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 SHORT = 30.0
 """Seconds within which a run ends without such a line."""
-BETWEEN_LINES = 10.0
-"""Seconds between two lines where no line can be written anew."""
+BETWEEN_LINES, AT_MOST = 10.0, 80.0
+"""Seconds between two lines where no line can be written anew: at first, and after many of them."""
+SOON = 3
+"""Lines that come so soon; from then on each waits twice as long as the one before, lest a log be full of them."""
 LONG = 600.0
 """Seconds left from which it is said how to have fewer."""
 
@@ -31,6 +33,7 @@ class Progress:
         self._cores = len(os.sched_getaffinity(0)) if cores is None and hasattr(os, "sched_getaffinity") else cores
         self._began = clock()
         self._last = self._began + SHORT - BETWEEN_LINES
+        self._between, self._lines = BETWEEN_LINES, 0
         self._first: float | None = None
         self._hinted = False
 
@@ -68,9 +71,10 @@ class Progress:
 
     def due(self) -> bool:
         """Whether the last line is long enough ago for another one."""
-        if self._clock() - self._last < BETWEEN_LINES:
+        if self._clock() - self._last < self._between:
             return False
-        self._last = self._clock()
+        self._last, self._lines = self._clock(), self._lines + 1
+        self._between = min(AT_MOST, self._between * (2 if self._lines > SOON else 1))
         return True
 
 
@@ -84,7 +88,7 @@ def _span(seconds: float) -> str:
 def showing_progress(config: pytest.Config) -> Iterator[Callable[[int, int], None] | None]:
     """Within this context the callback tells how far the measurement is; None where there is no terminal of pytest's.
 
-    On a terminal it rewrites one line. Elsewhere, as in the log of CI, it writes one every `BETWEEN_LINES`.
+    On a terminal it rewrites one line. Elsewhere, as in the log of CI, it writes one now and then (`BETWEEN_LINES`).
     """
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if not isinstance(reporter, pytest.TerminalReporter) or reporter.verbosity < 0:

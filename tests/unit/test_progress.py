@@ -1,8 +1,10 @@
 """How a measurement tells how far it is: an estimate after the first window, rare lines, and what would help."""
 
+from itertools import pairwise
+
 import pytest
 
-from pytest_nullspace.shell.progress import BETWEEN_LINES, SHORT, Progress
+from pytest_nullspace.shell.progress import AT_MOST, BETWEEN_LINES, SHORT, Progress
 
 
 class Clock:
@@ -29,7 +31,7 @@ def test_the_estimate_is_of_the_windows_and_not_of_loading() -> None:
 
 
 def test_lines_are_rare_where_none_can_be_written_anew() -> None:
-    """A short run writes none, a long one keeps its span between two of them."""
+    """A short run writes none; a long one soon some, then ever fewer, and never is silent for long."""
     clock = Clock()
     progress = Progress(clock)
     clock.now = SHORT - 0.1
@@ -38,6 +40,15 @@ def test_lines_are_rare_where_none_can_be_written_anew() -> None:
     assert progress.due()
     clock.now += BETWEEN_LINES - 0.1
     assert not progress.due()
+    clock.now, seen = SHORT + BETWEEN_LINES, [SHORT]
+    while clock.now < 3600:
+        if progress.due():
+            seen.append(clock.now)
+        clock.now += 1
+    between = [late - soon for soon, late in pairwise(seen)]
+    assert between[:3] == [BETWEEN_LINES] * 3
+    assert between == sorted(between)
+    assert between[-1] == AT_MOST
 
 
 @pytest.mark.parametrize(

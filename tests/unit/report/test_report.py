@@ -597,6 +597,9 @@ def test_a_red_adapter_of_green_layers_shows_its_largest_updates_and_a_next_step
     )
     told = decide(near, held)
     assert told.sentence == "it forgets: the preserved text is 33 % less likely, but more text might change that"
+    lines = [line for line, _ in brief.summary(near, verdicts, held, told, 80)]
+    assert "next: --nullspace-calib-size=auto reads text until that is settled" in lines
+    assert not any(line.startswith(("uncertain: ", "too few rows: ")) for line in lines)
     assert "divergence 0.4 (one window, so no margin), bound 0.15" in [reason.detail for reason in told.reasons]
     asked = dataclasses.replace(run, about={"suggestion": {}})
     assert not any(line.startswith("next:") for line, _ in brief.summary(asked, verdicts, held, decide(run, held), 80))
