@@ -8,7 +8,9 @@ import base64
 import binascii
 import hashlib
 import io
+import math
 import random
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -217,3 +219,47 @@ def _inside(name: str, folder: Path | None, where: str) -> Path:
     if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
         raise TextError(f"{where}: {name!r} leads out of {folder}; put the images beside the file, or below")
     return path
+
+
+@contextmanager
+def bounded(where: str) -> Iterator[None]:
+    """Within this context images, and the tiles into which they are cut, become no more than `MOST_PIXELS`.
+
+    Every backend comes to its sizes in its own way, and all of them have Pillow or torchvision do it.
+    """
+    from PIL import Image
+
+    beside: Any = sys.modules.get("torchvision.transforms.v2.functional")
+    pixels, resize = 0, Image.Image.resize
+
+    def count(width: int, height: int, of: int = 1) -> None:
+        nonlocal pixels
+        pixels += width * height * of
+        if pixels > MOST_PIXELS:
+            raise TextError(
+                f"{where}: the model's processor would make {width:,} x {height:,} pixels of an image; give an image "
+                "of another shape, or the processor that was saved with the model"
+            )
+
+    def by_pillow(image: Any, size: Any, *args: Any, **how: Any) -> Any:
+        count(*size)
+        return resize(image, size, *args, **how)
+
+    def by_torchvision(image: Any, size: Any, *args: Any, **how: Any) -> Any:
+        sides = [size] if isinstance(size, int) else list(size or ())
+        if len(sides) == 1:  # the shorter one
+            short, long = sorted(image.shape[-2:])
+            sides.append(sides[0] * long // short)
+        if sides:
+            count(sides[1], sides[0], math.prod(image.shape[:-3]))
+        return real(image, size, *args, **how)
+
+    Image.Image.resize = by_pillow  # type: ignore[method-assign, assignment]
+    if beside is not None:
+        real, beside.resize = beside.resize, by_torchvision
+    try:
+        yield
+    finally:
+        Image.Image.resize = resize  # type: ignore[method-assign]
+        if beside is not None:
+            beside.resize = real

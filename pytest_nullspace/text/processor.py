@@ -1,13 +1,13 @@
 """The processor that lies beside a model, read as data: what it makes of a row of images and text.
 
 As with the tokenizer code beside it is never run, and the hub is never asked. The class is one of transformers, with
-its backend of Pillow and NumPy, the same on every machine; no config makes more than `MOST_PIXELS` of a row.
+its backend of Pillow and NumPy, the same on every machine, where it has one, else with torchvision's; no config makes
+more than `MOST_PIXELS` of a row.
 """
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -18,7 +18,7 @@ from typing import Any
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import opened, printable, read_json_object
 from pytest_nullspace.errors import CheckpointError, TextError, first_line
-from pytest_nullspace.text.images import MOST_PIXELS, Images, Row
+from pytest_nullspace.text.images import MOST_PIXELS, Images, Row, bounded
 from pytest_nullspace.text.pictured import MARK
 from pytest_nullspace.text.tokenizer import Spans, backend
 from pytest_nullspace.text.windows import Shown, Window
@@ -95,7 +95,7 @@ class Processor:
         digest = hashlib.sha256()
         for name, value in sorted(beside.items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-            digest.update(value.contiguous().numpy().tobytes())
+            digest.update(_bytes(value))
         form = tuple((name, value.dtype, tuple(value.shape)) for name, value in sorted(beside.items()))
         again = partial(self._beside, row, len(ids), seqlen)
         return Shown(ids[:seqlen], again, self.unscored, digest.hexdigest(), row.where, form)
@@ -156,7 +156,7 @@ class Processor:
             text, how["suffix"] = self.mark * len(images), [text.rpartition(self.mark)[2]]
         self.call.replaced = None
         try:
-            with _bounded(row.where):
+            with bounded(row.where):
                 return self.call(text=[text], images=images or None, return_tensors="pt", **how)
         except TextError:
             raise
@@ -327,61 +327,54 @@ def _most(name: str) -> int:
 
 
 def _classes(fields: Mapping[str, Any], of_image: Mapping[str, Any], model: object, directory: Path) -> tuple[Any, Any]:
-    """The processor's class, and that of its part that reads images with Pillow: both of transformers itself."""
+    """The processor's class, and that of its part that reads images: both of transformers itself, by Pillow if any."""
     import transformers
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-    def known(names: Sequence[object], parent: str) -> Any:
+    def known(names: Sequence[object], parent: str) -> tuple[Any, str]:
+        """The first that there is; of one that wants what is not installed its name, and that."""
         for name in names:
             found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
             if isinstance(found, type) and issubclass(found, getattr(transformers, parent)):
-                return found
-        return None
+                return found, ""
+            if found is not None and (packages := getattr(found, "_backends", None)):  # what stands for it without them
+                return None, f"{name} with {' and '.join(packages)}"
+        return None, ""
 
     model = model if isinstance(model, str) else ""
-    kind = known(
+    kind, wants = known(
         [fields.get("processor_class"), of_image.get("processor_class"), PROCESSOR_MAPPING_NAMES.get(model)],
         "ProcessorMixin",
     )
     said = str(of_image.get("image_processor_type") or of_image.get("feature_extractor_type") or "")
     said = said.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
-    image_kind = known([f"{said}Pil", IMAGE_PROCESSOR_MAPPING_NAMES.get(model, {}).get("pil")], "ImageProcessingMixin")
-    if kind is None or image_kind is None or not hasattr(kind, "get_attributes"):
+    usual = IMAGE_PROCESSOR_MAPPING_NAMES.get(model, {})
+    image_kind, image_wants = known(
+        [f"{said}Pil", said, usual.get("pil"), usual.get("torchvision")], "ImageProcessingMixin"
+    )
+    if kind is not None and image_kind is not None and hasattr(kind, "get_attributes"):
+        return kind, image_kind
+    lacking = image_wants or wants
+    if lacking and (kind or wants) and (image_kind or image_wants):
         raise CheckpointError(
-            f"{directory}: transformers {transformers.__version__} has no processor of its own that reads images for "
-            f"model_type {printable(model)} with what is installed (some want torchvision); gate the model on text"
+            f"{directory}: transformers builds {printable(lacking)}, which is not installed; install that, or gate the "
+            "model on text"
         )
-    return kind, image_kind
+    raise CheckpointError(
+        f"{directory}: transformers {transformers.__version__} has no processor of its own that reads images for "
+        f"model_type {printable(model)}; gate the model on text"
+    )
+
+
+def _bytes(value: Any) -> bytes:
+    """Those of a tensor; of bfloat16, which NumPy lacks, as float32, which holds it."""
+    try:
+        data: bytes = value.contiguous().numpy().tobytes()
+    except TypeError:
+        data = value.contiguous().float().numpy().tobytes()
+    return data
 
 
 def _plain(fields: Mapping[str, Any], *others: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in (*_NO_FIELDS, *others)}
-
-
-@contextmanager
-def _bounded(where: str) -> Iterator[None]:
-    """Within this context images, and the tiles into which they are cut, become no more than `MOST_PIXELS`.
-
-    Every backend comes to its sizes in its own way, and all of them have Pillow do it.
-    """
-    from PIL import Image
-
-    resize, pixels = Image.Image.resize, 0
-
-    def held(image: Any, size: Any, *args: Any, **how: Any) -> Any:
-        nonlocal pixels
-        width, height = size
-        pixels += width * height
-        if pixels > MOST_PIXELS:
-            raise TextError(
-                f"{where}: the model's processor would make {width:,} x {height:,} pixels of an image; give an image "
-                "of another shape, or the processor that was saved with the model"
-            )
-        return resize(image, size, *args, **how)
-
-    Image.Image.resize = held  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        Image.Image.resize = resize  # type: ignore[method-assign]

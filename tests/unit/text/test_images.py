@@ -6,6 +6,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,22 @@ class TestProcessor:
         assert of(made, "gemma3", lambda held: held.update(auto_map=code)).kind == "Gemma3Processor"
         with pytest.raises(CheckpointError, match="has no processor of its own that reads images for model_type llama"):
             of(made, "gemma3", lambda held: held.update(processor_class="Trap"), "processor_config.json")
+
+    @pytest.mark.skipif(find_spec("torchvision") is not None, reason="they are built")
+    @pytest.mark.parametrize(
+        ("fields", "name", "told"),
+        [
+            ({"image_processor_type": "Llama4ImageProcessorFast"}, "preprocessor_config.json", "Llama4ImageProcessor"),
+            ({"image_processor_type": "Lfm2VlImageProcessor"}, "preprocessor_config.json", "Lfm2VlImageProcessor"),
+            ({"processor_class": "PixtralProcessor"}, "processor_config.json", "PixtralProcessor"),
+        ],
+    )
+    def test_what_is_built_with_torchvision_alone_names_it(self, fields: Any, name: str, told: str, made: Path) -> None:
+        """One sentence with the class and the package; where there is a class for Pillow that is taken."""
+        with pytest.raises(CheckpointError, match=f"builds {told} with torchvision, which is not installed; install"):
+            of(made, "llava", lambda held: held.update(fields), name)
+        fast = of(made, "llava", lambda held: held.update(image_processor_type="CLIPImageProcessorFast"))
+        assert type(fast.call.image_processor).__name__ == "CLIPImageProcessorPil"
 
     def test_a_processor_that_does_not_fit(self, made: Path) -> None:
         """What transformers complains of is one sentence, and so is a model without a processor."""
