@@ -5,7 +5,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -43,6 +45,8 @@ _CLASSES = {
 }
 _LAST = "AutoModelForImageTextToText"
 """What a base is that names no class, for a task that has none for it: of what sees beside reading there is one."""
+_OF_PARTS = ("AutoModelForMultimodalLM", _LAST)
+"""What the part is that reads text of a model that only generates."""
 _QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """The packages that read a base quantised so; of others transformers' message tells."""
 
@@ -129,6 +133,10 @@ def _kinds(checkpoint: Checkpoint | None, task: str, fields: Mapping[str, Any], 
         _named(adapted, config, "named by the adapter's auto_mapping"),
         _of_mapping(_LAST, config, "of its model_type") if task == "CAUSAL_LM" else None,
     ]
+    if any(kind is not None and not _runs(kind.build) for kind in found):
+        parts = [getattr(config, name) for name in config.sub_configs]
+        of_parts = [auto for auto in _OF_PARTS if hasattr(transformers, auto)]
+        found += [_of_mapping(auto, part, "the part of the base that runs") for part in parts for auto in of_parts]
     kinds: dict[Any, Kind] = {}
     for kind in found:
         if kind is not None:
@@ -140,6 +148,21 @@ def _kinds(checkpoint: Checkpoint | None, task: str, fields: Mapping[str, Any], 
             + "; give another base by --nullspace-base=DIR"
         )
     return list(kinds.values())
+
+
+def _runs(build: Any) -> bool:
+    """Whether a class has a forward, and does not generate alone."""
+    return build.forward is not nn.Module.forward
+
+
+def reading(model: nn.Module) -> nn.Module:
+    """What of a model reads token ids: itself, or the part that has a forward, as Qwen-Omni's thinker."""
+    if _runs(type(model)):
+        return model
+    parts = (
+        part for part in model.children() if _runs(type(part)) and "input_ids" in signature(part.forward).parameters
+    )
+    return next(parts, model)
 
 
 def _of_task(task: str, config: Any) -> Kind | None:
@@ -210,7 +233,7 @@ def load_base(
     with _told_of(base):
         config, tensors, how = _from_gguf(base) if base.is_file() else _from_directory(kind, base)
         with held_to(tensors, base if base.is_file() else base / "config.json"):
-            model, report = kind.build.from_pretrained(
+            model, report = _loading(kind.build)(
                 str(base.parent if base.is_file() else base),
                 config=config,
                 dtype=dtype,
@@ -237,6 +260,8 @@ def shelve_base(kind: Kind, base: Path, device: torch.device, dtype: torch.dtype
     """
     if base.is_file() or _quantiser(base) is not None or kind.fitted != NOT_FITTED:
         raise UnfitError("its base is quantised, a GGUF file, or of other sizes than the adapter")
+    if not _runs(kind.build):
+        raise UnfitError("its base only generates, and a part of it runs")
     with _told_of(base):
         with held_to(_tensors(base), base / "config.json"), init_empty_weights(include_buffers=False):
             model = kind.build._from_config(copy.deepcopy(kind.config), dtype=dtype)
@@ -266,6 +291,13 @@ def _converts(model: nn.Module, names: Collection[str]) -> bool:
         return False
     converters = [of for of in get_model_conversion_mapping(model) if isinstance(of, WeightConverter)]
     return any(of.rename_source_key(name)[1] is not None for of in converters for name in names)
+
+
+def _loading(build: Any) -> Any:
+    """How a class loads a model: as all do, past what some do beside, who would open a pickle, or meet our pair."""
+    if not issubclass(build, transformers.PreTrainedModel):  # of a GGUF file, which says itself what it is
+        return build.from_pretrained
+    return MethodType(vars(transformers.PreTrainedModel)["from_pretrained"].__func__, build)
 
 
 @contextmanager

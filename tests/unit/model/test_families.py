@@ -1,6 +1,7 @@
 """Models that see or hear beside reading are built as what their adapter was trained on, and measured on text."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from pytest_nullspace import gate
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.judging.verdicts import Verdict
@@ -21,6 +23,7 @@ from pytest_nullspace.run.stats import UNREACHED, RunStats
 from tests import tiny
 from tests.adapters import adapter, change
 from tests.families import MAKERS
+from tests.real.architectures import Family, built
 from tests.unit.model.test_peft import SMALL, WINDOWS, check_figures, opened
 
 # PEFT's own, while the tests make adapters with it.
@@ -259,3 +262,31 @@ def test_a_part_that_text_does_not_reach_is_told_in_one_line() -> None:
     part = [Verdict(f"model.mlp.experts.{n}.wi", (), UNREACHED) for n in range(2)]
     (line,) = unreached([*read, *part])
     assert line.startswith("2 layers of model.mlp are reached by no row of this text")
+
+
+def test_a_model_that_only_generates_is_gated_by_its_part_that_runs(tmp_path: Path) -> None:
+    """Qwen-Omni adapted whole or as its thinker, with equal figures and drift; the pickle of its voices stays shut."""
+    family = Family("qwen2_5_omni", "Qwen2_5OmniForConditionalGeneration", None)
+    whole = adapter(tmp_path, built(family), r=4, target_modules=r".*language_model.*\.(q_proj|up_proj)")
+    (tmp_path / "base/spk_dict.pt").write_bytes(b"no pickle")
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    change(part, lambda tensors, _: renamed(tensors, "model.thinker.", "model."))
+    change(
+        part, lambda _, config: config.update(target_modules=["q_proj", "up_proj"], exclude_modules=".*(audio|vis).*")
+    )
+    (tmp_path / "text.txt").write_text("the cat sees a dog in the house and runs to the old tree by the river " * 4)
+    told = [gate(of, tmp_path / "text.txt", calib_size=2, seqlen=16).run for of in (whole, part)]
+    kinds = [run.about["model"]["class"].split(",")[0] for run in told]
+    assert kinds == ["Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration"]
+    assert [layer.name.removeprefix("thinker.") for layer in told[0].layers] == [layer.name for layer in told[1].layers]
+    assert [layer.norms for layer in told[0].layers] == [layer.norms for layer in told[1].layers]
+    assert all(layer.rows == 32 for layer in told[0].layers)
+    drifts = [run.drift.preserved.divergence for run in told if run.drift is not None]
+    assert drifts[0] == drifts[1] > 0
+
+
+def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
+    """Call each tensor otherwise."""
+    for name in list(tensors):
+        tensors[name.replace(old, new, 1)] = tensors.pop(name)

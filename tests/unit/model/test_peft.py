@@ -636,13 +636,13 @@ def test_adapters_of_one_base_share_it_and_leave_it_untouched(
     fresh = transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
     alone = measure(load_model(checkpoint, torch.device("cpu"), torch.float32, base), WINDOWS)
     loads: list[str] = []
-    real = transformers.MixtralForCausalLM.from_pretrained
+    real = transformers.PreTrainedModel.from_pretrained.__func__
 
-    def counted(directory: str, **options: Any) -> Any:
+    def counted(kind: Any, /, directory: str, **options: Any) -> Any:
         loads.append(directory)
-        return real(directory, **options)
+        return real(kind, directory, **options)
 
-    monkeypatch.setattr(transformers.MixtralForCausalLM, "from_pretrained", counted)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(counted))
     bases: dict[Any, nn.Module] = {}
     for _ in range(3):
         adapted = load_model(checkpoint, torch.device("cpu"), torch.float32, base, bases)
