@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 
 SHORT = 30.0
 """Seconds within which a run ends without such a line."""
-BETWEEN_LINES, AT_MOST = 10.0, 80.0
-"""Seconds between two lines where no line can be written anew: at first, and after many of them."""
-SOON = 3
-"""Lines that come so soon; from then on each waits twice as long as the one before, lest a log be full of them."""
+BETWEEN_LINES, AT_MOST = 30.0, 300.0
+"""Seconds between two lines where no line can be written anew: at first, and at most, each twice those before it."""
 LONG = 600.0
 """Seconds left from which it is said how to have fewer."""
 
@@ -33,7 +31,7 @@ class Progress:
         self._cores = len(os.sched_getaffinity(0)) if cores is None and hasattr(os, "sched_getaffinity") else cores
         self._began = clock()
         self._last = self._began + SHORT - BETWEEN_LINES
-        self._between, self._lines = BETWEEN_LINES, 0
+        self._between: float | None = None
         self._first: float | None = None
         self._hinted = False
 
@@ -71,10 +69,10 @@ class Progress:
 
     def due(self) -> bool:
         """Whether the last line is long enough ago for another one."""
-        if self._clock() - self._last < self._between:
+        if self._clock() - self._last < (self._between or BETWEEN_LINES):
             return False
-        self._last, self._lines = self._clock(), self._lines + 1
-        self._between = min(AT_MOST, self._between * (2 if self._lines > SOON else 1))
+        self._last = self._clock()
+        self._between = BETWEEN_LINES if self._between is None else min(AT_MOST, 2 * self._between)
         return True
 
 
