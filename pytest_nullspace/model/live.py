@@ -34,6 +34,7 @@ from pytest_nullspace.checkpoint.hub import at_hand
 from pytest_nullspace.checkpoint.peft import PREFIX, writes_into_base
 from pytest_nullspace.errors import CheckpointError, OptionError, first_line, printable, some
 from pytest_nullspace.model import device_named
+from pytest_nullspace.model.bases import reading
 from pytest_nullspace.model.layers import AdaptedModel
 from pytest_nullspace.model.peft import require_changed, view
 
@@ -125,6 +126,7 @@ def measured(model: PeftModel, checkpoint: Checkpoint) -> Iterator[AdaptedModel]
         OptionError: It is on a device on which is not measured.
     """
     adapter, base = _active(model), model.get_base_model()
+    read = reading(base)
     device = device_named(_input_device(model, base), "gate: the model's device")
     found = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     lost = [spec.name for spec in checkpoint.layers if spec.name not in found]
@@ -152,7 +154,7 @@ def measured(model: PeftModel, checkpoint: Checkpoint) -> Iterator[AdaptedModel]
     def switched_off() -> Iterator[nn.Module]:
         switch(off=True)
         try:
-            yield base
+            yield read
         finally:
             switch(off=False)
 
@@ -160,7 +162,7 @@ def measured(model: PeftModel, checkpoint: Checkpoint) -> Iterator[AdaptedModel]
         model.eval()
         switch(off=False)
         yield AdaptedModel(
-            base,
+            read,
             views,
             device,
             switched_off=None if checkpoint.changed_base or writes_into_base(checkpoint) else switched_off,

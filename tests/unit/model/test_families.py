@@ -265,7 +265,7 @@ def test_a_part_that_text_does_not_reach_is_told_in_one_line() -> None:
 
 
 def test_a_model_that_only_generates_is_gated_by_its_part_that_runs(tmp_path: Path) -> None:
-    """Qwen-Omni adapted whole or as its thinker, with equal figures and drift; the pickle of its voices stays shut."""
+    """Qwen-Omni adapted whole, in memory or as thinker, with equal figures and drift; the pickle beside stays shut."""
     family = Family("qwen2_5_omni", "Qwen2_5OmniForConditionalGeneration", None)
     whole = adapter(tmp_path, built(family), r=4, target_modules=r".*language_model.*\.(q_proj|up_proj)")
     (tmp_path / "base/spk_dict.pt").write_bytes(b"no pickle")
@@ -276,14 +276,18 @@ def test_a_model_that_only_generates_is_gated_by_its_part_that_runs(tmp_path: Pa
         part, lambda _, config: config.update(target_modules=["q_proj", "up_proj"], exclude_modules=".*(audio|vis).*")
     )
     (tmp_path / "text.txt").write_text("the cat sees a dog in the house and runs to the old tree by the river " * 4)
-    told = [gate(of, tmp_path / "text.txt", calib_size=2, seqlen=16).run for of in (whole, part)]
+    live = peft.PeftModel.from_pretrained(built(family), whole)
+    told = [gate(of, tmp_path / "text.txt", calib_size=2, seqlen=16).run for of in (whole, live, part)]
     kinds = [run.about["model"]["class"].split(",")[0] for run in told]
-    assert kinds == ["Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration"]
-    assert [layer.name.removeprefix("thinker.") for layer in told[0].layers] == [layer.name for layer in told[1].layers]
-    assert [layer.norms for layer in told[0].layers] == [layer.norms for layer in told[1].layers]
+    assert kinds == [family.build, family.build, "Qwen2_5OmniThinkerForConditionalGeneration"]
+    for run in told:
+        assert [f"thinker.{layer.name.removeprefix('thinker.')}" for layer in run.layers] == [
+            layer.name for layer in told[0].layers
+        ]
+        assert [layer.norms for layer in run.layers] == [layer.norms for layer in told[0].layers]
     assert all(layer.rows == 32 for layer in told[0].layers)
     drifts = [run.drift.preserved.divergence for run in told if run.drift is not None]
-    assert drifts[0] == drifts[1] > 0
+    assert drifts[0] == drifts[1] == drifts[2] > 0
 
 
 def renamed(tensors: dict[str, torch.Tensor], old: str, new: str) -> None:
