@@ -251,13 +251,6 @@ def load_base(
     return model, tuple(wrong)
 
 
-def _loading(build: Any) -> Any:
-    """How a class loads a model: as all do, past what some do beside, who would open a pickle, or meet our pair."""
-    if not issubclass(build, transformers.PreTrainedModel):  # of a GGUF file, which says itself what it is
-        return build.from_pretrained
-    return MethodType(vars(transformers.PreTrainedModel)["from_pretrained"].__func__, build)
-
-
 def shelve_base(kind: Kind, base: Path, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Shelf]:
     """The base model on the CPU, the numbers of its blocks left in their files.
 
