@@ -27,6 +27,7 @@ THRESHOLD = Threshold("survival", 0.9, 0.5, lower_is_better=False)
 """Where a layer's survival passes and fails; measured, see docs/merging.md."""
 NOISE = Threshold("noise", 1.0, math.inf, lower_is_better=True)
 """Where it only warns: what is changed beside the update outweighs it."""
+_ROUNDED = 1e-6
 SHOWN = 3
 WORKERS = 8
 """Layers that are rounded at once at most, each with its blocks in memory."""
@@ -52,6 +53,15 @@ class Left:
     def noise(self) -> float:
         """``‖R − ΔW‖ / ‖ΔW‖``."""
         return math.sqrt(max(0.0, 1 - 2 * self.survival + self.share**2)) if math.isfinite(self.survival) else math.nan
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether its figures can be of one rounding: survival is the share times the cosine."""
+        if not math.isfinite(self.survival):
+            return True
+        follows = self.share * self.cosine if self.share else 0.0
+        alike = math.isclose(self.survival, follows, rel_tol=_ROUNDED, abs_tol=_ROUNDED)
+        return alike and self.share >= 0 and not abs(self.cosine) > 1 + _ROUNDED
 
     @property
     def tier(self) -> Tier:
@@ -186,8 +196,10 @@ class Survival:
             types, layers = tuple(told["types"]), tuple(map(_layer, told["layers"]))
             if not types or not layers or not {*types} <= {*TYPES}:
                 raise ValueError(types)
-            if any(layer.update_norm and {*layer.types} != {*types} for layer in layers):
+            if any({*layer.types} != ({*types} if layer.update_norm else set()) for layer in layers):
                 raise ValueError(types)  # a layer without a figure would be green unmeasured
+            if not all(left.is_possible for layer in layers for left in layer.types.values()):
+                raise ValueError(layers)  # of which one was edited, and one alone is judged
             return cls(types, layers)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
             raise StatsError(f"{where}: its entry '{KEY}' does not tell of a merge; measure again") from None

@@ -257,3 +257,22 @@ def test_a_saved_run_tells_all_of_it(lora: Path) -> None:
     for wrong in (written, {KEY: []}, *({KEY: told} for told in nothing)):
         with pytest.raises(StatsError, match=f"'{KEY}' does not tell of a merge"):
             Survival.of(wrong)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"survival": 1.0},
+        {"survival": 1.0, "share": 1.0},
+        {"survival": 1.0, "cosine": 10.0},
+        {"survival": 0.1, "share": -0.1, "cosine": -1.0},
+    ],
+)
+def test_survival_that_is_not_share_times_cosine_was_edited(edit: dict[str, float]) -> None:
+    """One number alone is judged, so a file in which it is raised, and what it follows from is not, is refused."""
+    lost = LayerLeft("l", "BF16", 1.0, {"bf16": Left(0.01, 0.1, 0.1)})
+    written = {KEY: Survival(("bf16",), (lost,)).to_dict()}
+    assert Survival.of(written) is not None
+    written[KEY]["layers"][0]["types"]["bf16"] |= edit
+    with pytest.raises(StatsError, match=f"'{KEY}' does not tell of a merge"):
+        Survival.of(written)
