@@ -92,13 +92,10 @@ class Processor:
                 f"{row.where}: its images end at token {last + 1:,}, and a window has {seqlen:,}; raise "
                 "--nullspace-seqlen, or scale the image down"
             )
-        digest = hashlib.sha256()
-        for name, value in sorted(beside.items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-            digest.update(_bytes(value))
         form = tuple((name, value.dtype, tuple(value.shape)) for name, value in sorted(beside.items()))
-        again = partial(self._beside, row, len(ids), seqlen)
-        return Shown(ids[:seqlen], again, self.unscored, digest.hexdigest(), row.where, form)
+        digest = _sha256(beside)
+        again = partial(self._beside, row, len(ids), seqlen, digest)
+        return Shown(ids[:seqlen], again, self.unscored, digest, row.where, form)
 
     def spans(self, row: Row) -> Spans:
         """Of which characters of a conversation's text each token is, those that stand for images left out.
@@ -126,9 +123,15 @@ class Processor:
             for first, after in made["offset_mapping"][0].tolist()
         ]
 
-    def _beside(self, row: Row, length: int, seqlen: int) -> Mapping[str, Any]:
-        """What the model reads beside the ids; made anew each time, for the pixels of all rows would fill memory."""
-        _, beside = self._made(row)
+    def _beside(self, row: Row, length: int, seqlen: int, digest: str) -> Mapping[str, Any]:
+        """What the model reads beside the ids; made anew each time, for the pixels of all rows would fill memory.
+
+        Raises:
+            TextError: It is no more what it was.
+        """
+        ids, beside = self._made(row)
+        if len(ids) != length or _sha256(beside) != digest:
+            raise TextError(f"{row.where}: its image changed while it was read; run again once nothing writes to it")
         return {
             name: value[:, :seqlen] if tuple(value.shape[:2]) == (1, length) else value
             for name, value in beside.items()
@@ -365,6 +368,15 @@ def _classes(fields: Mapping[str, Any], of_image: Mapping[str, Any], model: obje
         f"{directory}: transformers {transformers.__version__} has no processor of its own that reads images for "
         f"model_type {printable(model)}; gate the model on text"
     )
+
+
+def _sha256(beside: Mapping[str, Any]) -> str:
+    """A digest of what goes beside the ids, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, value in sorted(beside.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()
 
 
 def _bytes(value: Any) -> bytes:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from pytest_nullspace.checkpoint import open_checkpoint
-from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.errors import CheckpointError, TextError
 from pytest_nullspace.measuring import drift
 from pytest_nullspace.measuring.drift import Predictions
 from pytest_nullspace.measuring.forward import require_images_read, telling
@@ -229,6 +229,18 @@ def test_windows_tell_other_images_apart(tmp_path: Path) -> None:
     assert bytes(one.predicted) == b"the same"
     again = case.processor.windows(images, range(2), 64)
     assert windows_hash(again) == windows_hash([one, other]), "a row read again is the same"
+
+
+def test_an_image_that_changes_while_it_is_measured_is_refused(tmp_path: Path) -> None:
+    """Adapter, base and digest read it in turn, so another image in its place would make figures of none of the two."""
+    case = Case(tmp_path, "llava")
+    gallery(tmp_path / "gallery", ["the same"] * 2)
+    shown = case.processor.windows(rows(FolderText(tmp_path / "gallery")), range(2), 64)
+    first, other, *_ = sorted((tmp_path / "gallery").glob("*.png"))
+    first.write_bytes(other.read_bytes())
+    assert measure(case.adapted, [shown[1].tokens])
+    with pytest.raises(TextError, match=r"line 1: its image changed while it was read; run again"):
+        measure(case.adapted, [shown[0].tokens])
 
 
 def test_a_long_text_is_cut_and_an_image_is_not(tmp_path: Path) -> None:
