@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from pytest_nullspace.checkpoint import gguf
-from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_header
 from pytest_nullspace.checkpoint.layers import Checkpoint
 from pytest_nullspace.checkpoint.strangers import check_base
 from pytest_nullspace.errors import PREFIX, CheckpointError
@@ -67,6 +67,21 @@ def base_path(name: str, revision: str | None, how: str) -> Path:
         raise CheckpointError(f"{how}: {printable(name)}: no such file; give a GGUF file that is there")
     local = local or downloaded(name, revision, how)
     return check_base(local if local.is_file() else gguf.only_file(local) or local, how)
+
+
+def weight_files(base: Path) -> list[Path]:
+    """The files of a base's weights: each ``*.safetensors`` of a directory, or the GGUF file itself."""
+    return [base] if base.is_file() else sorted(base.glob("*.safetensors"))
+
+
+def tensors_of(base: Path) -> list[TensorInfo]:
+    """All tensors of a base, by the headers of its files.
+
+    Raises:
+        CheckpointError: One cannot be read.
+    """
+    read = gguf.read_header if base.is_file() else read_header
+    return [tensor for file in weight_files(base) for tensor in read(file).values()]
 
 
 def local_directory(name: str) -> Path | None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import read_header, read_json_object
-from pytest_nullspace.checkpoint.hub import at_hand
+from pytest_nullspace.checkpoint.header import read_json_object
+from pytest_nullspace.checkpoint.hub import at_hand, tensors_of
 from pytest_nullspace.checkpoint.layers import LayerSpec
 from pytest_nullspace.checkpoint.peft import FORMAT, PREFIX
 from pytest_nullspace.errors import OptionError, quoted
@@ -162,10 +162,9 @@ def base_at_hand(checkpoint: Checkpoint, named: str | None) -> Base | None:
     directory = at_hand(name, None if named else checkpoint.base_revision)
     if directory is None or not (directory / "config.json").is_file():
         return None
-    tensors = [tensor for file in sorted(directory.glob("*.safetensors")) for tensor in read_header(file).values()]
     modules = {
         _MATRIX.sub("", tensor.name)
-        for tensor in tensors
+        for tensor in tensors_of(directory)
         if _MATRIX.search(tensor.name) and (len(tensor.shape) > 1 or not tensor.name.endswith(".weight"))
     }
     config = read_json_object(directory / "config.json", "the base model's config")

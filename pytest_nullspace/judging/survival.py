@@ -11,12 +11,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint.rounding import BITS, TYPES
 from pytest_nullspace.errors import StatsError
 from pytest_nullspace.judging.merging import Merge
 from pytest_nullspace.judging.verdicts import Threshold, Tier
+from pytest_nullspace.run.norms import ratio
 
 if TYPE_CHECKING:
     from pytest_nullspace.checkpoint.arrays import Array
@@ -29,6 +31,7 @@ NOISE = Threshold("noise", 1.0, math.inf, lower_is_better=True)
 """Where it only warns: what is changed beside the update outweighs it."""
 _ROUNDED = 1e-6
 SHOWN = 3
+"""Layers that do not pass, of which each report tells."""
 WORKERS = 8
 """Layers that are rounded at once at most, each with its blocks in memory."""
 
@@ -119,14 +122,10 @@ def left_of(merge: Merge, types: Sequence[str], rows: "Mapping[str, Array]") -> 
     norm, lengths = math.sqrt(whole), {text: float(np.sqrt(of).mean()) for text, of in far.items()}
     found = {}
     for kind, (common, own) in sums.items() if norm else ():
-        reached = {text: _over(float(np.sqrt(of).mean()), lengths[text]) for text, of in moved[kind].items()}
+        reached = {text: ratio(float(np.sqrt(of).mean()), lengths[text]) for text, of in moved[kind].items()}
         size = math.sqrt(own)
-        found[kind] = Left(common / whole, size / norm, _over(common, size * norm), reached)
+        found[kind] = Left(common / whole, size / norm, ratio(common, size * norm), reached)
     return LayerLeft(merge.name, merge.stored, norm, found)
-
-
-def _over(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
 
 
 @dataclass(frozen=True)
@@ -262,8 +261,8 @@ class OfType:
 
     def moved(self, text: str) -> float | None:
         """The median over layers of how much of what the update does to a text's activations the merge does."""
-        found = sorted(left.moved[text] for _, left in self.told if math.isfinite(left.moved.get(text, math.nan)))
-        return found[len(found) // 2] if found else None
+        found = [left.moved[text] for _, left in self.told if math.isfinite(left.moved.get(text, math.nan))]
+        return median(found) if found else None
 
     @property
     def lost(self) -> list[tuple[LayerLeft, Left]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
 from threading import Event
@@ -10,8 +10,9 @@ from typing import Any
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import TensorInfo, opened, read_json_object, stamp_of
+from pytest_nullspace.checkpoint.hub import weight_files
+from pytest_nullspace.checkpoint.lora_null import DOWN, PROTECT_DOWN, PROTECT_UP, UP
 
-_CHUNK = 1 << 24
 _AT_ONCE = 4 << 20
 """Bytes that are hashed at once: neither reading nor hashing them holds the interpreter, only what is in between."""
 _QUANTISED = ("quantization_config", "quantization")
@@ -38,17 +39,42 @@ def of_base(checkpoint: Checkpoint, base: Path | None, until: Event | None = Non
     told: dict[str, Any]
     if checkpoint.carries_base:
         beside = checkpoint.beside([layer.name for layer in checkpoint.layers])
-        told, config = {"beside_sha256": _of_tensors(beside)}, checkpoint.config
+        digest = hashlib.sha256()
+        _add_tensors(digest, beside, until)
+        told, config = {"beside_sha256": digest.hexdigest()}, checkpoint.config
     elif base is None:
         return {}
     else:
-        files = [base] if base.is_file() else sorted(base.glob("*.safetensors"))
-        told = {"files": {file.name: _once(file, until) for file in files}}
+        told = {"files": {file.name: _once(file, until) for file in weight_files(base)}}
         file = base / "config.json"
         config = read_json_object(file, "the base model's config") if file.is_file() else {}
     if config:
         told |= {"config_sha256": _of_json(_deciding(config)), "quantisation": _quantisation(config)}
     return {"base_model": told}
+
+
+_ADAPTER = tuple(f".{part}" for part in (DOWN, UP, PROTECT_DOWN, PROTECT_UP))
+
+
+def base_sha256(checkpoint: Checkpoint, base: Path | None) -> str:
+    """One digest of a base model, the same of all directories that hold it under other adapters.
+
+    Args:
+        checkpoint: The adapter.
+        base: Its base, a directory or a GGUF file; None where ``checkpoint`` carries it.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    digest = hashlib.sha256()
+    if base is not None:
+        for file in (*(() if base.is_file() else (base / "config.json",)), *weight_files(base)):
+            _add(digest, file)
+        return digest.hexdigest()
+    config = {name: value for name, value in checkpoint.config.items() if name not in ("lora_r", "auto_map")}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    _add_tensors(digest, (tensor for name, tensor in checkpoint.tensors.items() if not name.endswith(_ADAPTER)))
+    return digest.hexdigest()
 
 
 def file_sha256(file: Path, until: Event | None = None) -> str:
@@ -58,12 +84,8 @@ def file_sha256(file: Path, until: Event | None = None) -> str:
         CancelledError: ``until`` was set before the end, so that no hash of a part is taken for that of the whole.
         CheckpointError: It cannot be read.
     """
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(_AT_ONCE))
-    with opened(file, "the file of the weights") as (stream, _):
-        while count := stream.readinto(buffer):
-            if until is not None and until.is_set():
-                raise CancelledError
-            digest.update(buffer[:count])
+    digest = hashlib.sha256()
+    _add(digest, file, until)
     return digest.hexdigest()
 
 
@@ -78,24 +100,26 @@ def _once(file: Path, until: Event | None) -> str:
     return _KNOWN[key]
 
 
-def add_bytes(digest: Any, file: Path, begin: int, size: int | None) -> None:
-    """Add a whole file, or ``size`` bytes of a safetensors file's data from ``begin``, to a digest."""
-    with opened(file, "the base model") as (stream, status):
-        if size is None:
-            size = status.st_size
-        else:
-            stream.seek(8 + int.from_bytes(stream.read(8), "little") + begin)
-        while size > 0 and (data := stream.read(min(size, _CHUNK))):
-            digest.update(data)
-            size -= len(data)
-
-
-def _of_tensors(tensors: list[TensorInfo]) -> str:
-    digest = hashlib.sha256()
+def _add_tensors(digest: Any, tensors: Iterable[TensorInfo], until: Event | None = None) -> None:
+    """Add tensors of safetensors files to a digest, in the order of their names, whatever their files are."""
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         digest.update(f"\n{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
-        add_bytes(digest, tensor.file, tensor.begin, tensor.nbytes)
-    return digest.hexdigest()
+        _add(digest, tensor.file, until, (tensor.begin, tensor.nbytes))
+
+
+def _add(digest: Any, file: Path, until: Event | None = None, part: tuple[int, int] | None = None) -> None:
+    """Add a file to a digest; of a safetensors file's data with ``part`` so many bytes from there alone."""
+    buffer = memoryview(bytearray(_AT_ONCE))
+    with opened(file, "the file of the weights") as (stream, status):
+        size = status.st_size
+        if part is not None:
+            begin, size = part
+            stream.seek(8 + int.from_bytes(stream.read(8), "little") + begin)
+        while size > 0 and (count := stream.readinto(buffer[: min(size, _AT_ONCE)])):
+            if until is not None and until.is_set():
+                raise CancelledError
+            digest.update(buffer[:count])
+            size -= count
 
 
 def _of_json(value: object) -> str:

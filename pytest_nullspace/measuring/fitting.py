@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import read_header
+from pytest_nullspace.checkpoint.hub import tensors_of
 from pytest_nullspace.errors import PREFIX
 from pytest_nullspace.measuring.inputs import sources
 from pytest_nullspace.measuring.loading import Bases, load
@@ -98,9 +98,8 @@ def _too_large(checkpoint: Checkpoint, settings: Settings, base: Path | None, de
 
 
 def _bytes(checkpoint: Checkpoint, base: Path | None, itemsize: int) -> int:
-    files = [] if checkpoint.carries_base or base is None or base.is_file() else sorted(base.glob("*.safetensors"))
-    held = [*checkpoint.tensors.values(), *(tensor for file in files for tensor in read_header(file).values())]
-    return sum(math.prod(tensor.shape) * itemsize for tensor in held)
+    beside = [] if checkpoint.carries_base or base is None or base.is_file() else tensors_of(base)
+    return sum(math.prod(tensor.shape) * itemsize for tensor in (*checkpoint.tensors.values(), *beside))
 
 
 def _free(device: Any) -> int | None:

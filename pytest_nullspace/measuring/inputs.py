@@ -11,8 +11,8 @@ from typing import Any
 
 from pytest_nullspace.checkpoint import Checkpoint, gguf
 from pytest_nullspace.checkpoint.arrays import is_orthonormal
-from pytest_nullspace.checkpoint.header import printable, read_header, read_json_object
-from pytest_nullspace.checkpoint.hub import base_of, local_directory
+from pytest_nullspace.checkpoint.header import printable, read_json_object
+from pytest_nullspace.checkpoint.hub import base_of, local_directory, tensors_of, weight_files
 from pytest_nullspace.checkpoint.lora_null import DOWN
 from pytest_nullspace.checkpoint.peft import writes_into_base
 from pytest_nullspace.errors import CheckpointError, TextError
@@ -249,12 +249,10 @@ def _checked_base(checkpoint: Checkpoint, settings: Settings, look: bool) -> Pat
         gguf.read_header(base)
         return base
     read_json_object(base / "config.json", "the base model's config")
-    weights = sorted(base.glob("*.safetensors"))
-    if not weights:
+    if not weight_files(base):
         raise CheckpointError(
             f"{base}: holds no base model that can be read, for no *.safetensors is in it; save it with "
             f"safe_serialization=True, or give another by {PREFIX}base=DIR"
         )
-    for file in weights:
-        read_header(file)
+    tensors_of(base)
     return base

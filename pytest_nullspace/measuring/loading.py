@@ -10,9 +10,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_nullspace.checkpoint import Checkpoint, gguf
-from pytest_nullspace.checkpoint.header import read_header, read_json_object
-from pytest_nullspace.checkpoint.hub import base_of
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.header import read_json_object
+from pytest_nullspace.checkpoint.hub import base_of, tensors_of
 from pytest_nullspace.errors import MeasurementError, OptionError
 from pytest_nullspace.settings import PREFIX, Settings
 
@@ -81,9 +81,7 @@ def _precision(checkpoint: Checkpoint, base: Path | None) -> str:
         base, tensors = checkpoint.directory, list(checkpoint.tensors.values())
     else:
         base = base or base_of(checkpoint, None)
-        files = [] if base.is_file() else sorted(base.glob("*.safetensors"))
-        held = [gguf.read_header(base)] if base.is_file() else [read_header(file) for file in files]
-        tensors = [tensor for of in held for tensor in of.values()]
+        tensors = tensors_of(base)
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.dtype] += tensor.nbytes

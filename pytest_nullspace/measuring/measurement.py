@@ -17,7 +17,7 @@ from pytest_nullspace.measuring.limits import of_text, vocabulary
 from pytest_nullspace.measuring.loading import TrueBase, half_precision, one_of, shortage_told
 from pytest_nullspace.run.figures import FIGURES, on_the_task
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
-from pytest_nullspace.run.texts import FIRST, key_of
+from pytest_nullspace.run.texts import FIRST, key_of, name_of
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.text.windows import Shown, Window, counted_places, predicted_places
 
@@ -261,7 +261,7 @@ class Measurement:
         ordered = [name for name in self.adapted.layers if name in layers]
         with shortage_told(lambda: f"{self._short} for the rows on which a merge is held, in {self.running}"):
             return {
-                named.get(what, f"preserved text {what.removeprefix(FIRST).strip('[]')}"): sampled(
+                named.get(what, f"preserved text {name_of(what)}"): sampled(
                     self.adapted, [window.tokens for window in of], ordered, counted_places(of)
                 )
                 for what, of in self.read.items()

@@ -14,6 +14,7 @@ from pytest_nullspace.checkpoint.header import require_unchanged
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
+from pytest_nullspace.measuring.digests import base_sha256
 from pytest_nullspace.measuring.fitting import load_fitting
 from pytest_nullspace.measuring.hashing import hashed_meanwhile
 from pytest_nullspace.measuring.inmemory import InMemory
@@ -42,7 +43,7 @@ from pytest_nullspace.measuring.loading import (
 from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement
 from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory, uncollected
 from pytest_nullspace.measuring.reading import Reading
-from pytest_nullspace.measuring.written import Request, Written, base_sha256, had, require_base
+from pytest_nullspace.measuring.written import Request, Written, had, require_base
 from pytest_nullspace.run.predictions import Headroom
 from pytest_nullspace.run.stats import WITHOUT_DRIFT, LayerStats, RunStats
 from pytest_nullspace.run.texts import FIRST

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.lora_null import DOWN, PROTECT_DOWN, PROTECT_UP, UP
 from pytest_nullspace.errors import OptionError, StatsError, TextError
-from pytest_nullspace.measuring.digests import add_bytes
 from pytest_nullspace.run.saved import write_atomically
 from pytest_nullspace.text.sources import OPTION, SELF
 
@@ -166,29 +164,3 @@ def _kept(file: Path) -> tuple[str, ...] | None:
     if not isinstance(stretches, list) or not stretches or not all(isinstance(part, str) for part in stretches):
         return None
     return tuple(stretches)
-
-
-_ADAPTER = tuple(f".{part}" for part in (DOWN, UP, PROTECT_DOWN, PROTECT_UP))
-
-
-def base_sha256(checkpoint: Checkpoint, base: Path | None) -> str:
-    """The digest of a base model, the same of all directories that hold it under other adapters.
-
-    Args:
-        checkpoint: The adapter.
-        base: Its base, a directory or a GGUF file; None where ``checkpoint`` carries it.
-    """
-    digest = hashlib.sha256()
-    if base is not None:
-        files = [base] if base.is_file() else [base / "config.json", *sorted(base.glob("*.safetensors"))]
-        for file in files:
-            add_bytes(digest, file, 0, None)
-        return digest.hexdigest()
-    config = {name: value for name, value in checkpoint.config.items() if name not in ("lora_r", "auto_map")}
-    digest.update(json.dumps(config, sort_keys=True).encode())
-    for name in sorted(checkpoint.tensors):
-        if not name.endswith(_ADAPTER):
-            tensor = checkpoint.tensors[name]
-            digest.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
-            add_bytes(digest, tensor.file, tensor.begin, tensor.nbytes)
-    return digest.hexdigest()

@@ -22,10 +22,10 @@ from pytest_nullspace.checkpoint.header import (
     TensorInfo,
     printable,
     quoted,
-    read_header,
     read_json_object,
     read_tensors,
 )
+from pytest_nullspace.checkpoint.hub import tensors_of
 from pytest_nullspace.checkpoint.strangers import require_unwrapped
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
@@ -90,7 +90,7 @@ def kind_of(checkpoint: Checkpoint | None, base: Path) -> Kind:
         return Kind(getattr(transformers, _CLASSES.get(task, _CLASSES["CAUSAL_LM"])), None, f"of {base.name}")
     fields = known_config(base)
     check_counts(fields, base / "config.json")
-    tensors = _tensors(base)
+    tensors = tensors_of(base)
     with _told_of(base), held_to(tensors, base / "config.json"):
         kinds = _kinds(checkpoint, task, fields, base)
         if checkpoint is None:
@@ -115,7 +115,7 @@ def kind_as_saved(directory: Path) -> Kind:
     """
     fields = known_config(directory)
     check_counts(fields, directory / "config.json")
-    with _told_of(directory), held_to(_tensors(directory), directory / "config.json"):
+    with _told_of(directory), held_to(tensors_of(directory), directory / "config.json"):
         kinds = _kinds(None, "" if fields.get("architectures") else "CAUSAL_LM", fields, directory)
         return kinds[0]
 
@@ -263,7 +263,7 @@ def shelve_base(kind: Kind, base: Path, device: torch.device, dtype: torch.dtype
     if not _runs(kind.build):
         raise UnfitError("its base only generates, and a part of it runs")
     with _told_of(base):
-        with held_to(_tensors(base), base / "config.json"), init_empty_weights(include_buffers=False):
+        with held_to(tensors_of(base), base / "config.json"), init_empty_weights(include_buffers=False):
             model = kind.build._from_config(copy.deepcopy(kind.config), dtype=dtype)
         own, needless = model.state_dict().keys(), model._keys_to_ignore_on_load_unexpected or ()
         tensors = {
@@ -324,13 +324,9 @@ def _told_of(base: Path) -> Iterator[None]:
         ) from error
 
 
-def _tensors(base: Path) -> list[TensorInfo]:
-    return [tensor for file in sorted(base.glob("*.safetensors")) for tensor in read_header(file).values()]
-
-
 def _from_directory(kind: Kind, base: Path) -> tuple[Any, list[TensorInfo], dict[str, Any]]:
     """A saved base's config, its tensors, and what else ``from_pretrained`` is told."""
-    tensors = _tensors(base)
+    tensors = tensors_of(base)
     require_unwrapped(base, (tensor.name for tensor in tensors))
     return kind.config, tensors, {"use_safetensors": True}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from pytest_nullspace.judging.survival import OfType, Survival, figures
+from pytest_nullspace.judging.survival import SHOWN, OfType, Survival, figures
 from pytest_nullspace.judging.verdicts import Tier
 
 
@@ -25,5 +25,5 @@ def lines(survival: Survival, every: bool = False) -> Iterator[tuple[str, Tier |
 
 
 def _layers(kept: OfType, every: bool) -> Iterator[tuple[str, Tier | None]]:
-    for layer, left in kept.told if every else kept.lost[:3]:
+    for layer, left in kept.told if every else kept.lost[:SHOWN]:
         yield f"  {layer.name}: {figures(left)}", None if left.tier is Tier.PASS else left.tier

@@ -76,7 +76,7 @@ def settings_of(read: Mapping[str, Any], folder: Path) -> Settings:
         card=read["card"],
         serve=tuple(server for given in read["serve"] for server in given),
         attest=read["attest"],
-        merge=read["merge"],
+        merge=tuple(dict.fromkeys(kind for given in read["merge"] for kind in given)),
         drift=read["suggest"] or read["drift"],
         spectrum=read["spectrum"],
         suggest=read["suggest"],

@@ -3,7 +3,7 @@
 import html as escaping
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,13 @@ from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.measuring import inputs
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.inmemory import InMemory, in_memory
-from pytest_nullspace.report import changes, html, markdown
+from pytest_nullspace.report import changes, html
+from pytest_nullspace.report.page import Page
 from pytest_nullspace.report.words import faults
 from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.settings import PREFIX, Settings
-from pytest_nullspace.shell import values
+from pytest_nullspace.shell import reports, values
 from pytest_nullspace.shell.asked import settings_of
 from pytest_nullspace.shell.collect import FROZEN
 from pytest_nullspace.shell.decided import decided, merge_failed
@@ -48,11 +49,15 @@ class Report:
         run: All that was measured.
         expectations: What it was held against.
         decision: The verdict, and what decided.
+        page: It as Markdown.
+        sheet: What its page in HTML shows.
     """
 
     run: RunStats
     expectations: Expectations
     decision: Decision
+    page: Page = field(repr=False)
+    sheet: html.Sheet = field(repr=False)
 
     @property
     def verdict(self) -> str:
@@ -72,12 +77,11 @@ class Report:
 
     def html(self) -> str:
         """The report as one page."""
-        name = Path(self.run.model_path).name
-        return html.page([html.sheet(name, self.run, self.expectations, self.decision)])
+        return html.page([self.sheet])
 
     def markdown(self) -> str:
         """The report as Markdown."""
-        return markdown.page(self.run, self.expectations, (), self.decision).whole
+        return self.page.whole
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Save what was measured, as ``--nullspace-save-stats`` does.
@@ -189,9 +193,10 @@ def _reported(settings: Settings, texts: dict[str, Text], live: InMemory | None 
     run.selected, run.drift_selected = set(run.gated), set(run.drift_tests)
     run.merges_selected = set(run.merge_tests)
     outcome = run.measured()
-    expectations = run.expectations(outcome)
-    decision = decided(run, _failed(run, outcome))
-    return Report(outcome, expectations, decision)
+    expectations, decision = run.expectations(outcome), decided(run, _failed(run, outcome))
+    told = reports.Told(run, outcome, decision, "")
+    sheet = reports.sheet(told, expectations, len(outcome.layers))
+    return Report(reports.diagnosed(run, outcome), expectations, decision, reports.page(told), sheet)
 
 
 def _failed(run: GatedRun, outcome: RunStats) -> dict[str, str]:

@@ -352,7 +352,7 @@ OPTIONS = (
         "Add the test `merge[TYPE]`: does a merge in bf16, fp16, fp8 or nf4 keep the update of every layer, or round "
         "it away?",
         values.merged,
-        default=(),
+        repeatable=True,
         more="From the weights alone, also with `--nullspace-weights-only`; where a text is measured it is told of its "
         "activations too. See [merging](merging.md).",
     ),

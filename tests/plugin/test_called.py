@@ -53,6 +53,22 @@ def test_a_call_takes_the_options_of_the_command() -> None:
     assert all(row["why"].startswith("leakage") for row in report.layers)
 
 
+def test_a_report_tells_what_the_command_tells_below_the_figures(tmp_path: Path) -> None:
+    """Its page and its Markdown hold the lines of merges, servers and the start, and what it saves the servers."""
+    report = gate(
+        WORLD / "null-v2", WORLD / "facts.txt", **QUICK, merge=["bf16,fp16", "fp8"], serve="sglang", drift=False,
+        init=WORLD / "null-v2-init",
+    )  # fmt: skip
+    page, text = report.html(), report.markdown().replace("\\", "")
+    for said in ("merge[bf16]: ", "merge[fp16]: ", "merge[fp8]: ", "serve[sglang]: ", "null-v2-init"):
+        assert said in page
+        assert said in text
+    report.save(tmp_path / "s.json")
+    saved = json.loads((tmp_path / "s.json").read_text("utf-8"))
+    assert [told["server"] for told in saved["servers"]] == ["sglang"]
+    assert saved["gated_layers"] == len(report.layers)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -108,11 +108,13 @@ def test_it_is_asked_of_what_was_trained_and_in_known_types(folder: Path, gate: 
 
 
 def test_the_command_of_the_document_runs(folder: Path, gate: Gate) -> None:
-    """Each of the four types is a test, and an update as large as this one survives in 16 bits."""
+    """Each of the four types is a test, also where it is asked for twice, and an update this large survives."""
     peft(folder)
     (folder / "adapter").rename(folder / "ft")
     result = gate(ONLY, "--nullspace-merge=bf16,fp16,fp8,nf4", model="ft")
     result.assert_outcomes(passed=LAYERS + 4, warnings=LAYERS)
+    twice = gate(ONLY, "--nullspace-merge=bf16,fp16", "--nullspace-merge=fp16,fp8", model="ft")
+    twice.assert_outcomes(passed=LAYERS + 3, warnings=LAYERS)
 
 
 def test_a_base_that_is_not_there_is_told_before_any_test(folder: Path, gate: Gate) -> None:

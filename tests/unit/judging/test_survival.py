@@ -276,3 +276,12 @@ def test_survival_that_is_not_share_times_cosine_was_edited(edit: dict[str, floa
     written[KEY]["layers"][0]["types"]["bf16"] |= edit
     with pytest.raises(StatsError, match=f"'{KEY}' does not tell of a merge"):
         Survival.of(written)
+
+
+def test_what_moves_activations_is_told_by_its_median() -> None:
+    """Of an even number of layers it lies between the two in the middle; what is no number is left out."""
+    layers = [
+        LayerLeft(str(value), "BF16", 1.0, {"bf16": Left(1.0, 1.0, 1.0, {"text": value})})
+        for value in (1.0, 0.2, math.nan, 0.6, 0.4)
+    ]
+    assert Survival(("bf16",), tuple(layers)).of_type("bf16").moved("text") == pytest.approx(0.5)

@@ -58,6 +58,8 @@ def test_hashes_that_were_cut_short_are_none(sharded: Checkpoint, monkeypatch: p
     over.set()
     with pytest.raises(CancelledError):
         hashes(sharded, over)
+    with pytest.raises(CancelledError):
+        of_base(sharded, None, over)
 
     def late(checkpoint: Checkpoint, until: Event) -> Hashes:
         assert until.wait(60)

@@ -13,8 +13,9 @@ from transformers import GenerationConfig
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import OptionError, TextError
+from pytest_nullspace.measuring.digests import base_sha256
 from pytest_nullspace.measuring.writing import ROWS, first_token, stretches
-from pytest_nullspace.measuring.written import Request, Written, base_sha256, cache_folder, had, require_base
+from pytest_nullspace.measuring.written import Request, Written, cache_folder, had, require_base
 from pytest_nullspace.model import load_model
 from pytest_nullspace.text.sources import FileText
 from tests import tiny
