@@ -73,13 +73,13 @@ def test_ids_come_in_model_order_without_torch(checkpoint: Path, gate: Gate, pyt
     result.stdout.fnmatch_lines(["heavy: []"])
 
 
-@pytest.mark.parametrize("folder", [".", "sub", ".."])
+@pytest.mark.parametrize("where", [".", "sub", ".."])
 def test_an_id_copied_from_a_failed_line_runs_that_layer_alone(
-    checkpoint: Path, gate: Gate, pytester: pytest.Pytester, folder: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, gate: Gate, pytester: pytest.Pytester, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a FAILED line names can be given back to pytest, from any folder, and runs just that layer."""
-    away = pytester.mkdir("sub") if folder == "sub" else pytester.path
-    rootdir = str(pytester.path / "runs" if folder == ".." else pytester.path)
+    away = pytester.mkdir("sub") if where == "sub" else pytester.path
+    rootdir = str(pytester.path / "runs" if where == ".." else pytester.path)
     monkeypatch.chdir(away)
     options = (f"--nullspace-calib-dataset={pytester.path}/text.txt", "--nullspace-seqlen=32")
     first = gate("--rootdir", rootdir, "--tb=no", "-rf", model=str(checkpoint), quick=options)
