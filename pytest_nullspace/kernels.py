@@ -5,9 +5,9 @@ to the same answer. Norms are taken in at least float32, on a GPU without copyin
 Leading dimensions, of layers or windows, are carried along.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,28 @@ class Means(NamedTuple):
     base: float
     output: float
     leakage: float
+
+
+def at_hand(device: torch.device) -> bool:
+    """Whether a number that lies there can be looked at without waiting for all work that was given to the device."""
+    return device.type == "cpu"
+
+
+def sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """The whole ``numbers``, also nested, as a tensor on the ``device``, which nobody waits for."""
+    made = torch.tensor(numbers, dtype=torch.int64)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
+def fetched(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The numbers of ``parts``, wherever they lie, on the CPU and in float64, in one transfer from each device."""
+    found = dict[int, Tensor]()
+    for device in {part.device: None for part in parts}:
+        there = {place: part for place, part in enumerate(parts) if part.device == device}
+        flat = torch.cat([part.flatten().double() for part in there.values()]).cpu()
+        split = torch.split(flat, [part.numel() for part in there.values()])
+        found |= {place: of.view(part.shape) for (place, part), of in zip(there.items(), split, strict=True)}
+    return [found[place] for place in range(len(parts))]
 
 
 def row_norms(values: Tensor) -> Tensor:
@@ -265,8 +287,9 @@ def sums(
     base: Tensor,
     output: Tensor,
     projected: Tensor,
+    rows: Tensor | None = None,
 ) -> Tensor:
-    """What the rows of a layer add up to, without waiting for the device.
+    """What the rows of a layer add up to, in one reduction and without waiting for the device.
 
     Args:
         input: `row_norms` of ``x``, shape ``(…, n)`` like all that follow.
@@ -275,15 +298,16 @@ def sums(
         base: Of ``W_res x``.
         output: Of ``scale · ABx + W_res x``.
         projected: Of ``Px``.
+        rows: 1 for what is a row and 0 for what fills up, whose norms are zero; all are if None.
 
     Returns:
         Shape ``(…, len(Sums))``, float64.
     """
     directed = input > 0
     share = (projected / input).square().where(directed, 0.0)
-    rows = torch.ones_like(input, dtype=torch.float64)
-    parts = (rows, directed, share, input, down, update, base, output)
-    return torch.stack([part.sum(dim=-1, dtype=torch.float64) for part in parts], dim=-1)
+    rows = torch.ones_like(input) if rows is None else rows.expand_as(input)
+    parts = (rows, directed.to(input.dtype), share, input, down, update, base, output)
+    return torch.stack(parts, dim=-2).sum(dim=-1, dtype=torch.float64)
 
 
 def sums_by_octave(*norms: Tensor) -> Tensor:

@@ -4,14 +4,19 @@ A row is known again by a few of its numbers and its norm, to bfloat16, as a mod
 rows. Where there are as many as the input is wide, no more are counted.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
+from pytest_nullspace import kernels
+
 COLUMNS = 32
 """Of the numbers of a row, how many it is known by."""
+
+AHEAD = 16
+"""How many times as many prints as its input is wide a store on a GPU holds, before it looks which are distinct."""
 
 _unique: Callable[[Tensor], Tensor] = torch.unique
 
@@ -26,16 +31,21 @@ class DistinctRows:
     def __init__(self, width: int, device: torch.device) -> None:
         self._width, self._used, self.enough = width, 0, False
         # Set aside at once: what is small and kept amid activations that are freed lets the heap grow.
-        self._kept = torch.empty(2 * width, dtype=torch.int64, device=device)
+        self._kept = torch.empty((2 if kernels.at_hand(device) else AHEAD) * width, dtype=torch.int64, device=device)
 
     def add(self, prints: Tensor) -> None:
-        """Add some rows by their `prints`; adding them again changes nothing. A full store alone waits for a GPU."""
+        """Add some rows by their `prints`; adding them again changes nothing, and a GPU is not waited for."""
         if self.enough:
             return
-        prints = prints.to(self._kept.device)
+        device = self._kept.device
+        prints = prints.to(device)
         if self._used + len(prints) > len(self._kept):
-            prints, self._used = _unique(torch.cat((self._kept[: self._used], prints))), 0
-            self.enough = len(prints) >= self._width
+            prints, self._used = torch.cat((self._kept[: self._used], prints)), 0
+            if kernels.at_hand(device):
+                prints = _unique(prints)
+                self.enough = len(prints) >= self._width
+            else:
+                prints = _first_distinct(prints, self._width)
         if self.enough:
             self._kept = self._kept[:0].clone()
         else:
@@ -46,6 +56,36 @@ class DistinctRows:
         """The prints of all distinct rows, on the CPU; None where they are as many as the input is wide."""
         found = _unique(self._kept[: self._used])
         return None if self.enough or len(found) >= self._width else found.cpu()
+
+    def count(self) -> Tensor:
+        """How many distinct rows there are, or as many as suffice, without waiting for the device."""
+        if self.enough or not self._used:
+            return torch.tensor(self._width if self.enough else 0)
+        values = self._kept[: self._used].sort().values
+        return 1 + (values[1:] != values[:-1]).sum()
+
+    def suffices(self, count: int) -> bool:
+        """Whether so many distinct rows are as many as the input is wide."""
+        return count >= self._width
+
+
+def all_found(stores: Iterable[DistinctRows]) -> Mapping[DistinctRows, Tensor | None]:
+    """What each of ``stores`` has `found`; a GPU is waited for once for all that have enough."""
+    stores = list(stores)
+    counts = kernels.fetched([store.count() for store in stores])
+    return {
+        store: None if store.suffices(int(count)) else store.found()
+        for store, count in zip(stores, counts, strict=True)
+    }
+
+
+def _first_distinct(prints: Tensor, count: int) -> Tensor:
+    """The smallest distinct of ``prints``, at most ``count``, shape ``(count,)``; the smallest again for what lacks."""
+    values = prints.sort().values
+    is_new = torch.nn.functional.pad(values[1:] != values[:-1], (1, 0), value=True)
+    place = is_new.cumsum(0) - 1
+    place = place.where(is_new & (place < count), count)
+    return values[:1].repeat(count + 1).scatter_(0, place, values)[:count]
 
 
 def together(found: Sequence[Tensor | None], width: int) -> int:

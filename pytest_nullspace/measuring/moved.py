@@ -55,7 +55,7 @@ class Moved:
         self._exact = torch.float64 if device.type == "cpu" else torch.float32
         up = layer.scale * layer.up_matrix.to("cpu", torch.float64)
         both = torch.cat((up - start.up, start.up), dim=1)
-        self._change = (layer.down_matrix() - start.down).to(device, self._exact)
+        self._change = (layer.down_matrix().cpu() - start.down).to(device, self._exact)
         self._root, self._up = kernels.triangle(both).to(device, self._exact), start.up.to(device, self._exact)
 
     def of(self, x: Tensor, down: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,7 @@ def _held(layer: AdaptedLayer, checkpoint: Checkpoint, weights: Mapping[str, Ten
             f"{beyond / float(part.norm()):.2g} of its norm, and rounding makes {rounded / float(part.norm()):.2g} at "
             f"most; W_res was changed, or {base} is not the base that it was made from: give that by {PREFIX}base=DIR"
         )
-    own_up, own_down = layer.scale * layer.up_matrix.to("cpu", torch.float64), layer.down_matrix()
+    own_up, own_down = layer.scale * layer.up_matrix.to("cpu", torch.float64), layer.down_matrix().cpu()
     files = [checkpoint.tensors[f"{layer.name}.{part}"] for part in (lora_null.UP, lora_null.DOWN)]
     file_up, file_down = (torch.from_numpy(read_tensor(info)) for info in files)
     noise = math.hypot(beyond, _apart(own_up, own_down, file_up, file_down))

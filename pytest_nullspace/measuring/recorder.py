@@ -9,18 +9,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pytest_nullspace import kernels
-from pytest_nullspace.measuring.distinct import DistinctRows, prints
+from pytest_nullspace.measuring.distinct import DistinctRows, all_found, prints
+from pytest_nullspace.measuring.factors import of_layers
 from pytest_nullspace.measuring.moved import Moved
 from pytest_nullspace.measuring.rows import Batch, Layout, Rows
+from pytest_nullspace.measuring.summing import Summing, Taken
 from pytest_nullspace.model import AdaptedLayer
 from pytest_nullspace.model.stored import stored, without_bias
 
@@ -34,13 +35,6 @@ the digits of ``W x`` are lost in the sum, and it is computed again."""
 MIXED = 16.0
 """How many times the rounding of ``Bx`` may weigh in ``Px``; where it would weigh more, ``Bx`` is taken in float64."""
 
-HELD_BYTES = 1 << 22
-"""What may be kept of norms and narrow activations before they are summed."""
-
-_APART = ("input", "down", "update", "base", "output")
-OCTAVES = (kernels.OCTAVES, 1 + len(_APART))
-"""The shape of a layer's sums by octave: of rows, and of these norms."""
-
 _Take = Callable[[nn.Module, Any, Tensor], Tensor]
 """What is taken of a module's output, in a forward hook on it."""
 
@@ -50,6 +44,7 @@ class Watched:
     """A layer under measurement.
 
     Attributes:
+        number: Which one it is.
         layer: Where its parts are.
         factors: `kernels.factors` of its weights, the matrices on the device.
         in_parts: Whether its parts must be put together anew, for a bias, a start or an update that is more than A B.
@@ -57,6 +52,7 @@ class Watched:
         seen: What its parts gave in the forward that is under way.
     """
 
+    number: int
     layer: AdaptedLayer
     factors: kernels.Factors
     in_parts: bool
@@ -76,59 +72,11 @@ class Watched:
         )
 
 
-@dataclass(frozen=True)
-class _Taken:
-    """What was taken of one layer in one forward.
-
-    Attributes:
-        watched: The layer.
-        layout: Which rows it read.
-        norms: Of ``x``, ``W_res x``, the output and, where it is more than ``scale · A B x``, the update; shape
-            ``(3 or 4, n)``.
-        down: ``Bx``, shape ``(n, r)``.
-    """
-
-    watched: Watched
-    layout: Layout
-    norms: Tensor
-    down: Tensor
-
-
-class _Held:
-    """Memory set aside for what is kept from layer to layer.
-
-    Kept where it was allocated, amid wide activations that are freed, each small piece would stop their memory from
-    being used again, and the heap would grow with every layer.
-    """
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self._memory, self._used = torch.empty(size, dtype=torch.uint8, device=device), 0
-
-    def has_room(self, *parts: Tensor) -> bool:
-        """Whether copies of ``parts`` fit beside what is kept."""
-        return self._used + sum(map(_padded, parts)) <= len(self._memory)
-
-    def keep(self, part: Tensor) -> Tensor:
-        """A copy of ``part``, for which there `has_room`."""
-        kept = self._memory[self._used : self._used + part.nbytes].view(part.dtype).view(part.shape)
-        self._used += _padded(part)
-        return kept.copy_(part)
-
-    def clear(self) -> None:
-        """Forget all that is kept."""
-        self._used = 0
-
-
-def _padded(part: Tensor) -> int:
-    return -(-part.nbytes // 64) * 64
-
-
 class Recorder:
     """Takes the norms of each watched layer while it runs, and adds them to its sums.
 
     Attributes:
-        sums: For each layer the sums of each window, shape ``(windows, len(kernels.Sums))``.
-        by_octave: For each layer `kernels.sums_by_octave` of the windows since they were last taken.
+        sums: What they add up to.
         down_ranks: How many directions the rows of its B span.
         rows: Which rows of the batch are whose.
         alone: Whether it takes a batch of one window to know this.
@@ -136,9 +84,8 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device, windows: int) -> None:
-        self._device, self._windows = device, windows
-        self.sums: dict[str, Tensor] = {}
-        self.by_octave: dict[str, Tensor] = {}
+        self._device = device
+        self.sums = Summing(device, windows)
         self.down_ranks: dict[str, int] = {}
         self.rows, self.alone = Rows(), False
         self.unplaced: Counter[str] = Counter()
@@ -151,9 +98,7 @@ class Recorder:
         self._input: Tensor | None = None
         self._input_norms = torch.empty(0)
         self._input_rows: DistinctRows | None = None
-        self._held: list[_Taken] = []
-        self._memory = _Held(HELD_BYTES, device)
-        self._of_batch: list[tuple[str, bool, Tensor, Tensor]] = []
+        self._outweighed: dict[nn.Module, bool] = {}
 
     def start(self, batch: Batch) -> None:
         """From here on count the rows of ``batch``."""
@@ -164,39 +109,30 @@ class Recorder:
     def forget(self) -> None:
         """Let go of all that was seen of a batch that did not come to its end."""
         self._input = None
-        self._forget_held()
-        self._of_batch.clear()
+        self.sums.forget()
         self._unclear.clear()
         for watched in self._watched:
             watched.seen.clear()
 
     def end(self) -> bool:
         """Count the batch; False, and nothing counted, where `alone` the rows of one window could be told apart."""
-        self._sum_held()
-        first, of_tokens = self._batch.first, {name for name, whole, *_ in self._of_batch if whole}
+        self.sums.sum_held()
+        of_tokens = {self._watched[number].layer.name for number in self.sums.of_tokens()}
         if unplaced := self._unclear - of_tokens:  # other rows may have been told, but not those of the tokens
             if len(self._batch.tokens) > 1:
                 self.alone = True
                 return False
             self.unplaced.update(unplaced)
-        for name, whole, summed, apart in self._of_batch:
-            # An expert may run more than once a forward. Beside the tokens a layer may read what is none: distances.
-            if whole or name not in of_tokens:
-                self.sums[name][first : first + len(summed)] += summed
-                self.by_octave[name] += apart
+        self.sums.count(self._batch.first)
         return True
 
     def taken(self, windows: range) -> tuple[Tensor, Tensor]:
-        """The sums of these ``windows``, and those by octave since they were last taken: of each layer, on the CPU."""
-        sums = torch.stack([of[windows.start : windows.stop] for of in self.sums.values()]).cpu()
-        apart = torch.stack(list(self.by_octave.values())).cpu()
-        for cleared in self.by_octave.values():
-            cleared.zero_()
-        return sums, apart
+        """What `Summing.taken` gives."""
+        return self.sums.taken(windows)
 
     def distinct(self) -> dict[str, Tensor | None]:
         """What `DistinctRows.found` gives of the input of each layer to which rows came, as far as they are counted."""
-        found = {rows: rows.found() for rows in set(self._distinct.values())}
+        found = all_found(dict.fromkeys(self._distinct.values()))
         return {name: found[rows] for (name, _), rows in sorted(self._distinct.items(), key=lambda of: of[0])}
 
     @contextmanager
@@ -212,14 +148,11 @@ class Recorder:
     def watching(self, layers: Sequence[AdaptedLayer]) -> Iterator[None]:
         """Hooks on every layer of ``layers``, removed at the end whatever happens."""
         with ExitStack() as hooks:
-            for layer in layers:
-                shape = self._windows, len(kernels.Sums._fields)
-                self.sums[layer.name] = torch.zeros(shape, dtype=torch.float64, device=self._device)
-                self.by_octave[layer.name] = self.sums[layer.name].new_zeros(OCTAVES)
-                factors = kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale)
+            for layer, factors in zip(layers, of_layers(layers), strict=True):
                 self.down_ranks[layer.name] = factors.rank
                 moved = None if layer.start is None else Moved(layer, layer.start, self._device)
                 watched = Watched(
+                    len(self._watched),
                     layer,
                     factors._replace(matrices=factors.matrices.to(self._device)),
                     layer.update is not None or layer.has_bias or _has_bias(layer.up) or moved is not None,
@@ -237,11 +170,12 @@ class Recorder:
                     hooks.callback(handle.remove)
                 handle = layer.layer.register_forward_hook(partial(self._take, watched))
                 hooks.callback(handle.remove)
+            self.sums.start([watched.factors.matrices for watched in self._watched])
             try:
                 yield
             finally:
                 self._input = None
-                self._forget_held()
+                self.sums.forget_held()
 
     def _keep(
         self, seen: dict[str, Tensor], part: str, take: _Take, module: nn.Module, args: Any, output: Tensor
@@ -268,8 +202,8 @@ class Recorder:
         if x is not self._input:
             self._input, self._input_norms, self._input_rows = x, self._norms(x), None
         self._tell_apart(layer, self._layout, x)
-        on_cpu = self._device.type == "cpu"
-        if watched.blurs(down.dtype) or (on_cpu and _loses_digits(down, self._input_norms, watched)):
+        cancelled = kernels.at_hand(self._device) and _loses_digits(down, self._input_norms, watched)
+        if cancelled or watched.blurs(down.dtype):
             down = self._counted(x).double() @ layer.down_matrix().to(x.device).mT
         if watched.in_parts:
             # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.
@@ -287,7 +221,7 @@ class Recorder:
         norms = [part.to(self._device) for part in (self._input_norms, base, output, *change)]
         if len({part.dtype for part in norms}) > 1:
             norms = [part.double() for part in norms]
-        self._hold(_Taken(watched, self._layout, torch.stack(norms), down))
+        self.sums.hold(Taken(watched.number, self._layout, torch.stack(norms), down))
 
     def _tell_apart(self, layer: AdaptedLayer, layout: Layout, x: Tensor) -> None:
         """Add the rows of the layer's input to those that it had, once for the layers that share it."""
@@ -299,14 +233,6 @@ class Recorder:
         self._distinct[layer.name, layout.whole] = rows
         if self._input_rows is None:
             self._input_rows = rows
-
-    def _hold(self, taken: _Taken) -> None:
-        if not self._memory.has_room(taken.norms, taken.down):
-            self._sum_held()
-        if not self._memory.has_room(taken.norms, taken.down):
-            self._sum([taken])
-            return
-        self._held.append(replace(taken, norms=self._memory.keep(taken.norms), down=self._memory.keep(taken.down)))
 
     def _output(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
         return self._counted(output)
@@ -322,56 +248,30 @@ class Recorder:
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         bias = stored(base, "bias").to(values)
         values = values - bias
-        if kernels.row_norms(bias) > OUTWEIGHS * kernels.row_norms(values).mean():
+        if self._outweighs(base, bias, values):
             return without_bias(base, self._counted(args[0]).to(values.device))
         return values
+
+    def _outweighs(self, base: nn.Module, bias: Tensor, values: Tensor) -> bool:
+        """Whether ``bias`` drowned the digits of ``values``; a GPU is waited for, so there it is asked once a layer."""
+        if (known := self._outweighed.get(base)) is not None:
+            return known
+        found = bool(kernels.row_norms(bias) > OUTWEIGHS * kernels.row_norms(values).mean())
+        if not kernels.at_hand(self._device):
+            self._outweighed[base] = found
+        return found
 
     def _norms(self, values: Tensor) -> Tensor:
         return self._norms_of(self._counted(values))
 
     def _norms_of(self, values: Tensor) -> Tensor:
         norms = kernels.row_norms(values)
-        if self._device.type == "cpu" and not kernels.safe(norms):
+        if kernels.at_hand(self._device) and not kernels.safe(norms):
             return kernels.row_norms(values.double())
         return norms
 
     def _counted(self, values: Tensor) -> Tensor:
         return values.flatten(0, -2) if self._layout is None else self._layout.counted(values)
-
-    def _sum_held(self) -> None:
-        """Add up what was taken, the layers of one shape at once."""
-
-        def shape(taken: _Taken) -> tuple[Any, ...]:
-            told = taken.layout.counts, taken.layout.whole
-            return taken.norms.shape, taken.norms.dtype, taken.down.shape, taken.down.dtype, *told
-
-        for _, alike in groupby(sorted(self._held, key=lambda taken: repr(shape(taken))), key=shape):
-            self._sum(list(alike))
-        self._forget_held()
-
-    def _forget_held(self) -> None:
-        self._held.clear()
-        self._memory.clear()
-
-    def _sum(self, taken: list[_Taken]) -> None:
-        exact = torch.promote_types(taken[0].down.dtype, torch.float32)
-        down = torch.stack([t.down for t in taken]).to(self._device, exact)
-        factors = torch.stack([t.watched.factors.matrices for t in taken])
-        projected, update = kernels.inner_norms(down, factors.to(exact))
-        narrow = torch.stack((kernels.row_norms(down), projected, update))
-        if self._device.type == "cpu" and not kernels.safe(narrow):
-            down = down.double()
-            narrow = torch.stack((kernels.row_norms(down), *kernels.inner_norms(down, factors)))
-        down_norms, projected, update = narrow.unbind()
-        x, base, output, *change = torch.stack([t.norms for t in taken], dim=1).to(self._device).unbind()
-        parts = {"input": x, "down": down_norms, "base": base, "output": output, "projected": projected}
-        parts["update"] = change[0] if change else update
-        counts = list(taken[0].layout.counts)
-        split = {name: torch.split(part, counts, dim=-1) for name, part in parts.items()}
-        by_window = [kernels.sums(**{name: part[i] for name, part in split.items()}) for i in range(len(counts))]
-        by_octave = kernels.sums_by_octave(*(parts[name] for name in _APART))
-        of = zip(taken, torch.stack(by_window, dim=1), by_octave, strict=True)
-        self._of_batch += [(t.watched.layer.name, t.layout.whole, summed, apart) for t, summed, apart in of]
 
 
 def _loses_digits(down: Tensor, input_norms: Tensor, watched: Watched) -> bool:

@@ -166,4 +166,4 @@ def _spectra(of: _Input) -> dict[str, Spectrum]:
 def _row_space(layer: AdaptedLayer) -> Tensor:
     """An orthonormal basis of the rows of B, shape ``(their rank, in)``; none where they are not finite."""
     down, (matrices, rank, *_) = layer.down_matrix(), kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale)
-    return matrices[0, :rank] @ down if bool(down.isfinite().all()) else down[:0]
+    return matrices[0, :rank].to(down) @ down if bool(down.isfinite().all()) else down[:0]

@@ -1,8 +1,10 @@
 """The streaming pass: text through the model once, the layers' figures from what the recorder added up meanwhile."""
 
+import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from itertools import takewhile
 from typing import Any
 
@@ -15,9 +17,11 @@ from pytest_nullspace.measuring.bypassed import bypassed
 from pytest_nullspace.measuring.distinct import together
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
 from pytest_nullspace.measuring.drift import Predictions
+from pytest_nullspace.measuring.factors import weight_norms
 from pytest_nullspace.measuring.forward import forwards, telling
-from pytest_nullspace.measuring.recorder import OCTAVES, Recorder
+from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.rows import Batch
+from pytest_nullspace.measuring.summing import OCTAVES
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.run.stats import SINK, LayerStats, WithoutSinks
 from pytest_nullspace.run.uncertainty import margins
@@ -26,6 +30,11 @@ from pytest_nullspace.text.windows import Shown
 
 FIRST_ROUND = 16
 """Windows after which a pass may end early, and again whenever they have doubled."""
+
+_MEANS = ("input_norm", "down_norm", "update_norm", "base_norm", "output_norm", "mean_leakage")
+"""What a layer's record calls `kernels.Means` after the rows."""
+_NO_DOWN: Mapping[str, Any] = {"down_norm": None, "mean_leakage": None}
+"""Of them, those that there are not where there is no B."""
 
 Progress = Callable[[int, int], None]
 """Told how many windows of how many are done."""
@@ -135,9 +144,10 @@ def in_rounds(
     sums = torch.zeros(len(chosen), 0, len(kernels.Sums._fields), dtype=torch.float64)
     by_octave = torch.zeros(len(chosen), *OCTAVES, dtype=torch.float64)
 
+    weighed = cache(partial(_weighed, chosen, down_ranks))
+
     def figures() -> tuple[LayerStats, ...]:
-        summed = zip(chosen, sums, by_octave, strict=True)
-        return tuple(_stats(layer, down_ranks[layer.name], *of) for layer, *of in summed)
+        return tuple(map(_stats, weighed(), sums, by_octave))
 
     for part in _rounds(windows, settled is not None):
         share, added, apart = read(part)
@@ -214,37 +224,48 @@ def _compared(recorder: Recorder, forward: Callable[[Batch], Any], batch: Batch,
         return predictions.compared(logits, batch.tokens, batch.first, batch.beside)
 
 
-def _stats(layer: AdaptedLayer, down_rank: int, by_window: Tensor, by_octave: Tensor) -> LayerStats:
-    down, up, base = layer.weight_norms()
-    whole, rank = kernels.merge(by_window), None if layer.effective_rank is None else layer.effective_rank()
+def _weighed(layers: Sequence[AdaptedLayer], down_ranks: Mapping[str, int]) -> list[LayerStats]:
+    """What is told of the layers before any row came."""
+    norms = weight_norms(layers)
+    return [_of_weights(layer, down_ranks[layer.name], of) for layer, of in zip(layers, norms, strict=True)]
 
-    def stats(summed: Tensor) -> LayerStats:
-        means, has_down = kernels.compute(summed), layer.rank > 0
-        return LayerStats(
-            name=layer.name,
-            rows=means.rows,
-            in_features=layer.in_features,
-            rank=layer.rank,
-            out_features=layer.out_features,
-            input_norm=means.input,
-            down_norm=means.down if has_down else None,
-            update_norm=means.update,
-            base_norm=means.base,
-            output_norm=means.output,
-            mean_leakage=means.leakage if has_down else None,
-            down_weight_norm=down,
-            up_weight_norm=up,
-            base_weight_norm=base,
-            down_rank=down_rank if has_down else None,
-            scale=None if layer.is_whole else layer.scale,
-            effective_rank=rank,
-        )
 
-    seen = [window for window in by_window if window[0] > 0]
-    found = stats(whole)
+def _of_weights(layer: AdaptedLayer, down_rank: int, norms: tuple[float | None, float, float | None]) -> LayerStats:
+    has_down = layer.rank > 0
+    return LayerStats(
+        name=layer.name,
+        rows=0,
+        in_features=layer.in_features,
+        rank=layer.rank,
+        out_features=layer.out_features,
+        input_norm=math.nan,
+        down_norm=math.nan if has_down else None,
+        update_norm=math.nan,
+        base_norm=math.nan,
+        output_norm=math.nan,
+        mean_leakage=math.nan if has_down else None,
+        down_weight_norm=norms[0],
+        up_weight_norm=norms[1],
+        base_weight_norm=norms[2],
+        down_rank=down_rank if has_down else None,
+        scale=None if layer.is_whole else layer.scale,
+        effective_rank=None if layer.effective_rank is None else layer.effective_rank(),
+    )
+
+
+def _stats(layer: LayerStats, by_window: Tensor, by_octave: Tensor) -> LayerStats:
+    """The figures of a layer, of which ``layer`` tells what its weights do."""
+    whole = kernels.merge(by_window)
+
+    def of(summed: Tensor) -> LayerStats:
+        rows, *means = kernels.compute(summed)
+        found: dict[str, Any] = dict(zip(_MEANS, means, strict=True))
+        return replace(layer, rows=rows, **(found if layer.rank else {**found, **_NO_DOWN}))
+
+    found = of(whole)
     return replace(
         found,
-        margins=margins([stats(whole - window) for window in seen]),
+        margins=margins(list(map(of, whole - by_window[by_window[:, 0] > 0]))),
         without_sinks=_without_sinks(found, by_octave),
         by_window=_kept(found, by_window),
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pytest_nullspace.kernels import exact_row_norms
+from pytest_nullspace.kernels import at_hand, exact_row_norms, row_norms
 from pytest_nullspace.model.stored import stored
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class AdaptedLayer:
         up: Output ``ABx``, shape ``(…, out)``, before the scale.
         base: Output ``W_res x``, shape ``(…, out)``, with a bias where it has one of its own.
         scale: What ``up``'s output is multiplied by.
-        down_matrix: Gives the matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64 on the CPU.
+        down_matrix: Gives the matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64, where its weight lies.
         base_matrix: Gives ``W_res`` or its transpose; None where it is quantised and cannot be had as numbers.
         has_bias: Whether the layer's output holds a bias on top of the two parts.
         update: Of a DoRA layer, or one that was trained whole, the module whose output is all that it changes,
@@ -92,15 +92,17 @@ class AdaptedLayer:
         """Whether its update is a whole matrix, that is not A B."""
         return self.effective_rank is not None
 
-    def weight_norms(self) -> tuple[float | None, float, float | None]:
+    def weight_norms(self, exact: bool = False) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """The Frobenius norms of B, of A with its scale and, where it can be had, of W_res, summed in float64.
 
-        Of an update that is a whole matrix its own stands for that of A, and B may be none.
+        They are left where the weights lie, which nobody waits for: so outside float32's range they must be asked for
+        again, as ``exact`` ones, unless that is a CPU. Of an update that is a whole matrix its own stands for that of
+        A, and B may be none.
         """
         down, base = stored(self.down, "weight"), self.base_matrix()
         whole = stored(self.update, "weight") if self.is_whole and self.update is not None else None
-        up = abs(self.scale) * _frobenius(self.up_matrix if whole is None else whole)
-        return _frobenius(down) if self.rank else None, up, None if base is None else _frobenius(base)
+        up = abs(self.scale) * _frobenius(self.up_matrix if whole is None else whole, exact)
+        return _frobenius(down, exact) if self.rank else None, up, None if base is None else _frobenius(base, exact)
 
     @staticmethod
     def _shape(linear: nn.Module) -> torch.Size:
@@ -109,8 +111,10 @@ class AdaptedLayer:
         return weight.shape
 
 
-def _frobenius(matrix: Tensor) -> float:
-    return float(exact_row_norms(matrix.detach()).square().sum().sqrt())
+def _frobenius(matrix: Tensor, exact: bool) -> Tensor:
+    matrix = matrix.detach()
+    rows = exact_row_norms(matrix) if exact or at_hand(matrix.device) else row_norms(matrix).double()
+    return rows.square().sum().sqrt()
 
 
 @dataclass(frozen=True)

@@ -64,12 +64,12 @@ class AdaptedLinear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
     def down_matrix(self) -> Tensor:
-        """The matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64 on the CPU."""
-        down = stored(self.BLinear, "weight").to("cpu", torch.float64)
+        """The matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64, where B lies."""
+        down = stored(self.BLinear, "weight").double()
         if self.PALinear is None or self.PBLinear is None:
             return down
-        protect_up = stored(self.PALinear, "weight").to("cpu", torch.float64)
-        protect_down = stored(self.PBLinear, "weight").to("cpu", torch.float64)
+        protect_up = stored(self.PALinear, "weight").to(down)
+        protect_down = stored(self.PBLinear, "weight").to(down)
         return down - (down @ protect_up) @ protect_down
 
 

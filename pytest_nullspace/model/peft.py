@@ -361,7 +361,7 @@ def view(name: str, layer: Any, adapter: str) -> AdaptedLayer:
         up=layer.lora_B[adapter],
         base=base,
         scale=float(layer.scaling[adapter]),
-        down_matrix=lambda: stored(down, "weight").to("cpu", torch.float64),
+        down_matrix=lambda: stored(down, "weight").double(),
         base_matrix=lambda: weight_of(base, {layer.in_features, layer.out_features}),
         has_bias=getattr(base, "bias", None) is not None,
         update=layer.lora_magnitude_vector[adapter] if layer.use_dora.get(adapter) else None,

@@ -19,7 +19,7 @@ from pytest_nullspace.checkpoint.header import AGAIN, TensorInfo, printable
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.layers import AdaptedLayer
 
-Norms = tuple[float | None, float, float | None]
+Norms = tuple[Tensor | None, Tensor, Tensor | None]
 
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -52,10 +52,10 @@ class ShelvedLayer(AdaptedLayer):
     def keep_norms(self) -> None:
         """Take the norms, while the weights are there."""
         if not self.kept:
-            self.kept.append(super().weight_norms())
+            self.kept.append(super().weight_norms(exact=True))
 
-    def weight_norms(self) -> Norms:
-        """The norms that were kept."""
+    def weight_norms(self, exact: bool = False) -> Norms:
+        """The norms that were kept, which are exact."""
         return self.kept[0]
 
 

@@ -221,7 +221,7 @@ def _view(name: str, whole: WholeLinear) -> AdaptedLayer:
         up=whole.up,
         base=whole.base,
         scale=1.0,
-        down_matrix=lambda: stored(whole.down, "weight").to("cpu", torch.float64),
+        down_matrix=lambda: stored(whole.down, "weight").double(),
         base_matrix=lambda: stored(whole.base, "weight"),
         has_bias=whole.bias is not None,
         update=whole.delta,

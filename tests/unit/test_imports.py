@@ -15,10 +15,10 @@ from tests.structure import imports, own, sources, wing, wings
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
-    "callback", "kernels", "model", "measuring.bypassed", "measuring.distinct", "measuring.drift", "measuring.forward",
-    "measuring.blockwise", "measuring.moved", "measuring.recorder", "measuring.rows", "measuring.sampled",
-    "measuring.scaling", "measuring.spectrum", "measuring.streamed", "measuring.streaming", "measuring.waiting",
-    "measuring.writing",
+    "callback", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.distinct", "measuring.drift",
+    "measuring.factors", "measuring.forward", "measuring.moved", "measuring.recorder", "measuring.rows",
+    "measuring.sampled", "measuring.scaling", "measuring.spectrum", "measuring.streamed", "measuring.streaming",
+    "measuring.summing", "measuring.waiting", "measuring.writing", "model",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {

@@ -164,7 +164,7 @@ def test_how_much_is_held_before_it_is_summed_changes_nothing(
 ) -> None:
     """Layers that are summed one by one, or few at a time, add up to the same as many at once."""
     want = measure(llama, UNEQUAL)
-    monkeypatch.setattr("pytest_nullspace.measuring.recorder.HELD_BYTES", held)
+    monkeypatch.setattr("pytest_nullspace.measuring.summing.HELD_BYTES", held)
     agree(measure(llama, UNEQUAL), want, 1e-12)
 
 
@@ -227,10 +227,10 @@ def test_norms_from_several_devices_are_put_together(llama: AdaptedModel) -> Non
     recorder.start(Batch(torch.zeros(1, 3), 0, None, [3]))
     seen = {"down": torch.ones(3, 4, device="meta"), "base": torch.ones(3, device="meta")}
     layer, x = llama.layers[FIRST], (torch.ones(1, 3, 32),)
-    watched = Watched(layer, kernels.factors(torch.eye(4), torch.eye(4), 1.0), in_parts=False, seen=seen)
+    watched = Watched(0, layer, kernels.factors(torch.eye(4), torch.eye(4), 1.0), in_parts=False, seen=seen)
     recorder._meet(watched, layer.layer, x)
     recorder._take(watched, layer.layer, x, torch.ones(1, 3, 32, device="meta"))
-    (taken,) = recorder._held
+    (taken,) = recorder.sums._held
     assert (taken.norms.device.type, taken.norms.shape) == ("meta", (3, 3))
 
 

@@ -1,0 +1,213 @@
+"""From the norms that were taken of the layers to the sums of each window: many layers, and all windows, at once.
+
+What is taken is kept until enough layers have come together. Then each step is one operation over ``(layers, windows,
+rows)``, so how many there are does not grow with the windows of a batch, and none of them waits for a GPU.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pytest_nullspace import kernels
+from pytest_nullspace.measuring.rows import Layout
+
+HELD_BYTES = 1 << 22
+"""What may be kept of norms and narrow activations before they are summed."""
+
+HELD_ELSEWHERE = 1 << 25
+"""The same on a GPU, whose batches have more rows, and where each operation costs its start."""
+
+_APART = ("input", "down", "update", "base", "output")
+OCTAVES = (kernels.OCTAVES, 1 + len(_APART))
+"""The shape of a layer's sums by octave: of rows, and of these norms."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What was taken of one layer in one forward.
+
+    Attributes:
+        number: Of the layer.
+        layout: Which rows it read.
+        norms: Of ``x``, ``W_res x``, the output and, where it is more than ``scale · A B x``, the update; shape
+            ``(3 or 4, n)``.
+        down: ``Bx``, shape ``(n, r)``.
+    """
+
+    number: int
+    layout: Layout
+    norms: Tensor
+    down: Tensor
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What those have in common that can be summed together."""
+        told = self.layout.counts, self.layout.whole
+        return self.norms.shape, self.norms.dtype, self.down.shape, self.down.dtype, *told
+
+
+class _Summed(NamedTuple):
+    """The sums of a batch of some layers: of which, whether over the rows of its tokens, by window, by octave."""
+
+    numbers: list[int]
+    whole: bool
+    by_window: Tensor
+    by_octave: Tensor
+
+    def only(self, numbers: set[int]) -> "_Summed":
+        """The same of these layers alone."""
+        kept = [place for place, number in enumerate(self.numbers) if number in numbers]
+        if len(kept) == len(self.numbers):
+            return self
+        return _Summed([self.numbers[place] for place in kept], self.whole, self.by_window[kept], self.by_octave[kept])
+
+
+class Summing:
+    """The sums of all layers, and what is not yet added to them of the batch that is under way."""
+
+    def __init__(self, device: torch.device, windows: int) -> None:
+        self._device, self._windows = device, windows
+        self._factors: Sequence[Tensor] = ()
+        self._by_window = self._by_octave = torch.empty(0)
+        self._held: list[Taken] = []
+        self._memory = _Held(HELD_BYTES if kernels.at_hand(device) else HELD_ELSEWHERE, device)
+        self._of_batch: list[_Summed] = []
+
+    def start(self, factors: Sequence[Tensor]) -> None:
+        """From here on sum up layers whose `kernels.Factors.matrices` these are, in the order of their numbers."""
+        self._factors = factors
+        shape = len(factors), self._windows, len(kernels.Sums._fields)
+        self._by_window = torch.zeros(shape, dtype=torch.float64, device=self._device)
+        self._by_octave = self._by_window.new_zeros(len(factors), *OCTAVES)
+
+    def hold(self, taken: Taken) -> None:
+        """Keep a copy of what was taken, or sum it up at once where there is no room for it."""
+        if not self._memory.has_room(taken.norms, taken.down):
+            self.sum_held()
+        if not self._memory.has_room(taken.norms, taken.down):
+            self._sum([taken])
+            return
+        self._held.append(replace(taken, norms=self._memory.keep(taken.norms), down=self._memory.keep(taken.down)))
+
+    def sum_held(self) -> None:
+        """Sum up what is kept, the layers of one shape at once."""
+        for _, alike in groupby(sorted(self._held, key=lambda taken: repr(taken.shape)), key=lambda taken: taken.shape):
+            self._sum(list(alike))
+        self.forget_held()
+
+    def forget_held(self) -> None:
+        """Let go of what is kept."""
+        self._held.clear()
+        self._memory.clear()
+
+    def forget(self) -> None:
+        """Let go of all of the batch."""
+        self.forget_held()
+        self._of_batch.clear()
+
+    def of_tokens(self) -> set[int]:
+        """The numbers of the layers of which the rows of the batch's tokens were summed up."""
+        return {number for of in self._of_batch if of.whole for number in of.numbers}
+
+    def count(self, first: int) -> None:
+        """Add the sums of the batch, whose first window has that number, to those of all."""
+        of_tokens = self.of_tokens()
+        for of in self._of_batch:
+            # An expert may run more than once a forward. Beside the tokens a layer may read what is none: distances.
+            part = of if of.whole else of.only(set(of.numbers) - of_tokens)
+            if part.numbers:
+                index, windows = kernels.sent(part.numbers, self._device), part.by_window.shape[1]
+                self._by_window[:, first : first + windows].index_add_(0, index, part.by_window)
+                self._by_octave.index_add_(0, index, part.by_octave)
+
+    def taken(self, windows: range) -> tuple[Tensor, Tensor]:
+        """The sums of these ``windows``, and those by octave since they were last taken: of each layer, on the CPU."""
+        sums, apart = self._by_window[:, windows.start : windows.stop], self._by_octave
+        both = torch.cat((sums.flatten(1), apart.flatten(1)), dim=1).cpu()
+        apart.zero_()
+        split = torch.split(both, [sums[0].numel(), apart[0].numel()], dim=1)
+        return split[0].reshape(sums.shape).contiguous(), split[1].reshape(apart.shape).contiguous()
+
+    def _sum(self, taken: list[Taken]) -> None:
+        exact = torch.promote_types(taken[0].down.dtype, torch.float32)
+        down = torch.stack([t.down for t in taken]).to(self._device, exact)
+        factors = torch.stack([self._factors[t.number] for t in taken])
+        narrow = torch.stack((kernels.row_norms(down), *kernels.inner_norms(down, factors.to(exact))))
+        if kernels.at_hand(self._device) and not kernels.safe(narrow):
+            down = down.double()
+            narrow = torch.stack((kernels.row_norms(down), *kernels.inner_norms(down, factors)))
+        norms = torch.cat((torch.stack([t.norms for t in taken], dim=1).to(self._device), narrow))
+
+        def named(norms: Tensor) -> dict[str, Tensor]:
+            x, base, output, *change, down, projected, update = norms.unbind()
+            update = change[0] if change else update
+            parts = {"input": x, "down": down, "base": base, "output": output}
+            return parts | {"update": update, "projected": projected}
+
+        windows, rows = by_windows(norms, taken[0].layout.counts)
+        whole = named(norms)
+        by_octave = kernels.sums_by_octave(*(whole[name] for name in _APART))
+        by_window = kernels.sums(**named(windows), rows=rows)
+        self._of_batch.append(_Summed([t.number for t in taken], taken[0].layout.whole, by_window, by_octave))
+
+
+def by_windows(norms: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """The norms ``(…, n)`` of rows that lie window after window, apart: shape ``(…, windows, most rows of one)``.
+
+    Args:
+        norms: Of all.
+        counts: How many of the rows each window has.
+
+    Returns:
+        The norms, where a window has fewer rows than another with zeros after them, and which are rows, 1, and which
+        are none, 0, shape ``(windows, most)``; None where all are.
+    """
+    if len(set(counts)) == 1:
+        return norms.view(*norms.shape[:-1], len(counts), counts[0]), None
+    index = _places(counts, norms.device)
+    filled = torch.nn.functional.pad(norms, (0, 1)).index_select(-1, index.flatten())
+    return filled.view(*norms.shape[:-1], *index.shape), (index < norms.shape[-1]).to(norms.dtype)
+
+
+@lru_cache(maxsize=4)
+def _places(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Which rows each window has, shape ``(windows, most)``; where it has fewer, one past the last of all."""
+    places, most, before, total = [], max(counts), 0, sum(counts)
+    for count in counts:
+        places.append([*range(before, before + count), *[total] * (most - count)])
+        before += count
+    return kernels.sent(places, device)
+
+
+class _Held:
+    """Memory set aside for what is kept from layer to layer.
+
+    Kept where it was allocated, amid wide activations that are freed, each small piece would stop their memory from
+    being used again, and the heap would grow with every layer.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._memory, self._used = torch.empty(size, dtype=torch.uint8, device=device), 0
+
+    def has_room(self, *parts: Tensor) -> bool:
+        """Whether copies of ``parts`` fit beside what is kept."""
+        return self._used + sum(map(_padded, parts)) <= len(self._memory)
+
+    def keep(self, part: Tensor) -> Tensor:
+        """A copy of ``part``, for which there `has_room`."""
+        kept = self._memory[self._used : self._used + part.nbytes].view(part.dtype).view(part.shape)
+        self._used += _padded(part)
+        return kept.copy_(part)
+
+    def clear(self) -> None:
+        """Forget all that is kept."""
+        self._used = 0
+
+
+def _padded(part: Tensor) -> int:
+    return -(-part.nbytes // 64) * 64
