@@ -76,9 +76,6 @@ def _dispatch(model: nn.Module, memory: Memory) -> tuple[Callable[[], object], t
     from accelerate import dispatch_model, infer_auto_device_map
 
     whole = getattr(model, "_no_split_modules", None)
-    tie_weights = getattr(model, "tie_weights", None)
-    if tie_weights is not None:
-        tie_weights()
     folder = mkdtemp(prefix="nullspace-offload-")
     remove = weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     with _unheard("accelerate.big_modeling", "accelerate.utils.modeling"):

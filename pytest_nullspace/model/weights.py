@@ -104,8 +104,9 @@ def _fill_from(
                 value = _read(stored, tensors[filled[0]], dtype)
                 for other in filled[1:]:
                     _check_tied(file, filled[0], other, value, _read_alone(tensors[other], device, dtype))
+                shared = nn.Parameter(value, requires_grad=False)
                 for name in names:
-                    _put(model, name, value)
+                    _put(model, name, shared)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file}: the weights cannot be read: {printable(error, 300)}; save or download them again"
@@ -135,6 +136,8 @@ def _put(model: nn.Module, name: str, value: Tensor) -> None:
     owner = model.get_submodule(owner_name)
     current = getattr(owner, attribute)
     if isinstance(current, nn.Parameter):
-        owner.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+        owner.register_parameter(
+            attribute, value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        )
     else:
-        owner.register_buffer(attribute, value, persistent=attribute not in owner._non_persistent_buffers_set)
+        owner.register_buffer(attribute, value.detach(), persistent=attribute not in owner._non_persistent_buffers_set)

@@ -1,14 +1,18 @@
 """Which devices a model is spread over, on machines that this one is not."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from pytest_nullspace import gate
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.measuring import loading
 from pytest_nullspace.model import spread
+from tests import tiny
+from tests.adapters import adapter
 
 GIB = 1 << 30
 
@@ -73,3 +77,30 @@ def test_more_processes_than_cards_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         OptionError, match=r"more processes than cards: process 1 takes card 1, and torch sees 1; start"
     ):
         device(1)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("how", "over"),
+    [
+        ({"target_modules": ["lm_head", "q_proj"]}, "cpu=1KB"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]}, "auto"),
+        (None, "cpu=1KB"),
+    ],
+    ids=["head", "tokens", "LoRA-Null"],
+)
+def test_a_tied_head_is_spread_with_what_was_trained_on_it(
+    how: dict[str, Any] | None, over: str, tmp_path: Path
+) -> None:
+    """Its weight is the embeddings' wherever that lies, also below an adapter's layer, and figures are the same."""
+    model = tiny.llama(tie_word_embeddings=True)
+    directory = tiny.lora_null(tmp_path / "ft", model) if how is None else adapter(tmp_path, model, r=4, **how)
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    runs = [
+        gate(directory, tmp_path / "text.txt", calib_size=2, seqlen=32, **more).run
+        for more in ({}, {"device_map": over})
+    ]
+    assert [layer.norms for layer in runs[0].layers] == [layer.norms for layer in runs[1].layers]
+    assert (runs[0].drift is None) == (runs[1].drift is None)
+    if runs[0].drift is not None and runs[1].drift is not None:
+        assert runs[0].drift.preserved.divergence == runs[1].drift.preserved.divergence
