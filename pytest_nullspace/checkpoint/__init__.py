@@ -6,7 +6,7 @@ A new format is one file here, with a ``read(directory) -> Checkpoint``, and one
 import os
 from pathlib import Path
 
-from pytest_nullspace.checkpoint import lora_null, mlx, peft, whole
+from pytest_nullspace.checkpoint import llama_cpp, lora_null, mlx, peft, whole
 from pytest_nullspace.checkpoint.header import require_plain_files
 from pytest_nullspace.checkpoint.hub import base_path
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec
@@ -21,8 +21,8 @@ def open_checkpoint(directory: str | os.PathLike[str], base: str | None = None, 
 
     Args:
         directory: A LoRA-Null or CorDA directory as transformers saves it, or a LoRA adapter as PEFT does; with a
-            ``base`` also a whole model without adapter.
-        base: The base model, as `pytest_nullspace.checkpoint.hub.base_path` takes it; read for a whole model alone.
+            ``base`` also llama.cpp's LoRA and a whole model without adapter.
+        base: The base model, as `pytest_nullspace.checkpoint.hub.base_path` takes it; read for those two alone.
         rank: Of what stands for the down projections of a whole model; 0 for none.
 
     Returns:
@@ -39,6 +39,8 @@ def open_checkpoint(directory: str | os.PathLike[str], base: str | None = None, 
         require_plain_files(directory)
         if mlx.is_one(directory):
             return mlx.read(directory)
+        if (file := llama_cpp.only_file(directory)) is not None:
+            return llama_cpp.read(file, base)
         require_ours(directory)
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror}; mend its permissions") from None

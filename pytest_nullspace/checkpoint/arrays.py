@@ -1,10 +1,11 @@
-"""Numbers straight from safetensors files, by numpy: norms, changes and angles, one tensor of each side in memory.
+"""Numbers straight from the files of weights, by numpy: norms, changes and angles, one tensor of each side in memory.
 
 Numpy is imported where numbers are needed.
 """
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint.header import AGAIN, FLOATING, TensorInfo, printable
@@ -33,18 +34,26 @@ def _raw(info: TensorInfo) -> "Array":
     import numpy as np
 
     try:
-        with info.file.open("rb") as stream:
-            begin = 8 + int.from_bytes(stream.read(8), "little") + info.begin
+        begin = info.begin + (_data_at(info.file) if info.data_at is None else info.data_at)
         if not info.nbytes:
             return np.empty(0, np.uint8)
         held = np.memmap(info.file, np.uint8, "r", begin, (info.nbytes,))
     except OSError as error:
         raise CheckpointError(f"{info.file}: the weights cannot be read: {error.strerror}") from None
+    if info.heads:
+        halves = held.reshape(info.heads, info.shape[0] // info.heads // 2, 2, -1).swapaxes(1, 2)
+        return np.ascontiguousarray(halves).reshape(-1)
     if not info.transposed:
         return held
     rows, columns = info.shape
     turned = held.reshape(columns, rows, -1).transpose(1, 0, 2)
     return np.ascontiguousarray(turned).reshape(-1)
+
+
+def _data_at(file: Path) -> int:
+    """Where the data of a safetensors file begins."""
+    with file.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
 
 
 def _floats(raw: "Array", dtype: str) -> "Array":

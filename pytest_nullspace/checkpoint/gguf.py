@@ -6,6 +6,7 @@ the file's real size before they see it. Format: https://github.com/ggml-org/ggm
 
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
 
@@ -21,6 +22,7 @@ MAX_DIMENSIONS = 4
 
 _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _TEXT, _LIST = 8, 9
+_OF_KIND, _OF_ADAPTER = ("general.type", "general.architecture"), "adapter."
 _ALIGNMENT, _ALIGNMENTS = 32, [1 << bits for bits in range(3, 21)]
 
 
@@ -47,13 +49,24 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: It is missing, cut short, not consistent, or the package that reads it is not installed.
     """
+    return read(file)[0]
+
+
+def read(file: Path) -> tuple[dict[str, TensorInfo], dict[str, float | str | None]]:
+    """The same, and what the file says of its kind and as an adapter, by key; None of a list.
+
+    Raises:
+        CheckpointError: It is missing, cut short, not consistent, or the package that reads it is not installed.
+    """
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     except ImportError:
         raise CheckpointError(f"{file}: is a GGUF file, and what reads it is not installed; pip install gguf") from None
     blocks = {int(kind): (GGMLQuantizationType(kind).name, *GGML_QUANT_SIZES[kind]) for kind in GGML_QUANT_SIZES}
     with opened(file, "the file of the weights") as (stream, status):
-        return _Reader(file, stream, status.st_size).tensors(blocks, stamp_of(status))
+        reader = _Reader(file, stream, status.st_size)
+        tensors = reader.tensors(blocks, stamp_of(status))
+    return {name: replace(tensor, data_at=reader.start) for name, tensor in tensors.items()}, reader.told
 
 
 class _Reader:
@@ -62,6 +75,8 @@ class _Reader:
     def __init__(self, file: Path, stream: BufferedReader, size: int) -> None:
         self._file, self._stream, self._size = file, stream, size
         self._values = 0
+        self.told: dict[str, float | str | None] = {}
+        self.start = 0
 
     def tensors(self, blocks: Mapping[int, tuple[str, int, int]], when: tuple[int, int]) -> dict[str, TensorInfo]:
         if self._stream.read(4) != b"GGUF":
@@ -72,7 +87,13 @@ class _Reader:
         alignment = _ALIGNMENT
         for _ in range(self._held(metadata, 12)):
             key = self._text()
-            value = self._value(self._whole("<I"))
+            kept = key in _OF_KIND or key.startswith(_OF_ADAPTER)
+            if key in self.told:
+                raise self._refused(f"names {quoted(key)} twice")
+            told = self._value(self._whole("<I"), kept)
+            if kept:
+                self.told[key] = told
+            value = None if isinstance(told, str) else told
             if key.endswith("_count") and value is not None and not value <= MAX_COUNT:
                 raise self._refused(f"{quoted(key)} is {value}, more than any model has")
             if key == "general.alignment":
@@ -85,8 +106,8 @@ class _Reader:
             if tensor.name in found:
                 raise self._refused(f"names the tensor {quoted(tensor.name)} twice")
             found[tensor.name] = tensor
-        start = -(-self._stream.tell() // alignment) * alignment
-        self._check_ranges(found.values(), start)
+        self.start = -(-self._stream.tell() // alignment) * alignment
+        self._check_ranges(found.values(), self.start)
         return found
 
     def _tensor(self, blocks: Mapping[int, tuple[str, int, int]], when: tuple[int, int]) -> TensorInfo:
@@ -116,10 +137,12 @@ class _Reader:
                 f"its header describes {start + at:,} bytes, but it has {self._size:,}: it is cut short"
             )
 
-    def _value(self, kind: int) -> float | None:
-        """One value of the metadata, None where it is text or a list: those are only walked past."""
+    def _value(self, kind: int, kept: bool) -> float | str | None:
+        """One value of the metadata, None where it is a list or text that is not ``kept``: those are walked past."""
         if kind in _NUMBERS:
             return self._number(_NUMBERS[kind])
+        if kind == _TEXT and kept:
+            return self._text()
         if kind == _TEXT:
             self._skip(self._whole("<Q"))
             return None

@@ -44,7 +44,6 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
 MAX_JSON_VALUES = 4_000_000
 """A header names about eight values a tensor; a million times ``[]`` takes twenty times the memory of its bytes."""
-
 MAX_NAME = 500
 """Characters of a tensor's name; those of real models have up to 150."""
 
@@ -61,7 +60,6 @@ _FIELDS = ("dtype", "shape", "data_offsets")
 
 FLOATING = frozenset({"F16", "BF16", "F32", "F64"})
 """The dtypes in which adapter weights can be measured."""
-
 
 Stamps = frozenset[tuple[Path, tuple[int, int]]]
 """Files, each with its size and time when it was first read."""
@@ -81,6 +79,8 @@ class TensorInfo:
         stamp: Size and time of the file when its header was read.
         stored: Its name in the file, where that is another.
         transposed: Whether the file holds it with its two dimensions exchanged.
+        data_at: Where the file's data begins, of a file that is no safetensors.
+        heads: Of how many heads the halves' rows lie there in turn, as llama.cpp has them; 0 for rows as they are.
     """
 
     name: str
@@ -92,6 +92,8 @@ class TensorInfo:
     stamp: tuple[int, int] = field(default=(0, 0), compare=False)
     stored: str | None = None
     transposed: bool = False
+    data_at: int | None = None
+    heads: int = 0
 
 
 @contextmanager

@@ -103,7 +103,7 @@ class Checkpoint:
 
     Attributes:
         directory: Where it lies.
-        format: ``LoRA-Null``, ``PEFT LoRA``, ``MLX LoRA`` or ``whole model``.
+        format: ``LoRA-Null``, ``PEFT LoRA``, ``MLX LoRA``, ``GGUF LoRA`` or ``whole model``.
         config_file: The file that stands for it among the tests.
         config: That file's content, of an adapter that PEFT did not save as PEFT would have it.
         layers: Its adapted layers, in model order; never empty.

@@ -30,8 +30,8 @@ from pytest_nullspace.checkpoint.strangers import require_unwrapped
 from pytest_nullspace.errors import CheckpointError
 
 CONFIG_FILE = "adapter_config.json"
-FORMAT, MLX = "PEFT LoRA", "MLX LoRA"
-FORMATS = (FORMAT, MLX)
+FORMAT, MLX, GGUF = "PEFT LoRA", "MLX LoRA", "GGUF LoRA"
+FORMATS = (FORMAT, MLX, GGUF)
 """What is read as PEFT saves it, whoever saved it."""
 
 DOWN, UP, UP_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"

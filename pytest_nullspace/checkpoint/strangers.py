@@ -65,7 +65,9 @@ _NAMES: Mapping[str, _Kind] = {
         f"join them (FULL_STATE_DICT, or accelerate merge-weights) and {_SAVE}",
     ),
     r".*\.gguf": _Kind(
-        "a GGUF file, a LoRA for llama.cpp or a whole model", "give the PEFT directory from which it was converted"
+        "a GGUF file, a LoRA for llama.cpp or a whole model",
+        f"a LoRA is read where it is alone in its directory, without {MODEL} or {ADAPTER}; or give the PEFT directory "
+        "from which it was converted",
     ),
     r"adapter_model\.(safetensors(\.index\.json)?|bin)": _Kind(
         f"the weights of a PEFT adapter without their {ADAPTER}",

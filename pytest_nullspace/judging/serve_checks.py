@@ -10,6 +10,7 @@ from pathlib import Path
 from pytest_nullspace.checkpoint.fields import HARMLESS
 from pytest_nullspace.checkpoint.header import read_json_object
 from pytest_nullspace.checkpoint.layers import LayerSpec
+from pytest_nullspace.checkpoint.peft import GGUF
 from pytest_nullspace.errors import printable, quoted, some
 from pytest_nullspace.judging.serve_names import tail
 from pytest_nullspace.judging.served import Check, Facts, Finding, doubt, is_expert, more, note, refused
@@ -23,6 +24,8 @@ def is_adapter(facts: Facts) -> Iterator[Finding]:
             if facts.checkpoint.is_whole
             else "merge it into a plain model (W_res + A B in each layer), and serve that"
             if facts.checkpoint.carries_base
+            else "what is told of servers is told of PEFT's directories: give the one from which it was converted"
+            if facts.checkpoint.format == GGUF
             else "convert it to PEFT's names first, and gate what is served"
         )
         yield refused(f"its {facts.checkpoint.config_file.name} is of {facts.checkpoint.format}, not of PEFT; {cure}")

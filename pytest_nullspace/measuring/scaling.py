@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.peft import MLX
+from pytest_nullspace.checkpoint.peft import GGUF, MLX
 from pytest_nullspace.errors import printable
 from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.remedy import Remedy, guess, largest, passes
@@ -264,7 +264,8 @@ def _written(checkpoint: Checkpoint, scale: float) -> tuple[float, str]:
     new = math.copysign(_round(abs(alpha) * scale), alpha)
     exact = new / alpha
     others = f", and each value of alpha_pattern times {exact:.4g}," if checkpoint.config.get("alpha_pattern") else ""
-    return exact, f"lora_alpha {new:g} in place of {alpha:g}{others}"
+    name = "adapter.lora.alpha" if checkpoint.format == GGUF else "lora_alpha"
+    return exact, f"{name} {new:g} in place of {alpha:g}{others}"
 
 
 def _round(value: float) -> float:

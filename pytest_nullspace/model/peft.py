@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.arrays import read_tensor
 from pytest_nullspace.checkpoint.header import printable, stamps
 from pytest_nullspace.checkpoint.patterns import require_quick
 from pytest_nullspace.checkpoint.peft import FIELDS
@@ -206,14 +207,17 @@ def _version(tensor: Tensor) -> int:
 def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for file in sorted({tensor.file for tensor in checkpoint.tensors.values()}):
+        of_file = {name: info for name, info in checkpoint.tensors.items() if info.file == file}
+        if all(info.data_at is not None for info in of_file.values()):  # no safetensors
+            tensors |= {name: torch.from_numpy(read_tensor(info)) for name, info in of_file.items()}
+            continue
         try:
             held = load_file(file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: the weights cannot be read: {error}; save or download them again") from None
-        for name, info in checkpoint.tensors.items():
-            if info.file == file:
-                tensor = held[info.stored or name]
-                tensors[name] = tensor.mT.contiguous() if info.transposed else tensor
+        for name, info in of_file.items():
+            tensor = held[info.stored or name]
+            tensors[name] = tensor.mT.contiguous() if info.transposed else tensor
     for name in [name for name in tensors if ".modules_to_save." in name]:
         # Of a vocabulary that was resized PEFT writes a whole module twice, and reads it under its plain name.
         if (plain := tensors.get(name.replace(".modules_to_save.", "."))) is not None and plain.equal(tensors[name]):

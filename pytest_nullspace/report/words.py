@@ -59,7 +59,10 @@ def scanned(figure: str, value: float) -> str:
 
 
 _LETTER = re.compile(r"(?<![\w./\\-])(A|B)(?:Linear(?: \(lora_[AB](?: in PEFT)?\))?)?(?![\w/\\-]|\.\w)")
-_FILES = {peft.FORMAT: {"A": "lora_B", "B": "lora_A"}, peft.MLX: {"A": "lora_b", "B": "lora_a"}}
+_FILES = {
+    peft.FORMAT: {"A": "lora_B", "B": "lora_A"},
+    **{other: {"A": "lora_b", "B": "lora_a"} for other in (peft.MLX, peft.GGUF)},
+}
 """What our matrices are called in the files of other formats."""
 
 
@@ -85,7 +88,7 @@ def of_whole(told: str) -> str:
 
 
 def named(told: str, run: RunStats) -> str:
-    """A sentence with the matrices called as in its files: PEFT's ``lora_A`` and mlx-lm's ``lora_a`` are ``B``.
+    """A sentence with the matrices called as in its files: PEFT's ``lora_A`` and the ``lora_a`` of others are ``B``.
 
     Of a whole model there is neither: its update is ``ΔW``.
     """

@@ -15,7 +15,7 @@ from pytest_nullspace.shell.decided import why_untold
 from pytest_nullspace.shell.runs import CheckpointRun, GatedRun
 
 MOST_BYTES = 4 * 1024 * 1024
-_LIBRARIES = {peft.FORMAT: "peft", peft.MLX: "mlx"}
+_LIBRARIES = {peft.FORMAT: "peft", peft.MLX: "mlx", peft.GGUF: "gguf"}
 
 
 def check(run: GatedRun) -> None:

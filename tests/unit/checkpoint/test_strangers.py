@@ -53,7 +53,9 @@ STRANGERS: dict[str, tuple[Files, str]] = {
     "torchtune's pickle beside PEFT's config": (
         {"adapter_config.json": PEFT, "adapter_0.pt": ""}, "no weights of its own: a torchtune adapter",
     ),
-    "a LoRA for llama.cpp": ({"lora.gguf": "GGUF"}, "a LoRA for llama.cpp or a whole model ('lora.gguf'); give"),
+    "a LoRA for llama.cpp beside PEFT's config": (
+        {"adapter_config.json": PEFT, "lora.gguf": "GGUF"}, "a LoRA for llama.cpp or a whole model ('lora.gguf'); a",
+    ),
     "an adapter of diffusers": ({"pytorch_lora_weights.safetensors": ""}, "an adapter of diffusers"),
     "an adapter of diffusers by its keys": ({"flux.safetensors": None}, "diffusers ('transformer.blocks.0"),
     "a PEFT adapter of a diffusion model": (
