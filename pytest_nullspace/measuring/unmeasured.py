@@ -26,7 +26,7 @@ def planned(checkpoint: Checkpoint, settings: Settings) -> tuple[RunStats, froze
     """The run as it will be, as far as that is known before the text is read and the model loaded.
 
     Returns:
-        A run without figures, and the conditions in `pytest_nullspace.judging.comparable` that it already tells.
+        A run without figures, and the names in `judging.comparable.COMPARED` that it already tells.
     """
     seqlen = settings.seqlen
     if seqlen is None and checkpoint.carries_base:
