@@ -32,6 +32,16 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT))
 
 
+def give_back_freed_memory() -> None:
+    """Have glibc give all freed memory back, also what lies between blocks that are in use.
+
+    What is kept of each block of a model, however small, lies amid activations and weights that are freed; without this
+    the heap of a model that is streamed grows with every block.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def free_earlier_models() -> None:
     """Free the model of an earlier measurement, which else may lie in memory beside the next.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.drift import Predictions
 from pytest_nullspace.measuring.forward import run
+from pytest_nullspace.measuring.memory import give_back_freed_memory
 from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.rows import Batch, Rows
 from pytest_nullspace.measuring.streaming import Seen
@@ -236,6 +237,7 @@ class Streaming:
                     self._block(forwards, chosen, self._layers[number])
                 finally:
                     shelf.clear(number)
+                    give_back_freed_memory()
                 self.progress((number + 1) / (last + 1))
 
     def _block(

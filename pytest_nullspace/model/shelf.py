@@ -36,11 +36,12 @@ class UnfitError(CheckpointError):
 
 
 class _Piece(NamedTuple):
-    """A weight on the shelf: whose it is, and where it lies."""
+    """A weight on the shelf: whose it is, where it lies, and what is in its place while it lies there."""
 
     module: nn.Module
     attribute: str
     info: TensorInfo
+    empty: nn.Parameter
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ class Shelf:
             self.beside += info.nbytes
             self.bytes_read += info.nbytes
             return False
-        self._pieces[number].append(_Piece(module, attribute, info))
-        self._empty(module, attribute)
-        size = sum(map(self._size, self._pieces[number]))
+        empty = _empty(value)
+        self._pieces[number].append(_Piece(module, attribute, info, empty))
+        module.register_parameter(attribute, empty)
+        size = sum(piece.empty.numel() * piece.empty.element_size() for piece in self._pieces[number])
         self.largest = max(self.largest, size)
         return True
 
@@ -135,28 +137,20 @@ class Shelf:
     def put(self, number: int, values: Sequence[Tensor]) -> None:
         """Put what was `read` of a block into its place, where it runs."""
         for piece, value in zip(self._pieces[number], values, strict=True):
-            _set(piece.module, piece.attribute, value.to(self.device, non_blocking=True))
+            there = nn.Parameter(value.to(self.device, non_blocking=True), requires_grad=False)
+            piece.module.register_parameter(piece.attribute, there)
         if self.device.type != "cpu":  # what is not on the shelf, such as buffers and PEFT's own, stays from now on
             self.blocks[number].to(self.device)
 
     def clear(self, number: int) -> None:
         """Let go of a block's weights."""
         for piece in self._pieces[number]:
-            self._empty(piece.module, piece.attribute)
+            piece.module.register_parameter(piece.attribute, piece.empty)
 
     def close(self) -> None:
         """Close its files, which are opened again when they are read."""
         self._files.clear()
         self._open.close()
-
-    def _empty(self, module: nn.Module, attribute: str) -> None:
-        shape, dtype = getattr(module, attribute).shape, getattr(module, attribute).dtype
-        fill = float("nan") if dtype.is_floating_point else 0
-        _set(module, attribute, torch.full((1,), fill, dtype=dtype).expand(shape))
-
-    def _size(self, piece: _Piece) -> int:
-        value: Tensor = getattr(piece.module, piece.attribute)
-        return value.numel() * value.element_size()
 
     def _opened(self, file: Path) -> tuple[FileIO, int]:
         """The file, unbuffered so that no byte is read for nothing, and where its data begin."""
@@ -177,8 +171,10 @@ def _place(piece: _Piece) -> tuple[Path, int]:
     return piece.info.file, piece.info.begin
 
 
-def _set(module: nn.Module, attribute: str, value: Tensor) -> None:
-    module.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+def _empty(value: Tensor) -> nn.Parameter:
+    """One NaN, or zero where there is none, seen everywhere."""
+    one = torch.full((1,), float("nan") if value.dtype.is_floating_point else 0, dtype=value.dtype)
+    return nn.Parameter(one.expand(value.shape), requires_grad=False)
 
 
 def stack_of(model: nn.Module) -> nn.ModuleList:

@@ -40,3 +40,34 @@ def test_what_was_freed_is_kept() -> None:
 def test_the_users_own_settings_of_the_allocator_stand() -> None:
     """Where the user has told glibc how to keep memory, nothing is changed."""
     assert kept("assert not keep_freed_memory()", MALLOC_ARENA_MAX="2") < 20
+
+
+HELD = """
+import ctypes
+from pathlib import Path
+from pytest_nullspace.measuring.memory import give_back_freed_memory, keep_freed_memory
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+def resident():
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) >> 10
+before, blocks = resident(), []
+for _ in range(4):
+    blocks.append(libc.malloc(20 << 20))
+    ctypes.memset(blocks[-1], 1, 20 << 20)
+    libc.malloc(64)
+for block in blocks:
+    libc.free(block)
+kept = resident() - before
+give_back_freed_memory()
+print(kept, resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_what_was_freed_amid_what_is_used_is_given_back_on_demand() -> None:
+    """Blocks between which something small stays are kept otherwise, so that a streamed model's heap would grow."""
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True, env={})
+    kept, after = map(int, done.stdout.split())
+    assert kept >= 78
+    assert after < 4

@@ -1,5 +1,6 @@
 """Blocks outside, windows inside: the same figures, each byte read once, or a plain reason why not."""
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,28 @@ def test_each_byte_of_the_weights_is_read_once(
     assert len(shelves) == 7
     assert len(set(map(id, shelves))) == 1
     assert 0.95 * size < shelves[0].bytes_read < 1.05 * size
+
+
+def test_freed_memory_is_given_back_after_each_block_and_nothing_is_set_aside_for_an_empty_one(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the heap grows with every block: by what is kept of it, and lies amid its weights and activations."""
+    done, clear = list[str](), Shelf.clear
+
+    def cleared(shelf: Shelf, number: int) -> None:
+        clear(shelf, number)
+        names = [name for name, _ in shelf.blocks[number].named_parameters()]
+        again = [value for _, value in shelf.blocks[number].named_parameters()]
+        assert names
+        assert all(value.isnan().all() and value.untyped_storage().nbytes() == value.element_size() for value in again)
+        clear(shelf, number)
+        assert all(map(operator.is_, again, shelf.blocks[number].parameters()))
+        done.append("cleared")
+
+    monkeypatch.setattr(Shelf, "clear", cleared)
+    monkeypatch.setattr("pytest_nullspace.measuring.streamed.give_back_freed_memory", lambda: done.append("given back"))
+    measured(tiny.lora_null(tmp_path / "whole"), device_map=STREAM)
+    assert done == ["cleared", "given back"] * 3
 
 
 def no_blocks(**_: Any) -> Any:
