@@ -12,15 +12,21 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT = 32 << 20
 """Bytes of the largest block that glibc lets be taken from its heap."""
 
+_LARGEST_KEPT_WHERE_SCARCE = 1 << 20
+"""The same for a model that is streamed."""
+
 _MOST_KEPT = 256 << 20
 """Bytes of freed blocks that may stay unused."""
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(largest: int = _LARGEST_KEPT) -> bool:
     """Have glibc hand freed blocks of activations out again.
 
     By default it gives them back, and the kernel clears every page anew at the next forward: a tenth to a fifth of the
     time of a small model on a CPU.
+
+    Args:
+        largest: Bytes of the largest block that is kept so.
 
     Returns:
         Whether it was done: not with another C library, nor where the user has set glibc's own variables.
@@ -29,7 +35,17 @@ def keep_freed_memory() -> bool:
     if set_by_user or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT))
+    return bool(mallopt(_M_MMAP_THRESHOLD, largest) and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT))
+
+
+@contextmanager
+def keeping_little() -> Iterator[None]:
+    """Within this context whatever is large, a weight or an activation, is given back once it is freed."""
+    keep_freed_memory(_LARGEST_KEPT_WHERE_SCARCE)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
 
 
 def give_back_freed_memory() -> None:

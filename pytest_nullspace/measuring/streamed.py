@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.drift import Predictions
 from pytest_nullspace.measuring.forward import run
-from pytest_nullspace.measuring.memory import give_back_freed_memory
+from pytest_nullspace.measuring.memory import give_back_freed_memory, keeping_little
 from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.rows import Batch, Rows
 from pytest_nullspace.measuring.streaming import Seen
@@ -224,7 +224,7 @@ class Streaming:
         """Run all of them through all blocks: what comes back to one could not be known of before the last."""
         shelf, threads = self._shelf, torch.get_num_threads()
         last = len(shelf.blocks) - 1
-        with closing(shelf), ThreadPoolExecutor(1, "nullspace-reader") as reader:
+        with keeping_little(), closing(shelf), ThreadPoolExecutor(1, "nullspace-reader") as reader:
             reader.submit(torch.set_num_threads, 1).result()  # what runs a block has the cores
             torch.set_num_threads(threads)
             coming = reader.submit(shelf.read, 0)

@@ -8,7 +8,7 @@ import pytest
 
 FREED = """
 import ctypes
-from pytest_nullspace.measuring.memory import keep_freed_memory
+from pytest_nullspace.measuring.memory import keep_freed_memory, keeping_little
 {keep}
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -40,6 +40,14 @@ def test_what_was_freed_is_kept() -> None:
 def test_the_users_own_settings_of_the_allocator_stand() -> None:
     """Where the user has told glibc how to keep memory, nothing is changed."""
     assert kept("assert not keep_freed_memory()", MALLOC_ARENA_MAX="2") < 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_where_memory_is_scarce_large_blocks_are_given_back() -> None:
+    """While a model is streamed no weight stays with the process once it is freed, and afterwards they do again."""
+    entered = "keep_freed_memory(); scarce = keeping_little(); scarce.__enter__()"
+    assert kept(entered) < 20
+    assert kept(f"{entered}; scarce.__exit__(None, None, None)") >= 80
 
 
 HELD = """
