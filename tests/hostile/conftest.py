@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from tests import fuzz
-from tests.plugin.conftest import checkpoint, gate, made, replay
+from tests.plugin.conftest import checkpoint, folder, gate, made, replay
 
-__all__ = ["checkpoint", "gate", "made", "replay"]
+__all__ = ["checkpoint", "folder", "gate", "made", "replay"]
 
 
 @pytest.fixture
 def adapter(pytester: pytest.Pytester) -> Path:
     """A sound PEFT adapter of one layer in ``adapter``."""
-    folder = pytester.mkdir("adapter")
-    fuzz.weights(folder / "adapter_model.safetensors", fuzz.ADAPTER)
-    (folder / "adapter_config.json").write_text(json.dumps(fuzz.ADAPTER_CONFIG))
-    return folder
+    where = pytester.mkdir("adapter")
+    fuzz.weights(where / "adapter_model.safetensors", fuzz.ADAPTER)
+    (where / "adapter_config.json").write_text(json.dumps(fuzz.ADAPTER_CONFIG))
+    return where

@@ -348,7 +348,8 @@ if again:
 told = [trained.state.global_step, measured, watching.stopped, watching._is_on]
 (folder / "told.json").write_text(json.dumps(told))
 torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+sys.stderr.flush()
+__import__("os")._exit(0)  # torch itself aborts now and then as it takes a group of gloo down
 """
 
 

@@ -238,7 +238,7 @@ def test_a_base_that_cannot_be_loaded_is_told_once_and_whole(
     config = json.loads((pytester.path / "base" / "config.json").read_text())
     (pytester.path / "base" / "config.json").write_text(json.dumps({**config, "model_type": "nosuch"}))
     pytester.makepyfile(OWN)
-    result = gate(*mode, "-v", "--nullspace-base=base", model="adapter")
+    result = gate(*mode, "-vv", "--nullspace-base=base", model="adapter")
     assert result.ret == 1
     result.assert_outcomes(errors=4 + 3)
     shown = result.stdout.str().partition("short test summary")[0]
@@ -287,7 +287,7 @@ def test_a_timeout_within_the_measurement_ends_it_for_all(
 ) -> None:
     """Where a timeout plugin breaks off the measurement, or an import for it, no later test begins it again."""
     pytester.makeconftest(TIMEOUT.format(module=module, function=function))
-    result = gate(*mode, "-v")
+    result = gate(*mode, "-vv")
     assert result.ret == 1
     assert (pytester.path / "began.log").read_text() == "x"
     result.assert_outcomes(errors=22)

@@ -108,9 +108,10 @@ def test_adapters_of_one_base_load_it_once(folder: Path, gate: Gate, pytester: p
         "real = s.measure_checkpoint\n"
         "def counted(*a):\n"
         "    import transformers\n"
-        "    kind = transformers.LlamaForCausalLM\n"
-        "    load = transformers.LlamaForCausalLM.from_pretrained\n"
-        "    kind.from_pretrained = lambda *a, **k: (open('loads.log', 'a').write('x'), load(*a, **k))[1]\n"
+        "    kind = transformers.PreTrainedModel\n"
+        "    load = vars(kind)['from_pretrained'].__func__\n"
+        "    logged = lambda cls, *a, **k: (open('loads.log', 'a').write('x'), load(cls, *a, **k))[1]\n"
+        "    kind.from_pretrained = classmethod(logged)\n"
         "    return real(*a)\n"
         "s.measure_checkpoint = counted\n"
     )

@@ -41,6 +41,7 @@ stats.json F........F                                                    [100%]
 verdict: DO NOT DEPLOY: 1 of 9 layers have no null space
 ✗ leakage: 1 layer, worst model.layers.0.self_attn.q_proj 14.4
 ✗ preservation: 1 layer, worst model.layers.0.self_attn.q_proj 1
+more: pytest --nullspace-explain=leakage
 gated 9 of 9 layers: 8 green, 0 to look at, 1 red
 profile nullspace: a LoRA-Null directory
   worst layers                     leakage preservation effectiveness

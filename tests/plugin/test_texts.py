@@ -51,7 +51,7 @@ def test_the_shipped_adapter_is_judged_on_two_texts(gate: Gate, pytester: pytest
             "verdict: SAFE: preserved text * less likely, task text * as likely",
         ]
     )
-    result.stdout.no_fnmatch_line("✓ task / preserved *")  # it is shown, and decides only by a bound of the user's
+    result.stdout.no_fnmatch_line("✓ selectivity *")  # it is shown, and decides only by a bound of the user's
     document = json.loads((pytester.path / "s.json").read_text())
     assert {"text", "task_text", "task_dataset", "drift"} <= set(document)
     assert document["stats"][0]["task"]["ABX_norm"] > document["stats"][0]["ABX_norm"]
@@ -95,7 +95,7 @@ def test_two_texts_and_drift_are_measured_once_for_all_workers(
     assert result.ret == 0, result.outlines
     assert any("::drift PASSED" in line or "PASSED runs/ft/config.json::drift" in line for line in result.outlines)
     result.stdout.fnmatch_lines(
-        ["gated 21 of 21 layers: 21 green, 0 to look at, 0 red", "✓ task / preserved *the update acts on the task*"]
+        ["gated 21 of 21 layers: 21 green, 0 to look at, 0 red", "✓ selectivity *the update acts on the task*"]
     )
     assert not any(line.startswith(("⚠", "✗")) for line in result.outlines)
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from pytest_nullspace.report.doubts import other_tokenizer
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.text.choice import FIRST_IDS, TokenizerChoice
-from pytest_nullspace.text.tokenizer import LoadedTokenizer, load_tokenizer
+from pytest_nullspace.text.tokenizer import LoadedTokenizer, load_tokenizer, tokenizer_sha256
 from pytest_nullspace.text.windows import Window, draw_windows
 from tests.saved import LAYER
 from tests.tiny import TEXT
@@ -58,6 +58,7 @@ def test_an_older_copy_without_the_first_token_is_told(tmp_path: Path) -> None:
     about, ids = told(choice)
     assert about == {
         "files": digest(own),
+        "sha256": tokenizer_sha256(own),
         "first_ids": list(ids[0][:FIRST_IDS]),
         "base_files": digest(base),
         "base_first_ids": [0, *ids[0][: FIRST_IDS - 1]],
@@ -92,7 +93,9 @@ def test_one_tokenizer_or_two_alike_are_compared_with_nothing(held: tuple[str, .
     choice = TokenizerChoice.of(tmp_path / "own", tmp_path / "base")
     assert choice.used == tmp_path / held[0]
     about, ids = told(choice)
-    assert about == {"files": digest(tmp_path / held[0]), "first_ids": list(ids[0][:FIRST_IDS])}
+    used = tmp_path / held[0]
+    first = list(ids[0][:FIRST_IDS])
+    assert about == {"files": digest(used), "sha256": tokenizer_sha256(used), "first_ids": first}
     assert note(about) is None
 
 
