@@ -67,6 +67,10 @@ _FILES = {
 
 
 _WHOLE = (
+    (
+        ", BX what B, its down projection, makes of it, and ABX what A, its up projection, makes of that: the update",
+        " and ΔWX what its update makes of that",
+    ),
     ("the adapter learned: A moved from zero to a meaningful value", "it learned: its weights moved from the base's"),
     ("nothing learned: A frozen by mistake, or the", "nothing learned: the"),
     ("no update at all: A is zero, or the scale is, or the product is too small", "no update at all: it is too small"),
