@@ -26,11 +26,15 @@ _OF_KIND, _OF_ADAPTER = ("general.type", "general.architecture"), "adapter."
 _ALIGNMENT, _ALIGNMENTS = 32, [1 << bits for bits in range(3, 21)]
 
 
-def only_file(directory: Path) -> Path | None:
+def only_file(directory: Path, cure: str) -> Path | None:
     """The GGUF file of a directory that holds no safetensors; None where there is none.
 
+    Args:
+        directory: Where it lies.
+        cure: What to do where nothing tells which of several is meant.
+
     Raises:
-        CheckpointError: There are several, and nothing tells which is meant.
+        CheckpointError: There are several.
     """
     files = sorted(directory.glob(f"*{SUFFIX}"))
     if not files or any(directory.glob("*.safetensors")):
@@ -38,7 +42,7 @@ def only_file(directory: Path) -> Path | None:
     if len(files) > 1:
         raise CheckpointError(
             f"{directory}: holds {len(files)} GGUF files, {', '.join(printable(file.name) for file in files[:5])}"
-            f"{' …' if len(files) > 5 else ''}; give one of them by --nullspace-base=FILE{SUFFIX}"
+            f"{' …' if len(files) > 5 else ''}; {cure}"
         )
     return files[0]
 

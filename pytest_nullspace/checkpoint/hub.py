@@ -66,7 +66,8 @@ def base_path(name: str, revision: str | None, how: str) -> Path:
     if local is None and name.endswith(gguf.SUFFIX):
         raise CheckpointError(f"{how}: {printable(name)}: no such file; give a GGUF file that is there")
     local = local or downloaded(name, revision, how)
-    return check_base(local if local.is_file() else gguf.only_file(local) or local, how)
+    cure = f"give one of them by {PREFIX}base=FILE{gguf.SUFFIX}"
+    return check_base(local if local.is_file() else gguf.only_file(local, cure) or local, how)
 
 
 def weight_files(base: Path) -> list[Path]:

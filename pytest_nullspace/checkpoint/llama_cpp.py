@@ -72,15 +72,7 @@ def only_file(directory: Path) -> Path | None:
     """
     if any((directory / name).exists() for name in (peft.CONFIG_FILE, "config.json")):
         return None
-    files = sorted(directory.glob(f"*{gguf.SUFFIX}"))
-    if not files or any(directory.glob("*.safetensors")):
-        return None
-    if len(files) > 1:
-        raise CheckpointError(
-            f"{directory}: holds {len(files)} GGUF files, {', '.join(printable(file.name) for file in files[:5])}"
-            f"{' …' if len(files) > 5 else ''}; put the one that is meant into a directory of its own"
-        )
-    return files[0]
+    return gguf.only_file(directory, "put the one that is meant into a directory of its own")
 
 
 def read(file: Path, base: str | None) -> Checkpoint:

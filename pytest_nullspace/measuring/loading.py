@@ -212,12 +212,13 @@ def _is_compared(adapted: "AdaptedModel") -> bool:
 
 def _writes_text(model: Any) -> bool:
     """Whether a model predicts the next token; some have a head of another name than most."""
+    from pytest_nullspace.model.ends import ends_of
+
     if hasattr(model, "lm_head"):
         return True
     is_decoder = getattr(getattr(model, "config", None), "is_decoder", True)
-    return bool(
-        is_decoder and hasattr(model, "can_generate") and model.can_generate() and model.get_output_embeddings()
-    )
+    writes = is_decoder and hasattr(model, "can_generate") and model.can_generate()
+    return bool(writes) and ends_of(model).predicts is not None
 
 
 def half_precision(running: str, cure: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_nullspace.model.ends import ends_of
 from pytest_nullspace.text.windows import Shown
 
 
@@ -227,5 +228,4 @@ def _readers(model: nn.Module) -> frozenset[int]:
     inside = frozenset(map(id, decoder.modules()))
     if decoder is model or tower is model or id(tower) in inside:
         return frozenset()
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
-    return inside | {id(module) for end in ends if end is not None for module in end.modules()}
+    return inside | {id(module) for end in ends_of(model) if end is not None for module in end.modules()}

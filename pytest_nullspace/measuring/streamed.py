@@ -24,6 +24,7 @@ from pytest_nullspace.measuring.rows import Batch, Rows
 from pytest_nullspace.measuring.streaming import Seen
 from pytest_nullspace.measuring.waiting import Waiting, asking
 from pytest_nullspace.model import AdaptedModel
+from pytest_nullspace.model.ends import ends_of
 from pytest_nullspace.model.shelf import ShelvedLayer, UnfitError
 
 CPU = torch.device("cpu")
@@ -138,7 +139,7 @@ class Streaming:
         self.progress: Callable[[float], None] = lambda _: None
         inside = [set(map(id, block.modules())) for block in self._shelf.blocks]
         self._layers = [[layer for layer in layers if id(layer.layer) in block] for block in inside]
-        self._head: nn.Module | None = getattr(adapted.model, "get_output_embeddings", lambda: None)()
+        self._head = ends_of(adapted.model).predicts
         if self._head is not None and self._shelf.device != CPU:  # embeddings that it is tied to stay where they are
             for name, value in list(self._head.named_parameters(recurse=False)):
                 moved = nn.Parameter(value.to(self._shelf.device), requires_grad=False)

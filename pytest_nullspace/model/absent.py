@@ -10,6 +10,7 @@ from torch import nn
 
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.errors import CheckpointError, some
+from pytest_nullspace.model.ends import ends_of
 from pytest_nullspace.model.known import own_code
 from pytest_nullspace.model.layers import is_encoder_decoder
 from pytest_nullspace.model.used import Uses
@@ -36,20 +37,13 @@ def told_behind(model: nn.Module, absent: Sequence[str], layers: Iterable[nn.Mod
     """
     if not absent:
         return ()
-    if not _come_last(model, absent, [*layers, *_head(model)]):
+    head = ends_of(model).predicts
+    if not _come_last(model, absent, [*layers, *([] if head is None else [head])]):
         raise not_whole(model, absent, base)
     return (
         f"{len(absent)} weights that the base does not hold are random, such as {printable(absent[0])}; all that is "
         "gated comes before them",
     )
-
-
-def _head(model: Any) -> list[nn.Module]:
-    """What makes the predictions, if they are of tokens."""
-    with suppress(NotImplementedError):
-        head = model.get_output_embeddings()
-        return [] if head is None else [head]
-    return []
 
 
 def _come_last(model: nn.Module, absent: Sequence[str], layers: Sequence[nn.Module]) -> bool:
@@ -83,4 +77,4 @@ def _end_of_text(model: Any) -> int:
     """The token that ends a text, by which some heads find it; 0 where the model tells none."""
     told = getattr(model.config, "eos_token_id", None)
     ends = told[0] if isinstance(told, list) and told else told
-    return ends if isinstance(ends, int) and 0 <= ends < model.get_input_embeddings().num_embeddings else 0
+    return ends if isinstance(ends, int) and 0 <= ends < ends_of(model).known else 0

@@ -30,6 +30,7 @@ from pytest_nullspace.checkpoint.peft import FIELDS
 from pytest_nullspace.errors import CheckpointError, some
 from pytest_nullspace.model.absent import not_whole, told_behind
 from pytest_nullspace.model.bases import Kind, kind_of, load_base, reading, shelve_base
+from pytest_nullspace.model.ends import ends_of
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.names import OLDER, Placed, are_older, placed
 from pytest_nullspace.model.shelf import Shelf, UnfitError, shelved
@@ -82,7 +83,6 @@ def load(
         _require_scales(checkpoint, views)
     if checkpoint.changed_base is not None:
         require_changed(checkpoint, base, views.values())
-
     read = reading(model)
 
     def take_off() -> None:
@@ -150,7 +150,7 @@ def load_plain(base: Path, device: torch.device, dtype: torch.dtype, adapter: Ch
     if absent:
         raise not_whole(loaded, absent, base)
     model: Any = reading(loaded.to(device).eval())
-    if adapter is not None and of_adapter is not None and of_adapter < model.get_input_embeddings().num_embeddings:
+    if adapter is not None and of_adapter is not None and of_adapter < ends_of(model).known:
         raise CheckpointError(
             f"{adapter.directory}: its vocabulary is smaller than that of the base {base}, so their predictions "
             "cannot be compared; leave --nullspace-drift out"

@@ -1,7 +1,6 @@
 """Sizes that training changed: the labels of a head, and the rows of a vocabulary."""
 
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.checkpoint.peft import PREFIX
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.model.ends import ends_of
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,8 @@ def _place(name: str) -> str:
 
 
 def _ends(model: Any) -> frozenset[str]:
-    """The names of the weights that have a row for each token; CANINE has none, and says so by an exception."""
-    ends = set()
-    for get in (model.get_input_embeddings, model.get_output_embeddings):
-        with suppress(NotImplementedError):
-            ends.add(id(get()))
+    """The names of the weights that have a row for each token."""
+    ends = {id(end) for end in ends_of(model) if end is not None}
     return frozenset(f"{name}.weight" for name, module in model.named_modules() if id(module) in ends)
 
 

@@ -94,15 +94,7 @@ MAIN = pytest.mark.parametrize("case", [ON_TORCHVISION, "gemma3"], indirect=True
 def test_every_layer_is_measured_as_pefts_own_forward_has_it(case: Case) -> None:
     """Tower, projector and text path: each mean agrees with float64 arithmetic on hooks on PEFT's model to 1e-6."""
     model = case.theirs()
-    caught: dict[str, list[Tensor]] = defaultdict(list)
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            module.register_forward_hook(
-                lambda _, args, __, name=name: caught[name].append(args[0].detach().double().flatten(0, -2))
-            )
-    with torch.inference_mode():
-        for number in range(len(case.windows)):
-            model(**case.given(number))
+    caught = inputs_of(model, case)
     measured = {layer.name: layer for layer in measure(case.adapted, case.shown)}
     assert measured.keys() == caught.keys()
     assert {"vision", "text"} <= {part for name in measured for part in ("vision", "text") if part in _wing(name)}
@@ -114,6 +106,20 @@ def test_every_layer_is_measured_as_pefts_own_forward_has_it(case: Case) -> None
         assert layer.defect is None
         assert not layer.unplaced
         assert layer.margins, "from windows, of which each is a row"
+
+
+def inputs_of(model: Any, case: Case) -> dict[str, list[Tensor]]:
+    """The float64 input rows of each layer with LoRA in PEFT's own ``model``, window after window."""
+    caught = defaultdict[str, list[Tensor]](list)
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            module.register_forward_hook(
+                lambda _, args, __, name=name: caught[name].append(args[0].detach().double().flatten(0, -2))
+            )
+    with torch.inference_mode():
+        for number in range(len(case.windows)):
+            model(**case.given(number))
+    return caught
 
 
 def _wing(name: str) -> str:
@@ -187,15 +193,8 @@ def test_windows_of_one_form_share_a_forward(case: Case, tmp_path: Path) -> None
 @MAIN
 def test_of_what_the_assistant_says_the_rows_alone_count_and_all_parts_of_images(case: Case) -> None:
     """In the text path the chosen tokens, in tower and projector every patch, be there as many as tokens or not."""
-    model, caught = case.theirs(), defaultdict[str, list[Tensor]](list)
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            module.register_forward_hook(
-                lambda _, args, __, name=name: caught[name].append(args[0].detach().double().flatten(0, -2))
-            )
-    with torch.inference_mode():
-        for number in range(len(case.windows)):
-            model(**case.given(number))
+    model = case.theirs()
+    caught = inputs_of(model, case)
     counted = [[len(tokens) - 1, len(tokens) - 3] for tokens in case.shown]
     modules = dict(model.named_modules())
     for batch_size in (1, 4):
