@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from pytest_nullspace.checkpoint import Checkpoint, lora_null
+from pytest_nullspace.checkpoint import Checkpoint, LayerSpec, lora_null
 from pytest_nullspace.checkpoint.arrays import norm, read_tensor, triangle
+from pytest_nullspace.checkpoint.header import TensorInfo
 from pytest_nullspace.errors import StatsError
-from pytest_nullspace.judging.audit import places
+from pytest_nullspace.judging.audit import Place, places
 from pytest_nullspace.run.stats import SCALE_ZERO
 
 EQUAL = 1e-6
@@ -135,36 +136,36 @@ def weigh(checkpoint: Checkpoint, layers: Collection[str]) -> Weights:
     """
     import numpy as np
 
-    found = []
     held = places(checkpoint)
-    for spec in checkpoint.layers:
-        if spec.name not in layers:
-            continue
-        up, down = triangle(held[spec.name, "up"]), triangle(held[spec.name, "down"], turned=True)
-        base = held.get((spec.name, "base"))
-        scale = 1.0 if spec.scale is None else spec.scale.value
-        down_norm, up_norm = float(np.linalg.norm(down)), abs(scale) * float(np.linalg.norm(up))
-        protect = [checkpoint.tensors.get(f"{spec.name}.{p}") for p in (lora_null.PROTECT_UP, lora_null.PROTECT_DOWN)]
-        if protect[0] is not None and protect[1] is not None:
-            whole = read_tensor(held[spec.name, "down"])
-            down = (whole - whole @ read_tensor(protect[0]) @ read_tensor(protect[1])).T
-        values = singular_values(up, down)
-        found.append(
-            LayerWeights(
-                spec.name,
-                spec.rank,
-                scale,
-                down_norm,
-                up_norm,
-                None if base is None else norm(base),
-                abs(scale) * float(np.linalg.norm(values)),
-                effective_rank(values),
-                abs(scale) * float(values.max()),
-                concentration(values),
-                kurtosis(values),
-            )
-        )
-    return Weights(tuple(found))
+    with np.errstate(over="ignore"):  # of what is so large that its norm is infinite, which is told
+        return Weights(tuple(_weighed(checkpoint, spec, held) for spec in checkpoint.layers if spec.name in layers))
+
+
+def _weighed(checkpoint: Checkpoint, spec: LayerSpec, held: Mapping[Place, TensorInfo]) -> LayerWeights:
+    import numpy as np
+
+    up, down = triangle(held[spec.name, "up"]), triangle(held[spec.name, "down"], turned=True)
+    base = held.get((spec.name, "base"))
+    scale = 1.0 if spec.scale is None else spec.scale.value
+    down_norm, up_norm = float(np.linalg.norm(down)), abs(scale) * float(np.linalg.norm(up))
+    protect = [checkpoint.tensors.get(f"{spec.name}.{p}") for p in (lora_null.PROTECT_UP, lora_null.PROTECT_DOWN)]
+    if protect[0] is not None and protect[1] is not None:
+        whole = read_tensor(held[spec.name, "down"])
+        down = (whole - whole @ read_tensor(protect[0]) @ read_tensor(protect[1])).T
+    values = singular_values(up, down)
+    return LayerWeights(
+        spec.name,
+        spec.rank,
+        scale,
+        down_norm,
+        up_norm,
+        None if base is None else norm(base),
+        abs(scale) * float(np.linalg.norm(values)),
+        effective_rank(values),
+        abs(scale) * float(values.max()),
+        concentration(values),
+        kurtosis(values),
+    )
 
 
 def singular_values(up: Any, down: Any) -> Any:
@@ -179,15 +180,18 @@ def singular_values(up: Any, down: Any) -> Any:
 
 def concentration(values: Any) -> float:
     """``σ₁² / Σ σ²``."""
-    energy = float((values**2).sum())
-    return float(values.max()) ** 2 / energy if energy else math.nan
+    most = float(values.max())
+    return 1 / float(((values / most) ** 2).sum()) if most else math.nan
 
 
 def kurtosis(values: Any) -> float:
     """The fourth central moment of singular values over the square of their second."""
-    apart = values - values.mean()
+    most = float(values.max())
+    if len(values) < 4 or not math.isfinite(most) or not most:
+        return math.nan
+    apart = (values - values.mean()) / most
     second = float((apart**2).mean())
-    if len(values) < 4 or not math.isfinite(second) or second <= (EQUAL * float(values.max())) ** 2:
+    if second <= EQUAL**2:
         return math.nan
     return float((apart**4).mean()) / second**2
 

@@ -54,6 +54,14 @@ def test_what_has_no_figure_has_none() -> None:
     assert math.isnan(kurtosis(np.full(4, math.nan)))
 
 
+@pytest.mark.parametrize("size", [1e-170, 1e170])
+def test_shares_and_shape_are_of_numbers_of_any_size(size: float) -> None:
+    """What float64 cannot square has the energy in one direction, and the kurtosis, of the same at 1."""
+    values = np.array([4.0, 2.0, 1.5, 1.0, 0.1])
+    assert concentration(size * values) == pytest.approx(concentration(values), rel=1e-12)
+    assert kurtosis(size * values) == pytest.approx(kurtosis(values), rel=1e-12)
+
+
 @given(st.lists(st.floats(0.1, 10), min_size=FEWEST, max_size=30), st.floats(1e-3, 1e3))
 def test_deviations_are_robust_and_keep_no_scale(norms: list[float], scale: float) -> None:
     """They are from the median in units of 1.4826 MAD of the logarithms, whatever the strength of the adapter."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -78,6 +79,17 @@ def test_a_scale_of_zero_is_a_fault_by_its_name_and_a_negative_one_is_remarked(t
     shown = [line for line, _ in weights.summary(found, lambda _: (), 6, every=False)]
     assert any(line.startswith(remarked) for line in shown)
     assert escape(remarked) in weights.markdown("ft", found, lambda _: (), 6, [])
+
+
+def test_what_float64_cannot_square_is_no_finite_weight(tmp_path: Path) -> None:
+    """Entries of 1e170, as a file in float64 may hold, are told as the infinities that a forward makes of them."""
+
+    def grow(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        tensors[f"{Q0}.ALinear.weight"] = tensors[f"{Q0}.ALinear.weight"].double() * 1e170
+
+    checkpoint = open_checkpoint(tiny.lora_null(tmp_path / "ft", change=grow, dtype=torch.float64))
+    (first, *_) = weigh(checkpoint, {spec.name for spec in checkpoint.layers}).layers
+    assert list(first.faults(trained=True)) == ["non-finite weights (NaN or infinity)"]
 
 
 def test_dead_and_non_finite_layers_have_faults_and_causes(tmp_path: Path) -> None:
