@@ -15,10 +15,11 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint.rounding import BITS, TYPES
-from pytest_nullspace.errors import StatsError
+from pytest_nullspace.errors import StatsError, printable
 from pytest_nullspace.judging.merging import Merge
 from pytest_nullspace.judging.verdicts import Threshold, Tier
 from pytest_nullspace.run.norms import ratio
+from pytest_nullspace.run.stats import RunStats
 
 if TYPE_CHECKING:
     from pytest_nullspace.checkpoint.arrays import Array
@@ -202,6 +203,23 @@ class Survival:
             return cls(types, layers)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
             raise StatsError(f"{where}: its entry '{KEY}' does not tell of a merge; measure again") from None
+
+    @classmethod
+    def of_run(cls, run: RunStats, where: str) -> "Survival | None":
+        """The same of a saved run, which must tell of every layer whose update it measured.
+
+        Raises:
+            StatsError: What it tells is none, or a layer lacks, which would be green unmeasured.
+        """
+        found = cls.of(run.about, where)
+        told = set() if found is None else {layer.name for layer in found.layers if layer.types}
+        lacking = [layer.name for layer in run.layers if layer.update_norm > 0 and layer.name not in told]
+        if found is not None and lacking:
+            raise StatsError(
+                f"{where}: its entry '{KEY}' tells nothing of {printable(lacking[0])}, though that has an update; "
+                "measure again"
+            )
+        return found
 
 
 def _plain(value: Any) -> Any:

@@ -193,8 +193,9 @@ def _reported(settings: Settings, texts: dict[str, Text], live: InMemory | None 
     run.selected, run.drift_selected = set(run.gated), set(run.drift_tests)
     run.merges_selected = set(run.merge_tests)
     outcome = run.measured()
-    expectations, decision = run.expectations(outcome), decided(run, _failed(run, outcome))
-    told = reports.Told(run, outcome, decision, "")
+    failed = _failed(run, outcome)
+    expectations, decision = run.expectations(outcome), decided(run, failed)
+    told = reports.Told(run, outcome, decision, "", failed)
     sheet = reports.sheet(told, expectations, len(outcome.layers))
     return Report(reports.diagnosed(run, outcome), expectations, decision, reports.page(told), sheet)
 

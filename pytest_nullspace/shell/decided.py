@@ -1,6 +1,6 @@
 """The one verdict on each run of the gate, from what was measured and what became of its tests."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pytest_nullspace.judging.decision import UNMEASURED, Call, Decision, decide, gaps, not_gated, stopped
@@ -8,6 +8,7 @@ from pytest_nullspace.judging.invariants import MODEL
 from pytest_nullspace.judging.survival import OfType
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
+from pytest_nullspace.report.machine import Beside
 from pytest_nullspace.report.words import named
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.shell.collect import FROZEN, SCOPE
@@ -76,6 +77,24 @@ def warned(run: GatedRun, outcome: RunStats) -> list[str]:
     """The names of the tests beside the figures that only warn: of merges, and of servers."""
     servers = (test for test in run.servers.tests if run.servers.outcome(test).tier is Tier.WARN)
     return [*(test for test, kept in merged(run, outcome) if kept.tier is Tier.WARN), *servers]
+
+
+def beside(run: GatedRun, failed: Mapping[str, str], excused: Collection[str]) -> Iterator[Beside]:
+    """The tests that figures do not tell of and that came to a verdict; of layers those that fail by their weights."""
+    outcome = run.peek()
+    merges = {} if outcome is None else dict(merged(run, outcome))
+    by_figures = {MODEL, *run.drift_tests, *(() if run.weights_only else run.gated)}
+    for test in tests_of(run):
+        if test in by_figures or not is_judged(run, test):
+            continue
+        if test in failed:
+            yield Beside(test, Tier.FAIL, failed[test])
+        elif test not in run.gated:
+            told = merges[test] if test in merges else run.servers.outcome(test) if test in run.servers.tests else None
+            passes = test not in excused and (told is None or told.tier is Tier.PASS)
+            yield Beside(
+                test, Tier.PASS if passes else Tier.WARN, "fails as expected" if told is None else told.summary
+            )
 
 
 def is_judged(run: GatedRun, test: str) -> bool:

@@ -215,18 +215,13 @@ class Gate:
         for file, run in self._files.items():
             prefix = f"{node_id(file, self._config.rootpath)}::"
             run.judged = {name.removeprefix(prefix) for name in self._judged if name.startswith(prefix)}
-            failed = {name: told for name, told in self._failed.items() if name.startswith(prefix)}
             if not run.has_drift:  # where, once loaded, the model turned out not to hold its base: nobody demanded it
                 self._expected = [
                     name
                     for name in self._expected
                     if not (name.startswith(prefix) and is_drift(name.removeprefix(prefix)))
                 ]
-            self.decisions[self._where(run)] = decided(
-                run,
-                {name.removeprefix(prefix): told for name, told in failed.items()},
-                sorted(name.removeprefix(prefix) for name in self._excused if name.startswith(prefix)),
-            )
+            self.decisions[self._where(run)] = decided(run, *self._ended(file))
         if self._reports:
             record(session.config, self.decisions, self._candidates)
             self._write()
@@ -237,6 +232,12 @@ class Gate:
             self._hold_each_selected()
         if self._problems and exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def _ended(self, file: Path) -> tuple[dict[str, str], list[str]]:
+        """The names of a run's tests that failed, each with what it said, and those that were expected to."""
+        prefix = f"{node_id(file, self._config.rootpath)}::"
+        failed = {name.removeprefix(prefix): told for name, told in self._failed.items() if name.startswith(prefix)}
+        return failed, sorted(name.removeprefix(prefix) for name in self._excused if name.startswith(prefix))
 
     def _state_what_was_not_measured(self) -> None:
         """Say so also where no terminal shows header and summary: unsaid, weights alone would look fully gated."""
@@ -277,7 +278,9 @@ class Gate:
         # What was not measured stands in every report too: left out, its report would look as that of a safe one.
         root = self._config.rootpath
         told = [
-            reports.Told(run, run.peek() or self._nothing(run), self._decision(run), node_id(file, root))
+            reports.Told(
+                run, run.peek() or self._nothing(run), self._decision(run), node_id(file, root), *self._ended(file)
+            )
             for file, run in self._files.items()
         ]
         beside = self._candidates() if len(self.runs) > 1 else []

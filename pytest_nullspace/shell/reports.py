@@ -1,7 +1,7 @@
 """What is written of the runs when all tests have run: what is saved, and the report in the form of each file."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from pytest_nullspace.report import changes, html, machine, markdown, merging, o
 from pytest_nullspace.report.page import Page, joined
 from pytest_nullspace.report.words import named
 from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.shell.decided import beside as beside_figures
 from pytest_nullspace.shell.runs import GatedRun
 
 
@@ -26,17 +27,21 @@ class Told(NamedTuple):
         outcome: What was measured of it, which may be nothing.
         decision: The verdict on it.
         file: The id of its file among pytest's nodes.
+        failed: The names of its tests that failed, each with what it said.
+        excused: The names of those that failed as a mark of the user's expects.
     """
 
     run: GatedRun
     outcome: RunStats
     decision: Decision
     file: str
+    failed: Mapping[str, str]
+    excused: Collection[str] = ()
 
 
 def page(told: Told) -> Page:
     """The Markdown report of one run."""
-    run, outcome, decision, _ = told
+    run, outcome, decision, *_ = told
     lines = [*changed(run, outcome), *changes.explained(run.diagnoses(outcome))]
     weighed, below = run.against.told(outcome).weights, [named(line, outcome) for line, _ in lines]
     expectations = run.expectations(outcome)
@@ -64,13 +69,18 @@ def written(suffix: str, told: Sequence[Told], pages: Sequence[Page], beside: Se
     if suffix == ".html":
         among = sum(len(of.outcome.layers) for of in told)
         return html.page([sheet(of, expected, among) for of, expected in held], beside)
-    gated = [machine.Gated(of.run.name, of.file, of.outcome, expected, of.decision) for of, expected in held]
+    gated = [
+        machine.Gated(
+            of.run.name, of.file, of.outcome, expected, of.decision, [*beside_figures(of.run, of.failed, of.excused)]
+        )
+        for of, expected in held
+    ]
     return machine.openmetrics(gated) if suffix == ".prom" else machine.sarif(gated, __version__)
 
 
 def sheet(told: Told, expectations: Expectations, among: int) -> html.Sheet:
     """What the page shows of one run among so many layers; of an earlier one a line tells, and a table the rest."""
-    run, outcome, decision, _ = told
+    run, outcome, decision, *_ = told
     compared = run.against.compared(outcome)
     since_begin = [*began(run, outcome), *itertools.islice(since(run, outcome), 1)]
     lines = [*since_begin, *odds(run, outcome), *merges(run, outcome), *servers(run)]

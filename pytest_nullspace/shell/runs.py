@@ -331,7 +331,7 @@ class SavedRun(GatedRun):
     def __init__(self, file: Path, settings: Settings) -> None:
         self._saved = read_run(file)
         self._audited, _ = Audit.of(self._saved.about, str(file)), Remedy.of(self._saved.about, str(file))
-        self._merged = Survival.of(self._saved.about, str(file))
+        self._merged = Survival.of_run(self._saved, str(file))
         names = [layer.name for layer in self._saved.layers]
         if settings.strict_scope and (self._saved.about.get("base") is None or "outside" not in self._saved.about):
             raise OptionError(

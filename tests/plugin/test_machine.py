@@ -6,6 +6,7 @@ import math
 import re
 
 import pytest
+from torch import Tensor
 
 from fixtures.build import WORLD
 from pytest_nullspace.judging.decision import decide
@@ -13,7 +14,9 @@ from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.profiles import Chosen, Profile
 from pytest_nullspace.report.machine import MOST_RESULTS, Gated, openmetrics, sarif
 from pytest_nullspace.run.stats import RunStats
-from tests import saved
+from tests import saved, tiny
+from tests.adapters import adapter, change
+from tests.plugin.test_merging import Q0
 
 HELD = Expectations(chosen=Chosen(Profile.NULLSPACE, "a LoRA-Null directory"), drift_judged=True)
 SAMPLE = re.compile(r'(\w+)\{((?:\w+="(?:[^"\\]|\\.)*",?)+)\} (\S+)')
@@ -103,3 +106,26 @@ def test_what_could_not_be_measured_is_in_every_report(pytester: pytest.Pytester
     assert 'verdict="NOT GATED"} 1' in (pytester.path / "r.prom").read_text()
     assert "NOT GATED</p>" in (pytester.path / "r.html").read_text("utf-8")
     assert "**NOT GATED**" in (pytester.path / "r.md").read_text("utf-8")
+
+
+def test_tests_beside_the_figures_are_told_to_programs(pytester: pytest.Pytester) -> None:
+    """By its weights alone a layer that fails is an error by its name, and so is a server that refuses the adapter."""
+    directory = adapter(pytester.path, tiny.llama(), r=32, target_modules=["q_proj"])
+
+    def dead(tensors: dict[str, Tensor], _: object) -> None:
+        tensors[f"base_model.model.{Q0}.lora_B.weight"].zero_()
+
+    change(directory, dead)
+    pytester.runpytest_subprocess(
+        "--nullspace-model=adapter", "--nullspace-weights-only", "--nullspace-serve=vllm==0.33",
+        "--nullspace-report=r.prom", "--nullspace-report=r.sarif",
+    )  # fmt: skip
+    results = json.loads((pytester.path / "r.sarif").read_text())["runs"][0]["results"]
+    named = {result["ruleId"]: (result["level"], result["message"]["text"]) for result in results}
+    assert named["defect"][0] == "error"
+    assert named["defect"][1].startswith(f"{Q0}: dead: lora_B is zero")
+    samples = (pytester.path / "r.prom").read_text()
+    assert 'nullspace_layers{model="adapter",tier="fail"} 1\n' in samples
+    assert 'nullspace_layers{model="adapter",tier="warn"} 2\n' in samples
+    assert f'nullspace_test{{model="adapter",test="{Q0}",tier="fail"}} 1\n' in samples
+    assert 'nullspace_test{model="adapter",test="serve[vllm]",tier="pass"} 1\n' in samples

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -33,30 +34,49 @@ def peft(folder: Path, size: float = 1.0) -> Path:
 def test_each_type_is_a_test_that_tells_of_weights_and_activations(
     folder: Path, gate: Gate, replay: Replay, mode: tuple[str, ...]
 ) -> None:
-    """What is kept stands in every report, with what it does to the text; a saved run is gated by it again."""
-    peft(folder)
-    reports = ("--nullspace-report=r.md", "--nullspace-report=r.html", "--nullspace-save-stats=s.json")
+    """What is kept stands in every report and in the statement, with what it does to the text; a saved run repeats it."""
+    peft(folder, 2e-3)
+    forms = ("md", "html", "sarif", "prom")
+    reports = (*(f"--nullspace-report=r.{form}" for form in forms), "--nullspace-save-stats=s.json")
     beside = ("--nullspace-serve=vllm==99", "--nullspace-attest=a.json")
-    result = gate(*LOOSE, "--nullspace-merge=fp16,bf16", *beside, *reports, *mode, model="adapter")
-    result.assert_outcomes(passed=LAYERS + 1 + 2 + 1)
+    result = gate(*LOOSE, "--nullspace-merge=fp16,bf16,fp8", *beside, *reports, *mode, model="adapter")
+    result.assert_outcomes(passed=LAYERS + 1 + 3 + 1)
     stated = json.loads((folder / "a.json").read_text())["predicate"]
-    assert {"adapter/adapter_config.json::merge[bf16]"} <= {*stated["passedTests"]}
-    assert "adapter/adapter_config.json::serve[vllm]" in stated["warnedTests"]
+    of = "adapter/adapter_config.json::"
+    assert {f"{of}merge[bf16]", f"{of}merge[fp16]"} <= {*stated["passedTests"]}
+    assert {f"{of}merge[fp8]", f"{of}serve[vllm]"} <= {*stated["warnedTests"]}
     line = "merge[[]bf16]: a merge in bf16 keeps * of the update, * in the worst layer model.layers.*; "
     moved = "it moves activations by what the update does: on the preserved text * x"
-    said = [line + moved, "merge: * is the cheapest type that keeps it"]
+    said = [line + moved, "merge: fp16 is the cheapest type that keeps it"]
     result.stdout.fnmatch_lines(said)
     for report in ("r.md", "r.html"):
-        assert "is the cheapest type that keeps it" in (folder / report).read_text()
-    told = json.loads((folder / "s.json").read_text())["merge"]
-    assert told["types"] == ["fp16", "bf16"]
-    for layer in told["layers"]:
+        assert "fp16 is the cheapest type that keeps it" in (folder / report).read_text()
+    results = json.loads((folder / "r.sarif").read_text())["runs"][0]["results"]
+    named = {result["ruleId"]: (result["level"], result["message"]["text"]) for result in results}
+    assert named["merge"] == ("warning", ANY)
+    assert named["merge"][1].startswith("merge[fp8]: a merge in fp8 keeps ")
+    assert named["serve"] == ("warning", ANY)
+    assert named["serve"][1].startswith("serve[vllm]: nobody checked ")
+    samples = (folder / "r.prom").read_text()
+    for test, tier in (("merge[fp16]", "pass"), ("merge[fp8]", "warn"), ("serve[vllm]", "warn")):
+        assert f'nullspace_test{{model="adapter",test="{test}",tier="{tier}"}} 1\n' in samples
+    assert 'nullspace_merge_survival{model="adapter",type="bf16",layers="worst"} ' in samples
+    assert 'nullspace_merge_moved{model="adapter",type="bf16",text="preserved text"} ' in samples
+    told = json.loads((folder / "s.json").read_text())
+    assert told["merge"]["types"] == ["fp16", "bf16", "fp8"]
+    for layer in told["merge"]["layers"]:
         assert layer["types"]["bf16"]["survival"] == pytest.approx(1, abs=0.1)
         assert layer["types"]["bf16"]["moved"]["preserved text"] == pytest.approx(1, abs=0.1)
     again = replay(*LOOSE, "--nullspace-merge=bf16", stats="s.json")
-    again.assert_outcomes(passed=LAYERS + 1 + 2)
+    again.assert_outcomes(passed=LAYERS + 1 + 3)
     refused = replay("--nullspace-merge=nf4", stats="s.json")
     refused.stderr.fnmatch_lines(["ERROR: --nullspace-merge: *s.json does not tell of nf4; measure the model with *"])
+    told["merge"]["layers"][0] |= {"update_norm": 0.0, "types": {}}
+    (folder / "e.json").write_text(json.dumps(told))
+    emptied = replay(stats="e.json")
+    emptied.stderr.fnmatch_lines(
+        [f"ERROR: *e.json: its entry 'merge' tells nothing of {Q0}, though that has an update; measure again"]
+    )
 
 
 def test_an_update_below_the_step_of_bfloat16_fails_by_name(folder: Path, gate: Gate) -> None:
