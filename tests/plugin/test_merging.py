@@ -34,7 +34,7 @@ def peft(folder: Path, size: float = 1.0) -> Path:
 def test_each_type_is_a_test_that_tells_of_weights_and_activations(
     folder: Path, gate: Gate, replay: Replay, mode: tuple[str, ...]
 ) -> None:
-    """What is kept stands in every report and in the statement, with what it does to the text; a saved run repeats it."""
+    """What is kept stands in every report and in the statement, with what it does to texts; a saved run repeats it."""
     peft(folder, 2e-3)
     forms = ("md", "html", "sarif", "prom")
     reports = (*(f"--nullspace-report=r.{form}" for form in forms), "--nullspace-save-stats=s.json")
