@@ -65,7 +65,7 @@ class Gated:
 
 
 def openmetrics(gated: Sequence[Gated]) -> str:
-    """Averages, figures of the predictions and of merges, layers by tier and the tests beside, as OpenMetrics has them."""
+    """Averages, figures of predictions and merges, layers by tier and the tests beside, as OpenMetrics has them."""
     lines = ["# TYPE nullspace_figure gauge", "# HELP nullspace_figure The average over layers, or of the predictions."]
     lines += [
         _sample("nullspace_figure", value, model=of.name, figure=figure)
