@@ -113,8 +113,8 @@ def _merges(gated: Sequence[Gated]) -> Iterator[str]:
     yield "# HELP nullspace_merge_moved By how much it moves a text's activations, beside what the update does."
     for name, of in kept:
         for text in of.texts:
-            if (value := of.moved(text)) is not None:
-                yield _sample("nullspace_merge_moved", value, model=name, type=of.kind, text=text)
+            if (moved := of.moved(text)) is not None:
+                yield _sample("nullspace_merge_moved", moved, model=name, type=of.kind, text=text)
 
 
 def _figures(run: RunStats) -> Iterator[tuple[str, float]]:
