@@ -16,7 +16,9 @@ from pytest_nullspace.errors import PREFIX, CheckpointError
 __all__ = ["Checkpoint", "LayerSpec", "open_checkpoint"]
 
 
-def open_checkpoint(directory: str | os.PathLike[str], base: str | None = None, rank: int = 0) -> Checkpoint:
+def open_checkpoint(
+    directory: str | os.PathLike[str], base: str | None = None, rank: int = 0, *, is_start: bool = False
+) -> Checkpoint:
     """Find out what is adapted in ``directory``.
 
     Args:
@@ -24,6 +26,7 @@ def open_checkpoint(directory: str | os.PathLike[str], base: str | None = None, 
             ``base`` also llama.cpp's LoRA and a whole model without adapter.
         base: The base model, as `pytest_nullspace.checkpoint.hub.base_path` takes it; read for those two alone.
         rank: Of what stands for the down projections of a whole model; 0 for none.
+        is_start: Whether training started from it, so that it must hold an adapter, whatever the ``base``.
 
     Returns:
         The checkpoint, with at least one adapted layer.
@@ -46,6 +49,6 @@ def open_checkpoint(directory: str | os.PathLike[str], base: str | None = None, 
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror}; mend its permissions") from None
     if (directory / peft.CONFIG_FILE).exists():  # first: an adapter's directory may hold its base's config as well
         return peft.read(directory)
-    if base is not None and not lora_null.is_adapted(directory):
+    if base is not None and not is_start and not lora_null.is_adapted(directory):
         return whole.read(directory, base_path(base, None, f"{PREFIX}base"), rank)
     return lora_null.read(directory)

@@ -225,8 +225,8 @@ def audit(
     else:
         decided = "as --nullspace-variant says"
     others, compared = _others(now, before)
-    names_one = trained.format != peft.GGUF
-    if names_one and trained_base is None and initial_base is None and trained.base != initial.base:
+    both_name_one = peft.GGUF not in (trained.format, initial.format)
+    if both_name_one and trained_base is None and initial_base is None and trained.base != initial.base:
         others.insert(0, Moved("base_model_name_or_path", math.nan, f"{trained.base}, was {initial.base}"))
     return Audit(str(initial.directory), variant, decided, tuple(audited), tuple(others), compared)
 

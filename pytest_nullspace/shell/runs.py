@@ -200,7 +200,8 @@ class CheckpointRun(GatedRun):
                 "its other tensors were trained; leave the option out for it"
             )
         self.checkpoint, self.servers = checkpoint, Servers(settings, checkpoint)
-        self._initial = None if settings.init_directory is None else open_checkpoint(settings.init_directory)
+        start = settings.init_directory
+        self._initial = None if start is None else open_checkpoint(start, settings.base, is_start=True)
         self._bases, self._texts, self._live = bases, texts, live
         asked = settings.drift is None and not settings.weights_only
         self._without_drift = inputs.why_no_drift(checkpoint, settings) if asked else None

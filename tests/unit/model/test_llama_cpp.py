@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pytest_nullspace import gate
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.checkpoint.arrays import norm, read_tensor, rows_of
 from pytest_nullspace.errors import CheckpointError
@@ -22,7 +23,7 @@ from pytest_nullspace.judging.audit import audit
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import load_model
 from tests import tiny
-from tests.adapters import adapter
+from tests.adapters import adapter, change
 
 gguf = pytest.importorskip("gguf", reason="gguf, which reads GGUF files, is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -187,8 +188,8 @@ ODD: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
 @pytest.mark.parametrize("case", ODD)
 def test_what_is_odd_is_refused_in_a_sentence(case: str, made: Any, tmp_path: Path) -> None:
     """What llama.cpp would take otherwise, or PEFT has no place for, is told by its name, and no figure comes of it."""
-    change, told = ODD[case]
-    change(*made)
+    break_, told = ODD[case]
+    break_(*made)
     directory = write(tmp_path / "g" / "a.gguf", "llama", *made)
     with pytest.raises(CheckpointError, match=re.escape(told)) as caught:
         open_checkpoint(directory, str(tmp_path / "base"))
@@ -242,3 +243,31 @@ def test_the_base_must_be_told_and_be_of_its_architecture(made: Any, tmp_path: P
     write(tmp_path / "g" / "b.gguf", "llama", *made)
     with pytest.raises(CheckpointError, match=r"holds 2 GGUF files, a\.gguf, b\.gguf; put the one that is meant into"):
         open_checkpoint(directory, str(tmp_path / "base"))
+
+
+def test_training_may_have_started_from_one(tmp_path: Path) -> None:
+    """A start in GGUF is held against as PEFT's own is, whichever format the trained adapter has; and needs the base."""
+    targets: dict[str, Any] = {"r": 4, "lora_alpha": 20, "target_modules": ["q_proj", "up_proj"]}
+
+    def made(name: str, scale: float) -> tuple[Path, Path]:
+        """A LoRA whose lora_B is scaled, as PEFT saved it and converted; both of one lora_A."""
+        directory = adapter(tmp_path, small("llama", num_key_value_heads=2), name=name, **targets)
+        change(directory, lambda held, _: [held.update({n: t * scale}) for n, t in held.items() if "lora_B" in n])
+        return directory, write(tmp_path / f"{name}.g" / "a.gguf", "llama", *converted(directory, "llama"))
+
+    starts, trained = made("start", 0.0), made("trained", 0.1)
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    told = []
+    for now in trained:
+        for start in starts:
+            run = gate(
+                now, tmp_path / "text.txt", base=str(tmp_path / "base"), init=str(start), calib_size=2, seqlen=16
+            ).run
+            audited = run.about["audit"]
+            assert (audited["variant"], audited["others"], audited["compared"]) == ("lora", [], 0)
+            told.append([{**layer, "figures": run.layers[0].preservation} for layer in audited["layers"]])
+    assert told[0] == told[1] == told[2] == told[3]
+    with pytest.raises(CheckpointError, match=r"a\.gguf: is a LoRA of llama\.cpp, which does not tell how many heads"):
+        gate(trained[0], tmp_path / "text.txt", init=str(starts[1]))
+    with pytest.raises(CheckpointError, match="no adapted layer: .* was the plain model saved instead"):
+        gate(trained[0], tmp_path / "text.txt", base=str(tmp_path / "base"), init=str(tmp_path / "base"))
