@@ -246,7 +246,7 @@ def test_the_base_must_be_told_and_be_of_its_architecture(made: Any, tmp_path: P
 
 
 def test_training_may_have_started_from_one(tmp_path: Path) -> None:
-    """A start in GGUF is held against as PEFT's own is, whichever format the trained adapter has; and needs the base."""
+    """A start in GGUF serves as PEFT's own does, whichever format the trained adapter has; and it needs the base."""
     targets: dict[str, Any] = {"r": 4, "lora_alpha": 20, "target_modules": ["q_proj", "up_proj"]}
 
     def made(name: str, scale: float) -> tuple[Path, Path]:
@@ -269,5 +269,5 @@ def test_training_may_have_started_from_one(tmp_path: Path) -> None:
     assert told[0] == told[1] == told[2] == told[3]
     with pytest.raises(CheckpointError, match=r"a\.gguf: is a LoRA of llama\.cpp, which does not tell how many heads"):
         gate(trained[0], tmp_path / "text.txt", init=str(starts[1]))
-    with pytest.raises(CheckpointError, match="no adapted layer: .* was the plain model saved instead"):
+    with pytest.raises(CheckpointError, match=r"no adapted layer: .* was the plain model saved instead"):
         gate(trained[0], tmp_path / "text.txt", base=str(tmp_path / "base"), init=str(tmp_path / "base"))
