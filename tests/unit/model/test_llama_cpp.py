@@ -252,7 +252,7 @@ def test_training_may_have_started_from_one(tmp_path: Path) -> None:
     def made(name: str, scale: float) -> tuple[Path, Path]:
         """A LoRA whose lora_B is scaled, as PEFT saved it and converted; both of one lora_A."""
         directory = adapter(tmp_path, small("llama", num_key_value_heads=2), name=name, **targets)
-        change(directory, lambda held, _: [held.update({n: t * scale}) for n, t in held.items() if "lora_B" in n])
+        change(directory, lambda held, _: held.update({n: t * scale for n, t in held.items() if "lora_B" in n}))
         return directory, write(tmp_path / f"{name}.g" / "a.gguf", "llama", *converted(directory, "llama"))
 
     starts, trained = made("start", 0.0), made("trained", 0.1)
