@@ -24,7 +24,7 @@ def is_adapter(facts: Facts) -> Iterator[Finding]:
             if facts.checkpoint.is_whole
             else "merge it into a plain model (W_res + A B in each layer), and serve that"
             if facts.checkpoint.carries_base
-            else "what is told of servers is told of PEFT's directories: give the one from which it was converted"
+            else "llama.cpp alone opens it: give the PEFT directory from which it was converted"
             if facts.checkpoint.format == GGUF
             else "convert it to PEFT's names first, and gate what is served"
         )

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from pytest_nullspace.checkpoint.header import FLOATING
+from pytest_nullspace.checkpoint.hub import tensors_of
 from pytest_nullspace.errors import printable, quoted
 from pytest_nullspace.judging.served import Check, Facts, Finding, doubt, more, refused
 
@@ -159,3 +161,27 @@ def in_blocks(pattern: str) -> Check:
             )
 
     return check
+
+
+def held_when_opened(_: Facts) -> Iterator[Finding]:
+    """What `pytest_nullspace.checkpoint.llama_cpp` refuses as it opens the file, so that nothing is left to find."""
+    return iter(())
+
+
+def shaped_as_base(facts: Facts) -> Iterator[Finding]:
+    """Each layer reads and gives as many numbers as the base's matrix of its name."""
+    if facts.base is None:
+        return  # told by the names
+    shapes = {
+        tail(tensor.name.removesuffix(".weight")): tensor.shape
+        for tensor in tensors_of(facts.base.directory)
+        if tensor.name.endswith(".weight") and tensor.dtype in FLOATING
+    }
+    for layer in facts.layers:
+        size = layer.out_features, layer.in_features
+        if (held := shapes.get(tail(layer.name), size)) != size:
+            yield refused(
+                f"tensor {quoted(facts.modules.get(layer.name, layer.name))} is of a matrix of {size[0]:,} x "
+                f"{size[1]:,}, and the base's is {' x '.join(f'{width:,}' for width in held)}"
+            )
+            return

@@ -244,8 +244,13 @@ class Facts:
 
     @cached_property
     def modules(self) -> Mapping[str, str]:
-        """The adapted modules, but experts: each with one of its tensors."""
-        found = {of.module: name for name, of in reversed(list(self.kinds.items())) if of.kind in ("lora", "embedding")}
+        """The adapted modules, but experts: each with one of its tensors, by the name that its file gives it."""
+        tensors = self.checkpoint.tensors
+        found = {
+            of.module: tensors[name].stored or name
+            for name, of in reversed(list(self.kinds.items()))
+            if of.kind in ("lora", "embedding")
+        }
         return {module: tensor for module, tensor in sorted(found.items()) if not is_expert(module)}
 
     @property

@@ -8,6 +8,7 @@ source in a server's wheel.
 
 from dataclasses import dataclass
 
+from pytest_nullspace.checkpoint.peft import FORMAT, GGUF
 from pytest_nullspace.judging import serve_checks as has
 from pytest_nullspace.judging import serve_names as names
 from pytest_nullspace.judging.served import Check
@@ -31,6 +32,7 @@ class Rule:
         until: The last version for which it holds; empty where it holds still.
         since: The first version for which it holds; empty where it always did.
         read: When its source was read.
+        of: The format of the adapters that it is a rule for.
     """
 
     server: str
@@ -43,6 +45,7 @@ class Rule:
     until: str = ""
     since: str = ""
     read: str = READ
+    of: str = FORMAT
 
 
 _TEXT_OF_WRAPPER = {
@@ -112,6 +115,7 @@ _SGLANG_LORA = "python/sglang/srt/lora/lora.py and lora_config.py@0ceb81f"
 _TGI_LORA = "server/text_generation_server/adapters/lora.py@45d95bd"
 _TGI_LOOKUP = "server/text_generation_server/utils/adapter.py@4b56934, models/__init__.py"
 _GGUF = "convert_lora_to_gguf.py@0b03ada"
+_GGUF_LORA = "src/llama-adapter.cpp@0650ea8"
 _PEFT = "peft/utils/save_and_load.py and peft/config.py of 0.21.2"
 
 _TGI_NAMES = (
@@ -142,6 +146,11 @@ def _t(name: str, says: str, source: str, check: Check | None) -> Rule:
 
 def _g(name: str, says: str, source: str, check: Check | None) -> Rule:
     return Rule("llama.cpp", name, says, source, "", "", check)
+
+
+def _gg(name: str, says: str, source: str, check: Check | None) -> Rule:
+    """A rule for what was converted already, which llama.cpp opens as it is."""
+    return Rule("llama.cpp", f"gguf {name}", says, source, "", "", check, of=GGUF)
 
 
 def _p(name: str, says: str, source: str, check: Check | None) -> Rule:
@@ -311,6 +320,19 @@ RULES = (
     _g("tower", "a tensor for which the text model has no place is left out, without an error but for lm_head", _GGUF,
        names.only_text(known=False)),
     _g("experts", "experts are joined in some classes", _GGUF, has.known_experts),
+    _gg("kind", "general.type is adapter and adapter.type lora, “expect general.type to be 'adapter'”; each tensor is "
+        "lora_a or lora_b, each pair is whole", _GGUF_LORA, names.held_when_opened),
+    _gg("architecture", "general.architecture is that of the model, else “model arch and LoRA arch mismatch”",
+        _GGUF_LORA, names.held_when_opened),
+    _gg("scale", "adapter.lora.alpha over the rank of each pair; without an alpha, or with 0, nothing is divided",
+        "src/llama-adapter.h@215841f (get_scale)", names.held_when_opened),
+    _gg("names", "each pair is of a tensor of the model, else it “does not exist in base model (hint: maybe wrong base "
+        "model?)”", _GGUF_LORA, names.found_by_tail("the model has none of that name")),
+    _gg("head", "a head that is tied is no tensor of the model, so that output.weight “does not exist in base model”",
+        _GGUF_LORA, has.head_apart),
+    _gg("shapes", "lora_a is as wide as the tensor's rows and lora_b has as many, else the tensor “has incorrect shape "
+        "(hint: maybe wrong base model?)”", _GGUF_LORA, names.shaped_as_base),
+    _gg("types", "any type in which ggml holds a matrix", _GGUF_LORA, None),
     _p("adapter", "adapter_config.json with peft_type", _PEFT, has.is_adapter),
     _p("file", "adapter_model.safetensors is opened, or adapter_model.bin", _PEFT, has.one_file),
     _p("names", "a tensor that fits no adapted module of the model is left out, with a warning at most", _PEFT + ", "

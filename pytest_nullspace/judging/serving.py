@@ -121,8 +121,8 @@ def hold(asked: Asked, checkpoint: Checkpoint, base: Base | None) -> Outcome:
     asked = _installed(asked)
     facts = Facts(checkpoint, base, asked)
     rules = [rule for rule in rules_of(asked.server) if _is_of(rule, asked.version)]
-    if not facts.is_peft:  # nothing else is asked of what is no adapter
-        rules = rules[:1]
+    # Of a format that the server does not open nothing else is asked.
+    rules = [rule for rule in rules if rule.of == checkpoint.format] or rules[:1]
     unchecked = [rule for rule in rules if rule.check is not None and not _is_checked(rule, asked.version)]
     held = [
         Held(rule, finding, Tier.WARN if rule in unchecked and finding.tier is Tier.FAIL else finding.tier)

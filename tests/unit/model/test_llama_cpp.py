@@ -20,6 +20,9 @@ from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.checkpoint.arrays import norm, read_tensor, rows_of
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.judging.audit import audit
+from pytest_nullspace.judging.served import asked, base_at_hand
+from pytest_nullspace.judging.serving import Outcome, hold
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import load_model
 from tests import tiny
@@ -158,6 +161,10 @@ def renamed(name: str, to: str) -> Callable[[Tensors, dict[str, Any]], Any]:
     return lambda tensors, _: tensors.update({to: tensors.pop(name)})
 
 
+def moved(name: str, to: str) -> Callable[[Tensors, dict[str, Any]], Any]:
+    return lambda tensors, _: tensors.update({f"{to}.lora_{p}": tensors.pop(f"{name}.lora_{p}") for p in "ab"})
+
+
 def stored(name: str, tensor: Tensor, kind: str = "F32") -> Callable[[Tensors, dict[str, Any]], Any]:
     return lambda tensors, _: tensors.update({name: (tensor, kind)})
 
@@ -271,3 +278,51 @@ def test_training_may_have_started_from_one(tmp_path: Path) -> None:
         gate(trained[0], tmp_path / "text.txt", init=str(starts[1]))
     with pytest.raises(CheckpointError, match=r"no adapted layer: .* was the plain model saved instead"):
         gate(trained[0], tmp_path / "text.txt", base=str(tmp_path / "base"), init=str(tmp_path / "base"))
+
+
+def served(folder: Path, *servers: str) -> list[Outcome]:
+    """What becomes of ``folder/g`` on ``folder/base`` before the servers."""
+    checkpoint = open_checkpoint(folder / "g", str(folder / "base"))
+    at_hand = base_at_hand(checkpoint, str(folder / "base"))
+    return [hold(asked(server)[0], checkpoint, at_hand) for server in servers]
+
+
+def test_llama_cpp_takes_what_it_opens_and_no_other_server_does(made: Any, tmp_path: Path) -> None:
+    """Names, shapes and architecture are its base's; PEFT's own directory is what all others open."""
+    write(tmp_path / "g" / "a.gguf", "llama", *made)
+    ours, *others = served(tmp_path, "llama.cpp", "vllm", "peft==0.21")
+    assert (ours.tier, ours.rules) == (Tier.PASS, 7)
+    assert ours.summary == "llama.cpp takes it by all 7 rules that are known"
+    for outcome in others:
+        assert (outcome.tier, outcome.rules) == (Tier.FAIL, 1)
+        assert "its a.gguf is of GGUF LoRA, not of PEFT; llama.cpp alone opens it" in outcome.summary
+    assert served(tmp_path, "llama.cpp==b6000")[0].tier is Tier.WARN, "nobody held a rule against a version"
+
+
+UNFIT: dict[str, tuple[Callable[[Tensors, dict[str, Any]], Any], str]] = {
+    "a block that is not there": (
+        moved("blk.0.attn_q.weight", "blk.9.attn_q.weight"),
+        r"rule gguf names: 1 of its 6 modules are not in the base: tensor 'blk\.9\.attn_q\.weight\.lora_a'",
+    ),
+    "a tied head": (
+        moved("blk.0.attn_q.weight", "output.weight"),
+        r"rule gguf head: tensor 'output\.weight\.lora_a' is on a head that the base ties to its embedding",
+    ),
+    "another width": (
+        stored(Q, torch.ones(32, 4)),
+        r"rule gguf shapes: tensor 'blk\.0\.attn_q\.weight\.lora_a' is of a matrix of 32 x 32, and the base's is 64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_llama_cpp_finds_no_place_for_is_refused(case: str, made: Any, tmp_path: Path) -> None:
+    """A block or a head that its base has not, and a matrix of another size, are told by the tensor of the file."""
+    break_, told = UNFIT[case]
+    break_(*made)
+    config_file = tmp_path / "base" / "config.json"
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "tie_word_embeddings": True}))
+    write(tmp_path / "g" / "a.gguf", "llama", *made)
+    (outcome,) = served(tmp_path, "llama.cpp")
+    assert outcome.tier is Tier.FAIL
+    assert re.search(told, outcome.summary), outcome.summary
