@@ -1,7 +1,8 @@
 """The table of servers held against a server's own source, read and never run.
 
 ``python -m tests.server_sources vllm DIR`` reads the unpacked wheel of a server (``pip download --no-deps vllm``, then
-``unzip``), and prints where it says otherwise than `pytest_nullspace.judging.servers`. It ends with 1 where it does.
+``unzip``), and prints where it says otherwise than `pytest_nullspace.judging.servers`. It ends with 1 where it does. Of
+llama.cpp and TGI it reads a checkout; of the former one lies in the source of ``llama-cpp-python``.
 """
 
 import ast
@@ -11,11 +12,16 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
-from pytest_nullspace.judging import serve_names, servers
+from pytest_nullspace.judging import serve_names, serve_scales, servers
 
 MAPPER = "hf_to_vllm_mapper"
 QUOTED = re.compile("“([^”]+)”")
-SOURCES = {"vllm": ("vllm/lora", "vllm/config/lora.py"), "sglang": ("sglang/srt/lora",)}
+SOURCES = {
+    "vllm": ("vllm/lora", "vllm/config/lora.py"),
+    "sglang": ("sglang/srt/lora",),
+    "tgi": ("server/text_generation_server/adapters", "server/text_generation_server/utils/adapter.py"),
+    "llama.cpp": ("convert_lora_to_gguf.py",),
+}
 """Where a server's rules of adapters are written."""
 
 
@@ -23,18 +29,23 @@ def differences(server: str, folder: Path) -> Iterator[str]:
     """All in which a server's source says otherwise than the table.
 
     Args:
-        server: ``vllm`` or ``sglang``.
-        folder: Where its wheel was unpacked.
+        server: A key of `SOURCES`.
+        folder: Where its wheel was unpacked, or its checkout.
     """
     files = [file for part in SOURCES[server] for file in _files(folder / part)]
-    said = _plain(" ".join(_texts(files)))
+    said = _plain(" ".join([*_texts(files), *(file.read_text("utf-8") for file in folder.glob("src/llama-adapter.*"))]))
     for rule in servers.rules_of(server):
         if rule.until:
             continue
         for quoted in QUOTED.findall(rule.says):
             if _plain(quoted) not in said:
                 yield f"rule {rule.name}: no text of the source says “{quoted}”"
-    yield from _vllm(folder / "vllm") if server == "vllm" else _sglang(folder / "sglang/srt")
+    if server == "vllm":
+        yield from _vllm(folder / "vllm")
+    elif server == "sglang":
+        yield from _sglang(folder / "sglang/srt")
+    else:
+        yield from (_tgi if server == "tgi" else _llama_cpp)(folder, "".join(file.read_text("utf-8") for file in files))
 
 
 def _vllm(package: Path) -> Iterator[str]:
@@ -77,6 +88,37 @@ def _sglang(package: Path) -> Iterator[str]:
     for name in ("use_rslora", "alpha_pattern", "modules_to_save"):
         if name in text:
             yield f"{name} is read, which the table says it is not"
+
+
+def _tgi(folder: Path, text: str) -> Iterator[str]:
+    package = folder / "server/text_generation_server"
+    for name in ("rank_pattern", "alpha_pattern"):
+        if name in text:
+            yield f"{name} is read, which the table says it is not"
+    if "config.r = padded_rank" not in text:
+        yield "the padded rank is not written into the config, by which later kinds of projections were scaled"
+    sizes = (package / "utils/sgmv.py").read_text("utf-8")
+    for name, value in (
+        ("MIN_SGMV_RANK", serve_scales.TGI_LEAST_RANK),
+        ("SGMV_BLOCK_SIZE", serve_scales.TGI_STEP),
+    ):
+        if f"{name} = {value}\n" not in sizes:
+            yield f"{name} is not {value}"
+    order = re.search(r"adapter_layers = \[(.*?)\]", (package / "models/__init__.py").read_text("utf-8"), re.DOTALL)
+    named = tuple(re.findall(r"\w+", order[1])) if order is not None else ()
+    if named != serve_scales.TGI_PROJECTIONS:
+        yield f"projections are prepared in the order {named}, not {serve_scales.TGI_PROJECTIONS}"
+
+
+def _llama_cpp(folder: Path, text: str) -> Iterator[str]:
+    for name in ("use_rslora", "alpha_pattern", "rank_pattern"):
+        if name in text:
+            yield f"{name} is read, which the table says it is not"
+    loading, scale = ((folder / f"src/llama-adapter.{kind}").read_text("utf-8") for kind in ("cpp", "h"))
+    if not re.search(r'str_endswith\(name, "_norm\.weight"\)\) \{(\s*//.*)*\s*continue;', loading):
+        yield "norms are not passed over when the file is loaded"
+    if "alpha ? adapter_scale * alpha / rank : adapter_scale" not in scale:
+        yield "the scale is not alpha over the rank, and 1 where alpha is 0"
 
 
 class Models:

@@ -1,19 +1,17 @@
 """What the rules of servers look at, one check a kind of rule; `pytest_nullspace.judging.servers` says whose."""
 
 import ast
-import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 from pytest_nullspace.checkpoint.fields import HARMLESS
 from pytest_nullspace.checkpoint.header import read_json_object
-from pytest_nullspace.checkpoint.layers import LayerSpec
 from pytest_nullspace.checkpoint.peft import GGUF
 from pytest_nullspace.errors import printable, quoted, some
 from pytest_nullspace.judging.serve_names import tail
-from pytest_nullspace.judging.served import Check, Facts, Finding, doubt, is_expert, more, note, refused
+from pytest_nullspace.judging.served import Check, Facts, Finding, doubt, is_expert, more, refused
 
 
 def is_adapter(facts: Facts) -> Iterator[Finding]:
@@ -69,15 +67,21 @@ def no_bias(facts: Facts) -> Iterator[Finding]:
 
 
 _HEADS = {"classifier", "score"}
+_NORM = re.compile(r"_layernorm|\.norm")
 
 
-def no_whole_modules(*, silently: bool, norms: bool = False) -> Check:
-    """No whole modules beside the LoRA; with ``norms`` but for norms."""
+def no_whole_modules(*, silently: bool, by_name: bool = False) -> Check:
+    """No whole modules beside the LoRA; with ``by_name`` the config is not asked, and norms are left out later."""
     told = "left out without an error" if silently else "refused"
 
     def check(facts: Facts) -> Iterator[Finding]:
-        whole = [name for name in facts.of_kind("whole") if not (norms and re.search(r"_layernorm|\.norm", name))]
-        named = [] if norms else list(facts.setting("modules_to_save") or ())
+        whole = facts.of_kind("whole")
+        norms = [name for name in whole if by_name and _NORM.search(name)]
+        whole = [name for name in whole if name not in norms]
+        named = [] if by_name else list(facts.setting("modules_to_save") or ())
+        if norms and not whole:
+            what = f"tensor {quoted(norms[0])}{more(norms)}"
+            yield refused(f"{what} is a norm, which is converted and then not loaded; merge the adapter, and serve it")
         if not whole and not named:
             return
         what = f"tensor {quoted(whole[0])}{more(whole)}" if whole else f"modules_to_save {printable(named)}"
@@ -114,70 +118,6 @@ def embedding_of_base(facts: Facts) -> Iterator[Finding]:
             yield refused(f"tensor {quoted(name)} is of {width:,} tokens, and the base has {vocabulary:,}")
 
 
-def rank(choices: Sequence[int], default: int | None) -> Check:
-    """Rank of what a server takes: of ``choices`` the largest at most, ``default`` unless it is started otherwise."""
-
-    def check(facts: Facts) -> Iterator[Finding]:
-        widest = max(facts.layers, key=lambda layer: layer.rank)
-        tensor = facts.modules.get(widest.name, widest.name)
-        started = facts.asked.flags.get("max-lora-rank")
-        if started is not None:
-            if widest.rank > int(started[0]):
-                yield refused(f"tensor {quoted(tensor)} has rank {widest.rank}, more than --max-lora-rank {started[0]}")
-        elif choices and widest.rank > choices[-1]:
-            yield refused(f"tensor {quoted(tensor)} has rank {widest.rank}, more than any --max-lora-rank")
-        elif default is not None and widest.rank > default:
-            least = next(choice for choice in choices if choice >= widest.rank)
-            yield note(
-                f"rank {widest.rank} is more than the {default} of the default: start it with --max-lora-rank {least}"
-            )
-
-    return check
-
-
-def scaled(*, rslora: bool, by_layer: bool) -> Check:
-    """The update is scaled as in training, by one ``lora_alpha``.
-
-    Args:
-        rslora: Whether the server divides by the root of the rank where the config says so.
-        by_layer: Whether it divides by the rank of each layer, not by the config's ``r``.
-    """
-
-    def served(facts: Facts, layer: LayerSpec) -> float:
-        divisor = float(layer.rank if by_layer else facts.setting("r"))
-        if rslora and facts.setting("use_rslora"):
-            divisor = math.sqrt(divisor)
-        return float(facts.setting("lora_alpha")) / divisor
-
-    def check(facts: Facts) -> Iterator[Finding]:
-        unknown = [] if by_layer else [*scaled_as_trained(facts)]
-        if unknown:
-            yield from unknown
-            return
-        wrong = [
-            (layer, served(facts, layer))
-            for layer in facts.layers
-            if layer.scale is not None and not math.isclose(layer.scale.value, served(facts, layer), rel_tol=1e-6)
-        ]
-        if wrong:
-            layer, scale = wrong[0]
-            tensor = facts.modules.get(layer.name, layer.name)
-            why = "use_rslora" if facts.setting("use_rslora") and not rslora else "rank_pattern and alpha_pattern"
-            yield refused(
-                f"{len(wrong)} of {len(facts.layers)} layers would be scaled wrongly, for {why} is not read: tensor "
-                f"{quoted(tensor)} was trained with {layer.scale}, and would be served with {scale:.4g}"
-            )
-
-    return check
-
-
-def scaled_as_trained(facts: Facts) -> Iterator[Finding]:
-    """The update is scaled as PEFT does it; without a rank in the config nobody can tell."""
-    rank = facts.setting("r")
-    if not (isinstance(rank, int) and rank > 0):
-        yield doubt(f"the config's r is {printable(rank)}, so by what the update would be scaled was not checked")
-
-
 def plain_start(taken: Collection[str]) -> Check:
     """The adapter started from no part of the base, which would have to be taken out again; ``taken`` starts do not."""
 
@@ -190,14 +130,6 @@ def plain_start(taken: Collection[str]) -> Check:
             )
 
     return check
-
-
-def one_rank(facts: Facts) -> Iterator[Finding]:
-    """Every layer has the rank of the config."""
-    other = next((layer for layer in facts.layers if layer.rank != facts.setting("r")), None)
-    if other is not None:
-        tensor = facts.modules.get(other.name, other.name)
-        yield refused(f"tensor {quoted(tensor)} has rank {other.rank}, and the config's r is {facts.setting('r')}")
 
 
 def known_experts(facts: Facts) -> Iterator[Finding]:

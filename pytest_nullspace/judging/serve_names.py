@@ -24,6 +24,10 @@ NOT_AT_HAND = (
 )
 
 
+_STEMS = ("model", "transformer", "gpt_neox")
+"""The first parts of names that the files of a base lack which was saved without the class of its head."""
+
+
 def found(wrappers: Mapping[str, Mapping[str, str]], taken: Iterable[str]) -> Check:
     """Every module is found by its whole name.
 
@@ -40,8 +44,9 @@ def found(wrappers: Mapping[str, Mapping[str, str]], taken: Iterable[str]) -> Ch
             return
         prefixes = wrappers.get(base.architecture, {})
         own = {mapped(module, prefixes) for module in base.modules}
-        if not prefixes and not any(name.startswith("model.") for name in own):  # saved without the class of the head
-            own |= {f"model.{module}" for module in own}
+        for stem in _STEMS if not prefixes else ():
+            if not any(name.startswith(f"{stem}.") for name in base.modules):  # saved without the class of the head
+                own |= {f"{stem}.{module}" for module in base.modules}
         if base.ties_head:  # the files of the base hold it once
             own.add(mapped("lm_head", prefixes))
         lost = [module for module in facts.modules if mapped(module, prefixes) not in own]

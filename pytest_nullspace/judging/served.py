@@ -22,7 +22,7 @@ from pytest_nullspace.judging.verdicts import Tier
 SERVERS: Mapping[str, tuple[str, ...]] = {
     "vllm": ("max-lora-rank", "lora-target-modules", "enable-tower-connector-lora"),
     "sglang": ("max-lora-rank", "lora-target-modules"),
-    "tgi": (),
+    "tgi": ("num-shard",),
     "llama.cpp": (),
     "peft": (),
 }
@@ -92,9 +92,10 @@ def _flags(words: Iterable[str], server: str) -> Mapping[str, tuple[str, ...]]:
     if unknown is not None:
         known = ", ".join(f"--{known}" for known in SERVERS[server]) or "none"
         raise OptionError(f"knows no setting {quoted(unknown)} of {server} that a rule asks for; there are: {known}")
-    most = flags.get("max-lora-rank")
-    if most is not None and not (len(most) == 1 and most[0].isdecimal()):
-        raise OptionError(f"--max-lora-rank of {server} takes one whole number, not {quoted(' '.join(most))}")
+    for name in ("max-lora-rank", "num-shard"):
+        told = flags.get(name)
+        if told is not None and not (len(told) == 1 and told[0].isdecimal() and int(told[0])):
+            raise OptionError(f"--{name} of {server} takes one whole number, not {quoted(' '.join(told))}")
     return flags
 
 

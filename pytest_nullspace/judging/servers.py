@@ -2,8 +2,8 @@
 
 A rule is added here, with a check of `serve_checks` or `serve_names`; docs/serving.md is written from this table. The
 sources are files of the servers' own repositories at a commit, their issues and pull requests, and their documentation.
-None of it was held against a running server; `tests.server_sources` holds names, classes and quoted texts against the
-source in a server's wheel.
+None of it was held against a running server but the rules of PEFT, which loads adapters in this project's tests;
+`tests.server_sources` holds names, classes and quoted texts against the sources of the others.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pytest_nullspace.checkpoint.peft import FORMAT, GGUF
 from pytest_nullspace.judging import serve_checks as has
 from pytest_nullspace.judging import serve_names as names
+from pytest_nullspace.judging import serve_scales as scales
 from pytest_nullspace.judging.served import Check
 
 READ = "2026-11-27"
@@ -114,7 +115,7 @@ _VLLM_MODEL = "vllm/lora/lora_model.py@0306474, docs.vllm.ai/en/v0.22.1"
 _SGLANG_LORA = "python/sglang/srt/lora/lora.py and lora_config.py@0ceb81f"
 _TGI_LORA = "server/text_generation_server/adapters/lora.py@45d95bd"
 _TGI_LOOKUP = "server/text_generation_server/utils/adapter.py@4b56934, models/__init__.py"
-_GGUF = "convert_lora_to_gguf.py@0b03ada"
+_GGUF = "convert_lora_to_gguf.py@0b03ada, the same in llama-cpp-python 0.3.36"
 _GGUF_LORA = "src/llama-adapter.cpp@0650ea8"
 _PEFT = "peft/utils/save_and_load.py and peft/config.py of 0.21.2"
 
@@ -191,15 +192,15 @@ RULES = (
     ),
     _v(
         "rank", "r is at most max_lora_rank: 16, or what --max-lora-rank says of 1, 8, 16, 32, 64, 128, 256, 320, 512",
-        "vllm/config/lora.py@01230b4, docs.vllm.ai/en/v0.11.0 and v0.22.1", has.rank(VLLM_RANKS, 16),
+        "vllm/config/lora.py@01230b4, docs.vllm.ai/en/v0.11.0 and v0.22.1", scales.rank(VLLM_RANKS, 16),
     ),
     _v(
         "scale to 0.22", "one factor for all modules, lora_alpha / r, or / √r with use_rslora; rank_pattern and "
         "alpha_pattern are no fields of the config that is read", _VLLM_HELPER,
-        has.scaled(rslora=True, by_layer=False), until="0.22",
+        scales.scaled(rslora=True, by_layer=False), until="0.22",
     ),
     _now("scale", "rank_pattern, alpha_pattern and use_rslora are read as PEFT reads them",
-         "vllm/lora/peft_helper.py of 0.33.0", has.scaled_as_trained, since="0.23"),
+         "vllm/lora/peft_helper.py of 0.33.0", scales.scaled_as_trained, since="0.23"),
     _now(
         "start", "“vLLM does not support init_lora_weights=” of PiSSA, OLoRA, CorDA and LoftQ, which “modify the base "
         "model weights when PEFT loads the adapter”", "vllm/lora/peft_helper.py of 0.33.0",
@@ -259,13 +260,13 @@ RULES = (
     _s(
         "rank", "r is at most --max-lora-rank, which is the largest of those that the server starts with",
         "python/sglang/srt/lora/mem_pool.py (can_support), docs.sglang.io/advanced_features/lora.html",
-        has.rank((), None),
+        scales.rank((), None),
     ),
     _s("ranks", "each layer's tensors fill the r rows that the config gives", "python/sglang/srt/lora/mem_pool.py",
-       has.one_rank),
+       scales.one_rank),
     _s(
         "scale", "one factor, lora_alpha / r; use_rslora and alpha_pattern are not read",
-        "python/sglang/srt/lora/lora.py (scaling)", has.scaled(rslora=False, by_layer=False),
+        "python/sglang/srt/lora/lora.py (scaling)", scales.scaled(rslora=False, by_layer=False),
     ),
     _s("dora", "“LoRA serving currently doesn't support DoRA adapters”, in older versions left out without a word",
        "python/sglang/srt/lora/lora_manager.py (validate_new_adapter)", has.no_dora),
@@ -297,7 +298,10 @@ RULES = (
     _t("blocks", "a projection that is missing in one block is left out in all; their matrices are stacked, so of one "
        "rank", _TGI_LORA + " (prepare_weights)", has.in_every_block),
     _t("scale", "one factor, lora_alpha / r, or / √r with use_rslora; the patterns are not read", _TGI_LORA,
-       has.scaled(rslora=True, by_layer=False)),
+       scales.scaled(rslora=True, by_layer=False)),
+    _t("padding", "zeros fill the rank up to 8 a shard, beyond to a multiple of 16, and the config then has that rank: "
+       "of the kinds of projections all after the first are scaled by it", _TGI_LORA + " (prepare_weights), utils/"
+       "sgmv.py@04e1af9 (pad_rank), models/__init__.py", scales.padded),
     _t("dora", "the magnitudes are no lora_A or lora_B, and are left out", _TGI_LORA, has.no_dora),
     _t("architecture", "the class has model.layers with self_attn.query_key_value; others are an AttributeError",
        _TGI_LOOKUP + ", pull requests 2482, 2567, 3089, issues 2847, 2926, 3335", has.architectures(TGI_TAKEN, (
@@ -305,13 +309,14 @@ RULES = (
     _t("shards", "every safetensors file of the adapter is read", _TGI_LOOKUP, None),
     _g("adapter", "adapter_config.json and its weights are converted to a GGUF file", _GGUF, has.is_adapter),
     _g("file", "adapter_model.safetensors is read, or adapter_model.bin", _GGUF, has.one_file),
-    _g("tensors", "“Unexpected name: Not a lora_A or lora_B tensor” of all but LoRA, base_layer.weight and norms",
-       f"{_GGUF}, issue 11554, pull request 9948", has.no_whole_modules(silently=False, norms=True)),
+    _g("tensors", "“Unexpected name”, “Not a lora_A or lora_B tensor” of all but LoRA, base_layer.weight and norms; "
+       "norms are converted, and passed over when the file is loaded", f"{_GGUF}, issue 11554, pull request 9948, "
+       "src/llama-adapter.cpp@0650ea8", has.no_whole_modules(silently=False, by_name=True)),
     _g("bias", "“Unexpected name” as well", _GGUF, has.no_bias),
     _g("tokens", "“Unexpected name” as well", _GGUF, has.no_tensors("tokens", told="trained rows of the embedding")),
     _g("dora", "“Unexpected name” of a magnitude", _GGUF, has.no_dora),
-    _g("scale", "lora_alpha over the rank of each pair; use_rslora and alpha_pattern are not read",
-       f"{_GGUF}, src/llama-adapter.h (get_scale)", has.scaled(rslora=False, by_layer=True)),
+    _g("scale", "lora_alpha over the rank of each pair, 1 where it is 0; use_rslora and alpha_pattern are not read",
+       f"{_GGUF}, src/llama-adapter.h (get_scale)", scales.scaled(rslora=False, by_layer=True)),
     _g("head", "a head that is tied is no tensor of the model: “lm_head is present in adapter, but is ignored in base "
        "model”, or it “does not exist in base model”", f"{_GGUF}, issue 9065, src/llama-adapter.cpp", has.head_apart),
     _g("embedding", "base_layer.weight is left out", _GGUF, has.no_added_rows),
@@ -335,8 +340,8 @@ RULES = (
     _gg("types", "any type in which ggml holds a matrix", _GGUF_LORA, None),
     _p("adapter", "adapter_config.json with peft_type", _PEFT, has.is_adapter),
     _p("file", "adapter_model.safetensors is opened, or adapter_model.bin", _PEFT, has.one_file),
-    _p("names", "a tensor that fits no adapted module of the model is left out, with a warning at most", _PEFT + ", "
-       "issues 2566 and 2699", names.found_by_tail("no module of the base is called so")),
+    _p("names", "a tensor that fits no adapted module of the model by its whole name is left out, with a warning at "
+       "most", _PEFT + ", issues 2566 and 2699", names.found({}, (*VLLM_PLAIN, *_VLLM_SINCE_0_33))),
     _p("missing", "a module that target_modules names is adapted; without tensors it stays as it was made, with “Found "
        "missing adapter keys”", _PEFT, has.none_missing),
     _p("fields", "a field that the installed LoraConfig does not know is ignored", _PEFT, has.known_fields),

@@ -17,7 +17,7 @@ ONLY = "--nullspace-weights-only"
 
 def test_an_adapter_of_peft_is_taken_by_all_and_each_server_is_a_test(folder: Path, gate: Gate) -> None:
     """What PEFT saved of a Llama passes for each; notes stand in the summary, all of it in JUnit and JSON."""
-    adapter(folder, tiny.llama(), r=20, lora_alpha=20, target_modules=["q_proj", "v_proj"])
+    adapter(folder, tiny.llama(), r=32, lora_alpha=20, target_modules=["q_proj", "v_proj"])
     servers = "--nullspace-serve=vllm,sglang,tgi,llama.cpp,peft==0.21"
     result = gate(*LOOSE, servers, "--nullspace-save-stats=s.json", "--junit-xml=j.xml", "-v", model="adapter")
     result.assert_outcomes(passed=2 * LAYERS + 1 + 5)

@@ -72,3 +72,24 @@ def test_nf4_is_the_nearest_of_sixteen_in_each_block_of_64(seed: int, width: int
     near = np.abs(rounding.nf4(values).reshape(-1) - naive)
     # Between two codes float32 may fall on either side.
     assert ((near <= 1e-6 * np.abs(naive)) | (np.abs(2 * flat - naive - rounding.nf4(values).reshape(-1)) < 1e-5)).all()
+
+
+@pytest.mark.parametrize("size", [0.1, 0.01, 0.001])
+def test_one_scale_a_tensor_leaves_of_an_update_what_one_an_output_does(size: float) -> None:
+    """The step beside a weight is the same, so a server's choice of the two changes no verdict: docs/merging.md."""
+    rng = np.random.default_rng(0)
+    weight = (rng.normal(size=(512, 512)) * np.exp(rng.normal(size=(512, 1)))).astype(np.float32)
+    update = (rng.normal(size=(512, 8)) @ rng.normal(size=(8, 512))).astype(np.float32)
+    update *= size * np.linalg.norm(weight) / np.linalg.norm(update)
+
+    def whole(values: np.ndarray) -> np.ndarray:
+        scale = np.float32(np.abs(values).max() / rounding.FP8_MOST)
+        return np.asarray(rounding.e4m3(values / scale) * scale)
+
+    told = []
+    for kind in (rounding.fp8, whole):
+        rest = kind(weight + update).astype(np.float64) - kind(weight)
+        told.append((np.vdot(rest, update) / np.vdot(update, update), np.linalg.norm(rest - update)))
+    (survival, noise), (other, louder) = told
+    assert other == pytest.approx(survival, abs=0.03)
+    assert louder == pytest.approx(noise, rel=0.07)

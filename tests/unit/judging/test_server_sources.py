@@ -44,3 +44,28 @@ def test_what_a_source_says_otherwise_is_found(tmp_path: Path) -> None:
     )
     assert not any(line.startswith("LlamaForCausalLM") for line in found)
     assert found[-1].startswith("max_lora_rank takes (1, 8), not (1, 8, 16,")
+
+
+def test_what_llama_cpp_and_tgi_say_otherwise_is_found(tmp_path: Path) -> None:
+    """Scales, norms, paddings and the order of projections, each where the sources have them."""
+    tgi, package = tmp_path / "tgi", "server/text_generation_server"
+    for name, text in {
+        "convert_lora_to_gguf.py": "use_rslora = 1",
+        "src/llama-adapter.cpp": 'if (str_endswith(name, "_norm.weight")) {\n// none\ncontinue;}',
+        "src/llama-adapter.h": "scale = alpha / rank;",
+        f"tgi/{package}/adapters/lora.py": "config.r = padded_rank",
+        f"tgi/{package}/utils/adapter.py": "",
+        f"tgi/{package}/utils/sgmv.py": "MIN_SGMV_RANK = 8\nSGMV_BLOCK_SIZE = 32\n",
+        f"tgi/{package}/models/__init__.py": 'adapter_layers = [\n"k_proj",\n"q_proj"]',
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = [*differences("llama.cpp", tmp_path)]
+    assert found[-2:] == [
+        "use_rslora is read, which the table says it is not",
+        "the scale is not alpha over the rank, and 1 where alpha is 0",
+    ]
+    assert [line.partition(",")[0] for line in differences("tgi", tgi)] == [
+        "SGMV_BLOCK_SIZE is not 16",
+        "projections are prepared in the order ('k_proj'",
+    ]

@@ -45,7 +45,7 @@ def base(folder: Path, architecture: str = "LlamaForCausalLM", modules: Sequence
     return folder / "base"
 
 
-def lora(modules: Sequence[str], rank: int = 4) -> dict[str, Any]:
+def lora(modules: Sequence[str], rank: int = 8) -> dict[str, Any]:
     """The two matrices of each module."""
     parts = {"lora_A": (rank, WIDTH), "lora_B": (WIDTH, rank)}
     return {f"base_model.model.{m}.{part}.weight": zeros(*shape) for m in modules for part, shape in parts.items()}
@@ -55,7 +55,7 @@ def adapter(folder: Path, tensors: Mapping[str, Any] | None = None, **config: An
     """An adapter on ``folder/base``, of all modules of its blocks unless told otherwise."""
     (folder / "ft").mkdir()
     told = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "bias": "none",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "bias": "none",
         "target_modules": ["down_proj"], "base_model_name_or_path": str(folder / "base"), **config,
     }  # fmt: skip
     (folder / "ft" / "adapter_config.json").write_text(json.dumps(told))
@@ -92,7 +92,7 @@ def test_a_base_that_no_cache_can_hold_is_not_at_hand(
     assert at_hand(name, None) == (Path() if name == "." else None)
 
 
-@pytest.mark.parametrize("server", ["vllm", "sglang", "tgi", "llama.cpp", "peft==0.21"])
+@pytest.mark.parametrize("server", ["vllm", "sglang", "tgi --num-shard 1", "llama.cpp", "peft==0.21"])
 def test_an_ordinary_adapter_is_taken_by_all(tmp_path: Path, server: str) -> None:
     """LoRA on every projection of a Llama: no server refuses it, and nobody has a doubt."""
     base(tmp_path)
@@ -108,7 +108,7 @@ def test_an_ordinary_adapter_is_taken_by_all(tmp_path: Path, server: str) -> Non
         ("vllm", {"use_rslora": True}),
         ("tgi", {"use_rslora": True}),
         ("peft==0.21", {"use_rslora": True, "use_dora": True, "bias": "all", "modules_to_save": ["lm_head"]}),
-        ("llama.cpp", {"rank_pattern": {"q_proj": 2}, "r": 4}),
+        ("llama.cpp", {"rank_pattern": {"q_proj": 2}}),
     ],
 )
 def test_what_a_server_takes_passes(tmp_path: Path, server: str, config: dict[str, Any]) -> None:
@@ -224,6 +224,7 @@ def test_sglang_25913_a_layer_without_its_value_is_a_missing_weight(tmp_path: Pa
 
 BIAS = f"base_model.model.{TEXT}.0.mlp.down_proj.lora_B.bias"
 MAGNITUDE = f"base_model.model.{TEXT}.0.mlp.down_proj.lora_magnitude_vector"
+NORM = "base_model.model.model.norm.weight"
 HEAD, EMBEDDING = "base_model.model.lm_head.weight", "base_model.model.model.embed_tokens"
 
 
@@ -234,6 +235,8 @@ HEAD, EMBEDDING = "base_model.model.lm_head.weight", "base_model.model.model.emb
         ("vllm", "modules_to_save", "modules_to_save", {}, {"modules_to_save": ["lm_head"]}),
         ("sglang", "modules_to_save", HEAD, {HEAD: (32, 8)}, {"modules_to_save": ["lm_head"]}),
         ("llama.cpp", "tensors", HEAD, {HEAD: (32, 8)}, {"modules_to_save": ["lm_head"]}),
+        ("llama.cpp", "tensors", f"{NORM}' is a norm, which is converted and then not loaded", {NORM: (8,)}, {}),
+        ("llama.cpp", "scale", "a lora_alpha of 0 is taken for none", {}, {"lora_alpha": 0}),
         ("tgi", "names", HEAD, {HEAD: (32, 8)}, {"modules_to_save": ["lm_head"]}),
         *((server, "dora", MAGNITUDE, {MAGNITUDE: (8,)}, {"use_dora": True}) for server in SERVERS if server != "peft"),
         *((server, "bias", BIAS, {BIAS: (8,)}, {"lora_bias": True}) for server in ("vllm", "sglang", "llama.cpp")),
@@ -262,7 +265,7 @@ def test_a_refusal_names_the_tensor_and_the_rule(
 def test_the_factor_that_would_be_served_is_told(tmp_path: Path) -> None:
     """With rsLoRA, rank 4 and alpha 8 an update is trained with 4, and served by llama.cpp with 2."""
     base(tmp_path)
-    adapter(tmp_path, use_rslora=True)
+    adapter(tmp_path, lora(blocks(), rank=4), r=4, lora_alpha=8, use_rslora=True)
     told = refused(held(tmp_path, "llama.cpp"), "scale")
     assert told.endswith("was trained with alpha 8 / √rank 4 = 4, rsLoRA, and would be served with 2")
 
@@ -282,7 +285,7 @@ def test_a_rank_of_its_own_is_refused_where_one_fills_all(tmp_path: Path) -> Non
 def test_without_a_rank_of_the_config_the_factor_is_a_doubt(tmp_path: Path, server: str) -> None:
     """Where every rank stands in rank_pattern and ``r`` is missing, nobody can tell by what a server divides."""
     base(tmp_path)
-    adapter(tmp_path, r=None, rank_pattern={part.rpartition(".")[2]: 4 for part in (*ATTENTION, *MLP)})
+    adapter(tmp_path, r=None, rank_pattern={part.rpartition(".")[2]: 8 for part in (*ATTENTION, *MLP)})
     said = [one.finding.what for one in held(tmp_path, server).of(Tier.WARN) if one.rule.name == "scale"]
     assert said == ["the config's r is None, so by what the update would be scaled was not checked"]
 
@@ -317,6 +320,28 @@ def test_tgi_wants_a_projection_in_every_block(tmp_path: Path) -> None:
     base(other, modules=blocks(NESTED))
     adapter(other, lora(blocks(NESTED)))
     assert "28 of its 28 tensors would be left out, and the base alone" in refused(held(other, "tgi"), "names")
+
+
+@pytest.mark.parametrize(("rank", "cards", "part"), [(4, 1, 0.5), (20, 1, 0.625), (8, 2, 0.5), (16, 4, 0.5)])
+def test_tgi_scales_by_a_padded_rank(tmp_path: Path, rank: int, cards: int, part: float) -> None:
+    """All kinds of projections but the first are served with r / (the rank that zeros fill) of their scale."""
+    base(tmp_path)
+    adapter(tmp_path, lora(blocks(parts=["self_attn.q_proj", "mlp.up_proj"]), rank), r=rank)
+    told = refused(held(tmp_path, f"tgi --num-shard {cards}"), "padding")
+    assert told.endswith(f"layers.0.mlp.up_proj.lora_A.weight' would be served with {part:.3g} of its scale")
+
+
+def test_tgi_takes_a_rank_that_needs_no_padding_and_says_on_how_many_cards(tmp_path: Path) -> None:
+    """Rank 48 fills six shards; of one kind of projection the scale is told before any padding."""
+    base(tmp_path)
+    adapter(tmp_path, lora(blocks(), 48), r=48)
+    assert "start it with --num-shard 6" in held(tmp_path, "tgi").summary
+    assert held(tmp_path, "tgi --num-shard 6").held == ()
+    assert "padded to 64" in refused(held(tmp_path, "tgi --num-shard 8"), "padding")
+    (tmp_path / "one").mkdir()
+    base(tmp_path / "one")
+    adapter(tmp_path / "one", lora(blocks(parts=["self_attn.q_proj"]), 4), r=4)
+    assert held(tmp_path / "one", "tgi").held == ()
 
 
 def test_shards_are_read_by_some(tmp_path: Path) -> None:
@@ -541,7 +566,9 @@ def test_servers_are_named_with_versions_and_settings() -> None:
         ("vllm '", "takes servers such as *"),
         ("vllm,tgi --max-lora-rank 8", "takes settings of one server alone, *"),
         ("vllm --dtype half", "knows no setting 'dtype' of vllm *; there are: --max-lora-rank, *"),
-        ("tgi --max-lora-rank 8", "knows no setting 'max-lora-rank' of tgi that a rule asks for; there are: none"),
+        ("tgi --max-lora-rank 8", "knows no setting 'max-lora-rank' of tgi *; there are: --num-shard"),
+        ("peft --max-lora-rank 8", "knows no setting 'max-lora-rank' of peft that a rule asks for; there are: none"),
+        ("tgi --num-shard 0", "--num-shard of tgi takes one whole number, not '0'"),
         ("vllm --max-lora-rank many", "--max-lora-rank of vllm takes one whole number, not 'many'"),
         ("vllm more", "knows no setting '' of vllm *"),
     ],
