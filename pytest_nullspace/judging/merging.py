@@ -1,11 +1,12 @@
 """What a merge writes: each layer's weight before and after, some rows at a time, straight from the files by numpy.
 
 ``W`` is what the base held before training. A PEFT adapter's lies in its base. A LoRA-Null directory's is ``W_res``
-where ``A`` started at zero, else ``W_res + A₀B₀`` of the start, so that the update is what training changed.
+where ``A`` started at zero, else ``W_res + A₀B₀`` of the start, so that the update is what training changed. That start
+is given, or told by the base that the directory was made from.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,7 @@ from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.checkpoint.layers import LayerSpec
 from pytest_nullspace.checkpoint.rounding import NF4_BLOCK
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.judging.begun import Begun
 from pytest_nullspace.judging.serve_names import tail
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ class Merge:
         held: W, or W_res where a start is known.
         turned: Whether the file holds it as ``(in, out)``.
         now: The update; None of a whole model.
-        start: What the update was before training, where that held a part of W.
+        start: What the update was before training, where that held a part of W, or how the base tells it.
         magnitude: DoRA's, one number an output.
         merged: What a whole model holds now.
     """
@@ -75,7 +77,7 @@ class Merge:
     held: TensorInfo
     turned: bool = False
     now: Factors | None = None
-    start: Factors | None = None
+    start: Factors | Begun | None = None
     magnitude: TensorInfo | None = None
     merged: TensorInfo | None = None
 
@@ -89,7 +91,10 @@ class Merge:
         out, width = self.shape
         step = NF4_BLOCK // math.gcd(NF4_BLOCK, width)
         step *= max(1, BLOCK // (step * width))
-        now, start = (None if of is None else of.read() for of in (self.now, self.start))
+        now, began = None if self.now is None else self.now.read(), self.start
+        start = (
+            began.read() if isinstance(began, Factors) else None if began is None or now is None else began.read(*now)
+        )
         magnitude = None if self.magnitude is None else read_tensor(self.magnitude).reshape(-1, 1)
         for first in range(0, out, step):
             rows = slice(first, min(first + step, out))
@@ -100,8 +105,8 @@ class Merge:
             assert now is not None
             update = now[0][rows] @ now[1]
             if start is not None:
-                began = start[0][rows] @ start[1]
-                before, update = before + began, update - began
+                held = start[0][rows] @ start[1]
+                before, update = before + held, update - held
             if magnitude is not None:
                 update = _stretched(before + update, magnitude[rows]) - before
             yield Part(before, update)
@@ -143,7 +148,7 @@ def merges(
             for spec in specs
         ]
     if checkpoint.carries_base:
-        return [_of_directory(checkpoint, spec, initial) for spec in specs]
+        return [*_of_directory(checkpoint, specs, base, initial)]
     start = None if initial is None or initial.format not in peft.FORMATS else initial
     if checkpoint.changed_base is not None and start is None:
         raise CheckpointError(
@@ -164,19 +169,27 @@ def merges(
     ]
 
 
-def _of_directory(checkpoint: Checkpoint, spec: LayerSpec, initial: Checkpoint | None) -> Merge:
-    """The merge of a layer of a LoRA-Null or CorDA directory."""
-    shape = spec.out_features, spec.in_features
-    held, now = checkpoint.tensors[f"{spec.name}.{lora_null.BASE}"], _factors(checkpoint, spec)
-    if initial is not None and initial.carries_base and not initial.is_whole:
-        return Merge(spec.name, shape, held, now=now, start=_begun(initial, spec))
-    if not is_orthonormal(now.down):
-        raise CheckpointError(
-            f"{OPTION}: {checkpoint.directory}: layer {printable(spec.name)}: the rows of B are not orthonormal, so A "
-            "need not have started at zero, and what training changed cannot be told from W_res and A B alone; give "
-            f"the checkpoint from which training started by --nullspace-init=DIR"
-        )
-    return Merge(spec.name, shape, held, now=now)
+def _of_directory(
+    checkpoint: Checkpoint, specs: Iterable[LayerSpec], base: str | None, initial: Checkpoint | None
+) -> Iterator[Merge]:
+    """The merge of each layer of a LoRA-Null or CorDA directory."""
+    has_start = initial is not None and initial.carries_base and not initial.is_whole
+    of_base = None if base is None or has_start else _Base.read(checkpoint, base)
+    for spec in specs:
+        held, now = checkpoint.tensors[f"{spec.name}.{lora_null.BASE}"], _factors(checkpoint, spec)
+        start: Factors | Begun | None = None
+        if has_start and initial is not None:
+            start = _begun(initial, spec)
+        elif of_base is not None:
+            start = Begun(spec.name, spec.rank, *of_base.weight(spec), held, str(checkpoint.directory))
+        elif not is_orthonormal(now.down):
+            raise CheckpointError(
+                f"{OPTION}: {checkpoint.directory}: layer {printable(spec.name)}: the rows of B are not orthonormal, "
+                "so A need not have started at zero, and what training changed cannot be told from W_res and A B "
+                "alone; give the checkpoint from which training started by --nullspace-init=DIR, or the base that it "
+                "was made from by --nullspace-base=DIR"
+            )
+        yield Merge(spec.name, (spec.out_features, spec.in_features), held, now=now, start=start)
 
 
 def _factors(checkpoint: Checkpoint, spec: LayerSpec) -> Factors:

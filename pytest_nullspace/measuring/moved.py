@@ -21,6 +21,7 @@ from pytest_nullspace.checkpoint import Checkpoint, lora_null, peft
 from pytest_nullspace.checkpoint.arrays import read_tensor
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.judging.begun import BEYOND, NEGLIGIBLE, NOISE, ROUNDING
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel, Start
 from pytest_nullspace.model.stored import stored
 from pytest_nullspace.settings import PREFIX
@@ -29,14 +30,6 @@ _qr: Callable[..., tuple[Tensor, Tensor]] = torch.linalg.qr
 _svdvals: Callable[..., Tensor] = torch.linalg.svdvals
 _solve: Callable[..., Tensor] = torch.linalg.solve
 
-ROUNDING: Mapping[str, float] = {"F64": 2.0**-53, "F32": 2.0**-24, "BF16": 2.0**-9, "F16": 2.0**-11}
-"""By which share of itself a number that is not too small is rounded at most where it is stored."""
-BEYOND = 4.0
-"""How many times what storing may have rounded off may lie beyond the rank of the start; more is another W."""
-NOISE = 0.25
-"""Of the update, what rounding may be for it to be told: then its norm is right to a few hundredths."""
-NEGLIGIBLE = 2.0**-20
-"""Of W, what is below all that is judged, be it an update or rounding."""
 _ALIGNED = 1e6
 """The condition up to which rows of B and of the start are taken to span one space."""
 _MORE, _ROUNDS = 8, 2

@@ -153,6 +153,8 @@ def asked(
     if unknown is not None:
         raise OptionError(f"gate: takes no option {quoted(unknown.replace('-', '_'))}; see docs/options.md")
     fixed = next((name for name in given if model is IN_MEMORY and name in _AS_IT_IS), None)
+    if fixed == "merge":
+        raise OptionError("gate: a merge is told of files; save the model by save_pretrained, and gate its directory")
     if fixed is not None:
         raise OptionError(
             f"gate: a model in memory is measured where and as it is; leave {fixed.replace('-', '_')} out"

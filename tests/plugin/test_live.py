@@ -399,6 +399,10 @@ def test_other_kinds_of_models_and_adapters_are_named(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"dtype": "float32"}, "gate: a model in memory is measured where and as it is; leave dtype out"),
+        (
+            {"merge": "bf16"},
+            "gate: a merge is told of files; save the model by save_pretrained, and gate its directory",
+        ),
         ({"device_map": "auto"}, "gate: a model in memory is measured where and as it is; leave device_map out"),
         ({"calib_size": "many"}, "calib_size: "),
     ],

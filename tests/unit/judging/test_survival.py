@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fixtures import lora_null
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError, StatsError
 from pytest_nullspace.judging import merging
@@ -152,6 +154,67 @@ def test_a_directory_is_held_against_where_it_started(tmp_path: Path) -> None:
     naive = left(part("weight_residual") + 2 * update, 0.02 * update)
     assert told.types["bf16"].survival == pytest.approx(naive[0], rel=1e-5)
     assert {layer.update_norm for layer in of(now, start=start).layers if layer.name != Q0} == {0.0}
+
+
+def of_v1(folder: Path, residual: torch.dtype = torch.float32, far: float = 0.01) -> tuple[Path, Path, Path]:
+    """A start that held a part of W in every layer, what training made of it by so much, and the untouched base."""
+    model: Any = tiny.llama(initializer_range=0.2)
+    model.save_pretrained(folder / "base")
+    tiny.tokenizer(folder / "base")
+    found = lora_null.covariances(model, [torch.arange(60), torch.arange(60, 120)])
+    lora_null.initialise_v1(model, found, 4)
+
+    def save(name: str) -> Path:
+        lora_null.save(model, folder / name, transformers.AutoTokenizer.from_pretrained(folder / "base"))
+        edit(
+            folder / name,
+            lambda tensors: tensors.update({k: t.to(residual) for k, t in tensors.items() if "_res" in k}),
+        )
+        return folder / name
+
+    start = save("start")
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "ALinear" in name or "BLinear" in name:
+            parameter.data += far * parameter.abs().mean() * torch.randn_like(parameter)
+    return start, save("now"), folder / "base"
+
+
+def test_the_untouched_base_tells_what_the_start_held(tmp_path: Path) -> None:
+    """W − W_res is the start's product, so a merge of v1 is told by its base as by its start."""
+    start, now, base = of_v1(tmp_path)
+    by_start, by_base = of(now, "bf16", "nf4", start=start), of(now, "bf16", "nf4", base=str(base))
+    for one, other in zip(by_start.layers, by_base.layers, strict=True):
+        assert other.update_norm == pytest.approx(one.update_norm, rel=1e-4)
+        for kind in ("bf16", "nf4"):
+            assert other.types[kind].survival == pytest.approx(one.types[kind].survival, rel=0.02)
+
+
+def test_a_base_that_cannot_tell_the_start_is_refused(tmp_path: Path) -> None:
+    """Where W_res is rounded more coarsely than training moved, or the base is another; the layer is named."""
+    _, now, base = of_v1(tmp_path, torch.bfloat16, far=1e-4)
+    with pytest.raises(
+        CheckpointError, match=r"is rounded too coarsely for what training changed.*--nullspace-init=DIR"
+    ):
+        of(now, base=str(base))
+    edit(base, lambda tensors: tensors.update({k: t + torch.randn_like(t) for k, t in tensors.items()}))
+    with pytest.raises(CheckpointError, match=rf"W - W_res of {Q0} is not of rank 4.*--nullspace-base=DIR"):
+        of(now, base=str(base))
+
+
+def test_a_start_at_zero_needs_no_base_and_is_none_the_worse_for_one(tmp_path: Path) -> None:
+    """Of v2 W_res is W, however coarsely that is stored, and the whole of AB is the update."""
+    model: Any = tiny.llama()
+    model.save_pretrained(tmp_path / "base")
+    held = load_file(tmp_path / "base" / "model.safetensors")
+
+    def of_base(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        for name in tensors:
+            if name.endswith("weight_residual"):
+                tensors[name] = held[name.replace("weight_residual", "weight")].bfloat16()
+
+    v2 = tiny.lora_null(tmp_path / "v2", change=of_base)
+    assert of(v2, base=str(tmp_path / "base")) == of(v2)
 
 
 def test_what_starts_with_a_part_of_w_needs_its_start(lora: Path) -> None:
