@@ -1,9 +1,11 @@
 """The entry point: options, fixtures, and the gate where a model is named. Without one nothing is imported or done."""
 
+from collections.abc import Generator
+
 import pytest
 
 from pytest_nullspace.errors import NullspaceError, escaped
-from pytest_nullspace.shell.asked import early_models, read_settings
+from pytest_nullspace.shell.asked import early_models, holds_model, mistyped, read_settings
 from pytest_nullspace.shell.fixtures import RUNS, nullspace_layer, nullspace_run, parametrize
 from pytest_nullspace.shell.options import add_options
 
@@ -15,13 +17,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """Refuse a model that brings a conftest.py before pytest runs it, as it would for an id copied from a report."""
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> Generator[None]:
+    """Refuse a model that brings a conftest.py before pytest runs it, as it would for an id copied from a report.
+
+    And an option that is none, once the conftest files had their chance to bring it.
+    """
     for directory in early_models(early_config):
         found = next((file for name in ("conftest.py", "test*/conftest.py") for file in directory.glob(name)), None)
         if found is not None:
             raise pytest.UsageError(escaped(f"{found}: pytest would run it as a part of your tests; remove it"))
+    yield
+    for unknown in parser.parse_known_and_unknown_args(args)[1]:
+        if (told := mistyped(unknown)) is not None:
+            raise pytest.UsageError(escaped(told))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -57,6 +68,19 @@ def pytest_configure(config: pytest.Config) -> None:
         # Of the processes that measure together one reports. Those who would are registered later than this.
         config.pluginmanager.set_blocked("terminalreporter")
         config.option.xmlpath = None
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Where an adapter's folder is named as one of tests and nothing is gated, say how it would be."""
+    return (
+        []
+        if RUNS in config.stash
+        else [
+            f"nullspace: {argument} is not gated without --nullspace-model={argument}"
+            for argument in map(escaped, config.option.file_or_dir)
+            if holds_model(config.invocation_params.dir / argument)
+        ]
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

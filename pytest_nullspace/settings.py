@@ -17,6 +17,8 @@ STREAM = "stream"
 """In place of a map: the blocks of a model are read one after the other, each for all windows."""
 CARD = "README.md"
 """What the hub calls a model's card, in its directory."""
+DEFAULT_TEXT = "wikitext2"
+"""The text that is preserved where none is given."""
 AUTO_MOST = 128
 """Windows that ``calib-size=auto`` draws at most, unless told otherwise."""
 

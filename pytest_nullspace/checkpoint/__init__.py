@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pytest_nullspace.checkpoint import llama_cpp, lora_null, mlx, peft, whole
 from pytest_nullspace.checkpoint.header import require_plain_files
-from pytest_nullspace.checkpoint.hub import base_path
+from pytest_nullspace.checkpoint.hub import base_path, near
 from pytest_nullspace.checkpoint.layers import Checkpoint, LayerSpec
 from pytest_nullspace.checkpoint.strangers import require_ours
 from pytest_nullspace.errors import PREFIX, CheckpointError
@@ -37,8 +37,10 @@ def open_checkpoint(
     directory = Path(directory)
     try:
         if not directory.is_dir():
-            what = "is a file; give the directory that holds it" if directory.exists() else "no such directory"
-            raise CheckpointError(f"{directory}: {what}")
+            is_file = directory.exists()
+            what = "is a file" if is_file else f"no such directory{near(directory)}"
+            wanted = "the directory that holds it" if is_file else "the one that training saved"
+            raise CheckpointError(f"{directory}: {what}; give {wanted}")
         require_plain_files(directory)
         if mlx.is_one(directory):
             return mlx.read(directory)

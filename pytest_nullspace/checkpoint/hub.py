@@ -1,6 +1,7 @@
 """A model's directory by its path or by its id on the Hugging Face hub."""
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from pytest_nullspace.checkpoint import gguf
@@ -100,6 +101,16 @@ def _local(name: str) -> Path | None:
         return None
 
 
+def near(path: Path) -> str:
+    """What lies beside ``path``, where nothing does, and is called nearly so, as a question; else nothing."""
+    try:
+        names = [entry.name for entry in path.expanduser().parent.iterdir()]
+    except (OSError, RuntimeError, ValueError):  # nothing there either, nobody's home
+        return ""
+    alike = get_close_matches(path.name, names, 1, cutoff=0.75)
+    return f" (did you mean {printable(path.parent / alike[0])}?)" if alike and alike != [path.name] else ""
+
+
 def at_hand(name: str, revision: str | None) -> Path | None:
     """The directory of that path, or what the hub's own cache holds of that id; nothing is asked of the hub."""
     local = local_directory(name)
@@ -118,10 +129,11 @@ def at_hand(name: str, revision: str | None) -> Path | None:
 
 def downloaded(name: str, revision: str | None, how: str) -> Path:
     """The directory in the hub's own cache that holds ``name``, downloaded if it is not there; see `base_path`."""
+    option = "" if how.startswith(PREFIX) else f" by {PREFIX}base=DIR"
     if not _HUB_ID.fullmatch(name) or name in (".", ".."):
         raise CheckpointError(
             f"{how}: {printable(name)} is no directory, and no id on the hub could be written so; give a directory or "
-            "owner/name"
+            f"owner/name{option}"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -134,10 +146,11 @@ def downloaded(name: str, revision: str | None, how: str) -> Path:
             )
         )
     except Exception as error:  # no network, offline, gated, unknown: huggingface_hub has an exception for each
-        reason = printable(str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__, 300)
+        said = str(error).strip().partition("\n")[0].removeprefix("Got: ").rstrip(".")
+        reason = printable(said or type(error).__name__, 300)
         if isinstance(error, RepositoryNotFoundError):  # what the hub says of any model that is not shown to the asker
             reason += "; if it is private or gated, set HF_TOKEN to a token that may read it"
         raise CheckpointError(
-            f"{how}: {printable(name)} is no directory here and cannot be had from the hub: {reason}; "
-            "give a local directory"
+            f"{how}: {printable(name)} is no directory here{near(Path(name))} and cannot be had from the hub: {reason}"
+            f"; give a local directory{option}"
         ) from error

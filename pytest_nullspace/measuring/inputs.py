@@ -6,6 +6,8 @@ All of it is looked at before pytest collects, so that what is wrong is one usag
 from collections.abc import Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from pytest_nullspace.checkpoint.lora_null import DOWN
 from pytest_nullspace.checkpoint.peft import writes_into_base
 from pytest_nullspace.errors import CheckpointError, TextError
 from pytest_nullspace.run.texts import FIRST, key_of
-from pytest_nullspace.settings import PREFIX, Settings
+from pytest_nullspace.settings import DEFAULT_TEXT, PREFIX, Settings
 from pytest_nullspace.text.choice import TokenizerChoice
 from pytest_nullspace.text.conversations import ASSISTANT, AUTO, OFF, Conversations
 from pytest_nullspace.text.images import Images, require_pillow
@@ -53,7 +55,7 @@ def read_texts(settings: Settings) -> Texts:
         TextError: One cannot be had, or is shorter than a window of the length that was asked for.
     """
     given = {what: source for what, source in sources(settings).items() if not isinstance(source, SelfText)}
-    texts = {what: read(source, settings.chat) for what, source in given.items()}
+    texts = {what: _read(source, settings.chat) for what, source in given.items()}
     for what, source in given.items():
         text = texts[what]
         if isinstance(text, Images):
@@ -69,6 +71,15 @@ def read_texts(settings: Settings) -> Texts:
             "prompt and completion, or leave the option out"
         )
     return texts
+
+
+def _read(source: Source, chat: str) -> Text:
+    try:
+        return read(source, chat)
+    except TextError as error:
+        if source != NAMED_SETS[DEFAULT_TEXT]:
+            raise
+        raise TextError(f"{error} ({DEFAULT_TEXT} is what is read where none is given)") from None
 
 
 def _are_talks(text: Text) -> bool:
@@ -216,6 +227,30 @@ def _of_text_writer(checkpoint: Checkpoint, settings: Settings) -> bool:
     return str(adapted).endswith(writers)
 
 
+PEFT_LEAST = (0, 18)
+"""The first version of PEFT that has all that is used of it."""
+
+
+def require_peft(checkpoint: Checkpoint) -> None:
+    """Refuse an adapter that PEFT puts on its base where that is not installed, or too old.
+
+    Raises:
+        CheckpointError: It is so.
+    """
+    if checkpoint.carries_base or checkpoint.is_whole:
+        return
+    least = ".".join(map(str, PEFT_LEAST))
+    lacking = "is not installed" if find_spec("peft") is None else None
+    with suppress(PackageNotFoundError, ValueError):  # of sources that tell no version
+        if lacking is None and tuple(map(int, version("peft").split(".")[:2])) < PEFT_LEAST:
+            lacking = f"is installed as {version('peft')}, and {least} or later is needed"
+    if lacking is not None:
+        raise CheckpointError(
+            f"{checkpoint.directory}: is a LoRA adapter, which PEFT puts on its base, and that {lacking}; "
+            f"pip install 'peft>={least}'"
+        )
+
+
 def check_models(checkpoint: Checkpoint, initial: Checkpoint | None, settings: Settings, *, look: bool) -> None:
     """Refuse a base or a tokenizer that is not there or cannot be read.
 
@@ -228,6 +263,8 @@ def check_models(checkpoint: Checkpoint, initial: Checkpoint | None, settings: S
     Raises:
         CheckpointError: It is so.
     """
+    if not look:
+        require_peft(checkpoint)
     base = _checked_base(checkpoint, settings, look) if is_base_read(checkpoint, settings, initial) else None
     if initial is not None and not initial.carries_base and (settings.drift or checkpoint.carries_base):
         _checked_base(initial, settings, look)

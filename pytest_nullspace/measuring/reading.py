@@ -7,9 +7,10 @@ from typing import Any
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import Stamps, require_unchanged, stamps
+from pytest_nullspace.errors import TextError
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.inmemory import InMemory
-from pytest_nullspace.measuring.inputs import Texts, base_read, read_texts, sources, template_of
+from pytest_nullspace.measuring.inputs import Texts, base_read, read_texts, require_peft, sources, template_of
 from pytest_nullspace.measuring.limits import vocabulary
 from pytest_nullspace.measuring.measurement import Measurement
 from pytest_nullspace.measuring.passages import passages
@@ -68,6 +69,7 @@ class Reading:
         live: InMemory | None,
     ) -> "Reading":
         """Find the base, and read the texts unless they were."""
+        require_peft(checkpoint)
         base = base_read(checkpoint, settings, initial) if live is None else live.base
         require_unchanged(checkpoint.stamps)
         held = checkpoint.stamps | (stamps(base) if base is not None else frozenset())
@@ -144,6 +146,9 @@ class Reading:
                 return self.processor.windows(images, images.drawn(settings.most_windows, settings.seed), seqlen)
             if what in self.written:
                 return windows_at(text, self.tokenize, self.written[what].starts, seqlen)
-            return draw_windows(text, self.tokenize, count=settings.most_windows, seqlen=seqlen, seed=settings.seed)
+            try:
+                return draw_windows(text, self.tokenize, count=settings.most_windows, seqlen=seqlen, seed=settings.seed)
+            except TextError as error:  # which knows the text, and not where it is from
+                raise TextError(f"{sources(settings)[what]}: {error}") from None
 
         return {what: of(what, text) for what, text in self.texts.items()}

@@ -318,7 +318,7 @@ def _check_targets(
     if unsaved:
         raise CheckpointError(
             f"{checkpoint.config_file}: target_modules name {some(unsaved)}, but the adapter holds no weights for "
-            "them, so they would be measured with random ones; save the adapter again"
+            "them, so they would be measured with random ones; save it again, or give its own base by --nullspace-base"
         )
 
 

@@ -29,7 +29,7 @@ QUOTED = 400
 _SELF = "--nullspace-calib-dataset=self=self"
 
 
-def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator[str]:
+def header(checkpoint: Checkpoint, gated: int, settings: "Settings", is_base_read: bool = True) -> Iterator[str]:
     """What will be gated, on which text, and what lies outside, before anything is loaded."""
     total = len(checkpoint.layers)
     layers = f"{total} layers" if gated == total else f"{gated} of {total} layers"
@@ -47,6 +47,8 @@ def header(checkpoint: Checkpoint, gated: int, settings: "Settings") -> Iterator
             (settings.base, "--nullspace-base") if settings.base else (checkpoint.base, checkpoint.config_file.name)
         )
         yield f"nullspace: base model {printable(base or 'none', 1000)}, named by {how}"
+    elif settings.base and not is_base_read:
+        yield "nullspace: the base model is in the directory, so that of --nullspace-base is not read"
     if checkpoint.outside:
         yield f"nullspace: {outside(checkpoint.outside)}"
     yield from (f"nullspace: {remark}" for remark in checkpoint.remarks)

@@ -5,14 +5,14 @@ pytest was started, paths in an ini file to that file.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.errors import OptionError, quoted
-from pytest_nullspace.settings import PREFIX, STREAM, GivenText, Settings, model_name, stats_file
+from pytest_nullspace.settings import DEFAULT_TEXT, PREFIX, STREAM, GivenText, Settings, model_name, stats_file
 from pytest_nullspace.shell import values
-from pytest_nullspace.shell.options import DEFAULT_TEXT, OPTIONS, REQUIRE, Option
+from pytest_nullspace.shell.options import OPTIONS, REQUIRE, Option
 
 if TYPE_CHECKING:
     import pytest
@@ -270,6 +270,46 @@ def early_models(config: "pytest.Config") -> list[Path]:
     if said is None:
         said, folder = config.getini("nullspace_model") or (), config.inipath.parent if config.inipath else folder
     return [folder / text for text in said]
+
+
+def mistyped(argument: str) -> str | None:
+    """What is to be said of an argument that pytest does not know, where an option of this plugin was meant."""
+    from difflib import get_close_matches
+
+    name = argument.partition("=")[0]
+    flags = [option.flag for option in OPTIONS] + [PREFIX + option.off for option in OPTIONS if option.off]
+    alike = get_close_matches(name, [*flags, f"{PREFIX}explain"], 1, cutoff=0.85)
+    if not name.startswith(PREFIX) and not alike:
+        return None
+    return f"{name}: no such option{f'; did you mean {alike[0]}?' if alike else ''} (pytest --help lists all)"
+
+
+def holds_model(path: Path) -> bool:
+    """Whether ``path`` is the directory of an adapter or a model, as far as a glance tells."""
+    return (path / "adapter_config.json").is_file() or (
+        (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    )
+
+
+def require_gated(arguments: Sequence[str], folder: Path, settings: Settings, gated: Collection[Path]) -> None:
+    """Refuse a model's directory that is named as one of tests beside others that are gated, as after half a change.
+
+    Args:
+        arguments: What pytest collects.
+        folder: To which they are relative.
+        settings: What the user asked for.
+        gated: The directories that are gated.
+
+    Raises:
+        OptionError: There is one. It would collect nothing, and the others would be green for it.
+    """
+    for argument in arguments if settings.models else ():
+        path = (folder / argument).resolve()
+        if holds_model(path) and not any(of.resolve().is_relative_to(path) for of in gated):
+            raise OptionError(
+                f"{argument}: is a model, but {PREFIX}model names another, {settings.models[0]}; give both the same, "
+                f"or leave {argument} out"
+            )
 
 
 def _given(config: "pytest.Config", option: Option) -> list[values.Given]:

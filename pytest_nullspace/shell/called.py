@@ -4,6 +4,7 @@ import html as escaping
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,9 @@ def asked(
     known = {option.name: option for option in OPTIONS}
     unknown = next((name for name in given if name not in known or (name != "model" and name in _NOT_HERE)), None)
     if unknown is not None:
-        raise OptionError(f"gate: takes no option {quoted(unknown.replace('-', '_'))}; see docs/options.md")
+        alike = get_close_matches(unknown, [name for name in known if name not in _NOT_HERE], 1)
+        meant = f" (did you mean {alike[0].replace('-', '_')}?)" if alike and unknown not in known else ""
+        raise OptionError(f"gate: takes no option {quoted(unknown.replace('-', '_'))}{meant}; see docs/options.md")
     fixed = next((name for name in given if model is IN_MEMORY and name in _AS_IT_IS), None)
     if fixed == "merge":
         raise OptionError("gate: a merge is told of files; save the model by save_pretrained, and gate its directory")

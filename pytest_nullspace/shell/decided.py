@@ -43,7 +43,10 @@ def decided(run: GatedRun, failed: Mapping[str, str], excused: Collection[str] =
     outcome = run.peek()
     if outcome is None:
         refused = {name: message for name, message in failed.items() if name in run.servers.tests}
-        return stopped(refused) if refused else not_gated(max(failed.values(), key=len, default="not measured"))
+        if refused:
+            return stopped(refused)
+        why = "not measured" if run.judged else "none of its tests was run"
+        return not_gated(max(failed.values(), key=len, default=why))
     told = decide(
         outcome,
         run.expectations(outcome),

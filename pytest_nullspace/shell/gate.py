@@ -14,6 +14,7 @@ from pytest_nullspace.checkpoint.hub import local_directory
 from pytest_nullspace.errors import NullspaceError, printable
 from pytest_nullspace.judging.candidates import Candidate, best, candidate
 from pytest_nullspace.judging.decision import Call, Decision
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report import candidates, changes, terminal, verdict, weights
 from pytest_nullspace.report.layout import wrapped
@@ -23,7 +24,7 @@ from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import is_drift
 from pytest_nullspace.settings import PREFIX, Settings, stats_file
 from pytest_nullspace.shell import attest, cards, reports
-from pytest_nullspace.shell.asked import lists_only
+from pytest_nullspace.shell.asked import lists_only, require_gated
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
 from pytest_nullspace.shell.decided import decided
 from pytest_nullspace.shell.extras import HtmlExtras
@@ -49,6 +50,8 @@ class Gate:
             )
         texts: dict[str, Text] = {}
         self.runs = open_runs(settings, texts)
+        given, folder = config.option.file_or_dir, config.invocation_params.dir
+        require_gated(given, folder, settings, [run.path for run in self.runs])
         self._files = {run.file: run for run in self.runs}
         named = [run.checkpoint.base for run in self.runs if isinstance(run, CheckpointRun)]
         bases = [local_directory(name) for name in (*named, settings.base) if name]
@@ -203,7 +206,7 @@ class Gate:
         if report.when == "call" and report.skipped and hasattr(report, "wasxfail"):
             self._excused.add(report.nodeid)
         if report.failed:
-            self._failed.setdefault(report.nodeid, printable(message(report).partition("\n")[0], 300))
+            self._failed.setdefault(report.nodeid, printable(message(report).partition("\n")[0], 1000))
         if report.failed and not self._reports and report.nodeid not in self._expected:
             print(f"nullspace: process {self.settings.ranks.rank}: FAILED {report.nodeid}", file=sys.stderr)
 
@@ -370,11 +373,10 @@ class Gate:
             width = terminal.columns(self._config.get_terminal_writer())
             terminal.write_lines(terminalreporter, candidates.lines(self._candidates(), width))
         while self._problems:
-            terminalreporter.write_line(f"nullspace: NOT GATED: {self._problems.pop(0)}", red=True, bold=True)
+            terminal.write_lines(terminalreporter, [(f"nullspace: NOT GATED: {self._problems.pop(0)}", Tier.FAIL)])
         if self._no_room is not None:
-            terminalreporter.write_line(f"nullspace: {self._no_room}", yellow=True)
-        for said in self._saved:
-            terminalreporter.write_line(f"nullspace: {said}")
+            terminal.write_lines(terminalreporter, [(f"nullspace: {self._no_room}", Tier.WARN)])
+        terminal.write_lines(terminalreporter, ((f"nullspace: {said}", None) for said in self._saved))
 
     def pytest_unconfigure(self) -> None:
         """Tell on stderr what no summary told (-p no:terminal); remove what the processes shared."""

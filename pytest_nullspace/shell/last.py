@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pytest_nullspace.errors import NullspaceWarning
 from pytest_nullspace.judging.candidates import Candidate, best
 from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.report import terminal, verdict
+from pytest_nullspace.report.layout import wrapped
 
 _FAILED = "error", "failed"
 """How the terminal calls tests that did not pass."""
@@ -125,7 +127,9 @@ def _wrap(
         def seeing() -> None:
             held = {what: reporter.stats[what] for what in categories if what in reporter.stats}
             try:
-                reporter.stats.update({what: list(filter(shown, told)) for what, told in held.items()})
+                reporter.stats.update(
+                    {what: [_fitting(one, reporter) for one in told if shown(one)] for what, told in held.items()}
+                )
                 own()
             finally:
                 reporter.stats.update(held)
@@ -133,6 +137,19 @@ def _wrap(
                 reporter.write_line(f"... and {hidden:,} more, each with its figures below (whole with -vv)")
 
         setattr(reporter, section, seeing)
+
+
+def _fitting(report: Any, reporter: pytest.TerminalReporter) -> Any:
+    """A report as the terminal shows it: a message without a traceback in lines that fit, all else as it is."""
+    longrepr = getattr(report, "longrepr", None)
+    entries = getattr(getattr(longrepr, "reprtraceback", None), "reprentries", None)
+    bare = isinstance(longrepr, str) if entries is None else all(entry.style == "value" for entry in entries)
+    if not bare:
+        return report
+    shown, width = copy(report), terminal.columns(reporter._tw)
+    lines = str(longrepr).rstrip().splitlines()
+    shown.longrepr = "\n".join(part for line in lines for part in wrapped(line, width)) + "\n"
+    return shown
 
 
 def record(config: pytest.Config, decisions: Mapping[str, Decision], told: Callable[[], Sequence[Candidate]]) -> None:

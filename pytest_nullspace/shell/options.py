@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pytest_nullspace.settings import AUTO_MOST, PREFIX
+from pytest_nullspace.settings import AUTO_MOST, DEFAULT_TEXT, PREFIX
 from pytest_nullspace.shell import values
 
 if TYPE_CHECKING:
@@ -38,9 +38,6 @@ class Option(NamedTuple):
         """Its name on the command line."""
         return PREFIX + self.name
 
-
-DEFAULT_TEXT = "wikitext2"
-"""The text that is preserved where none is given."""
 
 REQUIRE = Option(
     "require",

@@ -261,7 +261,8 @@ class CheckpointRun(GatedRun):
         """What will be measured, and how."""
         if self.weights_only:
             return weights_report.header(self.checkpoint, len(self.gated))
-        return notes.header(self.checkpoint, len(self.gated), self._settings)
+        reads_base = inputs.is_base_read(self.checkpoint, self._settings, self._initial)
+        return notes.header(self.checkpoint, len(self.gated), self._settings, reads_base)
 
     def check_models(self, *, look: bool) -> None:
         """Refuse a base model or a tokenizer that cannot be read; with ``look`` only what can be told at a glance."""
@@ -333,7 +334,6 @@ class SavedRun(GatedRun):
         self._saved = read_run(file)
         self._audited, _ = Audit.of(self._saved.about, str(file)), Remedy.of(self._saved.about, str(file))
         self._merged = Survival.of_run(self._saved, str(file))
-        names = [layer.name for layer in self._saved.layers]
         if settings.strict_scope and (self._saved.about.get("base") is None or "outside" not in self._saved.about):
             raise OptionError(
                 f"{PREFIX}strict-scope: {file} does not tell what was trained outside its layers; "
@@ -343,7 +343,7 @@ class SavedRun(GatedRun):
             require_no_down(file, settings)
         if settings.drift and self._saved.drift is None:
             raise OptionError(f"{PREFIX}drift: {file} does not tell of it; measure the model with the option")
-        super().__init__(file, file, file.stem, names, settings)
+        super().__init__(file, file, file.stem, [layer.name for layer in self._saved.layers], settings)
         if lacking := [kind for kind in settings.merge if kind not in self.merge_types]:
             raise OptionError(
                 f"{PREFIX}merge: {file} does not tell of {lacking[0]}; measure the model with the option, for a saved "

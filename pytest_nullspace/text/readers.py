@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,7 +60,7 @@ def read(source: Source, chat: str) -> Text:
         return conversations(values, held, table.row, source)
     text = "\n\n".join(_texts(table, _column(table, source), source))
     if not text.strip():
-        raise TextError(f"{source}: holds no text")
+        raise TextError(f"{source}: holds no text; give one of some 100,000 characters")
     if surrogate := re.search("[\ud800-\udfff]", text):
         raise TextError(
             f"{source}: character {surrogate.start()} of its text is half a surrogate pair, which cannot be encoded; "
@@ -122,7 +123,7 @@ def _column(table: _Table, source: Source) -> str:
             raise TextError(f"{source}: has no column {source.column!r}; its columns: {present}")
         return source.column
     if not table.columns:
-        raise TextError(f"{source}: holds no text")
+        raise TextError(f"{source}: holds no text; give one of some 100,000 characters")
     for name in DEFAULT_COLUMNS:
         if name in table.columns:
             return name
@@ -312,15 +313,21 @@ def _read_hub(source: HubText) -> _Table:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Without the progress bars of `datasets`, which would land in the output of a user's test."""
+    """Without the progress bars of `datasets`, and what the hub's client tells of each attempt to reach it.
+
+    They would land in the output of a user's test; that it could not be reached is told once, by the error.
+    """
     import datasets
 
-    shown = not datasets.are_progress_bars_disabled()
+    shown, client = not datasets.are_progress_bars_disabled(), logging.getLogger("huggingface_hub")
+    level = client.level
     with warnings.catch_warnings(action="ignore"):  # where an environment variable has the last word
         datasets.disable_progress_bars()
+    client.setLevel(max(level, logging.ERROR))
     try:
         yield
     finally:
+        client.setLevel(level)
         if shown:
             datasets.enable_progress_bars()
 

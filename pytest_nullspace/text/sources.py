@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pytest_nullspace.checkpoint.hub import near
 from pytest_nullspace.errors import TextError, printable
 from pytest_nullspace.run.texts import RESERVED, is_name
 
@@ -176,7 +177,7 @@ def _split_path(spec: str, folder: Path, option: str) -> tuple[Path, list[str]]:
         if _exists(path):
             return path, selectors
     looked_for = " and ".join(str(path.absolute()) for path, _ in candidates)
-    raise _refusal(option, spec, f"no such file or folder (looked for {looked_for})")
+    raise _refusal(option, spec, f"no such file or folder (looked for {looked_for}){near(candidates[0][0])}")
 
 
 def _at_home(name: str) -> Path:

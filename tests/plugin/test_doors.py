@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_nullspace.settings import PREFIX
+from pytest_nullspace.shell.asked import mistyped
 from pytest_nullspace.shell.options import OPTIONS
 from tests import saved, tiny
 from tests.adapters import adapter
@@ -139,9 +140,10 @@ ONCE = [(), ("-n", "2"), ("-p", "no:xdist")]
     [
         ("missing.txt", r".*missing\.txt: no such file or folder.*"),
         ("rows.csv:body", r".*rows\.csv: has no column 'body'; its columns: text"),
-        ("empty.txt", r".*empty\.txt: holds no text"),
+        ("empty.txt", r".*empty\.txt: holds no text; give one of some 100,000 characters"),
+        ("shrot.txt", r".*: no such file or folder .* \(did you mean .*short\.txt\?\)\. .*"),
         ("short.txt", r".*short\.txt: the text has 12 characters, and windows of 32 tokens need at least 33; .*"),
-        ("wikitext2", r"hub dataset Salesforce/wikitext .*: cannot be loaded: .*"),
+        ("wikitext2", r"hub dataset Salesforce/wikitext .*: cannot be loaded: .* \(wikitext2 is .* none is given\)"),
         ("hub:nobody/nothing", r"hub dataset nobody/nothing .*: cannot be loaded: .*"),
     ],
 )
@@ -182,7 +184,7 @@ def on_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (shutil.rmtree, r".*base_model_name_or_path: .*base is no directory, .*"),
+        (shutil.rmtree, r".*base_model_name_or_path: .*base is no directory, .* by --nullspace-base=DIR"),
         (lambda base: (base / "config.json").unlink(), r".*base: is no base model: .*"),
         (lambda base: (base / "config.json").write_text("{"), r".*base/config\.json: .*"),
         (without_weights, r".*base: holds no base model that can be read, for no \*\.safetensors is in it; .*"),
@@ -202,6 +204,64 @@ def test_a_base_that_cannot_be_read_is_one_usage_error(
     spoil(pytester.path / "base")
     pytester.makeconftest("import sys; sys.modules['torch'] = None")
     refused(gate(model="adapter"), message)
+
+
+def test_peft_that_is_not_there_or_too_old_is_one_usage_error(
+    on_base: Path, gate: Gate, pytester: pytest.Pytester
+) -> None:
+    """An adapter of PEFT without it is refused before torch is imported; its weights alone need none."""
+    shutil.copytree(on_base, pytester.path, dirs_exist_ok=True)
+    told = r".*adapter: is a LoRA adapter, which PEFT puts on its base, and that {}; pip install 'peft>=0\.18'"
+    pytester.makeconftest("import sys; sys.modules['torch'] = sys.modules['peft'] = None\n")
+    refused(gate(model="adapter"), told.format("is not installed"))
+    assert gate("--nullspace-weights-only", model="adapter").ret == 0
+    pytester.makeconftest(
+        "import importlib.metadata as found\n"
+        "had = found.version\n"
+        "found.version = lambda name: '0.17.1' if name == 'peft' else had(name)\n"
+    )
+    refused(gate(model="adapter"), told.format(r"is installed as 0\.17\.1, and 0\.18 or later is needed"))
+
+
+def test_a_model_among_the_tests_that_is_not_gated_is_told(
+    on_base: Path, gate: Gate, pytester: pytest.Pytester
+) -> None:
+    """A model's folder among the tests is the one that is gated: beside another it is refused, alone it is told."""
+    shutil.copytree(on_base, pytester.path, dirs_exist_ok=True)
+    shutil.copytree(pytester.path / "adapter", pytester.path / "new")
+    told = r"new: is a model, but --nullspace-model names another, .*adapter; give both the same, or leave new out"
+    refused(gate("new", model="adapter"), told)
+    assert gate("--collect-only", ".", "adapter", model="adapter").ret == 0
+    alone = gate("new", model=None, quick=())
+    assert alone.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    alone.stdout.fnmatch_lines(["nullspace: new is not gated without --nullspace-model=new"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("--nullspace-modle=runs/ft", "--nullspace-model"),
+        ("--null-space-model=runs/ft", "--nullspace-model"),
+        ("--nullspace_calib_dataset=x.txt", "--nullspace-calib-dataset"),
+        ("--nullspace-explian", "--nullspace-explain"),
+        ("--nullspace-no-drfit", "--nullspace-no-drift"),
+    ],
+)
+def test_an_option_that_was_mistyped_is_asked_back(argument: str, meant: str) -> None:
+    """An unknown option that looks like one of the plugin's is told with the one that was meant."""
+    name = argument.partition("=")[0]
+    assert mistyped(argument) == f"{name}: no such option; did you mean {meant}? (pytest --help lists all)"
+    assert mistyped("--nullspace-xyz") == "--nullspace-xyz: no such option (pytest --help lists all)"
+
+
+def test_options_of_others_are_left_to_pytest(gate: Gate, pytester: pytest.Pytester) -> None:
+    """What is like no option of the plugin is pytest's to refuse, and what a conftest file brings is nobody's."""
+    refused(gate("--nullspace-modle"), r"--nullspace-modle: no such option; did you mean --nullspace-model\? .*")
+    other = pytester.runpytest_subprocess("--no-such-thing")
+    assert "unrecognized arguments: --no-such-thing" in other.stderr.str()
+    pytester.makeconftest("def pytest_addoption(parser): parser.addoption('--nullspace-mine', action='store_true')\n")
+    pytester.makepyfile("def test_own(pytestconfig): assert pytestconfig.getoption('--nullspace-mine')\n")
+    assert pytester.runpytest_subprocess("--nullspace-mine").ret == 0
 
 
 def test_an_option_that_names_no_base_and_a_start_that_is_none_are_usage_errors(

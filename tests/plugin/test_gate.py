@@ -346,7 +346,7 @@ def usage_error(result: pytest.RunResult, *lines: str) -> None:
 
 def test_what_is_no_checkpoint_is_a_usage_error(checkpoint: Path, gate: Gate, pytester: pytest.Pytester) -> None:
     """A missing directory, a file, an empty directory and a plain model are errors, never an empty green run."""
-    usage_error(gate(model="nowhere"), "ERROR: *nowhere: no such directory")
+    usage_error(gate(model="nowhere"), "ERROR: *nowhere: no such directory; give the one that training saved")
     usage_error(gate(model="text.txt"), "ERROR: *text.txt: is a file; give the directory that holds it")
     pytester.mkdir("empty")
     usage_error(

@@ -82,7 +82,7 @@ def test_an_init_that_is_none_is_a_usage_error(start: Path, gate: Gate, replay: 
     """A missing directory and a run without weights end pytest with exit code 4."""
     missing = gate("--nullspace-init=nowhere")
     assert missing.ret == pytest.ExitCode.USAGE_ERROR
-    missing.stderr.fnmatch_lines(["ERROR: *nowhere: no such directory"])
+    missing.stderr.fnmatch_lines(["ERROR: *nowhere: no such directory; give the one that training saved"])
     of_saved = replay("--nullspace-init=start")
     assert of_saved.ret == pytest.ExitCode.USAGE_ERROR
     of_saved.stderr.fnmatch_lines(

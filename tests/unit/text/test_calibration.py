@@ -323,7 +323,9 @@ class TestFiles:
     def test_an_empty_file_is_refused(self, name: str, file: Callable[..., FileText]) -> None:
         """A file of nothing holds no text."""
         source = file(name, "")
-        assert refused(lambda: read_text(source)) == f"{source.path}: holds no text"
+        assert (
+            refused(lambda: read_text(source)) == f"{source.path}: holds no text; give one of some 100,000 characters"
+        )
 
     @pytest.mark.parametrize(
         ("name", "content"), [("a.txt", " \n"), ("a.jsonl", '{"text": null}\n'), ("a.json", "[]"), ("a.csv", "text\n")]
@@ -331,7 +333,9 @@ class TestFiles:
     def test_a_file_without_text_is_refused(self, name: str, content: str, file: Callable[..., FileText]) -> None:
         """Neither blanks nor nulls nor a header alone are text."""
         source = file(name, content, None if name == "a.json" else "text")
-        assert refused(lambda: read_text(source)) == f"{source.path}: holds no text"
+        assert (
+            refused(lambda: read_text(source)) == f"{source.path}: holds no text; give one of some 100,000 characters"
+        )
 
     def test_an_unreadable_file_is_refused(self, tmp_path: Path) -> None:
         """A file that was there when it was named and is gone when it is read is no traceback."""
