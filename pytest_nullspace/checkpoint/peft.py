@@ -223,10 +223,14 @@ def _layers(directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[
     names = {name for name in names if not _is_parameter(name, tensors, config) and not _EXPERT.search(name)}
     if not names:
         held = f", only others such as {printable(min(tensors))}" if tensors else ""
+        cure = (
+            "its LoRA is on embeddings, convolutions, experts or bare parameters alone"
+            if any(".lora_" in name for name in tensors)
+            else "give the directory that save_pretrained wrote"
+        )
         raise CheckpointError(
             f"{directory}: no adapted layer: none of its {len(tensors)} tensors is {PREFIX}<layer>.{DOWN} of a linear "
-            f"layer{held}; there is nothing here that a layer test could cover; give the directory "
-            "that save_pretrained wrote"
+            f"layer{held}; there is nothing here that a layer test could cover; {cure}"
         )
     return sorted(names)
 

@@ -47,6 +47,8 @@ _LAST = "AutoModelForImageTextToText"
 """What a base is that names no class, for a task that has none for it: of what sees beside reading there is one."""
 _OF_PARTS = ("AutoModelForMultimodalLM", _LAST)
 """What the part is that reads text of a model that only generates."""
+_ENCODER = "AutoModelForTextEncoding"
+"""What an encoder is that is adapted without the decoder beside it, as T5's."""
 _QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """The packages that read a base quantised so; of others transformers' message tells."""
 
@@ -127,10 +129,19 @@ def _kinds(checkpoint: Checkpoint | None, task: str, fields: Mapping[str, Any], 
     adapted = parent.get("base_model_class") if isinstance(parent, Mapping) else None
     described = without(LEADS_TO_CODE, fields)
     config = AutoConfig.for_model(described.pop("model_type", ""), **described)
-    found = [
-        _of_task(task, config),
+    named_by = [
         _named(first, config, "named by the base's architectures"),
         _named(adapted, config, "named by the adapter's auto_mapping"),
+    ]
+    if adapted != first:  # that from which the adapter was saved, which may be a part of what lies there
+        named_by.reverse()
+    of_task = _of_task(task, config)
+    encoder = _of_mapping(_ENCODER, config, "which encodes text alone")
+    is_part = encoder is not None and of_task is not None and encoder.build is not of_task.build
+    found = [
+        encoder if is_part and task == "FEATURE_EXTRACTION" and _reads_alone(checkpoint) else None,
+        of_task,
+        *named_by,
         _of_mapping(_LAST, config, "of its model_type") if task == "CAUSAL_LM" else None,
     ]
     if any(kind is not None and not _runs(kind.build) for kind in found):
@@ -168,6 +179,11 @@ def reading(model: nn.Module) -> nn.Module:
 def _of_task(task: str, config: Any) -> Kind | None:
     """The class that transformers has for ``task`` and this config, if any."""
     return _of_mapping(_CLASSES[task], config, f"of task_type {task}") if task in _CLASSES else None
+
+
+def _reads_alone(checkpoint: Checkpoint | None) -> bool:
+    """Whether an adapter has no layer in a decoder."""
+    return checkpoint is not None and not any("decoder" in layer.name.split(".") for layer in checkpoint.layers)
 
 
 def _of_mapping(auto: str, config: Any, why: str) -> Kind | None:

@@ -29,9 +29,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
+from pytest_nullspace.checkpoint.fields import require_lora
 from pytest_nullspace.checkpoint.header import read_json_object
 from pytest_nullspace.checkpoint.hub import at_hand
-from pytest_nullspace.checkpoint.peft import PREFIX, writes_into_base
+from pytest_nullspace.checkpoint.peft import CONFIG_FILE, PREFIX, writes_into_base
 from pytest_nullspace.errors import CheckpointError, OptionError, first_line, printable, some
 from pytest_nullspace.model import device_named
 from pytest_nullspace.model.bases import reading
@@ -79,6 +80,8 @@ def saved(model: PeftModel, folder: Path) -> Checkpoint:
     adapter = _active(model)
     name = Path(f"PeftModel '{printable(adapter)}'")
     _require_whole(model, adapter, name)
+    # Before its tensors are asked for, which not every kind can tell.
+    require_lora({"peft_type": getattr(model.peft_config[adapter].peft_type, "value", None)}, (), name / CONFIG_FILE)
     config = copy.deepcopy(model.peft_config[adapter])
     base = model.get_base_model()
     config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None

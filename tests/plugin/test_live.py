@@ -390,6 +390,11 @@ def test_other_kinds_of_models_and_adapters_are_named(tmp_path: Path) -> None:
     other = peft.get_peft_model(tiny.llama(), peft.IA3Config(task_type="CAUSAL_LM"))
     with pytest.raises(CheckpointError, match=r"PeftModel 'default'/adapter_config\.json: peft_type is 'IA3': not a"):
         gate(other, tmp_path / "text.txt", **QUICK)
+    prompt = peft.get_peft_model(tiny.llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(
+        CheckpointError, match=r"PeftModel 'default'/adapter_config\.json: peft_type is 'PROMPT_TUNING'"
+    ):
+        gate(prompt, tmp_path / "text.txt", **QUICK)
     plain = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
     with pytest.raises(OptionError, match=r"^gate: the adapter's base is a Sequential, no model of transformers"):
         gate(plain, tmp_path / "text.txt", **QUICK)

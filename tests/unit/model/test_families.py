@@ -1,6 +1,7 @@
 """Models that see or hear beside reading are built as what their adapter was trained on, and measured on text."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,30 @@ def test_the_class_is_found_whatever_the_task_says(
     told = RunStats("ft", "c4", (), 1, about={"model": {"class": adapted.kind, "remarks": ["a"]}})
     assert list(built_as(told)) == [f"base model built as {adapted.kind}"]
     assert remarks(told) == ["a"]
+
+
+@pytest.mark.parametrize("saved_as", ["T5EncoderModel", "T5ForConditionalGeneration"])
+@pytest.mark.parametrize(
+    ("task", "why"),
+    [("FEATURE_EXTRACTION", "which encodes text alone"), (None, "named by the (base's arch|adapter's auto_map)")],
+)
+def test_an_encoder_that_is_adapted_alone_needs_no_decoder(
+    saved_as: str, task: str | None, why: str, tmp_path: Path
+) -> None:
+    """T5's is trained by itself, on the files of the whole: its targets would name the decoder, which is not there."""
+    config = transformers.T5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    torch.manual_seed(0)
+    whole = transformers.T5ForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path / "whole")
+    encoder = transformers.T5EncoderModel.from_pretrained(tmp_path / "whole")
+    directory = adapter(tmp_path, encoder, task, r=4, target_modules=["q", "v"])
+    if saved_as != "T5EncoderModel":
+        whole.save_pretrained(tmp_path / "base")
+    _, adapted = opened(directory)
+    assert re.match(f"T5EncoderModel, {why}", adapted.kind)
+    check_figures(adapted)
+    both = adapter(tmp_path / "both", transformers.T5Model(config), "FEATURE_EXTRACTION", r=4, target_modules=["q"])
+    assert opened(both)[1].kind == "T5Model, of task_type FEATURE_EXTRACTION"
 
 
 def test_a_base_that_sees_and_names_no_class_is_what_its_type_is(tmp_path: Path) -> None:
