@@ -9,6 +9,7 @@ from torch import Tensor
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.drift import Predictions, loss_of_last
+from pytest_nullspace.measuring.halfway import Halfway
 from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.measuring.scaling import by_scale, few_of, loss_on, scaled
 from pytest_nullspace.measuring.streamed import CPU, Extra, Streaming, Text
@@ -44,6 +45,7 @@ class Blockwise:
         predictions: Mapping[str, Predictions],
         ranks: Ranks,
         batches: list[int],
+        halfway: Halfway,
         *,
         max_rows: int | None,
         seed: int,
@@ -58,6 +60,7 @@ class Blockwise:
             predictions: Takes those of each, where they are compared.
             ranks: The processes that share the windows.
             batches: The batch size, to which each smaller one is added.
+            halfway: Keeps what each pass has done so far.
             max_rows: As `pytest_nullspace.measuring.streaming.measure` takes it.
             seed: Likewise.
             early: Whether a text may end before all of its windows are read.
@@ -68,7 +71,7 @@ class Blockwise:
         if any(isinstance(window.tokens, Shown) for windows in drawn.values() for window in windows):
             raise UnfitError("its text holds images")
         self._adapted, self._layers, self._drawn, self._ranks = adapted, layers, drawn, ranks
-        self._streaming = Streaming(adapted, layers, ranks, batches)
+        self._streaming = Streaming(adapted, layers, ranks, batches, halfway)
         self._early, self._twice = early, partial(scaled, adapted, 2.0)
         self._texts = {what: self._text(what, predictions.get(what), max_rows, seed) for what in drawn}
         self.predictions = dict(predictions)
@@ -94,10 +97,11 @@ class Blockwise:
         """In the first pass ask the base for its loss on ``tokens`` as they are, and behind ``first``."""
         for before in ((), (first,)):
 
-            def take(logits: Tensor, more: int = len(before)) -> None:
-                self._begun[more] = loss_of_last(logits, tokens)
+            def keep(loss: float, more: int = len(before)) -> None:
+                self._begun[more] = loss
 
-            self._extras.append(Extra(self._streaming.switched_off, (*before, *tokens), take))
+            take = partial(loss_of_last, tokens=tokens)
+            self._extras.append(Extra(self._streaming.switched_off, (*before, *tokens), take, keep))
 
     @property
     def begun(self) -> tuple[float, float]:
@@ -124,11 +128,10 @@ class Blockwise:
         for number in share:
             tokens = self._drawn[TASK][number].tokens
 
-            def take(logits: Tensor, number: int = number, tokens: Sequence[int] = tokens) -> None:
-                targets = predictions.targets(number, torch.tensor(list(tokens), device=logits.device))
-                self._doubled[number] = loss_on(logits, targets)
+            def take(logits: Tensor, number: int = number, tokens: Sequence[int] = tokens) -> float:
+                return loss_on(logits, predictions.targets(number, torch.tensor(list(tokens), device=logits.device)))
 
-            yield Extra(self._twice, tokens, take)
+            yield Extra(self._twice, tokens, take, partial(self._doubled.__setitem__, number))
 
     def measure(
         self,

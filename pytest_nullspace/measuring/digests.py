@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -120,6 +121,11 @@ def _add(digest: Any, file: Path, until: Event | None = None, part: tuple[int, i
                 raise CancelledError
             digest.update(buffer[:count])
             size -= count
+
+
+def times_of(status: os.stat_result) -> tuple[int, ...]:
+    """All by which a file is known again long after: of its times the last cannot be set by hand."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _of_json(value: object) -> str:

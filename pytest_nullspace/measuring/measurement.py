@@ -24,6 +24,7 @@ from pytest_nullspace.text.windows import Shown, Window, counted_places, predict
 if TYPE_CHECKING:
     from pytest_nullspace.measuring.blockwise import Blockwise
     from pytest_nullspace.measuring.drift import Base, Predictions
+    from pytest_nullspace.measuring.halfway import Halfway
     from pytest_nullspace.measuring.left import Sampled
     from pytest_nullspace.model import AdaptedModel
     from pytest_nullspace.run.predictions import Headroom
@@ -94,6 +95,7 @@ class Measurement:
         used: How many windows of each text were used, once it was read.
         predictions: Those of each text, beside the base's.
         streamed: Reads all texts together, once begun, where the model's blocks come and go.
+        halfway: Keeps what that has done so far.
     """
 
     checkpoint: Checkpoint
@@ -107,6 +109,7 @@ class Measurement:
     used: dict[str, int] = field(default_factory=dict)
     predictions: "dict[str, Predictions]" = field(default_factory=dict)
     streamed: "list[Blockwise]" = field(default_factory=list)
+    halfway: "Halfway | None" = None
 
     @property
     def read(self) -> dict[str, Sequence[Window]]:
@@ -172,6 +175,7 @@ class Measurement:
     def _blockwise(self, layers: Collection[str], batches: list[int]) -> "Blockwise":
         """All texts, to be read together, and what else is asked of the model."""
         from pytest_nullspace.measuring.blockwise import Blockwise
+        from pytest_nullspace.measuring.halfway import Halfway
         from pytest_nullspace.model.shelf import ShelvedLayer
 
         of = (layer for name, layer in self.adapted.layers.items() if name in layers)
@@ -184,6 +188,7 @@ class Measurement:
             {what: self._predictions(what) for what in self.drawn} if against else {},
             self.settings.ranks,
             batches,
+            self.halfway or Halfway(),
             max_rows=self.settings.max_activation_samples,
             seed=self.settings.seed,
             early=self.settings.calib_size is None,

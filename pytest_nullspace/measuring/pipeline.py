@@ -3,7 +3,10 @@
 The parts that hold tensors are reached from here and from `loading` alone, and only inside functions.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import hashlib
+import platform
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +17,7 @@ from pytest_nullspace.checkpoint.header import require_unchanged
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
-from pytest_nullspace.measuring.digests import base_sha256
+from pytest_nullspace.measuring.digests import base_sha256, times_of
 from pytest_nullspace.measuring.fitting import load_fitting
 from pytest_nullspace.measuring.hashing import hashed_meanwhile
 from pytest_nullspace.measuring.inmemory import InMemory
@@ -105,9 +108,10 @@ def measure_checkpoint(
         _require_known(read, drawn, loaded, checkpoint)
         clock.on("windows")
         load_seconds = sum(clock.seconds.values())
-        run = loaded.measurement(checkpoint, settings, drawn, seqlen, progress)
-        run, passed = _measured(run, load, layers, clock)
-        told = about.of_checkpoint(checkpoint, *hashed()) | left(checkpoint, settings, layers, initial, passed.rows)
+        first = loaded.measurement(checkpoint, settings, drawn, seqlen, progress)
+        with _keeping(first, read, layers) as (run, kept):
+            run, passed = _measured(run, load, layers, clock)
+            told = about.of_checkpoint(checkpoint, *hashed()) | left(checkpoint, settings, layers, initial, passed.rows)
     adapted = run.adapted
     clock.on("hashes")
     require_unchanged(read.stamps)
@@ -118,10 +122,9 @@ def measure_checkpoint(
         checkpoint_layers=len(checkpoint.layers),
         drift=read.with_passages(run, passed.headroom),
         about={
-            **told,
-            **about.of_model(type(adapted.model).__name__, adapted.kind, adapted.remarks, adapted.since),
+            **(told | passed.told),
+            **about.of_model(type(adapted.model).__name__, adapted.kind, (*adapted.remarks, *kept), adapted.since),
             **({WITHOUT_DRIFT: NOT_AT_HAND} if settings.drift is None and run.drift is None else {}),
-            **passed.told,
             **({"task_dataset": settings.task_dataset} if settings.task_dataset is not None else {}),
             **read.told(run),
             "settings": about.of_settings(settings),
@@ -147,6 +150,32 @@ def _require_known(
         for what in read.images:
             window = telling([window.tokens for window in drawn[what]])
             require_images_read(loaded.adapted, checkpoint, read.processor.sees, window)
+
+
+@contextmanager
+def _keeping(run: Measurement, read: Reading, layers: Collection[str]) -> Iterator[tuple[Measurement, Sequence[str]]]:
+    """Within this context a measurement whose model is streamed keeps what it has so far; with what is told of that."""
+    if run.adapted.shelf is None:
+        yield run, ()
+        return
+    import torch
+
+    from pytest_nullspace.measuring.halfway import keeping
+
+    checkpoint, settings, base = run.checkpoint, run.settings, read.base
+    folders = [folder for folder in (checkpoint.directory, base) if folder is not None and folder.is_dir()]
+    files = {file for file, _ in read.stamps}.union(*(folder.iterdir() for folder in folders))
+    machine = platform.platform(), device_name(run.adapted.device), torch.backends.cpu.get_cpu_capability()
+    of = {
+        "files": sorted((str(file), *times_of(file.stat())) for file in files if file.is_file()),
+        "texts": [(what, repr(windows)) for what, windows in run.drawn.items()],
+        "options": (repr(settings), sorted(layers), run.seqlen, run.running),
+        "versions": (about.of_libraries(*about.libraries(checkpoint)), machine, torch.get_num_threads()),
+    }
+    require_unchanged(read.stamps)  # so what is told of them is of those whose headers were read
+    digests = {name: hashlib.sha256(repr(told).encode()).hexdigest() for name, told in of.items()}
+    with keeping(checkpoint.directory, settings.ranks.rank, digests) as halfway:
+        yield replace(run, halfway=halfway), halfway.told
 
 
 class _Passed(NamedTuple):

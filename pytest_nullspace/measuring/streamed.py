@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.drift import Predictions
 from pytest_nullspace.measuring.forward import run
+from pytest_nullspace.measuring.halfway import Halfway, OfBlock, Pass, holds_stand_in, stand_ins, told_of
 from pytest_nullspace.measuring.memory import give_back_freed_memory, keeping_little
 from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.rows import Batch, Rows
-from pytest_nullspace.measuring.streaming import Seen
 from pytest_nullspace.measuring.waiting import Waiting, asking
 from pytest_nullspace.model import AdaptedModel
 from pytest_nullspace.model.ends import ends_of
@@ -32,24 +32,6 @@ CPU = torch.device("cpu")
 
 State = Callable[[], AbstractContextManager[object]]
 """Within the context the model is in that state."""
-
-
-class OfBlock(NamedTuple):
-    """What was taken of the layers of one block on a part of a text.
-
-    Attributes:
-        names: The layers.
-        sums: What `Recorder.taken` gives.
-        by_octave: Likewise.
-        seen: What their rows were.
-        down_ranks: How many directions the rows of their B span.
-    """
-
-    names: list[str]
-    sums: Tensor
-    by_octave: Tensor
-    seen: Seen
-    down_ranks: Mapping[str, int]
 
 
 @dataclass
@@ -76,12 +58,14 @@ class Extra:
     Attributes:
         state: In which state of the model.
         tokens: What it reads.
-        take: Given the logits, shape ``(length, vocabulary)``.
+        take: What is taken of the logits, shape ``(length, vocabulary)``.
+        keep: Given that.
     """
 
     state: State
     tokens: Sequence[int]
-    take: Callable[[Tensor], None]
+    take: Callable[[Tensor], float]
+    keep: Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -120,7 +104,14 @@ class Streaming:
         progress: Told which share of a pass is done.
     """
 
-    def __init__(self, adapted: AdaptedModel, layers: Sequence[ShelvedLayer], ranks: Ranks, batches: list[int]) -> None:
+    def __init__(
+        self,
+        adapted: AdaptedModel,
+        layers: Sequence[ShelvedLayer],
+        ranks: Ranks,
+        batches: list[int],
+        halfway: Halfway,
+    ) -> None:
         """Stream nothing yet.
 
         Args:
@@ -128,6 +119,7 @@ class Streaming:
             layers: Those that are measured.
             ranks: The processes of which each streams its own windows.
             batches: The batch size to begin with.
+            halfway: Keeps what each pass has done so far.
 
         Raises:
             UnfitError: The blocks cannot be run so.
@@ -136,6 +128,7 @@ class Streaming:
         if adapted.is_encoder_decoder:
             raise UnfitError("it is an encoder-decoder")
         self._adapted, self._shelf, self._ranks, self.batches = adapted, adapted.shelf, ranks, batches
+        self._halfway = halfway
         self.progress: Callable[[float], None] = lambda _: None
         inside = [set(map(id, block.modules())) for block in self._shelf.blocks]
         self._layers = [[layer for layer in layers if id(layer.layer) in block] for block in inside]
@@ -154,45 +147,62 @@ class Streaming:
         """
         chosen = [(texts[key], part) for key, part in parts.items()]
         while True:
+            done = self._halfway.begin(list(parts.values()), len(extras), self.batches, len(self._shelf.blocks))
+            goes_on = done.blocks > 0
             try:
-                self._once(chosen, extras)
+                self._once(chosen, extras, done)
                 break
-            except (_SmallerError, torch.OutOfMemoryError) as error:
-                if self.batches[-1] == 1:
-                    raise
-                # Where rows cannot be told apart one window alone can; what has no room may have in half.
-                smaller = 1 if isinstance(error, _SmallerError) else self.batches[-1] // 2
-            self.batches.append(smaller)
+            except Exception as error:
+                # What fails where it goes on from an earlier run is tried from its beginning, where nothing is missing.
+                if not goes_on:
+                    if self.batches[-1] == 1 or not isinstance(error, _SmallerError | torch.OutOfMemoryError):
+                        raise
+                    # Where rows cannot be told apart one window alone can; what has no room may have in half.
+                    self.batches.append(1 if isinstance(error, _SmallerError) else self.batches[-1] // 2)
+            self._halfway.again(went_on=goes_on)
 
     def switched_off(self) -> AbstractContextManager[object]:
         """Within the context the model is its base."""
         assert self._adapted.switched_off is not None
         return self._adapted.switched_off()
 
-    def _once(self, chosen: Sequence[tuple[Text, range]], extras: Sequence[Extra]) -> None:
+    def _once(self, chosen: Sequence[tuple[Text, range]], extras: Sequence[Extra], done: Pass) -> None:
+        for (text, part), read in zip(chosen, done.read, strict=True):
+            text.read[part] = read
+        for layer in (layer for layers in self._layers for layer in layers if layer.name in done.norms):
+            layer.keep_norms(done.norms[layer.name], self._shelf.device)
+        if not done.ended:
+            self._run(chosen, extras, done)
+            done.ended = True
+            if self._halfway.is_due:
+                self._halfway.keep()
+        for (text, _), compared in zip(chosen, done.compared, strict=True):
+            for first, of in compared:
+                assert text.predictions is not None
+                text.predictions.add(first, of)
+        for extra, taken in zip(extras, done.taken, strict=True):
+            extra.keep(taken)
+
+    def _run(self, chosen: Sequence[tuple[Text, range]], extras: Sequence[Extra], done: Pass) -> None:
+        """Run what a pass has not yet done."""
         whole = bool(extras) or any(text.predictions is not None for text, _ in chosen)
         if whole and self._head is None:
             raise UnfitError("its head is not one module")
-        for text, part in chosen:
-            text.read[part] = []
-        pairs = [pair for of in chosen for pair in self._of(*of)]
+        pairs = [list(self._of(*of)) for of in chosen]
         beside = [self._forward(Batch.of([extra.tokens], CPU), state=extra.state) for extra in extras]
-        forwards = [forward for pair in pairs for forward in pair] + beside
+        forwards = [forward for of in pairs for pair in of for forward in pair] + beside
         with ExitStack() as stack:
             stack.enter_context(asking([*self._shelf.blocks, *([] if self._head is None else [self._head])]))
             for forward in forwards:
                 stack.callback(forward.waiting.leave)
-            self._start(forwards)
-            self._through(forwards, chosen)
+            self._start(forwards, done)
+            self._through(forwards, chosen, done)
             if self._head is None:
                 _require_ended(forwards)
             else:
                 _require_waiting(forwards, self._head)
-            if whole:
-                for pair in pairs:
-                    self._compare(*pair)
-                for extra, forward in zip(extras, beside, strict=True):
-                    extra.take(self._end(forward)[0])
+            done.compared = [[self._compared(*pair) for pair in of if len(pair) > 1] for of in pairs]
+            done.taken = [extra.take(self._end(forward)[0]) for extra, forward in zip(extras, beside, strict=True)]
 
     def _of(self, text: Text, part: range) -> Iterator[list[_Forward]]:
         """The forwards of a text's batches, beside each the base's where predictions are compared."""
@@ -210,35 +220,47 @@ class Streaming:
 
         return _Forward(Waiting(forward), batch, **of)
 
-    def _start(self, forwards: Sequence[_Forward]) -> None:
-        """Run each up to its first block."""
+    def _start(self, forwards: Sequence[_Forward], done: Pass) -> None:
+        """Run each up to the first block that is not done."""
         threads = torch.get_num_threads()
+        answers, done.answers = done.answers or [None] * len(forwards), []
         try:
-            for forward in forwards:
+            for forward, answer in zip(forwards, answers, strict=True):
                 forward.rows.start(forward.batch)
                 with forward.rows.watching(self._adapted.model) if forward.of is not None else nullcontext():
                     forward.waiting.go_on()
+                for number in range(done.blocks):
+                    _require_waiting([forward], self._shelf.blocks[number])
+                    forward.waiting.go_on(answer if number == done.blocks - 1 else stand_ins(answer))
         finally:
             torch.set_num_threads(threads)
+        if done.blocks and told_of(forwards[0].waiting.call) != done.met:
+            raise UnfitError(_ORDER)
 
-    def _through(self, forwards: Sequence[_Forward], chosen: Sequence[tuple[Text, range]]) -> None:
+    def _through(self, forwards: Sequence[_Forward], chosen: Sequence[tuple[Text, range]], done: Pass) -> None:
         """Run all of them through all blocks: what comes back to one could not be known of before the last."""
         shelf, threads = self._shelf, torch.get_num_threads()
         last = len(shelf.blocks) - 1
         with keeping_little(), closing(shelf), ThreadPoolExecutor(1, "nullspace-reader") as reader:
             reader.submit(torch.set_num_threads, 1).result()  # what runs a block has the cores
             torch.set_num_threads(threads)
-            coming = reader.submit(shelf.read, 0)
-            for number in range(last + 1):
+            coming = [reader.submit(shelf.read, number) for number in range(done.blocks, last + 1)[:1]]
+            for number in range(done.blocks, last + 1):
                 _require_waiting(forwards, shelf.blocks[number])
-                shelf.put(number, coming.result())
+                shelf.put(number, coming.pop().result())
                 if number < last:
-                    coming = reader.submit(shelf.read, number + 1)
+                    coming.append(reader.submit(shelf.read, number + 1))
                 try:
-                    self._block(forwards, chosen, self._layers[number])
+                    self._block(forwards, chosen, self._layers[number], done)
                 finally:
                     shelf.clear(number)
                     give_back_freed_memory()
+                done.blocks = number + 1
+                if self._halfway.is_due:
+                    done.answers = [forward.waiting.given for forward in forwards]
+                    done.met = told_of(forwards[0].waiting.call)
+                    self._halfway.keep()
+                    done.answers = []
                 self.progress((number + 1) / (last + 1))
 
     def _block(
@@ -246,11 +268,12 @@ class Streaming:
         forwards: Sequence[_Forward],
         chosen: Sequence[tuple[Text, range]],
         layers: Sequence[ShelvedLayer],
+        done: Pass,
     ) -> None:
         """Run all of them through the one block that is there."""
         for layer in layers:
-            layer.keep_norms()
-        for text, part in chosen:
+            done.norms[layer.name] = layer.weight_norms()
+        for (text, part), read in zip(chosen, done.read, strict=True):
             recorder = Recorder(self._shelf.device, text.windows)
             with recorder.watching(layers):
                 for forward in forwards:
@@ -259,7 +282,7 @@ class Streaming:
                 if layers:
                     seen = recorder.distinct(), recorder.unplaced
                     names = [layer.name for layer in layers]
-                    text.read[part].append(OfBlock(names, *recorder.taken(part), seen, recorder.down_ranks))
+                    read.append(OfBlock(names, *recorder.taken(part), seen, recorder.down_ranks))
         states: dict[State, list[_Forward]] = {}
         for forward in forwards:
             if forward.of is None:
@@ -285,6 +308,8 @@ class Streaming:
         """What the module for which a forward waits gives; a block's is brought back to where the forward is."""
         call, device = forward.waiting.call, self._shelf.device
         assert call is not None
+        if holds_stand_in(call.args) or holds_stand_in(call.kwargs):
+            raise UnfitError(_ORDER)
         if device == CPU:
             return call.context.run(call.forward, *call.args, **call.kwargs)
         args, kwargs = send_to_device(call.args, device), send_to_device(call.kwargs, device)
@@ -300,12 +325,12 @@ class Streaming:
         forward.waiting.output = None
         return logits
 
-    def _compare(self, adapted: _Forward, base: _Forward | None = None) -> None:
-        if base is None or base.predictions is None:
-            return
+    def _compared(self, adapted: _Forward, base: _Forward) -> tuple[int, Tensor]:
+        """The predictions of a batch beside the base's, by its first window."""
         logits, before = self._end(adapted), self._end(base)
         tokens, first = adapted.batch.tokens.to(logits.device), adapted.batch.first
-        base.predictions.add(first, base.predictions.held(logits, before, tokens, first))
+        assert base.predictions is not None
+        return first, base.predictions.held(logits, before, tokens, first)
 
 
 def _require_waiting(forwards: Sequence[_Forward], module: nn.Module) -> None:

@@ -43,6 +43,7 @@ class Waiting:
 
     Attributes:
         call: What it waits for; None before it began and after its end.
+        given: What the module gave for which it waited before.
         output: What it gave, once it ended.
         ended: Whether it did.
     """
@@ -50,6 +51,7 @@ class Waiting:
     def __init__(self, forward: Callable[[], Any]) -> None:
         """Begin nothing yet; ``forward`` is called in the thread."""
         self.call: Call | None = None
+        self.given: Any = None
         self.output: Any = None
         self.ended = False
         self._forward: Callable[[], Any] | None = forward
@@ -68,7 +70,7 @@ class Waiting:
         Raises:
             BaseException: What it raised.
         """
-        self.call, self._answer = None, answer
+        self.call, self.given, self._answer = None, answer, answer
         if not self._thread.is_alive():
             self._thread.start()
         self._turn.release()
@@ -78,7 +80,7 @@ class Waiting:
 
     def leave(self) -> None:
         """End it where it is."""
-        self.call = self.output = self._answer = None
+        self.call = self.given = self.output = self._answer = None
         if self._thread.is_alive() and not self.ended:
             self._is_left = True
             self._turn.release()

@@ -110,7 +110,7 @@ def had(request: Request, write: Callable[[], Sequence[str]], first_token: int) 
     Raises:
         TextError: The base writes too little.
     """
-    file, since = cache_folder() / request.file_name, time.perf_counter()
+    file, since = cache_folder() / "self" / request.file_name, time.perf_counter()
     with ExitStack() as held:
         is_kept = _lock(file, held)
         kept = _kept(file)
@@ -133,13 +133,13 @@ def had(request: Request, write: Callable[[], Sequence[str]], first_token: int) 
 
 
 def cache_folder() -> Path:
-    """Where such texts are kept."""
+    """The plugin's own among the user's cache folders."""
     named = os.environ.get("XDG_CACHE_HOME")
     try:
         folder = Path(named) if named else Path.home() / ".cache"
     except RuntimeError:  # nobody's home
         folder = Path(".cache").absolute()
-    return folder / "pytest-nullspace" / "self"
+    return folder / "pytest-nullspace"
 
 
 def _lock(file: Path, held: ExitStack) -> bool:

@@ -50,13 +50,15 @@ class ShelvedLayer(AdaptedLayer):
 
     kept: list[Norms] = field(default_factory=list)
 
-    def keep_norms(self) -> None:
-        """Take the norms, while the weights are there."""
-        if not self.kept:
-            self.kept.append(super().weight_norms(exact=True))
+    def keep_norms(self, norms: Norms, device: torch.device) -> None:
+        """Have these norms, which were taken before, on ``device``."""
+        down, up, base = norms
+        self.kept[:] = [(_on(down, device), up.to(device), _on(base, device))]
 
     def weight_norms(self, exact: bool = False) -> Norms:
-        """The norms that were kept, which are exact."""
+        """The norms, which are exact; they are taken once, while the weights are there."""
+        if not self.kept:
+            self.kept.append(super().weight_norms(exact=True))
         return self.kept[0]
 
 
@@ -165,6 +167,10 @@ class Shelf:
             done += got
         self.bytes_read += done
         return done
+
+
+def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device)
 
 
 def _place(piece: _Piece) -> tuple[Path, int]:

@@ -1,22 +1,54 @@
 """A model that does not fit, its blocks read one after the other, each for all windows: the same figures."""
 
 import json
+import signal
 from pathlib import Path
+
+import pytest
 
 from fixtures.build import WORLD
 from tests.plugin.conftest import LOOSE, Gate
 from tests.plugin.test_device_map import SHIPPED, numbers
 
+KILLS = """\
+import os, signal
 
-def test_streamed_figures_are_those_of_the_model_in_memory(folder: Path, gate: Gate) -> None:
-    """To the last saved digit, of the shipped adapter with a task text, its drift and its headroom."""
-    documents = {}
+from pytest_nullspace.model.shelf import Shelf
+
+clear, done = Shelf.clear, []
+
+def killed(shelf, number):
+    clear(shelf, number)
+    done.append(number)
+    if len(done) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Shelf.clear = killed
+"""
+"""A plugin that kills its process at the end of the third block."""
+
+
+def test_streamed_figures_are_those_of_the_model_in_memory(
+    folder: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last saved digit, of the shipped adapter with a task text, its drift and its headroom.
+
+    Also where the process was killed: the same command goes on, and leaves nothing behind.
+    """
+    cache, documents = folder / "cache", {}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    (folder / "kills.py").write_text(KILLS)
     for name, more in (("whole", ()), ("streamed", ("--nullspace-device-map=stream",))):
-        saved = "--nullspace-task-dataset=text.txt", f"--nullspace-save-stats={name}.json"
-        result = gate(*LOOSE, *saved, *more, model=str(WORLD / "null-v2"), quick=SHIPPED, auto=True)
+        saved = *LOOSE, "--nullspace-task-dataset=text.txt", f"--nullspace-save-stats={name}.json", *more
+        if more:
+            killed = gate("-p", "kills", *saved, model=str(WORLD / "null-v2"), quick=SHIPPED, auto=True)
+            assert killed.ret == -signal.SIGKILL
+            assert len(list(cache.rglob("*.stowed"))) == 1
+        result = gate(*saved, model=str(WORLD / "null-v2"), quick=SHIPPED, auto=True)
         assert result.parseoutcomes()["passed"] > 20
         documents[name] = json.loads((folder / f"{name}.json").read_text())
-    result.stdout.fnmatch_lines(["*its blocks are read one after the other*"])
+    result.stdout.fnmatch_lines(["its blocks are read one after the other", "*it goes on after block 2 of 3"])
+    assert not list(cache.rglob("*"))
     whole, streamed = (dict(numbers({key: of[key] for key in ("stats", "drift")})) for of in documents.values())
     assert len(whole) > 100
     assert streamed == whole

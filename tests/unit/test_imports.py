@@ -16,9 +16,10 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
     "callback", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.distinct", "measuring.drift",
-    "measuring.factors", "measuring.forward", "measuring.moved", "measuring.recorder", "measuring.rows",
-    "measuring.sampled", "measuring.scaling", "measuring.spectrum", "measuring.streamed", "measuring.streaming",
-    "measuring.summing", "measuring.waiting", "measuring.writing", "model",
+    "measuring.factors", "measuring.forward", "measuring.halfway", "measuring.moved", "measuring.recorder",
+    "measuring.rows", "measuring.sampled", "measuring.scaling", "measuring.spectrum", "measuring.stowed",
+    "measuring.streamed", "measuring.streaming", "measuring.summing", "measuring.waiting", "measuring.writing",
+    "model",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {
@@ -104,8 +105,9 @@ ORDERS = {
     ),
     "text": "sources images gallery readers windows tokenizer processor",
     "measuring": (
-        "memory hashing inmemory written passages about distributed rows forward drift moved recorder streaming "
-        "spectrum sampled scaling waiting streamed blockwise writing loading fitting measurement reading pipeline"
+        "memory digests hashing inmemory written passages about distributed rows forward drift moved recorder "
+        "streaming spectrum sampled scaling waiting stowed halfway streamed blockwise writing loading fitting "
+        "measurement reading pipeline"
     ),
     "shell": "values options asked shared once served against runs opening outputs progress collect gate",
 }

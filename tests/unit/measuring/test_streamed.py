@@ -8,39 +8,13 @@ from typing import Any
 import pytest
 import transformers
 
-from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.measuring.distributed import Ranks
-from pytest_nullspace.measuring.pipeline import measure_checkpoint
 from pytest_nullspace.model.shelf import Shelf
-from pytest_nullspace.run.stats import RunStats
-from pytest_nullspace.settings import STREAM, Settings
+from pytest_nullspace.settings import STREAM
 from tests import tiny
 from tests.adapters import adapter
 from tests.plugin.test_device_map import gpt2
-
-Measured = Callable[..., RunStats]
-
-
-@pytest.fixture
-def measured(tmp_path: Path) -> Measured:
-    """Measure a checkpoint on two windows, and on two of a task text."""
-    (tmp_path / "text.txt").write_text(tiny.TEXT)
-    (tmp_path / "task.txt").write_text(tiny.TEXT[::-1])
-
-    def measure(directory: Path, **changes: Any) -> RunStats:
-        given: dict[str, Any] = {
-            "models": (), "stats": (), "base": None, "calib_dataset": "text.txt", "text_folder": tmp_path,
-            "calib_size": 2, "calib_most": 128, "seqlen": 32, "max_activation_samples": None, "seed": 42,
-            "batch_size": None, "device": "cpu", "dtype": "auto", "layers": "*", "stage": "trained", "overrides": (),
-            "save_stats": None, "reports": (), "ranks": Ranks(), "task_folder": tmp_path, "task_dataset": "task.txt",
-            "drift": None,
-        }  # fmt: skip
-        checkpoint = open_checkpoint(directory)
-        names = [layer.name for layer in checkpoint.layers]
-        return measure_checkpoint(checkpoint, Settings(**{**given, **changes}), names)
-
-    return measure
+from tests.unit.measuring.conftest import Measured
 
 
 def made(kind: str, folder: Path) -> Path:

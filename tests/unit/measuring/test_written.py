@@ -35,7 +35,7 @@ def decode(ids: Sequence[int]) -> str:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return cache_folder()
+    return cache_folder() / "self"
 
 
 def naive(model: Any, length: int, seed: int) -> list[list[int]]:
