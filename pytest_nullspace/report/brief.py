@@ -7,7 +7,6 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.decision import MORE_TEXT, Call, Decision
 from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.profiles import KEPT
-from pytest_nullspace.judging.remedy import KEY as SUGGESTION
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.report import doubts, notes, verdict
 from pytest_nullspace.report.layout import Form, table, with_faults
@@ -39,27 +38,7 @@ def summary(
 def opening(run: RunStats, decision: Decision, every: bool = False) -> Iterator[Line]:
     """The verdict and what decided it, where to read on and what to try first."""
     yield from verdict.lines(decision, every)
-    yield from ((line, None) for line in (explained(decision), next_step(run, decision)) if line is not None)
-
-
-def explained(decision: Decision) -> str | None:
-    """Where to read what the figure is that decided; a cause has its own page."""
-    first = decision.reasons[0].finding
-    if decision.causes or first is None or decision.call not in (Call.STOP, Call.LOOK):
-        return None
-    return f"more: pytest --nullspace-explain={first.threshold.figure}"
-
-
-def next_step(run: RunStats, decision: Decision) -> str | None:
-    """What to try first, where there is one thing to try; a cause has its own page."""
-    first = decision.reasons[0].finding
-    if decision.causes or first is None:
-        return None
-    if decision.call in (Call.STOP, Call.LOOK) and first.uncertain:
-        return "next: --nullspace-calib-size=auto reads text until that is settled"
-    if decision.call is Call.STOP and first.threshold.figure in KEPT and SUGGESTION not in run.about:
-        return "next: --nullspace-suggest looks for a smaller scale that passes"
-    return None
+    yield from ((line, None) for line in verdict.steps(run, decision))
 
 
 def counted(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectations) -> Iterator[Line]:

@@ -24,7 +24,7 @@ from pytest_nullspace.judging.invariants import (
     judge_drifts,
 )
 from pytest_nullspace.judging.verdicts import Tier, Verdict
-from pytest_nullspace.report import bars, candidates, charts, doubts, model, moves, notes
+from pytest_nullspace.report import bars, candidates, charts, doubts, model, moves, notes, verdict
 from pytest_nullspace.report import changes as told_changes
 from pytest_nullspace.report.words import MARKS, faults, mark, named, reading, scanned_figure
 from pytest_nullspace.run.figures import FIGURES
@@ -83,7 +83,7 @@ class Sheet:
         rows: The layers, the worst first, `ROWS` on a page at most.
         left: How many layers have no row.
         averages: The averages, as cells.
-        remedy: What would make it pass, where that was looked for.
+        remedy: What would make it pass, where that was looked for; where to read on, and what to try first.
         changes: Against a start or an earlier run, in words.
         since: Old and new of every figure that changed, where it is held against an earlier run.
         same: Those that did not.
@@ -165,7 +165,7 @@ def sheet(
         rows=_rows(list(zip(run.layers, verdicts, strict=True)), rows, figures, of_layers, compared),
         left=max(0, len(run.layers) - rows),
         averages=[scanned_figure(run, figure) for figure in figures] if run.layers else (),
-        remedy=_plain(told_changes.remedy(run), run),
+        remedy=_plain([*told_changes.remedy(run), *((line, None) for line in verdict.steps(run, decision))], run),
         changes=_plain(changes, run),
         since=() if compared is None else moves.moves(compared),
         same="" if compared is None else ", ".join(moves.same(compared)),

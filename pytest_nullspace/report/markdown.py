@@ -23,9 +23,9 @@ from pytest_nullspace.report.page import Page, Row, kind
 from pytest_nullspace.report.words import MARKS, figures, mark, not_gated, reading
 from pytest_nullspace.run.stats import RunStats
 
-_MARKUP = re.compile(r"[\\`*\[\]<>|&~#$]|(?<![^\W_])_|_(?![^\W_])|^[-+](?=\s|$)")
+_MARKUP = re.compile(r"[\\`*\[\]|&~#$]|(?<!\S )[<>]|[<>](?! )|(?<![^\W_])_|_(?![^\W_])|^[-+](?=\s|$)")
 _NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
-"""What Markdown, HTML or GitHub read as more than a letter: an underline only where it is not within a word."""
+"""What Markdown, HTML or GitHub read as more than a letter: no underline within a word, no sign between two numbers."""
 
 
 def escape(text: str) -> str:
@@ -33,11 +33,12 @@ def escape(text: str) -> str:
     return _NUMBERED.sub(r"\1\\\2", _MARKUP.sub(lambda found: f"\\{found[0]}", printable(text, 1000)))
 
 
-def decided(decision: Decision) -> Iterator[str]:
-    """The verdict and what decided it."""
+def decided(decision: Decision, steps: Iterable[str] = ()) -> Iterator[str]:
+    """The verdict, what decided it, and what to do next."""
     yield f"**{decision.call}**: {escape(decision.sentence)}"
     yield ""
     yield from (f"- {escape(line)}" for line, _ in list(verdict.lines(decision))[1:])
+    yield from (f"- {escape(step)}" for step in steps)
     yield ""
 
 
@@ -52,7 +53,7 @@ def page(
     """The same in its parts, the verdict first where there is one."""
     verdicts = [judge(layer, expectations) for layer in run.layers]
     lines = [
-        *headed(run.model_path, decision),
+        *headed(run.model_path, decision, () if decision is None else verdict.steps(run, decision)),
         f"Gated {sum(judged.gated for judged in verdicts)} of {run.checkpoint_layers} layers on "
         f"{escape(texts(run))}: **{tally(verdicts)}**.",
     ]
@@ -77,11 +78,11 @@ def page(
     return Page("\n".join(lines), rows, foot, columns, "\n".join(_more(run, verdicts, expectations, notes)))
 
 
-def headed(path: str, decision: Decision | None) -> Iterator[str]:
+def headed(path: str, decision: Decision | None, steps: Iterable[str] = ()) -> Iterator[str]:
     """The first lines: what is gated, by the last name of a path from the root, and the verdict on it."""
     yield f"## nullspace: {escape(Path(path).name if Path(path).is_absolute() else path)}"
     yield ""
-    yield from decided(decision) if decision is not None else ()
+    yield from decided(decision, steps) if decision is not None else ()
 
 
 def _more(

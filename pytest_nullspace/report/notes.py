@@ -47,7 +47,7 @@ def header(checkpoint: Checkpoint, gated: int, settings: "Settings", is_base_rea
             (settings.base, "--nullspace-base") if settings.base else (checkpoint.base, checkpoint.config_file.name)
         )
         yield f"nullspace: base model {printable(base or 'none', 1000)}, named by {how}"
-    elif settings.base and not is_base_read:
+    elif not is_base_read and settings.base:
         yield "nullspace: the base model is in the directory, so that of --nullspace-base is not read"
     if checkpoint.outside:
         yield f"nullspace: {outside(checkpoint.outside)}"

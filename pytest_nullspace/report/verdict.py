@@ -3,9 +3,12 @@
 from collections.abc import Iterator
 
 from pytest_nullspace.checkpoint.header import printable
-from pytest_nullspace.judging.decision import Decision, Reason
+from pytest_nullspace.judging.decision import Call, Decision, Reason
+from pytest_nullspace.judging.profiles import KEPT
+from pytest_nullspace.judging.remedy import KEY as SUGGESTION
 from pytest_nullspace.judging.verdicts import Finding, Tier
 from pytest_nullspace.report.words import MARKS
+from pytest_nullspace.run.stats import RunStats
 
 GROUPS_SHOWN = 4
 
@@ -49,3 +52,15 @@ def last(decision: Decision, name: str | None) -> str:
     """The verdict in one line, to stand at the end of everything; ``name`` tells several runs apart."""
     of = "" if name is None else f" on {printable(name, 1000)}"
     return f"verdict{of}: {decision.call}: {printable(decision.sentence, 1000)}"
+
+
+def steps(run: RunStats, decision: Decision) -> Iterator[str]:
+    """Where to read what the figure is that decided, and what to try first; a cause has a page that tells both."""
+    first = decision.reasons[0].finding
+    if decision.causes or first is None or decision.call not in (Call.STOP, Call.LOOK):
+        return
+    yield f"more: pytest --nullspace-explain={first.threshold.figure}"
+    if first.uncertain:
+        yield "next: --nullspace-calib-size=auto reads text until that is settled"
+    elif decision.call is Call.STOP and first.threshold.figure in KEPT and SUGGESTION not in run.about:
+        yield "next: --nullspace-suggest looks for a smaller scale that passes"

@@ -100,6 +100,25 @@ def test_the_action_renews_one_comment(tmp_path: Path) -> None:
     assert (tmp_path / "nullspace-report" / "comment.md").read_text().startswith("<!-- pytest-nullspace -->\n## the v")
 
 
+def test_a_comment_too_long_for_github_ends_with_a_whole_line(tmp_path: Path) -> None:
+    """Of a report of more than 60,000 bytes the comment has its first whole lines, and says where the rest is."""
+    (tmp_path / "nullspace-report").mkdir()
+    lines = ["## the verdict", "<details><summary>3,000 layers</summary>", *(f"| ✓ layer {n} ✓ |" for n in range(3000))]
+    (tmp_path / "nullspace-report" / "report.md").write_text("\n".join(lines), "utf-8")
+    (tmp_path / "tools").mkdir()
+    gh = tmp_path / "tools" / "gh"
+    gh.write_text("#!/bin/sh\n")
+    gh.chmod(0o755)
+    done = run(step("Tell the pull request")["run"], tmp_path, REPOSITORY="o/r", NUMBER="5", GH_TOKEN="t")
+    assert done.returncode == 0, done.stderr
+    comment = (tmp_path / "nullspace-report" / "comment.md").read_text("utf-8").splitlines()
+    assert comment[0] == "<!-- pytest-nullspace -->"
+    kept = comment[1 : comment.index("</details>") - 1]
+    assert kept == lines[: len(kept)]
+    assert 2000 < len(kept) < len(lines)
+    assert comment[-1].endswith("the artifact nullspace-report has it.")
+
+
 def test_the_action_is_pinned_and_puts_no_input_into_a_script() -> None:
     """Each action that it uses is named by a commit; what a user gives reaches scripts by their environment alone."""
     for used in (step["uses"] for step in STEPS if "uses" in step):
