@@ -143,8 +143,9 @@ class Processor:
         for name in _PADDED:
             if name in beside and (name == "aspect_ratio_ids" or not bool(beside[name].all())):
                 raise TextError(
-                    f"{row.where}: the model pads its images, whose padding would be counted as patches; give rows of "
-                    "one image, or gate the model on text alone"
+                    f"{row.where}: the model pads its images, whose padding would be counted as patches; "
+                    + ("" if name.startswith("aspect") else "give rows of one image, or ")
+                    + "gate the model on text alone"
                 )
         return made["input_ids"][0].tolist(), beside
 
