@@ -218,7 +218,7 @@ def _found(verdicts: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]
     for figure, pairs in sorted(found.items(), key=lambda item: (-len(item[1]), _WEIGHT.index(item[0]))):
         verdict, worst = max(pairs, key=lambda pair: pair[1].badness)
         told = _LAYERS[figure] if tier is Tier.FAIL else f"lie between the bounds of {figure}"
-        many = f"{len(pairs)} of {of} layers"
+        many = f"{len(pairs):,} of {of:,} layers"
         yield Reason(f"{many} {told}", tier, worst, verdict.subject, len(pairs))
     for verdict in verdicts:
         if verdict.subject == MODEL and verdict.unjudged is None:
@@ -239,11 +239,11 @@ def _said(layers: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]:
         first, names = next(iter(told.items()))
         count = len({name for of_phrase in told.values() for name in of_phrase})
         yield Reason(
-            f"{count} of {of} layers are wrong beside their figures: {first} ({names[0]})", tier, None, names[0]
+            f"{count:,} of {of:,} layers are wrong beside their figures: {first} ({names[0]})", tier, None, names[0]
         )
     else:
         for phrase, names in told.items():
-            yield Reason(f"{len(names)} of {of} layers: {phrase}", tier, None, names[0], len(names))
+            yield Reason(f"{len(names):,} of {of:,} layers: {phrase}", tier, None, names[0], len(names))
 
 
 def _other(verdicts: Iterable[Verdict], failed: Mapping[str, str]) -> Iterator[Reason]:
@@ -267,9 +267,11 @@ def gaps(
         yield Reason(unmeasured, Tier.FAIL)
         return
     if judged is not None and asked is not None and (left := [name for name in asked if name not in judged]):
-        yield Reason(f"only {len(asked) - len(left)} of {len(asked)} tests came to a verdict, not {left[0]}", Tier.FAIL)
+        yield Reason(
+            f"only {len(asked) - len(left):,} of {len(asked):,} tests came to a verdict, not {left[0]}", Tier.FAIL
+        )
     if not run.complete:
-        yield Reason(f"only {len(run.layers)} of {run.checkpoint_layers} layers were measured", Tier.FAIL)
+        yield Reason(f"only {len(run.layers):,} of {run.checkpoint_layers:,} layers were measured", Tier.FAIL)
 
 
 def _expected_to_fail(tests: Sequence[str]) -> Iterator[Reason]:

@@ -45,7 +45,7 @@ def counted(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectatio
     """How many layers came to which tier, and which did not."""
     gated = [verdict.tier for verdict in verdicts if verdict.gated]
     in_part = [Tier.WARN] if len(gated) < run.checkpoint_layers else []
-    told = f"gated {len(gated)} of {run.checkpoint_layers} layers: {notes.tally(verdicts)}"
+    told = f"gated {len(gated):,} of {run.checkpoint_layers:,} layers: {notes.tally(verdicts)}"
     yield told, Tier.worst([*gated, *in_part])
     if (left := notes.ungated(verdicts, expectations)) is not None:
         yield left, Tier.WARN

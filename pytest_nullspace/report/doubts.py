@@ -37,7 +37,7 @@ def sinks(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
         if figure not in most.without
     )
     told = (
-        f"sink rows: {len({layer.name for _, layer in found})} of {len(run.layers)} layers have rows beyond {SINK} "
+        f"sink rows: {len({layer.name for _, layer in found}):,} of {len(run.layers):,} layers have rows beyond {SINK} "
         f"times the median norm, such as {printable(most.name)}{where}: {most.sinks:,} of {most.rows:,} rows carry "
         f"{most.sink_share:.1%} of the mean norm, and without them {without}"
     )
@@ -58,7 +58,7 @@ def uncertain(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectat
     findings = [(v.subject, f) for v in verdicts if v.unjudged is None for f in v.findings if f.uncertain]
     layers = {subject for subject, _ in findings}
     of_averages = [(v.subject, f) for v in averages if v.unjudged is None for f in v.findings if f.uncertain]
-    subjects = [f"{len(layers)} of {len(verdicts)} layers"] if layers else []
+    subjects = [f"{len(layers):,} of {len(verdicts):,} layers"] if layers else []
     subjects += ["the averages"] if of_averages else []
     findings = findings or of_averages
     if not findings:
@@ -243,7 +243,7 @@ def few_rows(run: RunStats) -> str | None:
         return None
     layer = min(short, key=lambda layer: rows[layer.name] / layer.in_features)
     return (
-        f"{FEW_ROWS}: leakage proves little in {len(short)} of {len(run.layers)} layers, such as "
+        f"{FEW_ROWS}: leakage proves little in {len(short):,} of {len(run.layers):,} layers, such as "
         f"{printable(layer.name)} ({rows[layer.name]:,.0f} distinct rows in a width of {layer.in_features:,}): fewer "
         "different rows than a layer is wide leave some space of it quiet by themselves, whatever the adapter does; "
         f"{_enough(run, layer, new)}"

@@ -192,7 +192,7 @@ def _facts(run: RunStats, verdicts: Sequence[Verdict], expectations: Expectation
     told = [
         notes.conditions(run),
         unread,
-        f"layers: {gated} of {run.checkpoint_layers} gated: {notes.tally(verdicts)}",
+        f"layers: {gated:,} of {run.checkpoint_layers:,} gated: {notes.tally(verdicts)}",
         None if profile is None else named(profile, run),
         *model.built_as(run),
         *notes.whole_updates(run),

@@ -54,7 +54,7 @@ def page(
     verdicts = [judge(layer, expectations) for layer in run.layers]
     lines = [
         *headed(run.model_path, decision, () if decision is None else verdict.steps(run, decision)),
-        f"Gated {sum(judged.gated for judged in verdicts)} of {run.checkpoint_layers} layers on "
+        f"Gated {sum(judged.gated for judged in verdicts):,} of {run.checkpoint_layers:,} layers on "
         f"{escape(texts(run))}: **{tally(verdicts)}**.",
     ]
     if (told := unread(run, decision)) is not None:

@@ -32,7 +32,7 @@ _SELF = "--nullspace-calib-dataset=self=self"
 def header(checkpoint: Checkpoint, gated: int, settings: "Settings", is_base_read: bool = True) -> Iterator[str]:
     """What will be gated, on which text, and what lies outside, before anything is loaded."""
     total = len(checkpoint.layers)
-    layers = f"{total} layers" if gated == total else f"{gated} of {total} layers"
+    layers = f"{total:,} layers" if gated == total else f"{gated:,} of {total:,} layers"
     yield (
         f"nullspace: {printable(checkpoint.directory, 1000)} ({checkpoint.format}, {layers}, {checkpoint.ranks}); "
         f"{_named(settings.text_name)} {printable(settings.calib_dataset, 1000)}, {windows_asked(settings)} windows; "
@@ -124,7 +124,7 @@ def negative_scales(layers: Sequence[LayerStats] | Sequence[LayerWeights]) -> st
     if not found:
         return None
     return (
-        f"the scale is negative in {len(found)} of {len(layers)} layers, such as {printable(found[0].name)} "
+        f"the scale is negative in {len(found):,} of {len(layers):,} layers, such as {printable(found[0].name)} "
         f"({found[0].scale:g}): what was trained is subtracted, as lora_alpha or alpha_pattern says"
     )
 
@@ -143,7 +143,7 @@ def tally(verdicts: Sequence[Verdict]) -> str:
     """How many tests of layers came to each tier, in other words than pytest counts its tests in."""
     tiers = [verdict.tier for verdict in verdicts if verdict.gated]
     words = {Tier.PASS: "green", Tier.WARN: "to look at", Tier.FAIL: "red"}
-    return ", ".join(f"{tiers.count(tier)} {word}" for tier, word in words.items())
+    return ", ".join(f"{tiers.count(tier):,} {word}" for tier, word in words.items())
 
 
 def ungated(verdicts: Sequence[Verdict], expectations: Expectations) -> str | None:
