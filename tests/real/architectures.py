@@ -56,6 +56,33 @@ class Family:
         return f"{self.type}/{self.build}"
 
 
+OTHERS = (
+    *(Family(kind, build, "FEATURE_EXTRACTION") for kind, build in (
+        ("colmodernvbert", "ColModernVBertForRetrieval"), ("colpali", "ColPaliForRetrieval"),
+        ("colqwen2", "ColQwen2ForRetrieval"), ("dpr", "DPRQuestionEncoder"), ("mistral", "MistralModel"),
+        ("embedding_gemma2", "EmbeddingGemma2Model"), ("qwen2_vl", "Qwen2VLModel"), ("qwen3", "Qwen3Model"),
+        ("t5", "T5EncoderModel"),
+    )),
+    *(Family(kind, build, "SEQ_CLS") for kind, build in (
+        ("gemma3", "Gemma3ForSequenceClassification"), ("llama", "LlamaForSequenceClassification"),
+        ("qwen2", "Qwen2ForSequenceClassification"),
+    )),
+    *(Family(kind, build, "TOKEN_CLS") for kind, build in (
+        ("bert", "BertForTokenClassification"), ("llama", "LlamaForTokenClassification"),
+        ("openai_privacy_filter", "OpenAIPrivacyFilterForTokenClassification"),
+    )),
+    *(Family(kind, build, "QUESTION_ANS") for kind, build in (
+        ("bert", "BertForQuestionAnswering"), ("qwen2", "Qwen2ForQuestionAnswering"),
+        ("splinter", "SplinterForQuestionAnswering"),
+    )),
+    *(Family(kind, build, None) for kind, build in (
+        ("clip", "CLIPModel"), ("dinov2", "Dinov2ForImageClassification"), ("hubert", "HubertForCTC"),
+        ("siglip", "SiglipModel"), ("siglip_text_model", "SiglipTextModel"),
+    )),
+)  # fmt: skip
+"""What is adapted for other tasks: to embed, to judge, to mark tokens, to answer; and what sees or hears alone."""
+
+
 @dataclass
 class Row:
     """What became of a family.
@@ -110,9 +137,9 @@ def families() -> dict[str, Family]:
         (None, encoders | names("TEXT_ENCODING")),
         (None, heard | {"vit": "ViTForImageClassification", "wav2vec2": "Wav2Vec2ForCTC"}),
     ]
-    rows: dict[str, Family] = {}
+    rows = {row.name: row for row in OTHERS}
     for task, builds in listed:
-        known = {row.type for row in rows.values()} if task in ("SEQ_CLS", None) else set()
+        known = {row.type for row in rows.values() if row not in OTHERS} if task in ("SEQ_CLS", None) else set()
         for row in (Family(kind, build, task) for kind, build in builds.items() if kind not in known):
             rows.setdefault(row.name, row)
     return rows
@@ -131,6 +158,10 @@ def built(family: Family) -> Any:
         config = text if type(text) is build.config_class else shrunk(build.config_class, own)
     torch.manual_seed(0)
     model = build._from_config(config).eval()
+    if (
+        family.task == "SEQ_CLS" and getattr(config, "pad_token_id", None) is None
+    ):  # without it a batch has no last token
+        model.config.pad_token_id = 0
     if (size := sum(parameter.numel() for parameter in model.parameters())) > 12_000_000:
         raise ValueError(f"{size:,} parameters are not tiny")
     for name, parameter in model.named_parameters():

@@ -93,6 +93,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 150}, "vq_config": {**_QUANTISER, "embed_dim": 32}},
     "cohere_compass": {"text_config": _BY_KIND},
     "cohere_compass_text": _BY_KIND,
+    "colqwen2": {"vlm_config": _ROTARY},
     "cosmos3_edge": _ROTARY,
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "first_k_dense_replace": 1},
