@@ -1,8 +1,9 @@
 """What a cause or a figure is and what to do: pages of ``docs/causes``, which the wheel brings along, and records."""
 
+import re
 from difflib import get_close_matches
 from pathlib import Path
-from textwrap import wrap
+from textwrap import fill
 
 from pytest_nullspace.errors import OptionError, quoted
 from pytest_nullspace.report.figure import page
@@ -24,22 +25,44 @@ def explain(name: str) -> str:
     pages = _pages()
     if not name:
         width = max(map(len, (*pages, *FIGURES)))
-        causes = [f"{cause:<{width}}  {_first_sentence(text)}" for cause, text in pages.items()]
-        figures = [f"{figure.name:<{width}}  {figure.meaning}" for figure in FIGURES.values()]
+        told = {name: _first_sentence(text) for name, text in pages.items()}
+        causes = [_entry(name, sentence, width) for name, sentence in told.items()]
+        figures = [_entry(figure.name, figure.meaning, width) for figure in FIGURES.values()]
         heads = "Mistakes that a report names as a cause:", "Figures, with their bounds:"
         read = f"Read one by: pytest {PREFIX}explain=NAME"
         return "\n".join([heads[0], "", *causes, "", heads[1], "", *figures, "", read, ""])
-    pages |= {figure.name: _narrow(page(figure)) for figure in FIGURES.values()}
+    pages |= {figure.name: page(figure) for figure in FIGURES.values()}
     if name not in pages:
         near = get_close_matches(name, pages, cutoff=0.5) or pages
         raise OptionError(f"{PREFIX}explain: no cause or figure is called {quoted(name)}; there is {', '.join(near)}")
-    return pages[name]
+    return _narrow(pages[name], joined=name not in FIGURES)
 
 
-def _narrow(page: str) -> str:
-    """A page as terminals show it."""
-    lines = (wrap(line, WIDTH, subsequent_indent="  " * line.startswith("- ")) or [""] for line in page.splitlines())
-    return "\n".join(part for parts in lines for part in parts) + "\n"
+def _entry(name: str, sentence: str, width: int) -> str:
+    """A line of the list, and what has no room in it below."""
+    return fill(f"{name:<{width}}  {sentence}", WIDTH, subsequent_indent=" " * (width + 2), break_on_hyphens=False)
+
+
+def _narrow(page: str, joined: bool) -> str:
+    """A page as terminals show it: lines that fit, links by their words, examples as they are.
+
+    Args:
+        page: Markdown.
+        joined: Whether lines that follow one another are one paragraph, as in a file, or sentences of their own.
+    """
+    shown = []
+    for number, part in enumerate(page.split("```")):
+        if number % 2 == 0:  # else between two fences
+            part = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", part)
+            part = re.sub(r"(?<=\S)\n(?=[^\s\-#|])", " ", part) if joined else part
+            part = "\n".join(map(_wrapped, part.split("\n")))
+        shown.append(part)
+    return "```".join(shown)
+
+
+def _wrapped(line: str) -> str:
+    indent = "  " * line.startswith("- ")
+    return fill(line, WIDTH, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def _pages() -> dict[str, str]:

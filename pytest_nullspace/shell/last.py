@@ -124,12 +124,13 @@ def _wrap(
     own = getattr(reporter, section, None)
     if own is not None:  # else a terminal of another making, which has sections of its own
 
+        def fit(report: Any) -> Any:
+            return report if section == "short_test_summary" else _fitting(report, reporter)
+
         def seeing() -> None:
             held = {what: reporter.stats[what] for what in categories if what in reporter.stats}
             try:
-                reporter.stats.update(
-                    {what: [_fitting(one, reporter) for one in told if shown(one)] for what, told in held.items()}
-                )
+                reporter.stats.update({what: [fit(one) for one in told if shown(one)] for what, told in held.items()})
                 own()
             finally:
                 reporter.stats.update(held)

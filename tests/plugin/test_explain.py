@@ -23,7 +23,10 @@ def test_every_cause_is_explained_and_every_page_is_of_a_cause() -> None:
     named = set(re.findall(r'Diagnosis\(\s*"([\w-]+)"', sources))
     assert named == {page.stem for page in PAGES}
     for page in PAGES:
-        assert explain(page.stem) == page.read_text("utf-8")
+        told, written = explain(page.stem), page.read_text("utf-8")
+        assert told.split("```")[1::2] == written.split("```")[1::2]
+        assert told.split() == re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", written).split()
+        assert max(len(line) for part in told.split("```")[::2] for line in part.splitlines()) <= 80
 
 
 def test_a_page_is_printed_in_place_of_a_run(pytester: pytest.Pytester) -> None:
@@ -52,11 +55,13 @@ def test_every_figure_is_explained() -> None:
 
 
 def test_without_a_name_every_cause_and_figure_is_listed(pytester: pytest.Pytester) -> None:
-    """Without a name each cause and figure stands on a line of its own with a whole sentence."""
+    """Without a name each cause and figure begins a line of its own, with a whole sentence in 80 columns."""
     result = pytester.runpytest("--nullspace-explain")
     assert result.ret == 0
     for name in (*(page.stem for page in PAGES), *FIGURES):
-        result.stdout.re_match_lines([rf"{name} +\S.*\.$"])
+        result.stdout.re_match_lines([rf"{name} +\S"])
+        assert re.search(rf"(?m)^{name} +\S(.|\n +)*?\.$", result.stdout.str())
+    assert max(map(len, result.outlines)) <= 80
 
 
 def test_a_name_that_is_none_is_a_usage_error(pytester: pytest.Pytester) -> None:
