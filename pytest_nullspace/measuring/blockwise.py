@@ -35,6 +35,7 @@ class Blockwise:
 
     Attributes:
         predictions: Those of each text, where they are compared.
+        streaming: What streams them.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Blockwise:
         if any(isinstance(window.tokens, Shown) for windows in drawn.values() for window in windows):
             raise UnfitError("its text holds images")
         self._adapted, self._layers, self._drawn, self._ranks = adapted, layers, drawn, ranks
-        self._streaming = Streaming(adapted, layers, ranks, batches, halfway)
+        self.streaming = Streaming(adapted, layers, ranks, batches, halfway)
         self._early, self._twice = early, partial(scaled, adapted, 2.0)
         self._texts = {what: self._text(what, predictions.get(what), max_rows, seed) for what in drawn}
         self.predictions = dict(predictions)
@@ -101,7 +102,7 @@ class Blockwise:
                 self._begun[more] = loss
 
             take = partial(loss_of_last, tokens=tokens)
-            self._extras.append(Extra(self._streaming.switched_off, (*before, *tokens), take, keep))
+            self._extras.append(Extra(self.streaming.switched_off, (*before, *tokens), take, keep))
 
     @property
     def begun(self) -> tuple[float, float]:
@@ -119,7 +120,7 @@ class Blockwise:
         """The loss on these windows of the task text at twice the update; in one more pass where it was not asked."""
         if any(number not in self._doubled for number in share):
             with self._adapted.without_grad():
-                self._streaming.read({}, {}, list(self._at_twice(share)))
+                self.streaming.read({}, {}, list(self._at_twice(share)))
         return {number: self._doubled[number] for number in share}
 
     def _at_twice(self, share: Sequence[int]) -> Iterator[Extra]:
@@ -152,12 +153,12 @@ class Blockwise:
         text, windows = self._texts[what], len(self._drawn[what])
 
         def read(part: range) -> Read:
-            self._streaming.progress = lambda share: progress(part.start + int(share * len(part)))
+            self.streaming.progress = lambda share: progress(part.start + int(share * len(part)))
             if not any(text.read for text in self._texts.values()):
                 parts = {key: first_round(len(of), self._early) for key, of in self._drawn.items()}
-                self._streaming.read(self._texts, parts, self._extras)
+                self.streaming.read(self._texts, parts, self._extras)
             elif part not in text.read:
-                self._streaming.read(self._texts, {what: part})
+                self.streaming.read(self._texts, {what: part})
             progress(part.stop)
             return self._taken(text, part)
 

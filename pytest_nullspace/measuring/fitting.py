@@ -12,6 +12,7 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.hub import tensors_of
 from pytest_nullspace.errors import PREFIX
 from pytest_nullspace.measuring.inputs import sources
+from pytest_nullspace.measuring.limits import vocabulary
 from pytest_nullspace.measuring.loading import Bases, load
 from pytest_nullspace.settings import STREAM, Settings
 from pytest_nullspace.text.sources import SelfText
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 _UNITS = (1.0, "bytes"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB")
 ROOM = 0.9
 """The share of free memory that the weights of a model may take where it is loaded whole."""
+
+_OF_INPUT, _OF_OUTPUT, _OF_CHUNK = 4, 4, 6
+"""How many inputs and outputs of the widest layer are there at once while a batch goes through a block, and how often
+the predictions of a chunk while it is compared."""
+_AT_FIRST = 24 << 20
+"""Bytes that the libraries take once something is computed."""
 
 
 def load_fitting(
@@ -114,6 +121,42 @@ def _free(device: Any) -> int | None:
 
     available: int = psutil.virtual_memory().available
     return available
+
+
+def needed(adapted: "AdaptedModel", tokens: int, *, is_compared: bool) -> dict[str, int]:
+    """The bytes that a streamed pass takes at most, by where: of the whole process in memory, and on the card if any.
+
+    It can be told once all forwards wait for the first block, which was read: they, the libraries and what lies outside
+    the blocks are there. What comes is one more block, and what one batch takes on its way.
+
+    Args:
+        adapted: The model, which has a shelf.
+        tokens: Those of a batch.
+        is_compared: Whether its predictions are held against the base's, which they are once no block is there.
+    """
+    import psutil
+    import torch
+
+    from pytest_nullspace.measuring.drift import CHUNK
+
+    shelf = adapted.shelf
+    assert shelf is not None
+    widths = [(layer.in_features, layer.out_features) for layer in adapted.layers.values()]
+    wide, out = (max(of, default=0) for of in zip(*widths, strict=True)) if widths else (0, 0)
+    on_the_way = tokens * shelf.dtype.itemsize * (_OF_INPUT * wide + _OF_OUTPUT * out)
+    each = 2 * tokens * shelf.dtype.itemsize + _OF_CHUNK * CHUNK * 8
+    predicted = each * (vocabulary(adapted.model) or 0) if is_compared else 0
+    here: int = psutil.Process().memory_info().rss + _AT_FIRST
+    if shelf.device.type == "cpu":
+        return {"memory": here + max(shelf.largest + on_the_way, predicted - shelf.largest)}
+    there = torch.accelerator.memory_allocated(shelf.device) + max(shelf.largest + on_the_way, predicted)
+    return {"memory": here + shelf.largest, str(shelf.device): there}
+
+
+def told_needed(adapted: "AdaptedModel", tokens: int, *, is_compared: bool) -> str:
+    """The same in a sentence."""
+    parts = [f"{size(count)} of {place}" for place, count in needed(adapted, tokens, is_compared=is_compared).items()]
+    return f"the blocks are read one after the other; that takes up to {' and '.join(parts)}"
 
 
 def size(count: float) -> str:

@@ -13,6 +13,7 @@ from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judg
 from pytest_nullspace.judging.profiles import choose
 from pytest_nullspace.judging.remedy import KEY as SUGGESTION
 from pytest_nullspace.measuring.about import of_format
+from pytest_nullspace.measuring.fitting import told_needed
 from pytest_nullspace.measuring.limits import of_text, vocabulary
 from pytest_nullspace.measuring.loading import TrueBase, half_precision, one_of, shortage_told
 from pytest_nullspace.run.figures import FIGURES, on_the_task
@@ -193,11 +194,19 @@ class Measurement:
             seed=self.settings.seed,
             early=self.settings.calib_size is None,
         )
+        streamed.streaming.expecting = partial(self._tell_memory, batches)
         if (begin := self._beginning) is not None:
             streamed.also_begun(*begin)
         if self._asks_for_headroom:
             streamed.also_doubled(self.checkpoint)
         return streamed
+
+    def _tell_memory(self, batches: Sequence[int]) -> None:
+        """Tell what the pass that begins will take of memory, to whom is told more than how far it is."""
+        say = getattr(self.progress, "say", None)
+        if say is not None:
+            tokens = batches[-1] * max(len(window.tokens) for windows in self.drawn.values() for window in windows)
+            say(told_needed(self.adapted, tokens, is_compared=self.held_against is not None))
 
     def _of(
         self, what: str, layers: Collection[str], batches: list[int], settled: Callable[[Figures], bool]

@@ -285,6 +285,7 @@ def _loaded(
     beside = checkpoint.beside(adapted.layers)
     if adapted.shelf is not None:
         beside = adapted.shelf.require_finite(beside)
+        adapted.shelf.ahead(0)  # while all else is made ready
     require_finite(beside)  # a token's row that the text never asks for shows in no figure
     if read.has_text(settings):
         require_tokens_read(adapted, checkpoint)

@@ -6,7 +6,6 @@ through it: with the adapter, and beside them those of the base model, which is 
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +101,7 @@ class Streaming:
     Attributes:
         batches: The batch sizes, of which each but the first did not fit before it.
         progress: Told which share of a pass is done.
+        expecting: Called once all that the first pass needs is in memory, but for one of two blocks.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class Streaming:
         self._adapted, self._shelf, self._ranks, self.batches = adapted, adapted.shelf, ranks, batches
         self._halfway = halfway
         self.progress: Callable[[float], None] = lambda _: None
+        self.expecting: Callable[[], None] = lambda: None
         inside = [set(map(id, block.modules())) for block in self._shelf.blocks]
         self._layers = [[layer for layer in layers if id(layer.layer) in block] for block in inside]
         self._head = ends_of(adapted.model).predicts
@@ -195,6 +196,8 @@ class Streaming:
             stack.enter_context(asking([*self._shelf.blocks, *([] if self._head is None else [self._head])]))
             for forward in forwards:
                 stack.callback(forward.waiting.leave)
+            if done.blocks < len(self._shelf.blocks):
+                self._shelf.ahead(done.blocks)
             self._start(forwards, done)
             self._through(forwards, chosen, done)
             if self._head is None:
@@ -239,17 +242,17 @@ class Streaming:
 
     def _through(self, forwards: Sequence[_Forward], chosen: Sequence[tuple[Text, range]], done: Pass) -> None:
         """Run all of them through all blocks: what comes back to one could not be known of before the last."""
-        shelf, threads = self._shelf, torch.get_num_threads()
-        last = len(shelf.blocks) - 1
-        with keeping_little(), closing(shelf), ThreadPoolExecutor(1, "nullspace-reader") as reader:
-            reader.submit(torch.set_num_threads, 1).result()  # what runs a block has the cores
-            torch.set_num_threads(threads)
-            coming = [reader.submit(shelf.read, number) for number in range(done.blocks, last + 1)[:1]]
+        shelf, last = self._shelf, len(self._shelf.blocks) - 1
+        with keeping_little(), closing(shelf):
             for number in range(done.blocks, last + 1):
                 _require_waiting(forwards, shelf.blocks[number])
-                shelf.put(number, coming.pop().result())
+                values = shelf.ready(number)
+                self.expecting()
+                self.expecting = lambda: None
+                shelf.put(number, values)
+                del values
                 if number < last:
-                    coming.append(reader.submit(shelf.read, number + 1))
+                    shelf.ahead(number + 1)
                 try:
                     self._block(forwards, chosen, self._layers[number], done)
                 finally:

@@ -5,6 +5,7 @@ place, and again once it is taken out, each of its weights is one NaN seen every
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from io import FileIO
@@ -87,6 +88,8 @@ class Shelf:
         self._block_of = {id(module): number for number, block in enumerate(self.blocks) for module in block.modules()}
         self._files: dict[Path, tuple[FileIO, int]] = {}
         self._open = ExitStack()
+        self._reader: ThreadPoolExecutor | None = None
+        self._ahead: tuple[int, Future[list[Tensor]]] | None = None
         self._finite: frozenset[str] = frozenset()
 
     def takes(self, model: nn.Module, name: str, info: TensorInfo) -> bool:
@@ -136,6 +139,28 @@ class Shelf:
         values = {piece.info.name: self.taken(piece.info) for piece in sorted(self._pieces[number], key=_place)}
         return [values[piece.info.name] for piece in self._pieces[number]]
 
+    def ahead(self, number: int) -> None:
+        """Begin to read a block in a thread, unless that is begun; what was read so and not asked for is let go."""
+        if self._ahead is not None and self._ahead[0] == number:
+            return
+        if self._reader is None:
+            threads = torch.get_num_threads()
+            self._reader = self._open.enter_context(ThreadPoolExecutor(1, "nullspace-reader"))
+            self._reader.submit(torch.set_num_threads, 1).result()  # what runs a block has the cores
+            torch.set_num_threads(threads)
+        self._ahead = number, self._reader.submit(self.read, number)
+
+    def ready(self, number: int) -> list[Tensor]:
+        """The weights of a block, once they are read.
+
+        Raises:
+            CheckpointError: As `taken` does.
+        """
+        self.ahead(number)
+        assert self._ahead is not None
+        (_, coming), self._ahead = self._ahead, None
+        return coming.result()
+
     def put(self, number: int, values: Sequence[Tensor]) -> None:
         """Put what was `read` of a block into its place, where it runs."""
         for piece, value in zip(self._pieces[number], values, strict=True):
@@ -150,8 +175,9 @@ class Shelf:
             piece.module.register_parameter(piece.attribute, piece.empty)
 
     def close(self) -> None:
-        """Close its files, which are opened again when they are read."""
+        """Close its files, which are opened again when they are read, and end the thread that reads ahead."""
         self._files.clear()
+        self._ahead = self._reader = None
         self._open.close()
 
     def _opened(self, file: Path) -> tuple[FileIO, int]:

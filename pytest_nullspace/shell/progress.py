@@ -82,21 +82,37 @@ def _span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-@contextmanager
-def showing_progress(config: pytest.Config) -> Iterator[Callable[[int, int], None] | None]:
-    """Within this context the callback tells how far the measurement is; None where there is no terminal of pytest's.
+class Showing:
+    """Shows how far a measurement is: on a terminal in one line that it rewrites, elsewhere in one now and then."""
 
-    On a terminal it rewrites one line. Elsewhere, as in the log of CI, it writes one now and then (`BETWEEN_LINES`).
-    """
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if not isinstance(reporter, pytest.TerminalReporter) or reporter.verbosity < 0:
-        yield None
-        return
-    shown = False
-    capture = config.pluginmanager.get_plugin("capturemanager")
-    progress = Progress()
+    def __init__(self, reporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+        self._reporter, self._capture = reporter, config.pluginmanager.get_plugin("capturemanager")
+        self._progress, self._shown = Progress(), False
 
-    def write(line: str, stays: bool) -> None:
+    def __call__(self, done: int, windows: int) -> None:
+        """Show that so many of so many ``windows`` are done."""
+        told, hint = self._progress.told(done, windows), self._progress.hint(done, windows)
+        if self._reporter.isatty and not self._shown:
+            self._reporter.ensure_newline()
+        self._shown = True
+        if hint is not None:
+            self._write(hint, stays=True)
+        if self._reporter.isatty:
+            self._write(told, stays=False)
+        elif self._progress.left(done, windows) >= BETWEEN_LINES and self._progress.due():
+            self._write(told, stays=True)
+
+    def say(self, line: str) -> None:
+        """Show what stays."""
+        self._write(f"nullspace: {line}", stays=True)
+
+    def end(self) -> None:
+        """Remove the line."""
+        if self._shown and self._reporter.isatty:
+            self._write("", stays=False)
+
+    def _write(self, line: str, stays: bool) -> None:
+        capture, reporter = self._capture, self._reporter
         with capture.global_and_fixture_disabled() if capture is not None else nullcontext():
             if stays:
                 reporter.rewrite("", erase=True) if reporter.isatty else reporter.ensure_newline()
@@ -105,24 +121,19 @@ def showing_progress(config: pytest.Config) -> Iterator[Callable[[int, int], Non
                 reporter.rewrite(line, erase=True)
             reporter.flush()
 
-    def show(done: int, windows: int) -> None:
-        nonlocal shown
-        told, hint = progress.told(done, windows), progress.hint(done, windows)
-        if reporter.isatty and not shown:
-            reporter.ensure_newline()
-        shown = True
-        if hint is not None:
-            write(hint, stays=True)
-        if reporter.isatty:
-            write(told, stays=False)
-        elif progress.left(done, windows) >= BETWEEN_LINES and progress.due():
-            write(told, stays=True)
 
+@contextmanager
+def showing_progress(config: pytest.Config) -> Iterator[Showing | None]:
+    """Within this context it is told how far the measurement is; None where there is no terminal of pytest's."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if not isinstance(reporter, pytest.TerminalReporter) or reporter.verbosity < 0:
+        yield None
+        return
+    showing = Showing(reporter, config)
     try:
-        yield show
+        yield showing
     finally:
-        if shown and reporter.isatty:
-            write("", stays=False)
+        showing.end()
 
 
 def measured(run: "GatedRun", test: pytest.Item, config: pytest.Config) -> "RunStats":

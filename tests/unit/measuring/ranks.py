@@ -17,6 +17,7 @@ import torch
 from pytest_nullspace.errors import NullspaceError, TextError
 from pytest_nullspace.measuring import distributed
 from pytest_nullspace.measuring.distributed import Ranks
+from pytest_nullspace.settings import STREAM
 
 ME = Ranks.of(os.environ)
 
@@ -82,6 +83,19 @@ def sinks() -> Any:
     return {layer.name: astuple(layer.without_sinks) for layer in found if layer.without_sinks is not None}
 
 
+def streamed() -> Any:
+    """A model whose blocks each process reads for its own windows."""
+    from tests import tiny
+    from tests.unit.measuring.conftest import figures, measure, write_texts
+
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["XDG_CACHE_HOME"] = name
+        write_texts(folder)
+        run = measure(folder, tiny.lora_null(folder / "ft"), calib_size=3, batch_size=1, device_map=STREAM, ranks=ME)
+    return figures(run), run.about["model"]["remarks"]
+
+
 def killed() -> Any:
     """The last process is killed while the others wait for it."""
     if ME.rank == ME.size - 1:
@@ -105,7 +119,9 @@ def outcome(of: Callable[[], Any]) -> Any:
 
 
 if __name__ == "__main__":
-    distributed.TIMEOUT = timedelta(seconds=60 if "sinks" in sys.argv else 3)  # those who meet there load a model first
+    distributed.TIMEOUT = timedelta(
+        seconds=60 if {"sinks", "streamed"} & set(sys.argv) else 3
+    )  # those who meet there load a model first
     with ME.joined():
         for name in sys.argv[1:]:
             print(json.dumps({name: outcome(globals()[name])}), flush=True)

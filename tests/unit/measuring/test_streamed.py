@@ -14,7 +14,8 @@ from pytest_nullspace.settings import STREAM
 from tests import tiny
 from tests.adapters import adapter
 from tests.plugin.test_device_map import gpt2
-from tests.unit.measuring.conftest import Measured
+from tests.unit.measuring.conftest import Measured, figures
+from tests.unit.measuring.test_distributed import meet
 
 
 def made(kind: str, folder: Path) -> Path:
@@ -106,6 +107,19 @@ def test_freed_memory_is_given_back_after_each_block_and_nothing_is_set_aside_fo
     monkeypatch.setattr("pytest_nullspace.measuring.streamed.give_back_freed_memory", lambda: done.append("given back"))
     measured(tiny.lora_null(tmp_path / "whole"), device_map=STREAM)
     assert done == ["cleared", "given back"] * 3
+
+
+def test_each_process_streams_its_own_windows(measured: Measured, tmp_path: Path) -> None:
+    """Of three windows two processes read one and two; each has the figures, drift and headroom of one alone."""
+    codes, outcomes = meet(2, 29727, "streamed")
+    assert codes == [0, 0]
+    alone = measured(tiny.lora_null(tmp_path / "ft"), calib_size=3, batch_size=1, device_map=STREAM)
+    expected = figures(alone)
+    assert len(expected) > 300
+    for of in outcomes:
+        found, remarks = of["streamed"]
+        assert remarks == ["its blocks are read one after the other"]
+        assert found == pytest.approx(expected, rel=1e-12)
 
 
 def no_blocks(**_: Any) -> Any:
