@@ -252,6 +252,11 @@ def load_processor(directory: Path, base: Path, tokenizer: Path) -> Processor:
             kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None} | _telling(kind)
         )
         call = lenient.from_args_and_dict(arguments, _plain(fields, *_PARTS))
+        if not hasattr(call, "image_token"):
+            raise CheckpointError(
+                f"{directory}: a {kind.__name__} puts no image among the words of a text, so there are no rows of "
+                "both; gate the model on text"
+            )
         mark = str(call.image_token)
         unscored = frozenset(token for token in call.image_token_ids if isinstance(token, int))
         known = held["tokenizer"].get_vocab()

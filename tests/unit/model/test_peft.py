@@ -109,6 +109,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "regex": {"r": 3, "target_modules": r".*\.1\.(self_attn|mlp)\.(o|up)_proj"},
     "all-linear": {"r": 2, "target_modules": "all-linear", "exclude_modules": ["o_proj"]},
     "layers": {"r": 2, "target_modules": ["q_proj"], "layers_to_transform": [1, 2]},
+    "layers of a list": {
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [0, 2],
+        "layers_pattern": ["layers", "blocks"],
+    },
+    "trained tokens": {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [2]},
+    },
     "dropout": {"r": 4, "lora_dropout": 0.5, "target_modules": ["q_proj"]},
     "lora_bias": {"r": 4, "lora_bias": True, "target_modules": ["q_proj"]},
     "dora": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "up_proj"]},

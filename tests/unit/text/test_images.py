@@ -282,6 +282,11 @@ class TestProcessor:
         assert list(found.window(held[0], 64)) == load_tokenizer(made / "base")("no image")
         assert found.unscored == {120}
 
+    def test_what_holds_images_against_texts_reads_no_rows_of_both(self, made: Path) -> None:
+        """CLIP's processor has no mark for an image in a text, which is said, and not that its files are bad."""
+        with pytest.raises(CheckpointError, match="a CLIPProcessor puts no image among the words of a text"):
+            of(made, "llava", lambda fields: fields.update(processor_class="CLIPProcessor"), "processor_config.json")
+
     @pytest.mark.parametrize("mark", ["<image>", "<|image_pad|>"])
     def test_a_text_that_says_where_its_images_stand(self, mark: str, made: Path, tmp_path: Path) -> None:
         """The mark of the model, and the one that rows of any model have, are taken where they are; a count is held."""
