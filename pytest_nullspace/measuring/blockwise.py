@@ -23,7 +23,8 @@ from pytest_nullspace.measuring.streaming import (
     with_rows,
 )
 from pytest_nullspace.model import AdaptedModel
-from pytest_nullspace.model.shelf import ShelvedLayer, UnfitError
+from pytest_nullspace.model.shelf import UnfitError
+from pytest_nullspace.model.shelved import ShelvedLayer
 from pytest_nullspace.run.stats import LayerStats
 from pytest_nullspace.text.windows import Shown, Window, counted_places
 

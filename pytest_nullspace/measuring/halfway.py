@@ -23,7 +23,7 @@ from pytest_nullspace.measuring.stowed import SUFFIX, OddError, stow, stowed
 from pytest_nullspace.measuring.streaming import Seen
 from pytest_nullspace.measuring.waiting import Call
 from pytest_nullspace.measuring.written import cache_folder
-from pytest_nullspace.model.shelf import Norms
+from pytest_nullspace.model.shelved import Norms
 
 GRACE, SHARE = 1.0, 0.05
 """Seconds, and the share of all time, that keeping may take; where it takes more not every block is kept."""

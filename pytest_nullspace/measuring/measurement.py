@@ -177,7 +177,7 @@ class Measurement:
         """All texts, to be read together, and what else is asked of the model."""
         from pytest_nullspace.measuring.blockwise import Blockwise
         from pytest_nullspace.measuring.halfway import Halfway
-        from pytest_nullspace.model.shelf import ShelvedLayer
+        from pytest_nullspace.model.shelved import ShelvedLayer
 
         of = (layer for name, layer in self.adapted.layers.items() if name in layers)
         chosen = [layer for layer in of if isinstance(layer, ShelvedLayer)]

@@ -24,7 +24,8 @@ from pytest_nullspace.measuring.rows import Batch, Rows
 from pytest_nullspace.measuring.waiting import Waiting, asking
 from pytest_nullspace.model import AdaptedModel
 from pytest_nullspace.model.ends import ends_of
-from pytest_nullspace.model.shelf import ShelvedLayer, UnfitError
+from pytest_nullspace.model.shelf import UnfitError
+from pytest_nullspace.model.shelved import ShelvedLayer
 
 CPU = torch.device("cpu")
 """Where all but the blocks and the head is, and where hidden states wait."""

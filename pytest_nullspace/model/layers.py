@@ -3,16 +3,13 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pytest_nullspace.kernels import at_hand, exact_row_norms, row_norms
+from pytest_nullspace.model.shelf import Shelf
 from pytest_nullspace.model.stored import stored
-
-if TYPE_CHECKING:
-    from pytest_nullspace.model.shelf import Shelf
 
 
 @dataclass(frozen=True)
@@ -146,7 +143,7 @@ class AdaptedModel:
     since: str = ""
     without_grad: Callable[[], AbstractContextManager[object]] = torch.inference_mode
     base_name: str = "the model with its adapter switched off"
-    shelf: "Shelf | None" = None
+    shelf: Shelf | None = None
 
     @property
     def is_encoder_decoder(self) -> bool:

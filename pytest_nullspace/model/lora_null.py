@@ -20,7 +20,8 @@ from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
 from pytest_nullspace.model.known import require_known
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
-from pytest_nullspace.model.shelf import Shelf, shelved, stack_of
+from pytest_nullspace.model.shelf import Shelf, stack_of
+from pytest_nullspace.model.shelved import shelved
 from pytest_nullspace.model.stored import stored
 from pytest_nullspace.model.weights import fill
 

@@ -1,7 +1,6 @@
 """A PEFT adapter on its base model: PEFT's own layers and arithmetic, with every tensor proved to have its place.
 
-PEFT itself only warns about tensors that match nothing; here that is an error, because it would be the base model
-that is measured.
+PEFT itself only warns about tensors that match nothing; here that is an error, for the base would be measured.
 """
 
 import math
@@ -33,7 +32,8 @@ from pytest_nullspace.model.bases import Kind, kind_of, load_base, reading, shel
 from pytest_nullspace.model.ends import ends_of
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.names import OLDER, Placed, are_older, placed
-from pytest_nullspace.model.shelf import Shelf, UnfitError, shelved
+from pytest_nullspace.model.shelf import Shelf, UnfitError
+from pytest_nullspace.model.shelved import shelved
 from pytest_nullspace.model.stored import stored, weight_of
 
 

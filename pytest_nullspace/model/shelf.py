@@ -4,10 +4,9 @@ A block is an element of the outermost `torch.nn.ModuleList` that holds most of 
 place, and again once it is taken out, each of its weights is one NaN seen everywhere, so what computed with it shows.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +17,6 @@ from torch import Tensor, nn
 from pytest_nullspace.checkpoint.arrays import not_finite
 from pytest_nullspace.checkpoint.header import AGAIN, TensorInfo, printable
 from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.model.layers import AdaptedLayer
-
-Norms = tuple[Tensor | None, Tensor, Tensor | None]
 
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -43,24 +39,6 @@ class _Piece(NamedTuple):
     attribute: str
     info: TensorInfo
     empty: nn.Parameter
-
-
-@dataclass(frozen=True)
-class ShelvedLayer(AdaptedLayer):
-    """An adapted layer in a block that comes and goes; the norms of its weights are kept from when it was there."""
-
-    kept: list[Norms] = field(default_factory=list)
-
-    def keep_norms(self, norms: Norms, device: torch.device) -> None:
-        """Have these norms, which were taken before, on ``device``."""
-        down, up, base = norms
-        self.kept[:] = [(_on(down, device), up.to(device), _on(base, device))]
-
-    def weight_norms(self, exact: bool = False) -> Norms:
-        """The norms, which are exact; they are taken once, while the weights are there."""
-        if not self.kept:
-            self.kept.append(super().weight_norms(exact=True))
-        return self.kept[0]
 
 
 class Shelf:
@@ -195,10 +173,6 @@ class Shelf:
         return done
 
 
-def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device)
-
-
 def _place(piece: _Piece) -> tuple[Path, int]:
     return piece.info.file, piece.info.begin
 
@@ -223,21 +197,3 @@ def stack_of(model: nn.Module) -> nn.ModuleList:
     if not stacks:
         raise UnfitError("it has no list of blocks")
     return max(stacks, key=lambda stack: sum(value.numel() for value in stack.parameters()))
-
-
-def shelved(layers: Mapping[str, AdaptedLayer], shelf: Shelf) -> dict[str, AdaptedLayer]:
-    """The layers, as such whose block comes and goes.
-
-    Raises:
-        UnfitError: One lies in no block, or its update is more than A B.
-    """
-    inside = {id(module) for block in shelf.blocks for module in block.modules()}
-    for layer in layers.values():
-        if id(layer.layer) not in inside:
-            raise UnfitError(f"{layer.name} lies in none of its blocks")
-        if layer.update is not None:
-            raise UnfitError(f"{layer.name} is a DoRA layer, which needs its whole weight when it is loaded")
-    return {
-        name: ShelvedLayer(**{of.name: getattr(layer, of.name) for of in fields(layer)})
-        for name, layer in layers.items()
-    }

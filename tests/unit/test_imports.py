@@ -109,6 +109,7 @@ ORDERS = {
         "streaming spectrum sampled scaling waiting stowed halfway streamed blockwise writing loading fitting "
         "measurement reading pipeline"
     ),
+    "model": "stored shelf layers shelved weights bases lora_null peft",
     "shell": "values options asked shared once served against runs opening outputs progress collect gate",
 }
 """Inside a wing, the modules whose order matters: none imports one that stands after it."""
