@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import pytest_nullspace.shell.gate  # noqa: F401 (else each run in this process imports it anew, some of it twice)
 from tests import saved, tiny
 
 Gate = Callable[..., pytest.RunResult]

@@ -167,6 +167,22 @@ def test_two_hundred_failures_take_forty_lines(
     assert Path("out.xml").read_text("utf-8").count("<failure ") == 202
 
 
+@pytest.mark.parametrize("workers", [(), ("-n", "2")])
+def test_a_message_fits_the_terminal_and_is_whole_in_junit(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, workers: tuple[str, ...]
+) -> None:
+    """What a failed test says is wrapped at the terminal's width, and stands in one line in JUnit's file."""
+    monkeypatch.setenv("COLUMNS", "80")
+    result = gate(pytester, lost(*MANY[:3]), "-v", "--junit-xml=out.xml", *workers)
+    shown = result.stdout.str().partition("= FAILURES =")[2].partition("= nullspace: ")[0]
+    said = "drift on the preserved text: loss "
+    assert said in shown
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("-")) <= 80
+    whole = [line for line in Path("out.xml").read_text("utf-8").splitlines() if said in line]
+    assert len(whole) == 2, "in the message and in the text"
+    assert min(map(len, whole)) > 80
+
+
 def test_whoever_asks_sees_all_and_other_tests_are_left_alone(pytester: pytest.Pytester) -> None:
     """``-v``, ``-rf`` and ``-rA`` list every failure, ``-vv`` shows each, ``-v`` a few; a user's test fails as ever."""
     (pytester.path / "test_own.py").write_text("def test_own():\n    assert 1 == 2\n")
