@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.architectures import families, of
+from tests.real import table
+from tests.real.architectures import Row, append, families, of
 from tests.real.table import PAGE, TITLES, of_page, page
 
 # PEFT's and transformers' own, while the tests make adapters with them.
@@ -56,3 +57,19 @@ def test_a_row_is_written_so_that_it_is_read_again(tmp_path: Path) -> None:
     written = page({row.name: row})
     assert of_page(written) == {row.name: "Refused"}
     assert r"a \| b \<c\>" in written
+
+
+def test_a_page_of_some_families_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of a few leaves the page of all; the last that was lacking has it written."""
+    monkeypatch.setattr(table, "PAGE", tmp_path / "models.md")
+    rows, first = tmp_path / "rows.jsonl", next(iter(families()))
+    for name in list(families())[1:]:
+        append(rows, Row(name, "refused"))
+    table.main([str(rows)])
+    assert not (tmp_path / "models.md").exists()
+    assert f"holds {len(families()) - 1} of {len(families())} families" in capsys.readouterr().out
+    append(rows, Row(first, "refused"))
+    table.main([str(rows)])
+    assert of_page((tmp_path / "models.md").read_text()).keys() == families().keys()
