@@ -15,6 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint.rounding import BITS, TYPES
+from pytest_nullspace.checkpoint.threads import one_thread
 from pytest_nullspace.errors import StatsError, printable
 from pytest_nullspace.judging.merging import Merge
 from pytest_nullspace.judging.verdicts import Threshold, Tier
@@ -159,7 +160,7 @@ class Survival:
         def left(merge: Merge) -> LayerLeft:
             return left_of(merge, types, {text: of[merge.name] for text, of in rows.items() if merge.name in of})
 
-        with ThreadPoolExecutor(max_workers=min(WORKERS, os.cpu_count() or 1)) as pool:
+        with one_thread(), ThreadPoolExecutor(max_workers=min(WORKERS, os.cpu_count() or 1)) as pool:
             return cls(tuple(types), tuple(pool.map(left, merges)))
 
     def of_type(self, kind: str) -> "OfType":

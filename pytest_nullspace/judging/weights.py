@@ -4,7 +4,9 @@ No text, no forward, no torch: what the layers do to activations stays unknown, 
 """
 
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -12,12 +14,15 @@ from typing import Any
 from pytest_nullspace.checkpoint import Checkpoint, LayerSpec, lora_null
 from pytest_nullspace.checkpoint.arrays import norm, read_tensor, triangle
 from pytest_nullspace.checkpoint.header import TensorInfo
+from pytest_nullspace.checkpoint.threads import one_thread
 from pytest_nullspace.errors import StatsError
 from pytest_nullspace.judging.audit import Place, places
 from pytest_nullspace.run.stats import SCALE_ZERO
 
 EQUAL = 1e-6
 """The share of the largest singular value within which all are taken for equal."""
+WORKERS = 4
+"""Layers that are read at once at most, each with some rows in memory."""
 STATEMENT = "gated on weights, activations not measured"
 """What every report of such a run says."""
 
@@ -129,19 +134,19 @@ def _told(key: str, value: Any) -> Any:
 
 
 def weigh(checkpoint: Checkpoint, layers: Collection[str]) -> Weights:
-    """Read the weights of ``layers``, one layer in memory at a time.
+    """Read the weights of ``layers``, some rows of a few layers in memory at a time.
 
     Raises:
         CheckpointError: A file cannot be read.
     """
-    import numpy as np
-
     held = places(checkpoint)
-    with np.errstate(over="ignore"):  # of what is so large that its norm is infinite, which is told
-        return Weights(tuple(_weighed(checkpoint, spec, held) for spec in checkpoint.layers if spec.name in layers))
+    specs = [spec for spec in checkpoint.layers if spec.name in layers]
+    with one_thread(), ThreadPoolExecutor(max_workers=min(WORKERS, os.cpu_count() or 1)) as pool:
+        return Weights(tuple(pool.map(lambda spec: _weighed(checkpoint, spec, held), specs)))
 
 
 def _weighed(checkpoint: Checkpoint, spec: LayerSpec, held: Mapping[Place, TensorInfo]) -> LayerWeights:
+    """The weights of one layer."""
     import numpy as np
 
     up, down = triangle(held[spec.name, "up"]), triangle(held[spec.name, "down"], turned=True)
