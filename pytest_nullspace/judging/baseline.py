@@ -276,6 +276,9 @@ def _why_unpaired(run: RunStats, earlier: RunStats) -> str | None:
     for what in (FIRST, "task_text", *sorted(further)):
         read = about(what, "windows_sha256")
         now, before = read(run, ()), read(earlier, ())
+        told = f"the windows of the {what.replace('_', ' ')} are not"
+        if now != before and None not in (now, before):
+            return f"{told} the same"
         if now != before or (what == FIRST and now is None):
-            return f"the windows of the {what.replace('_', ' ')} are not the same"
+            return f"{told} known to be the same"
     return None

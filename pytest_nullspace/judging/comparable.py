@@ -97,6 +97,12 @@ def _base_losses(run: RunStats, _: Collection[str]) -> Any:
     return found or None
 
 
+def _tokens(run: RunStats, _: Collection[str]) -> Any:
+    """What was read of each text, by its windows."""
+    read = {key: about(key, "windows_sha256")(run, ()) for key in (*preserved(run.about), "task_text")}
+    return {key.replace("_", " "): of for key, of in read.items() if isinstance(of, str)} or None
+
+
 _LIBRARIES = ("pytest-nullspace", "torch", "transformers")
 """What every run tells the version of, and the figures come from."""
 
@@ -145,16 +151,19 @@ COMPARED: Mapping[str, Callable[[RunStats, Collection[str]], Any]] = {
     "libraries": _libraries,
     "task": about("task_text", "sha256"),
     "chat": lambda run, _: [*_written_by(run)],
+    "tokens": _tokens,
     "update": lambda run, _: "since start" if run.about.get("update_against") else "as a whole",
     "figures": lambda run, _: list(run.measured),
 }
 """What two runs must have in common, and where a run records it."""
 OPTIONAL = frozenset(
-    ("base-files", "config", "quantisation", "base-loss", "tokenizer", "processor", "class", "libraries")
+    ("base-files", "config", "quantisation", "base-loss", "tokenizer", "processor", "class", "libraries", "tokens")
 )
 """What runs of earlier versions do not tell: where only one does, that is a doubt and no refusal."""
 OF_ONE_BASE = frozenset(("base", "base-files", "base-loss", "config", "figures"))
 """What need not be alike of a run and of its start, which may hold a part of the base, and was saved anew since."""
+_CUTS = frozenset(("text", "texts", "windows", "seqlen", "seed", "tokenizer", "processor", "task", "chat"))
+"""What makes tokens others, so that these are a difference of their own only where none of it is known to differ."""
 _OF_LAYERS = ("rows", "rank", "widths", "base")
 
 UNRECORDED = "unrecorded"
@@ -178,6 +187,8 @@ def incomparable(
         if what not in conditions:
             continue
         now, before = read(run, common), read(earlier, common)
+        if what == "tokens" and any(difference.what in _CUTS for difference in found):
+            continue
         if (now is None) != (before is None):
             if what not in OPTIONAL:
                 unrecorded.append(what)

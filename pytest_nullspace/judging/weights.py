@@ -146,7 +146,14 @@ def weigh(checkpoint: Checkpoint, layers: Collection[str]) -> Weights:
 
 
 def _weighed(checkpoint: Checkpoint, spec: LayerSpec, held: Mapping[Place, TensorInfo]) -> LayerWeights:
-    """The weights of one layer."""
+    """The weights of one layer; what float64 cannot square is told as infinite."""
+    import numpy as np
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _layer_of(checkpoint, spec, held)
+
+
+def _layer_of(checkpoint: Checkpoint, spec: LayerSpec, held: Mapping[Place, TensorInfo]) -> LayerWeights:
     import numpy as np
 
     up, down = triangle(held[spec.name, "up"]), triangle(held[spec.name, "down"], turned=True)

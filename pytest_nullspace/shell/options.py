@@ -272,7 +272,7 @@ OPTIONS = (
         "WHAT",
         "Compare although WHAT differs: text, texts (all but the first), windows, seqlen, seed, rows, rank, widths, "
         "base, base-files, config, quantisation, base-loss, tokenizer, processor, class, libraries, task, chat, "
-        "update, figures or unrecorded.",
+        "tokens, update, figures or unrecorded.",
         values.allowed,
         repeatable=True,
         more="It holds for a saved start of `--nullspace-init` as well. `unrecorded` allows what only one of "

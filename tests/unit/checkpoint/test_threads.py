@@ -7,16 +7,15 @@ from pytest_nullspace.checkpoint import threads
 
 
 def test_numpy_takes_one_thread_and_then_as_many_as_before() -> None:
-    """Also where what runs within fails; the wheels of numpy have a library that can be told so."""
+    """The wheels of numpy have a library that can be told so."""
     library = threads._openblas()
     if library is None:
         pytest.skip(f"numpy {np.__version__} has no OpenBLAS of its own")
     before = library.get()
     library.set(2)
     try:
-        with pytest.raises(KeyError), threads.one_thread():
+        with threads.one_thread():
             assert library.get() == 1
-            raise KeyError
         assert library.get() == 2
     finally:
         library.set(before)

@@ -65,7 +65,7 @@ def told(loss: float = 2.0, windows: str = "1" * 64, **changes: Any) -> RunStats
         (told(libraries={**LIBRARIES, "pytest-nullspace": "0.2.0"}), "libraries (pytest-nullspace: 0.2.0, was 0.1.0)"),
         (told(loss=2.011), "base-loss (on the windows 111111111111: 2.011, was 2)"),
         (told(loss=2.009), None),
-        (told(loss=3.0, windows="2" * 64), None),
+        (told(loss=3.0, windows="2" * 64), "tokens (text: 222222222222, was 111111111111)"),
         (told(loss=float("nan")), None),
         (told(base_model={**TOLD["base_model"], "files": {"a": "b" * 64, "c": "a" * 64}}), None),
         (told(libraries={**LIBRARIES, "transformers": "5.24.2", "torch": "2.13.1", "peft": "0.22"}), None),
@@ -74,7 +74,7 @@ def told(loss: float = 2.0, windows: str = "1" * 64, **changes: Any) -> RunStats
     ],
 )
 def test_what_a_run_was_measured_with_must_be_alike(run: RunStats, said: str | None) -> None:
-    """Base, config, quantisation, tokenizer, processor, class and libraries differ by name, with both values."""
+    """Base, config, quantisation, what makes tokens, class and libraries differ by name, with both values."""
     assert [str(difference) for difference in incomparable(run, told())] == ([] if said is None else [said])
 
 
@@ -100,12 +100,25 @@ def test_what_a_stranger_s_file_tells_is_shown_as_text() -> None:
 def test_a_run_that_tells_none_of_it_compares_with_a_doubt() -> None:
     """A run of an earlier version is held against a newer one, either way round, and what is not known is told."""
     older = saved.run()
-    names = "base-files, base-loss, class, config, libraries, processor, quantisation, tokenizer"
+    names = "base-files, base-loss, class, config, libraries, processor, quantisation, tokenizer, tokens"
     assert {*names.split(", ")} == OPTIONAL <= {*COMPARED}
     assert incomparable(told(), older) == incomparable(older, told()) == ()
     assert [*doubts(told(), older)] == [f"not known to be alike, for the earlier run does not tell it: {names}"]
     assert [*doubts(older, told())] == [f"not known to be alike, for this run does not tell it: {names}"]
     assert [*doubts(older, older)] == [*doubts(told(), told())] == []
+
+
+def test_other_tokens_of_the_same_text_are_refused_whoever_cut_them() -> None:
+    """An earlier run that tells no tokenizer compares on the same windows alone; where that differs it is what is told."""
+    older = told(tokenizer=None)
+    assert incomparable(told(), older) == ()
+    (difference,) = incomparable(told(windows="2" * 64), older)
+    assert str(difference) == "tokens (text: 222222222222, was 111111111111)"
+    (difference,) = incomparable(told(windows="2" * 64, tokenizer={"sha256": "f" * 64}), told())
+    assert difference.what == "tokenizer"
+    task = {"sha256": "7" * 64, "windows_sha256": "3" * 64}
+    (difference,) = incomparable(told(task_text=task), told(task_text={**task, "windows_sha256": "4" * 64}))
+    assert str(difference) == "tokens (task text: 333333333333, was 444444444444)"
 
 
 def test_other_releases_that_promise_to_be_compatible_are_told() -> None:
