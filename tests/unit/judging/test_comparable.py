@@ -109,7 +109,7 @@ def test_a_run_that_tells_none_of_it_compares_with_a_doubt() -> None:
 
 
 def test_other_tokens_of_the_same_text_are_refused_whoever_cut_them() -> None:
-    """An earlier run that tells no tokenizer compares on the same windows alone; where that differs it is what is told."""
+    """An earlier run that tells no tokenizer compares on the same windows alone; a tokenizer that differs is told."""
     older = told(tokenizer=None)
     assert incomparable(told(), older) == ()
     (difference,) = incomparable(told(windows="2" * 64), older)
