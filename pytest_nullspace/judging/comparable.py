@@ -182,7 +182,8 @@ def incomparable(
         conditions: The names in `COMPARED` that are looked at.
     """
     common = {layer.name for layer in run.layers} & {layer.name for layer in earlier.layers}
-    found, unrecorded = [], []
+    found: list[Difference] = []
+    unrecorded = []
     for what, read in COMPARED.items():
         if what not in conditions:
             continue

@@ -25,4 +25,4 @@ def test_a_numpy_of_another_making_is_left_as_it_is(monkeypatch: pytest.MonkeyPa
     """Where there is no such library nothing is set, and all runs."""
     monkeypatch.setattr(threads, "_openblas", lambda: None)
     with threads.one_thread():
-        assert np.linalg.qr(np.eye(2), mode="r").shape == (2, 2)
+        assert np.linalg.norm(np.linalg.inv(np.eye(4))) == 2
