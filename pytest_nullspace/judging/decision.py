@@ -50,6 +50,7 @@ class Reason:
         finding: The figure behind it; that of the worst layer where it is of layers. None for what is no figure.
         subject: Of which layer, ``model`` or ``drift`` that is; empty for what is of the run.
         layers: In how many layers it was found; 0 for what is not of layers.
+        gained: Whether the text became likelier that should have stayed as it was.
     """
 
     words: str
@@ -57,6 +58,7 @@ class Reason:
     finding: Finding | None = None
     subject: str = ""
     layers: int = 0
+    gained: bool = False
 
     @property
     def headline(self) -> str:
@@ -65,6 +67,8 @@ class Reason:
             return ""
         if not math.isfinite(self.finding.value):
             return "it is broken"
+        if self.gained:
+            return "it learned the preserved text"
         threshold = self.finding.threshold
         before_training = threshold.figure == "effectiveness" and threshold.lower_is_better
         return "it holds an update before training" if before_training else _WRONG[threshold.figure]
@@ -305,7 +309,11 @@ def _kept(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Finding]]:
 
 
 def _of(verdict: Verdict, finding: Finding, tier: Tier) -> Reason:
-    return Reason(said(verdict, finding), tier, finding, verdict.subject)
+    moved = finding.threshold.figure == "divergence"
+    gained = moved and any(
+        f.threshold.figure == "loss-rise" and f.value < -f.threshold.passes for f in verdict.findings
+    )
+    return Reason(said(verdict, finding), tier, finding, verdict.subject, gained=gained)
 
 
 def said(verdict: Verdict, finding: Finding) -> str:

@@ -101,7 +101,8 @@ def _bounds(about: Mapping[str, Any], key: str) -> dict[str, float]:
 def _blamed(of: _Read, read: list[_Read]) -> str:
     """Which of text, tokenizer and base is likelier wrong."""
     if of.is_sane(of.adapted):
-        return f"the adapted model reads it ({of.adapted:.3g}), so the base is not the one that was trained on"
+        reads = f"the adapted model reads it ({of.adapted:.3g})"
+        return f"{reads}, so it is the text of the task, or the base is not the one that was trained on"
     if any(other.is_sane(other.base) for other in read if other is not of):
         return "the base reads the other text, so this text is not of its language or its kind"
     return "the text, its tokenizer or the base's weights are wrong"

@@ -35,7 +35,7 @@ def header(checkpoint: Checkpoint, gated: int, settings: "Settings", is_base_rea
     layers = f"{total:,} layers" if gated == total else f"{gated:,} of {total:,} layers"
     yield (
         f"nullspace: {printable(checkpoint.directory, 1000)} ({checkpoint.format}, {layers}, {checkpoint.ranks}); "
-        f"{_named(settings.text_name)} {printable(settings.calib_dataset, 1000)}, {windows_asked(settings)} windows; "
+        f"{_named(settings.text_name)} {printable(settings.calib_dataset, 1000)}, {windows_asked(settings)}; "
         f"device {settings.device}"
     )
     for text in settings.further:
@@ -62,7 +62,7 @@ def _named(name: object) -> str:
 def windows_asked(settings: "Settings") -> str:
     """How many windows are drawn of each text."""
     size = settings.calib_size
-    return f"up to {settings.calib_most}" if size is None else str(size)
+    return f"up to {settings.calib_most} windows" if size is None else f"{size} window{'s' if size > 1 else ''}"
 
 
 _KINDS = (

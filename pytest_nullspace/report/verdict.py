@@ -60,7 +60,9 @@ def steps(run: RunStats, decision: Decision) -> Iterator[str]:
     if decision.causes or first is None or decision.call not in (Call.STOP, Call.LOOK):
         return
     yield f"more: pytest --nullspace-explain={first.threshold.figure}"
-    if first.uncertain:
+    if decision.reasons[0].gained:
+        yield "next: is that the text of the task? --nullspace-calib-dataset takes the one that must survive"
+    elif first.uncertain:
         yield "next: --nullspace-calib-size=auto reads text until that is settled"
     elif decision.call is Call.STOP and first.threshold.figure in KEPT and SUGGESTION not in run.about:
         yield "next: --nullspace-suggest looks for a smaller scale that passes"

@@ -11,6 +11,7 @@ from _pytest.junitxml import xml_key
 from pytest_nullspace.errors import NullspaceWarning
 from pytest_nullspace.judging.candidates import Candidate, best
 from pytest_nullspace.judging.decision import Decision
+from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report import terminal, verdict
 from pytest_nullspace.report.layout import wrapped
 
@@ -37,6 +38,10 @@ class LastWord:
         yield
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")
         if isinstance(reporter, pytest.TerminalReporter):
+            others = [one for what in _FAILED for one in reporter.stats.get(what, ()) if not self._is_ours(one)]
+            if others and self._decisions:
+                failed = f"{len(others):,} other test{'s' if len(others) > 1 else ''} failed, which no verdict is of"
+                terminal.write_lines(reporter, [(failed, Tier.FAIL)])
             for name, decision in self._decisions.items():
                 of = name if len(self._decisions) > 1 else None
                 terminal.write_lines(reporter, [(verdict.last(decision, of), decision.call.tier)])

@@ -80,7 +80,7 @@ class GatedRun(MeasuredOnce):
         if not self.gated:
             raise OptionError(
                 f"{PREFIX}layers: {settings.layers!r} matches none of the {len(layers)} layers of "
-                f"{path}; the first is {layers[0]}"
+                f"{path}; '*{layers[0].rpartition('.')[2]}' matches the first, {layers[0]}"
             )
         self.selected: set[str] = set()
         self.drift_selected: set[str] = set()

@@ -194,6 +194,7 @@ def test_whoever_asks_sees_all_and_other_tests_are_left_alone(pytester: pytest.P
         hidden = "... and 8 more, each with its figures below (whole with -vv)"
         assert (hidden in result.outlines) is (asked == "-v")
         result.stdout.fnmatch_lines(["*_ test_own _*", ">*assert 1 == 2"])
+        assert result.outlines[-2] == "1 other test failed, which no verdict is of"
         assert "more (all with -v)" not in result.stdout.str()
 
 

@@ -112,6 +112,14 @@ def test_a_warning_and_predictions_near_a_bound_are_to_be_looked_at() -> None:
     assert loud.sentence == "1 of 9 layers lie between the bounds of leakage"
 
 
+def test_a_text_that_became_likelier_was_not_forgotten() -> None:
+    """Where the predictions moved and the preserved text gained, as where the two texts are swapped, that is said."""
+    swapped = verdict(good(drift(rise=-8.0, divergence=7.6)))
+    assert (swapped.call, swapped.reasons[0].gained) == (Call.STOP, True)
+    assert swapped.sentence == "it learned the preserved text: predictions moved by 7.6 nats a token"
+    assert verdict(good(drift(rise=-0.01, divergence=0.2))).sentence.startswith("it forgets: ")
+
+
 def test_an_update_that_is_too_weak_is_told_by_what_twice_of_it_would_gain() -> None:
     """A task gain that grows with the update is a failure, one that does not is among what is good."""
     lost = verdict(good(dataclasses.replace(drift(), headroom=Headroom(144, 0.2, 0.44, 0.01))))

@@ -606,5 +606,11 @@ def test_a_red_adapter_of_green_layers_shows_its_largest_updates_and_a_next_step
     assert "next: --nullspace-calib-size=auto reads text until that is settled" in lines
     assert not any(line.startswith(("uncertain: ", "too few rows: ")) for line in lines)
     assert "divergence 0.4 (one window, so no margin), bound 0.15" in [reason.detail for reason in told.reasons]
+    gained = Drift("the base", dataclasses.replace(text, adapted_loss=1.0, divergence=2.0), text)
+    swapped = dataclasses.replace(run, drift=gained)
+    lines = [line for line, _ in brief.summary(swapped, verdicts, held, decide(swapped, held), 80)]
+    assert lines[0] == "verdict: DO NOT DEPLOY: it learned the preserved text: predictions moved by 2 nats a token"
+    (step,) = (line for line in lines if line.startswith("next: "))
+    assert step == "next: is that the text of the task? --nullspace-calib-dataset takes the one that must survive"
     asked = dataclasses.replace(run, about={"suggestion": {}})
     assert not any(line.startswith("next:") for line, _ in brief.summary(asked, verdicts, held, decide(run, held), 80))
