@@ -60,7 +60,12 @@ def llava() -> Any:
 def llava_next() -> Any:
     vision = {**PATCHES, "model_type": "clip_vision_model"}
     return hf.LlavaNextForConditionalGeneration(
-        hf.LlavaNextConfig(text_config={**TEXT, "model_type": "llama"}, vision_config=vision, image_token_index=120)
+        hf.LlavaNextConfig(
+            text_config={**TEXT, "model_type": "llama"},
+            vision_config=vision,
+            image_token_index=120,
+            image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+        )
     )
 
 

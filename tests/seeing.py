@@ -75,6 +75,29 @@ KINDS: Mapping[str, Kind] = {
         {"processor_class": "PaliGemmaProcessor"},
         {"image_token": IMAGE, "bos_token": START, "eos_token": END},
     ),
+    "llava_next": Kind(
+        {IMAGE: "<image>"},
+        {
+            "image_processor_type": "LlavaNextImageProcessor", "size": {"shortest_edge": 16},
+            "crop_size": {"height": 16, "width": 16}, "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]],
+            "processor_class": "LlavaNextProcessor",
+        },
+        {
+            "patch_size": 4, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1,
+            "image_token": "<image>", "processor_class": "LlavaNextProcessor",
+        },
+    ),
+    "idefics3": Kind(
+        {
+            IMAGE: "<image>", 1: "<fake_token_around_image>", 2: "<global-img>", 3: "<end_of_utterance>",
+            **{4 + place: f"<row_{1 + place // 2}_col_{1 + place % 2}>" for place in range(4)},
+        },
+        {
+            "image_processor_type": "Idefics3ImageProcessor", "size": {"longest_edge": 32},
+            "max_image_size": {"longest_edge": 16}, "processor_class": "Idefics3Processor",
+        },
+        {"image_seq_len": 4, "processor_class": "Idefics3Processor"},
+    ),
 }  # fmt: skip
 """By name, each family whose processor is built here."""
 

@@ -263,9 +263,10 @@ def load_processor(directory: Path, base: Path, tokenizer: Path) -> Processor:
     except CheckpointError:
         raise
     except Exception as error:
+        cure = "save the base model's processor into the directory"
         raise CheckpointError(
-            f"{directory}: transformers cannot build the processor of its images: {first_line(error)}; save the base "
-            "model's processor into the directory"
+            f"{directory}: transformers cannot build the processor of its images: {first_line(error)}; "
+            f"{'install that' if isinstance(error, ImportError) else cure}, or gate the model on text"
         ) from error
     around = next((pair for pair in _AROUND if all(part in known for part in pair)), ("", ""))
     return Processor(directory, kind.__name__, call, image_processor.model_input_names[0], mark, around, unscored)

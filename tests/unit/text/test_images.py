@@ -287,6 +287,20 @@ class TestProcessor:
         with pytest.raises(CheckpointError, match="a CLIPProcessor puts no image among the words of a text"):
             of(made, "llava", lambda fields: fields.update(processor_class="CLIPProcessor"), "processor_config.json")
 
+    def test_a_package_that_a_processor_wants_is_to_be_installed(self, made: Path) -> None:
+        """SmolVLM's wants num2words, which is said, and not that its files are bad."""
+        if find_spec("num2words") is not None:
+            pytest.skip("it is installed")
+        with pytest.raises(
+            CheckpointError, match=r"num2words` is required .*; install that, or gate the model on text"
+        ):
+            of(
+                made,
+                "idefics3",
+                lambda fields: fields.update(processor_class="SmolVLMProcessor"),
+                "processor_config.json",
+            )
+
     @pytest.mark.parametrize("mark", ["<image>", "<|image_pad|>"])
     def test_a_text_that_says_where_its_images_stand(self, mark: str, made: Path, tmp_path: Path) -> None:
         """The mark of the model, and the one that rows of any model have, are taken where they are; a count is held."""
