@@ -3,16 +3,17 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import TensorInfo, opened, read_json_object, stamp_of
+from pytest_nullspace.checkpoint.header import AGAIN, TensorInfo, opened, read_json_object, stamp_of
 from pytest_nullspace.checkpoint.hub import weight_files
 from pytest_nullspace.checkpoint.lora_null import DOWN, PROTECT_DOWN, PROTECT_UP, UP
+from pytest_nullspace.errors import CheckpointError
 
 _AT_ONCE = 4 << 20
 """Bytes that are hashed at once: neither reading nor hashing them holds the interpreter, only what is in between."""
@@ -25,13 +26,39 @@ _DECIDES_NOTHING = {
 """What a config tells of its making, or what a run tells by itself; no figure follows from it."""
 
 
-def of_base(checkpoint: Checkpoint, base: Path | None, until: Event | None = None) -> dict[str, Any]:
+class Begun(NamedTuple):
+    """The digest of a file's beginning.
+
+    Attributes:
+        digest: It, as it is; to go on with, a copy is taken.
+        size: Of how many bytes.
+    """
+
+    digest: Any
+    size: int
+
+
+_BEGINNING = Begun(hashlib.sha256(), 0)
+
+OfBeginning = Callable[[Path], Begun]
+"""Gives what of a file's digest was taken before."""
+
+
+def at_beginning(_: Path) -> Begun:
+    """Nothing."""
+    return _BEGINNING
+
+
+def of_base(
+    checkpoint: Checkpoint, base: Path | None, until: Event | None = None, begun: OfBeginning = at_beginning
+) -> dict[str, Any]:
     """What a run tells of its base: the SHA-256 of its files, or of what a checkpoint that carries it holds beside.
 
     Args:
         checkpoint: What was measured.
         base: Its base, a directory or a GGUF file; None where it is not known, or ``checkpoint`` carries it.
         until: Ends it where it is set.
+        begun: Of each file, what was taken before.
 
     Raises:
         CancelledError: It was ended.
@@ -46,7 +73,7 @@ def of_base(checkpoint: Checkpoint, base: Path | None, until: Event | None = Non
     elif base is None:
         return {}
     else:
-        told = {"files": {file.name: _once(file, until) for file in weight_files(base)}}
+        told = {"files": {file.name: _once(file, until, begun) for file in weight_files(base)}}
         file = base / "config.json"
         config = read_json_object(file, "the base model's config") if file.is_file() else {}
     if config:
@@ -70,7 +97,7 @@ def base_sha256(checkpoint: Checkpoint, base: Path | None) -> str:
     digest = hashlib.sha256()
     if base is not None:
         for file in (*(() if base.is_file() else (base / "config.json",)), *weight_files(base)):
-            _add(digest, file)
+            add_to(digest, file)
         return digest.hexdigest()
     config = {name: value for name, value in checkpoint.config.items() if name not in ("lora_r", "auto_map")}
     digest.update(json.dumps(config, sort_keys=True).encode())
@@ -78,49 +105,59 @@ def base_sha256(checkpoint: Checkpoint, base: Path | None) -> str:
     return digest.hexdigest()
 
 
-def file_sha256(file: Path, until: Event | None = None) -> str:
-    """The SHA-256 of a file.
+def file_sha256(file: Path, until: Event | None = None, begun: OfBeginning = at_beginning) -> str:
+    """The SHA-256 of a file, of which it is read what is not ``begun``.
 
     Raises:
         CancelledError: ``until`` was set before the end, so that no hash of a part is taken for that of the whole.
         CheckpointError: It cannot be read.
     """
-    digest = hashlib.sha256()
-    _add(digest, file, until)
-    return digest.hexdigest()
+    known = begun(file)
+    digest = known.digest.copy()
+    add_to(digest, file, until, known.size)
+    return str(digest.hexdigest())
 
 
 _KNOWN: dict[tuple[Path, tuple[int, int]], str] = {}
 """The digests of files of bases, as long as they stay what they are: several adapters have one."""
 
 
-def _once(file: Path, until: Event | None) -> str:
+def _once(file: Path, until: Event | None, begun: OfBeginning) -> str:
     key = file.absolute(), stamp_of(file.stat())
     if key not in _KNOWN:
-        _KNOWN[key] = file_sha256(file, until)
+        _KNOWN[key] = file_sha256(file, until, begun)
     return _KNOWN[key]
 
 
 def _add_tensors(digest: Any, tensors: Iterable[TensorInfo], until: Event | None = None) -> None:
     """Add tensors of safetensors files to a digest, in the order of their names, whatever their files are."""
+    data: dict[Path, int] = {}
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         digest.update(f"\n{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
-        _add(digest, tensor.file, until, (tensor.begin, tensor.nbytes))
+        if tensor.file not in data:
+            with opened(tensor.file, "the file of the weights") as (stream, _):
+                data[tensor.file] = 8 + int.from_bytes(stream.read(8), "little")
+        add_to(digest, tensor.file, until, data[tensor.file] + tensor.begin, tensor.nbytes)
 
 
-def _add(digest: Any, file: Path, until: Event | None = None, part: tuple[int, int] | None = None) -> None:
-    """Add a file to a digest; of a safetensors file's data with ``part`` so many bytes from there alone."""
-    buffer = memoryview(bytearray(_AT_ONCE))
+def add_to(digest: Any, file: Path, until: Event | None = None, begin: int = 0, count: int | None = None) -> None:
+    """Add a file to a digest, from its byte ``begin`` on, to its end or so many bytes.
+
+    Raises:
+        CancelledError: ``until`` was set before the end.
+        CheckpointError: It cannot be read, or has not so many.
+    """
+    buffer = memoryview(bytearray(_AT_ONCE if count is None else min(count, _AT_ONCE)))
     with opened(file, "the file of the weights") as (stream, status):
-        size = status.st_size
-        if part is not None:
-            begin, size = part
-            stream.seek(8 + int.from_bytes(stream.read(8), "little") + begin)
-        while size > 0 and (count := stream.readinto(buffer[: min(size, _AT_ONCE)])):
+        stream.seek(begin)
+        left = status.st_size - begin if count is None else count
+        while left > 0 and (got := stream.readinto(buffer[: min(left, _AT_ONCE)])):
             if until is not None and until.is_set():
                 raise CancelledError
-            digest.update(buffer[:count])
-            size -= count
+            digest.update(buffer[:got])
+            left -= got
+    if left:
+        raise CheckpointError(f"{file}: ends before it should; {AGAIN}")
 
 
 def times_of(status: os.stat_result) -> tuple[int, ...]:

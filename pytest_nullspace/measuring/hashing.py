@@ -1,14 +1,15 @@
 """The hashes of a checkpoint's weights and of its base, taken by a thread while its model is loaded and measured."""
 
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.measuring.digests import file_sha256, of_base
+from pytest_nullspace.measuring.digests import OfBeginning, at_beginning, file_sha256, of_base
+from pytest_nullspace.measuring.followed import Followed
 
 Hashes = Mapping[str, str]
 
@@ -25,23 +26,70 @@ class Hashed(NamedTuple):
     base: Mapping[str, Any]
 
 
-def hashes(checkpoint: Checkpoint, until: Event | None = None) -> Hashes:
+def hashes(checkpoint: Checkpoint, until: Event | None = None, begun: OfBeginning = at_beginning) -> Hashes:
     """The SHA-256 of each file of its weights, by the file's name.
 
     Raises:
         CancelledError: ``until`` was set before the end, so that no hash of a part is taken for that of the whole.
     """
     files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    return {file.name: file_sha256(file, until) for file in files}
+    return {file.name: file_sha256(file, until, begun) for file in files}
+
+
+class Hashing:
+    """Takes the hashes in a thread."""
+
+    def __init__(self, checkpoint: Checkpoint, base: Path | None) -> None:
+        """Begin nothing yet."""
+        self._checkpoint, self._base = checkpoint, base
+        self._over = Event()
+        self._thread = ThreadPoolExecutor(1, "nullspace-hashes")
+        self._followed: Followed | None = None
+        self._found: Future[Hashed] | None = None
+
+    def begin(self) -> None:
+        """Begin, unless that was done."""
+        if self._found is not None:
+            return
+        begun, over = at_beginning if self._followed is None else self._followed.begun, self._over
+        self._found = self._thread.submit(
+            lambda: Hashed(hashes(self._checkpoint, over, begun), of_base(self._checkpoint, self._base, over, begun))
+        )
+
+    def follow(self, pieces: Iterable[tuple[Path, int]]) -> Callable[[Path, int, memoryview], None]:
+        """From here on take them from what is read for something else, until they are asked for.
+
+        Args:
+            pieces: What is to be read so: of which file, from which byte on.
+
+        Returns:
+            To be called with each of them once it is read.
+        """
+        self._over.set()
+        self._over, self._found, self._followed = Event(), None, Followed(pieces)
+        return self._followed.add
+
+    def __call__(self) -> Hashed:
+        """What was hashed, once that is done."""
+        self.begin()
+        assert self._found is not None
+        return self._found.result()
+
+    def end(self) -> None:
+        """End it where it is."""
+        self._over.set()
+        if self._followed is not None:
+            self._followed.end()
+        self._thread.shutdown()
 
 
 @contextmanager
-def hashed_meanwhile(checkpoint: Checkpoint, base: Path | None = None) -> Iterator[Callable[[], Hashed]]:
-    """Within this context its weights and its base are hashed, and what is given waits for the end of that."""
-    over = Event()
-    with ThreadPoolExecutor(1, "nullspace-hashes") as thread:
-        found = thread.submit(lambda: Hashed(hashes(checkpoint, over), of_base(checkpoint, base, over)))
-        try:
-            yield found.result
-        finally:
-            over.set()
+def hashed_meanwhile(checkpoint: Checkpoint, base: Path | None = None, *, at_once: bool = True) -> Iterator[Hashing]:
+    """Within this context its weights and its base are hashed, from now on or once that is asked for or begun."""
+    hashing = Hashing(checkpoint, base)
+    if at_once:
+        hashing.begin()
+    try:
+        yield hashing
+    finally:
+        hashing.end()

@@ -19,7 +19,7 @@ from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
 from pytest_nullspace.measuring.digests import base_sha256, times_of
 from pytest_nullspace.measuring.fitting import load_fitting
-from pytest_nullspace.measuring.hashing import hashed_meanwhile
+from pytest_nullspace.measuring.hashing import Hashing, hashed_meanwhile
 from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.inputs import (
     NOT_AT_HAND,
@@ -50,7 +50,7 @@ from pytest_nullspace.measuring.written import Request, Written, had, require_ba
 from pytest_nullspace.run.predictions import Headroom
 from pytest_nullspace.run.stats import WITHOUT_DRIFT, LayerStats, RunStats
 from pytest_nullspace.run.texts import FIRST
-from pytest_nullspace.settings import PREFIX, Settings
+from pytest_nullspace.settings import PREFIX, STREAM, Settings
 from pytest_nullspace.text.sources import OPTION, SELF, SelfText
 from pytest_nullspace.text.tokenizer import tokenizer_hashes
 from pytest_nullspace.text.windows import Window
@@ -91,7 +91,7 @@ def measure_checkpoint(
     read = Reading.of(checkpoint, settings, initial, texts, live)
     clock.on("text")
 
-    with hashed_meanwhile(checkpoint, read.base) as hashed:
+    with hashed_meanwhile(checkpoint, read.base, at_once=settings.device_map != STREAM) as hashed:
         # Only now torch, for what is wrong with the text need not wait for it.
         with uncollected():
             from pytest_nullspace.model import import_libraries
@@ -99,7 +99,7 @@ def measure_checkpoint(
 
             import_libraries(checkpoint)
         clock.on("imports")
-        load = partial(_loaded, checkpoint, settings, read, bases, initial, live)
+        load = partial(_loaded, checkpoint, settings, read, bases, initial, live, hashed)
         loaded = load()
         clock.on("model")
         seqlen = window_length(settings.seqlen, loaded.adapted.model)
@@ -257,6 +257,7 @@ def _loaded(
     bases: Bases | None,
     initial: Checkpoint | None,
     live: InMemory | None,
+    hashed: Hashing,
     unfit: "UnfitError | None" = None,
 ) -> _Loaded:
     """Load the model unless it is there, and what its predictions are held against.
@@ -285,7 +286,10 @@ def _loaded(
     beside = checkpoint.beside(adapted.layers)
     if adapted.shelf is not None:
         beside = adapted.shelf.require_finite(beside)
+        adapted.shelf.read_by = hashed.follow(adapted.shelf.pieces())
         adapted.shelf.ahead(0)  # while all else is made ready
+    else:
+        hashed.begin()
     require_finite(beside)  # a token's row that the text never asks for shows in no figure
     if read.has_text(settings):
         require_tokens_read(adapted, checkpoint)

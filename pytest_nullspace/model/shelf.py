@@ -4,7 +4,7 @@ A block is an element of the outermost `torch.nn.ModuleList` that holds most of 
 place, and again once it is taken out, each of its weights is one NaN seen everywhere, so what computed with it shows.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from io import FileIO
@@ -50,6 +50,7 @@ class Shelf:
         bytes_read: Of the files of the weights, all tensors together.
         largest: Bytes of the largest block in memory.
         beside: Bytes of what stays in memory.
+        read_by: Given each piece of a file that was read: which file, from which byte on, and the bytes.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
@@ -62,6 +63,7 @@ class Shelf:
         """
         self.blocks, self.device, self.dtype = tuple(blocks), device, dtype
         self.bytes_read = self.largest = self.beside = 0
+        self.read_by: Callable[[Path, int, memoryview], object] = lambda *_: None
         self._pieces: list[list[_Piece]] = [[] for _ in self.blocks]
         self._block_of = {id(module): number for number, block in enumerate(self.blocks) for module in block.modules()}
         self._files: dict[Path, tuple[FileIO, int]] = {}
@@ -102,7 +104,7 @@ class Shelf:
         try:
             stream, begin = self._opened(info.file)
             stream.seek(begin + info.begin)
-            done = self._read_into(stream, values.numpy().data)
+            done = self._read_into(stream, info.file, values.numpy().data)
         except OSError as error:
             raise CheckpointError(f"{info.file}: the weights cannot be read: {error.strerror}; {AGAIN}") from None
         if done < info.nbytes:
@@ -111,6 +113,11 @@ class Shelf:
         if info.name in self._finite and not bool(value.isfinite().all()):
             raise not_finite(info)
         return value.to(self.dtype) if value.is_floating_point() else value
+
+    def pieces(self) -> Iterator[tuple[Path, int]]:
+        """Of which file, and from which byte on, each of the weights is."""
+        for piece in (piece for pieces in self._pieces for piece in pieces):
+            yield piece.info.file, self._opened(piece.info.file)[1] + piece.info.begin
 
     def read(self, number: int) -> list[Tensor]:
         """The weights of a block from their files; nothing of the model is changed, so a thread may do it."""
@@ -165,9 +172,10 @@ class Shelf:
             self._files[file] = stream, 8 + int.from_bytes(stream.read(8), "little")
         return self._files[file]
 
-    def _read_into(self, stream: FileIO, place: memoryview) -> int:
-        done = 0
+    def _read_into(self, stream: FileIO, file: Path, place: memoryview) -> int:
+        begin, done = stream.tell(), 0
         while done < len(place) and (got := stream.readinto(place[done : done + _AT_ONCE])):
+            self.read_by(file, begin + done, place[done : done + got])
             done += got
         self.bytes_read += done
         return done

@@ -105,7 +105,7 @@ ORDERS = {
     ),
     "text": "sources images gallery readers windows tokenizer processor",
     "measuring": (
-        "memory digests hashing inmemory written passages about distributed rows forward drift moved recorder "
+        "memory digests followed hashing inmemory written passages about distributed rows forward drift moved recorder "
         "streaming spectrum sampled scaling waiting stowed halfway streamed blockwise writing loading fitting "
         "measurement reading pipeline"
     ),

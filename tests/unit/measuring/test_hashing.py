@@ -2,16 +2,21 @@
 
 import gc
 import hashlib
+import os
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import replace
+from itertools import accumulate
 from threading import Event
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
-from pytest_nullspace.measuring.digests import of_base
+from pytest_nullspace.measuring.digests import OfBeginning, file_sha256, of_base
+from pytest_nullspace.measuring.followed import Followed
 from pytest_nullspace.measuring.hashing import Hashed, Hashes, hashed_meanwhile, hashes
 from pytest_nullspace.measuring.memory import uncollected
 from tests import tiny
@@ -61,7 +66,7 @@ def test_hashes_that_were_cut_short_are_none(sharded: Checkpoint, monkeypatch: p
     with pytest.raises(CancelledError):
         of_base(sharded, None, over)
 
-    def late(checkpoint: Checkpoint, until: Event) -> Hashes:
+    def late(checkpoint: Checkpoint, until: Event, _: OfBeginning) -> Hashes:
         assert until.wait(60)
         return hashes(checkpoint, until)
 
@@ -77,6 +82,27 @@ def test_hashes_that_were_cut_short_are_none(sharded: Checkpoint, monkeypatch: p
         measured()
     with pytest.raises(CancelledError):
         waited[0]()
+
+
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_a_digest_of_what_others_read_is_that_of_the_file(
+    sizes: list[int], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In whatever order pieces come, though some never do, and what lies between them is read by nobody."""
+    file = tmp_path_factory.mktemp("followed") / "weights"
+    file.write_bytes(bytes(range(sum(sizes))) if sum(sizes) < 256 else os.urandom(sum(sizes)))
+    begins = list(accumulate(sizes, initial=0))[:-1]
+    told = [begin for begin in begins if data.draw(st.booleans())]
+    followed = Followed((file, begin) for begin in told)
+    try:
+        for begin in data.draw(st.permutations(told)):
+            if data.draw(st.integers(0, 5)):
+                size = sizes[begins.index(begin)]
+                followed.add(file, begin, memoryview(file.read_bytes())[begin : begin + size])
+        assert file_sha256(file, None, followed.begun) == hashlib.sha256(file.read_bytes()).hexdigest()
+    finally:
+        followed.end()
 
 
 @pytest.mark.parametrize("enabled", [True, False])

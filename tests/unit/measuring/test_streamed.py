@@ -1,14 +1,18 @@
 """Blocks outside, windows inside: the same figures, each byte read once, or a plain reason why not."""
 
+import hashlib
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
+from pytest_nullspace.checkpoint import header
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.measuring import digests
 from pytest_nullspace.model.shelf import Shelf
 from pytest_nullspace.settings import STREAM
 from tests import tiny
@@ -69,22 +73,40 @@ def test_figures_are_those_of_the_model_in_memory(
 def test_each_byte_of_the_weights_is_read_once(
     windows: int, measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many windows and texts there are, and with drift: no more than what the files hold and B once more."""
-    shelves: list[Shelf] = []
+    """However many windows and texts there are, with drift and the files' SHA-256: at most a twentieth more."""
+    shelves, hashed = list[Shelf](), list[int]()
     put = Shelf.put
 
     def seen(shelf: Shelf, number: int, values: Any) -> None:
         shelves.append(shelf)
         put(shelf, number, values)
 
+    class Counted:
+        """A file that counts the bytes that are read of it."""
+
+        def __init__(self, stream: Any) -> None:
+            self.seek, self.read, self._stream = stream.seek, stream.read, stream
+
+        def readinto(self, buffer: Any) -> int:
+            hashed.append(self._stream.readinto(buffer))
+            return hashed[-1]
+
+    @contextmanager
+    def counted(*of: Any) -> Iterator[tuple[Counted, Any]]:
+        with header.opened(*of) as (stream, status):
+            yield Counted(stream), status
+
     monkeypatch.setattr(Shelf, "put", seen)
+    monkeypatch.setattr(digests, "opened", counted)
     wide = tiny.llama(hidden_size=128, intermediate_size=256, num_hidden_layers=7)
     directory = tiny.lora_null(tmp_path / "wide", wide, rank=4, shards=2)
-    measured(directory, device_map=STREAM, calib_size=windows)
-    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    run = measured(directory, device_map=STREAM, calib_size=windows)
+    files = sorted(directory.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
     assert len(shelves) == 7
     assert len(set(map(id, shelves))) == 1
-    assert 0.95 * size < shelves[0].bytes_read < 1.05 * size
+    assert 0.95 * size < shelves[0].bytes_read + sum(hashed) < 1.05 * size
+    assert run.about["weights_sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def test_freed_memory_is_given_back_after_each_block_and_nothing_is_set_aside_for_an_empty_one(
