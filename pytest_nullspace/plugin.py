@@ -6,8 +6,8 @@ import pytest
 
 from pytest_nullspace.errors import NullspaceError, escaped
 from pytest_nullspace.shell.asked import early_models, holds_model, mistyped, read_settings
+from pytest_nullspace.shell.declared import add_options
 from pytest_nullspace.shell.fixtures import RUNS, nullspace_layer, nullspace_run, parametrize
-from pytest_nullspace.shell.options import add_options
 
 __all__ = ["nullspace_layer", "nullspace_run"]
 

@@ -78,6 +78,7 @@ class Settings:
         text_name: How that text is called, if it has a name.
         further: The preserved texts beside it.
         weights_only: Whether the weights alone are gated, and no text is run.
+        screen: Whether adapters of one base are screened to the first order, in one pass over that, and not gated.
         allow_unreached: Globs of the layers that no activation row need reach.
         drift: Whether the predictions are held against the base model's; None for where that can be had without
             loading another model.
@@ -131,6 +132,7 @@ class Settings:
     task_folder: Path = Path()
     calib_most: int = AUTO_MOST
     weights_only: bool = False
+    screen: bool = False
     chat: str = "auto"
     rank: int = 0
     text_name: str = ""

@@ -4,17 +4,18 @@ Pure. What was not measured, not run or not complete is never safe.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage, verdicts_of
+from pytest_nullspace.judging.spoken import PLAIN, said
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
 from pytest_nullspace.run.figures import OF_DOWN
 from pytest_nullspace.run.stats import RunStats
-from pytest_nullspace.run.texts import DRIFT, called, is_drift
+from pytest_nullspace.run.texts import DRIFT, is_drift
 
 MORE_TEXT = "but more text might change that"
 """Said of a figure that more text might put into another tier."""
@@ -103,12 +104,14 @@ class Decision:
         reasons: All that speaks for it, the weightiest first.
         causes: The mistakes behind it, by name.
         thresholds: What the averages and the predictions were held against.
+        basis: On what it rests, where that is less than the adapter's own activations.
     """
 
     call: Call
     reasons: tuple[Reason, ...]
     causes: tuple[Diagnosis, ...] = ()
     thresholds: tuple[Threshold, ...] = ()
+    basis: str = ""
 
     @property
     def deciding(self) -> tuple[Reason, ...]:
@@ -118,6 +121,10 @@ class Decision:
     @property
     def sentence(self) -> str:
         """Why, in one sentence."""
+        return f"{self.basis}: {self._why}" if self.basis else self._why
+
+    @property
+    def _why(self) -> str:
         first = self.reasons[0]
         doubted = first.finding is not None and first.finding.uncertain
         doubt = f", {MORE_TEXT}" if self.call is Call.STOP and doubted else ""
@@ -136,6 +143,7 @@ class Decision:
             "verdict": str(self.call),
             "tier": None if self.call.tier is None else str(self.call.tier),
             "sentence": self.sentence,
+            **({"basis": self.basis} if self.basis else {}),
             "figures": [reason.to_dict() for reason in self.deciding],
             "thresholds": {threshold.figure: _bounds(threshold) for threshold in self.thresholds},
             "causes": [{"cause": cause.cause, "more": cause.page} for cause in self.causes],
@@ -169,6 +177,7 @@ def decide(
     unmeasured: str = UNMEASURED,
     further: Sequence[str] = (),
     excused: Collection[str] = (),
+    screened: Sequence[Verdict] = (),
 ) -> Decision:
     """What to do with the adapter of which ``run`` tells.
 
@@ -181,11 +190,13 @@ def decide(
         unmeasured: What is said where no layer was measured.
         further: What else is to be looked at, of tests that measure nothing.
         excused: The names of the tests that failed as a mark of the user's expects.
+        screened: The verdicts of a run that measured nothing, and so passes by none of them.
     """
-    found = [verdict for verdict in verdicts_of(run, expectations) if verdict.gated]
+    found = [verdict for verdict in (*verdicts_of(run, expectations), *screened) if verdict.gated]
+    many = len(run.layers) or sum(verdict.subject != MODEL for verdict in screened)
     spared = [v for v in found if failed is not None and v.tier is Tier.FAIL and v.subject not in failed]
     verdicts = [verdict for verdict in found if verdict not in spared] if spared else found
-    wrong = [*_found(verdicts, Tier.FAIL, len(run.layers)), *_other(verdicts, failed or {})]
+    wrong = [*_found(verdicts, Tier.FAIL, many), *_other(verdicts, failed or {})]
     thresholds = tuple(t for subject in (MODEL, DRIFT) for t in expectations.thresholds(subject))
 
     def called(call: Call, reasons: Sequence[Reason]) -> Decision:
@@ -316,62 +327,7 @@ def _of(verdict: Verdict, finding: Finding, tier: Tier) -> Reason:
     return Reason(said(verdict, finding), tier, finding, verdict.subject, gained=gained)
 
 
-def said(verdict: Verdict, finding: Finding) -> str:
-    """What a finding of a verdict says to who knows no figure, the text named where it has a name."""
-    told, (_, *name) = plain(finding.threshold.figure, finding.value), called(verdict.subject)
-    whole = "the preserved text"
-    if not name:
-        return told
-    return told.replace(whole, f"{whole} {name[0]}") if whole in told else f"{told} on the text {name[0]}"
-
-
-def plain(figure: str, value: float) -> str:
-    """What a figure of the predictions, or an average over layers, says to who knows no figure."""
-    if not math.isfinite(value):
-        return f"{figure} is no number"
-    return _PLAIN[figure](value)
-
-
-def share(part: float) -> str:
-    """A share in per cent, in as many digits as people read."""
-    percent = 100 * part
-    return f"{percent:,.0f} %" if percent >= 10 else f"{percent:.2g} %"
-
-
-def times(ratio: float) -> str:
-    """How many times, likewise."""
-    return f"{ratio:,.0f} x" if ratio >= 10 else f"{ratio:.2g} x"
-
-
-def _likelier(text: str, nats: float) -> str:
-    """How much the probability of a token changed, where its mean logarithm rose by ``nats``."""
-    if nats < 0:
-        return f"the {text} text is {share(-math.expm1(nats))} less likely"
-    if nats > math.log(2):
-        return f"the {text} text is {times(math.exp(min(nats, 20.0)))} as likely"
-    return f"the {text} text is {share(math.expm1(nats))} more likely"
-
-
-def against_chance(leakage: float) -> str:
-    """How a leakage lies to that of a random subspace."""
-    if leakage > 1:
-        return f"{times(leakage)} louder than chance"
-    return f"{times(1 / leakage)} quieter than chance" if leakage else "perfectly quiet"
-
-
-_PLAIN: Mapping[str, Callable[[float], str]] = {
-    "loss-rise": lambda value: _likelier("preserved", -value),
-    "divergence": lambda value: f"predictions moved by {value:.2g} nats a token",
-    "task-gain": lambda value: _likelier("task", value),
-    "headroom": lambda value: f"twice the update would gain {times(value)} as much on the task",
-    "leakage": lambda value: f"its space is {against_chance(value)}",
-    "preservation": lambda value: f"{share(value)} of the preserved text's activations reach it",
-    "effectiveness": lambda value: f"its update is {share(value)} of its input",
-    "contribution": lambda value: f"its update is {share(value)} of the layers' output",
-    "forgetting": lambda value: f"its update is {share(value)} of what the base computes on the preserved text",
-    "selectivity": lambda value: f"its update is {times(value)} as large on the task text as on the preserved one",
-}
-_WEIGHT = tuple(_PLAIN)
+_WEIGHT = tuple(PLAIN)
 """The figures, those first that weigh most."""
 _TOLD_WHERE_SAFE = ("loss-rise", "task-gain", "divergence", "leakage")
 _FORGETS, _LOST, _IDLE = "it forgets", "its null space is lost", "it did not learn"

@@ -5,10 +5,11 @@ keeps what the adapter promises: a null space that the preserved text hardly rea
 The others show where something happened; they decide only where a bound is given for them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import fmean
+from typing import Protocol
 
 from pytest_nullspace.checkpoint import lora_null, whole
 from pytest_nullspace.checkpoint.header import printable
@@ -71,7 +72,26 @@ QUIET = 0.5
 """Mean leakage over chance below which an input space was chosen to be quiet: the pass bound."""
 
 
-def choose(run: RunStats, asked: str = "auto", variant: str = "auto", start: tuple[str, str] | None = None) -> Chosen:
+class Known(Protocol):
+    """What a layer tells of the space that its B reads."""
+
+    @property
+    def defect(self) -> str | None: ...  # noqa: D102
+    @property
+    def absent(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def leakage(self) -> float: ...  # noqa: D102
+    @property
+    def is_orthonormal(self) -> bool: ...  # noqa: D102
+
+
+def choose(
+    run: RunStats,
+    asked: str = "auto",
+    variant: str = "auto",
+    start: tuple[str, str] | None = None,
+    screened: Sequence[Known] = (),
+) -> Chosen:
     """The profile of a run.
 
     Args:
@@ -79,6 +99,7 @@ def choose(run: RunStats, asked: str = "auto", variant: str = "auto", start: tup
         asked: A profile, or ``auto`` to decide.
         variant: What training might move, if that was said.
         start: What training might move as its start tells, and how it does; None where no start is known.
+        screened: What is known of its layers where none was measured.
     """
     if asked != "auto":
         return Chosen(Profile(asked), "as --nullspace-profile says")
@@ -96,16 +117,16 @@ def choose(run: RunStats, asked: str = "auto", variant: str = "auto", start: tup
         return Chosen(Profile.LORA, f"its config says init_lora_weights={printable(initialised)}")
     if start is not None and start[0] != "v1":
         return Chosen(_of_variant(start[0]), start[1])
-    return _measured(run)
+    return _measured(run.layers or screened)
 
 
 def _of_variant(variant: str) -> Profile:
     return Profile.LORA if variant == "lora" else Profile.NULLSPACE
 
 
-def _measured(run: RunStats) -> Chosen:
+def _measured(layers: Sequence[Known]) -> Chosen:
     """From the figures alone: a space that is quiet was chosen to be, and so were rows that are orthonormal."""
-    known = [layer for layer in run.layers if layer.defect is None]
+    known = [layer for layer in layers if layer.defect is None]
     if known and all(layer.is_orthonormal for layer in known):
         return Chosen(Profile.NULLSPACE, "the rows of B are orthonormal")
     leaks = [layer.leakage for layer in known if "leakage" not in layer.absent]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pytest_nullspace.checkpoint.header import printable, quoted
 from pytest_nullspace.judging.baseline import Change
-from pytest_nullspace.judging.decision import times
+from pytest_nullspace.judging.spoken import times
 from pytest_nullspace.judging.verdicts import Finding, Tier, Verdict
 from pytest_nullspace.report.notes import QUOTED, place_of
 from pytest_nullspace.run.figures import FIGURES, Text, of_predictions

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.judging.decision import Decision, said
+from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import MODEL, Expectations, judge_averages, judge_drifts
+from pytest_nullspace.judging.spoken import said
 from pytest_nullspace.judging.verdicts import Finding, Verdict
 from pytest_nullspace.report.markdown import escape
 from pytest_nullspace.report.words import MARKS, named

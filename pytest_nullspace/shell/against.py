@@ -16,6 +16,7 @@ from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import Check, Expectations, Stage, passes
 from pytest_nullspace.judging.profiles import Chosen, choose
 from pytest_nullspace.judging.sanity import insane
+from pytest_nullspace.judging.screening import CURE, STATEMENT, Screening
 from pytest_nullspace.judging.start import Start, unpaired
 from pytest_nullspace.judging.survival import Survival
 from pytest_nullspace.judging.weights import LayerWeights, Weights
@@ -31,6 +32,7 @@ class Told:
     outcome: RunStats
     audit: Audit | None
     weights: Weights | None
+    screening: Screening | None
     survival: Survival | None
 
 
@@ -82,7 +84,9 @@ class Against:
     def told(self, outcome: RunStats) -> Told:
         """What the outcome tells beside its figures, read once, for each of its layers asks."""
         if self._told is None or self._told.outcome is not outcome:
-            self._told = Told(outcome, Audit.of(outcome.about), Weights.of(outcome.about), Survival.of(outcome.about))
+            about = outcome.about
+            parts = Audit.of(about), Weights.of(about), Screening.told(about), Survival.of(about)
+            self._told = Told(outcome, *parts)
         return self._told
 
     def expectations(self, outcome: RunStats, drift_selected: bool, judged: Collection[str] | None) -> Expectations:
@@ -118,7 +122,9 @@ class Against:
         """By what the outcome is judged."""
         begun = self.told(outcome).audit or self.start
         start = None if begun is None else (begun.variant, begun.decided)
-        return choose(outcome, self._settings.profile, self._settings.variant, start)
+        screening = self.told(outcome).screening
+        screened = () if screening is None else screening.entries
+        return choose(outcome, self._settings.profile, self._settings.variant, start, screened)
 
     def compared(self, outcome: RunStats) -> Comparison | None:
         """The outcome against the earlier run, if there is one that compares."""
@@ -185,6 +191,11 @@ def read_run(file: Path) -> RunStats:
         raise StatsError(
             f"{file}: is of weights alone: its activations were not measured, so it can stand in for no measured run; "
             "measure without --nullspace-weights-only"
+        )
+    if Screening.told(run.about, str(file)) is not None:
+        raise StatsError(
+            f"{file}: is {STATEMENT}, which no adapter's own activations bear out, so it can stand in for no measured "
+            f"run; {CURE}, without --nullspace-screen"
         )
     if not run.layers:
         raise StatsError(f"{file}: holds no layer, so there is nothing to gate")

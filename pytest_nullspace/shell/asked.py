@@ -87,6 +87,7 @@ def settings_of(read: Mapping[str, Any], folder: Path) -> Settings:
         limits=read["compare-fail"],
         allowed=read["compare-allow"],
         weights_only=read["weights-only"],
+        screen=read["screen"],
     )
     _check_together(settings)
     return settings
@@ -156,6 +157,7 @@ def _check_together(settings: Settings) -> None:
         )
     if spreads and settings.device != "auto":
         raise OptionError(f"{PREFIX}device-map: chooses the devices itself; leave {PREFIX}device out")
+    _check_screen(settings)
     _check_card(settings)
     _check_serve(settings)
     _check_attest(settings)
@@ -232,6 +234,35 @@ def _check_weights_only(settings: Settings) -> None:
         raise OptionError(
             f"{PREFIX}weights-only: measures no activations, and {PREFIX}{given}{file} is of them; leave one of the "
             "two out"
+        )
+
+
+def _check_screen(settings: Settings) -> None:
+    """What no adapter's own activations bear out proves nothing, and needs the base in memory once."""
+    needing = {
+        "stats": settings.stats,
+        "compare": settings.compare,
+        "init": settings.init,
+        "require": settings.require,
+        "card": settings.card,
+        "attest": settings.attest,
+        "drift": settings.drift,
+        "spectrum": settings.spectrum,
+        "suggest": settings.suggest,
+        "merge": settings.merge,
+        "weights-only": settings.weights_only,
+        "rank": settings.rank,
+        "device-map": settings.device_map is not None,
+        "calib-size": settings.calib_size is None,
+    }
+    given = [PREFIX + name for name, value in needing.items() if value]
+    if settings.screen and settings.ranks.size > 1:
+        given.append("torchrun")
+    if settings.screen and given:
+        auto = "=auto" if given == [f"{PREFIX}calib-size"] else ""
+        raise OptionError(
+            f"{PREFIX}screen: takes first-order figures of adapters from the base's activations, which prove nothing; "
+            f"leave it out for {' and '.join(given)}{auto}, or these out for a screen"
         )
 
 

@@ -150,6 +150,8 @@ def asked(
     for name, value in options.items():
         given[name.replace("_", "-")] = value
     known = {option.name: option for option in OPTIONS}
+    if "screen" in given:
+        raise OptionError(f"gate: takes one adapter, and screen several; run pytest {PREFIX}screen")
     unknown = next((name for name in given if name not in known or (name != "model" and name in _NOT_HERE)), None)
     if unknown is not None:
         alike = get_close_matches(unknown, [name for name in known if name not in _NOT_HERE], 1)

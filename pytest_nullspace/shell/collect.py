@@ -2,13 +2,14 @@
 
 import warnings
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_nullspace.errors import NullspaceError, NullspaceWarning
+from pytest_nullspace.judging import screening
 from pytest_nullspace.judging.invariants import MODEL, judge, judge_averages, judge_drift
 from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.judging.weights import STATEMENT
@@ -45,11 +46,12 @@ class CheckpointFile(pytest.File):
         return list(self._items())
 
     def _items(self) -> Iterator["GateItem"]:
-        kind = WeightsItem if self.run.weights_only else LayerItem
+        kind = WeightsItem if self.run.weights_only else ScreenItem if self.run.screened else LayerItem
         for name in self.run.gated:
             yield kind.from_parent(self, name=name)
         if self.run.gates_all and not self.run.weights_only:
-            yield ModelItem.from_parent(self, name=MODEL)
+            of_averages = ScreenedAverages if self.run.screened else ModelItem
+            yield of_averages.from_parent(self, name=MODEL)
         for name in self.run.against.missing:
             yield MissingItem.from_parent(self, name=name)
         if self.run.has_audit:
@@ -174,6 +176,39 @@ class ModelItem(MeasuredItem):
         figures = {figure: run.mean(figure) for figure in run.measured}
         self.record(tier=str(verdict.tier), layers=len(run.layers), **figures)
         return verdict, words.named(words.model_failure(run, verdict), run)
+
+
+class ScreenItem(LayerItem):
+    """Judges what a layer would do to the first order."""
+
+    def runtest(self) -> None:
+        """Fail by a first-order figure; pass only with a warning."""
+        _screened(self)
+
+
+class ScreenedAverages(ModelItem):
+    """Judges the averages of that."""
+
+    def runtest(self) -> None:
+        """Fail by a first-order figure; pass only with a warning."""
+        _screened(self)
+
+
+def _screened(item: LayerItem | ModelItem) -> None:
+    run = item.parent.run
+    outcome = run.measured()
+    told = run.against.told(outcome).screening
+    if told is None or (item.name != MODEL and item.name not in told.layers):
+        pytest.fail(f"{item.name} was not screened", pytrace=False)
+    verdict = screening.verdict(told, item.name, run.expectations(outcome))
+    value = told.mean if item.name == MODEL else partial(told.figure, item.name)
+    figures = {f"first_order_{figure}": value(figure) for figure in screening.FIGURES}
+    item.record(gated_on="screen", statement=screening.STATEMENT, screen_tier=str(verdict.tier), **figures)
+    if verdict.tier is Tier.FAIL:
+        pytest.fail(f"{screening.STATEMENT}: {verdict.summary}", pytrace=False)
+    looks = f"{screening.STATEMENT}: {verdict.warning}" if verdict.tier is Tier.WARN and not verdict.excuse else ""
+    told_of_all = f"{screening.STATEMENT}, which gates nothing: {screening.CURE}"
+    item.warn_of(looks or told_of_all, looks or told_of_all)  # a pass of a screen alone is never without one
 
 
 class DriftItem(MeasuredItem):

@@ -4,9 +4,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from pytest_nullspace.judging.decision import UNMEASURED, Call, Decision, decide, gaps, not_gated, stopped
-from pytest_nullspace.judging.invariants import MODEL
+from pytest_nullspace.judging.invariants import MODEL, Expectations
+from pytest_nullspace.judging.screening import FIGURES, sentence, verdicts
+from pytest_nullspace.judging.screening import STATEMENT as SCREENED
 from pytest_nullspace.judging.survival import OfType
-from pytest_nullspace.judging.verdicts import Tier
+from pytest_nullspace.judging.verdicts import Tier, Verdict
 from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report.machine import Beside
 from pytest_nullspace.report.words import named
@@ -47,17 +49,36 @@ def decided(run: GatedRun, failed: Mapping[str, str], excused: Collection[str] =
             return stopped(refused)
         why = "not measured" if run.judged else "none of its tests was run"
         return not_gated(max(failed.values(), key=len, default=why))
+    expectations, tests = run.expectations(outcome), tests_of(run)
     told = decide(
         outcome,
-        run.expectations(outcome),
+        expectations,
         run.diagnoses(outcome),
-        tests_of(run),
+        tests,
         failed,
-        STATEMENT if run.weights_only else UNMEASURED,
+        _unmeasured(run, outcome, expectations, tests),
         [*merge_doubts(run, outcome), *run.servers.doubts(run.judged)],
         excused,
+        screened=screened_verdicts(run, outcome, expectations),
     )
-    return replace(told, reasons=tuple(replace(one, words=named(one.words, outcome)) for one in told.reasons))
+    reasons = tuple(replace(one, words=named(one.words, outcome)) for one in told.reasons)
+    told = replace(told, reasons=reasons)
+    if not run.screened:
+        return told
+    return replace(told, basis=SCREENED, thresholds=tuple(t for t in told.thresholds if t.figure in FIGURES))
+
+
+def _unmeasured(run: GatedRun, outcome: RunStats, expectations: Expectations, tests: Sequence[str]) -> str:
+    """What is said of a run that holds no measured layer."""
+    if (told := run.against.told(outcome).screening) is not None:
+        return sentence(told, tests, expectations)
+    return STATEMENT if run.weights_only else UNMEASURED
+
+
+def screened_verdicts(run: GatedRun, outcome: RunStats, expectations: Expectations) -> list[Verdict]:
+    """The first-order verdicts of a run that was screened; none of others."""
+    told = run.against.told(outcome).screening
+    return [] if told is None else verdicts(told, expectations)
 
 
 def merge_doubts(run: GatedRun, outcome: RunStats) -> list[str]:

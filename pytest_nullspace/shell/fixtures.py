@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 RUNS = pytest.StashKey[tuple["GatedRun", ...]]()
 """Where the plugin keeps the checkpoints of this run of pytest."""
 
+_WEIGHTS_ALONE = "--nullspace-weights-only gates weights alone"
 NO_MODEL = "no --nullspace-model was given, and no --nullspace-stats"
 
 
@@ -36,7 +37,8 @@ def _measured(run: "GatedRun", request: pytest.FixtureRequest) -> "RunStats":
 
     outcome = measured(run, request.node, request.config)
     if not outcome.layers:
-        pytest.fail("no activation was measured: --nullspace-weights-only gates weights alone", pytrace=False)
+        alone = "--nullspace-screen takes those of the base alone" if run.screened else _WEIGHTS_ALONE
+        pytest.fail(f"no activation was measured: {alone}", pytrace=False)
     return outcome
 
 

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Generator, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,9 +13,10 @@ from pytest_nullspace.checkpoint.hub import local_directory
 from pytest_nullspace.errors import NullspaceError, printable
 from pytest_nullspace.judging.candidates import Candidate, best, candidate
 from pytest_nullspace.judging.decision import Call, Decision
+from pytest_nullspace.judging.screening import STATEMENT as SCREENED
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
-from pytest_nullspace.report import candidates, changes, terminal, verdict, weights
+from pytest_nullspace.report import candidates, changes, screened, terminal
 from pytest_nullspace.report.layout import wrapped
 from pytest_nullspace.report.words import named
 from pytest_nullspace.run import saved
@@ -244,8 +244,9 @@ class Gate:
 
     def _state_what_was_not_measured(self) -> None:
         """Say so also where no terminal shows header and summary: unsaid, weights alone would look fully gated."""
-        if self.settings.weights_only and self._config.pluginmanager.get_plugin("terminalreporter") is None:
-            print(f"nullspace: {STATEMENT}")
+        said = STATEMENT if self.settings.weights_only else SCREENED if self.settings.screen else None
+        if said is not None and self._config.pluginmanager.get_plugin("terminalreporter") is None:
+            print(f"nullspace: {said}")
 
     def _hold_each_selected(self) -> None:
         """Tell of every run that was given and of which no test was selected, be it by another's id or by -k."""
@@ -286,14 +287,17 @@ class Gate:
             )
             for file, run in self._files.items()
         ]
-        beside = self._candidates() if len(self.runs) > 1 else []
+        beside = self._candidates() if len(self.runs) > 1 and not self.settings.screen else []
+        first = [candidates.page(beside)] if beside else []
+        if self.settings.screen and len(held := self._screened()) > 1:
+            first = [screened.beside_page(held)]
         try:
             for run, outcome, *_ in told:
                 if self.settings.save_stats is not None and run.peek() is not None:
                     file = stats_file(self.settings.save_stats, run.name)
                     saved.write(reports.diagnosed(run, outcome), file, self._saved_verdict(run, beside))
                     self._saved.append(f"statistics saved to {file}")
-            pages = [*([candidates.page(beside)] if beside else []), *map(reports.page, told)]
+            pages = [*first, *map(reports.page, told)]
             for file in self.settings.reports:
                 saved.write_atomically(file, reports.written(file.suffix, told, pages, beside))
                 self._saved.append(self._as_typed(f"report written to {file}"))
@@ -333,12 +337,21 @@ class Gate:
             for run, outcome in peeked
         ]
 
+    def _screened(self) -> list[screened.Screened]:
+        """The adapters that were screened."""
+        peeked = [(run, run.peek()) for run in self.runs]
+        told = (
+            reports.screened(run, of, self._decision(run), self._where(run)) for run, of in peeked if of is not None
+        )
+        return [one for one in told if one is not None]
+
     def _where(self, run: GatedRun) -> str:
         """How reports name what is gated."""
         return node_id(run.path, self._config.rootpath)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the report of every checkpoint, then whatever keeps the run from being complete."""
+        width = terminal.columns(self._config.get_terminal_writer())
         for run in self.runs:
             outcome = run.peek()
             if outcome is None:
@@ -347,21 +360,10 @@ class Gate:
                 terminalreporter.ensure_newline()
                 terminalreporter.section(f"nullspace: {self._where(run)}")
                 every = terminalreporter.verbosity > 0
-                weighed = run.against.told(outcome).weights
-                if weighed is None:
+                lines = reports.summary(run, outcome, self._decision(run), every, width)
+                if lines is None:
                     terminal.write(terminalreporter, outcome, run.expectations(outcome), self._decision(run))
                 else:
-                    terminal.write_lines(terminalreporter, verdict.lines(self._decision(run)))
-                    faults = partial(run.against.weight_faults, outcome)
-                    lines = weights.summary(
-                        weighed,
-                        faults,
-                        outcome.checkpoint_layers,
-                        every,
-                        terminal.columns(self._config.get_terminal_writer()),
-                        run.expectations(outcome).gates,
-                        partial(named, run=outcome),
-                    )
                     terminal.write_lines(terminalreporter, lines)
                 below = [
                     *reports.changed(run, outcome, every),
@@ -369,9 +371,10 @@ class Gate:
                 ]
                 terminal.write_lines(terminalreporter, ((named(line, outcome), tier) for line, tier in below))
         if len(self.runs) > 1 and self.decisions:
-            terminalreporter.section("nullspace: candidates")
-            width = terminal.columns(self._config.get_terminal_writer())
-            terminal.write_lines(terminalreporter, candidates.lines(self._candidates(), width))
+            terminalreporter.section(f"nullspace: {'screened' if self.settings.screen else 'candidates'}")
+            held = self._screened()
+            beside = screened.beside(held, width) if held else candidates.lines(self._candidates(), width)
+            terminal.write_lines(terminalreporter, beside)
         while self._problems:
             terminal.write_lines(terminalreporter, [(f"nullspace: NOT GATED: {self._problems.pop(0)}", Tier.FAIL)])
         if self._no_room is not None:

@@ -12,9 +12,12 @@ from pytest_nullspace.errors import OptionError
 from pytest_nullspace.measuring import inputs
 from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.loading import Bases
+from pytest_nullspace.measuring.screening import require_plain, require_sharing
 from pytest_nullspace.run.figures import FIGURES, OF_DOWN
 from pytest_nullspace.settings import PREFIX, Settings, model_name
-from pytest_nullspace.shell.runs import CheckpointRun, GatedRun, SavedRun, require_no_down
+from pytest_nullspace.shell.replayed import SavedRun, require_no_down
+from pytest_nullspace.shell.runs import CheckpointRun, GatedRun
+from pytest_nullspace.shell.together import Together
 from pytest_nullspace.text.readers import Text
 
 
@@ -32,11 +35,13 @@ def open_runs(settings: Settings, texts: dict[str, Text], live: InMemory | None 
         OptionError: The option ``layers`` matches no layer of one, or a bound would hold nothing.
     """
     bases: Bases = {}
+    together = Together(settings, texts) if settings.screen else None
     if live is not None:
         models = [CheckpointRun(live.checkpoint, live.checkpoint.directory.name, settings, bases, texts, live)]
     else:
         models = [
-            CheckpointRun(_opened(of, settings), model_name(of), settings, bases, texts) for of in settings.models
+            CheckpointRun(_opened(of, settings), model_name(of), settings, bases, texts, together=together)
+            for of in settings.models
         ]
     runs = (*models, *(SavedRun(file, settings) for file in settings.stats))
     if settings.rank and not any(isinstance(run, CheckpointRun) and run.checkpoint.is_whole for run in runs):
@@ -62,6 +67,8 @@ def check_inputs(runs: Sequence[GatedRun], settings: Settings, texts: dict[str, 
         TextError: A text cannot be read.
     """
     measured = [run for run in runs if isinstance(run, CheckpointRun)]
+    if settings.screen and not look:
+        require_sharing([run.checkpoint for run in measured], settings)
     for run in measured:
         for test in run.servers.tests:
             run.servers.outcome(test)
@@ -116,6 +123,8 @@ def _opened(model: Path | str, settings: Settings) -> Checkpoint:
     checkpoint = open_checkpoint(directory, settings.base, settings.rank)
     if checkpoint.is_whole:
         _check_whole(checkpoint, settings)
+    if settings.screen:
+        require_plain(checkpoint)
     return checkpoint
 
 

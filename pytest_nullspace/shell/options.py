@@ -1,13 +1,10 @@
-"""Every option with its ini twin, in one table; `pytest_nullspace.shell.asked` reads what was given."""
+"""Every option in one table; `declared` tells pytest of them, and `asked` reads what was given."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pytest_nullspace.settings import AUTO_MOST, DEFAULT_TEXT, PREFIX
 from pytest_nullspace.shell import values
-
-if TYPE_CHECKING:
-    import pytest
 
 
 class Option(NamedTuple):
@@ -289,6 +286,18 @@ OPTIONS = (
         more="Its saved run stands in for no measured one.",
     ),
     Option(
+        "screen",
+        "",
+        "Screen several adapters of one base in one pass over it, to the first order: their leakage, preservation and "
+        "forgetting. It gates nothing; gate the ones that you keep.",
+        values.truth,
+        default=False,
+        switch=True,
+        more="None of the adapters runs: each layer reads what the base gives it. The verdict of what nothing fails is "
+        "NOT GATED, and what is saved stands in for no measured run. Adapters that are more than A and B beside an "
+        "untouched base are refused. See [screening](screening.md).",
+    ),
+    Option(
         "save-stats",
         "JSON",
         "Save what was measured; {model} in the name stands for the directory's.",
@@ -362,36 +371,3 @@ OPTIONS = (
         switch=True,
     ),
 )
-
-
-def add_options(parser: "pytest.Parser") -> None:
-    """Declare every option and its ini twin to pytest."""
-    group = parser.getgroup("nullspace", "gate a trained adapter (pytest-nullspace)")
-    for option in OPTIONS:
-        default = f" (default {option.default})" if isinstance(option.default, str | int) and not option.switch else ""
-        text = option.help + default
-        shown = text.replace("%", "%%")  # argparse formats the help of options, pytest prints that of ini keys as it is
-        if option.switch:
-            group.addoption(option.flag, dest=option.dest, action="store_const", const="true", default=None, help=shown)
-            if option.off:
-                off, told = PREFIX + option.off, f"Leave out what {option.flag} demands."
-                group.addoption(off, dest=option.dest, action="store_const", const="false", default=None, help=told)
-        else:
-            group.addoption(
-                option.flag,
-                dest=option.dest,
-                metavar=option.metavar,
-                action="append" if option.repeatable else "store",
-                default=None,
-                help=shown,
-                **({} if option.bare is None else {"nargs": "?", "const": option.bare}),
-            )
-        kind: Literal["linelist", "string"] = "linelist" if option.repeatable else "string"
-        parser.addini(option.dest, text, type=kind, default=None)
-    group.addoption(
-        f"{PREFIX}explain",
-        nargs="?",
-        const="",
-        metavar="NAME",
-        help="Print what a cause or a figure that a report names means and what to do, or the list of all, and end.",
-    )

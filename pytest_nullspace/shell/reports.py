@@ -11,7 +11,8 @@ from pytest_nullspace.judging.candidates import Candidate
 from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import Expectations, Stage
 from pytest_nullspace.judging.verdicts import Tier
-from pytest_nullspace.report import changes, html, machine, markdown, merging, odd, weights
+from pytest_nullspace.report import changes, html, machine, markdown, merging, odd, verdict, weights
+from pytest_nullspace.report import screened as report_of_screen
 from pytest_nullspace.report.page import Page, joined
 from pytest_nullspace.report.words import named
 from pytest_nullspace.run.stats import RunStats
@@ -39,9 +40,33 @@ class Told(NamedTuple):
     excused: Collection[str] = ()
 
 
+def screened(run: GatedRun, outcome: RunStats, decision: Decision, name: str = "") -> report_of_screen.Screened | None:
+    """The adapter as the report of a screen shows it; None where it was not screened."""
+    told = run.against.told(outcome).screening
+    if told is None:
+        return None
+    return report_of_screen.Screened(name or outcome.model_path, told, run.expectations(outcome), decision)
+
+
+def summary(
+    run: GatedRun, outcome: RunStats, decision: Decision, every: bool, width: float
+) -> list[tuple[str, Tier | None]] | None:
+    """The lines of the terminal's summary of a run that holds no measured layer; None of others."""
+    weighed = run.against.told(outcome).weights
+    if (of := screened(run, outcome, decision)) is not None:
+        return [*verdict.lines(decision), *report_of_screen.summary(of, outcome, every, width)]
+    if weighed is None:
+        return None
+    faults, layers = partial(run.against.weight_faults, outcome), outcome.checkpoint_layers
+    gates, called = run.expectations(outcome).gates, partial(named, run=outcome)
+    return [*verdict.lines(decision), *weights.summary(weighed, faults, layers, every, width, gates, called)]
+
+
 def page(told: Told) -> Page:
     """The Markdown report of one run."""
     run, outcome, decision, *_ = told
+    if (held := screened(run, outcome, decision)) is not None:
+        return report_of_screen.page(held)
     lines = [*changed(run, outcome), *changes.explained(run.diagnoses(outcome))]
     weighed, below = run.against.told(outcome).weights, [named(line, outcome) for line, _ in lines]
     expectations = run.expectations(outcome)
@@ -84,6 +109,8 @@ def sheet(told: Told, expectations: Expectations, among: int) -> html.Sheet:
     compared = run.against.compared(outcome)
     since_begin = [*began(run, outcome), *itertools.islice(since(run, outcome), 1)]
     lines = [*since_begin, *odds(run, outcome), *merges(run, outcome), *servers(run)]
+    if (of := screened(run, outcome, decision)) is not None:
+        lines += report_of_screen.summary(of, outcome, every=True)
     return html.sheet(run.name, outcome, expectations, decision, lines, compared, among)
 
 

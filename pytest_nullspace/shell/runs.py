@@ -1,7 +1,4 @@
-"""What is gated in this run of pytest: a checkpoint, or a saved run in its place, which is gated alike.
-
-A saved run is not measured again.
-"""
+"""What is gated in this run of pytest: a checkpoint, whose layers are measured, or what stands in its place."""
 
 import traceback
 from abc import abstractmethod
@@ -12,48 +9,30 @@ from pathlib import Path
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.errors import MeasurementError, NullspaceError, OptionError
-from pytest_nullspace.judging.audit import Audit
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import MODEL, Expectations
-from pytest_nullspace.judging.remedy import Remedy
-from pytest_nullspace.judging.survival import KEY, Survival
+from pytest_nullspace.judging.screening import FIGURES as SCREENED
+from pytest_nullspace.judging.survival import KEY
 from pytest_nullspace.measuring import inputs, pipeline, unmeasured
 from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.left import merges_of
 from pytest_nullspace.measuring.loading import Bases
 from pytest_nullspace.report import notes
+from pytest_nullspace.report import screened as screen_report
 from pytest_nullspace.report import weights as weights_report
 from pytest_nullspace.report.changes import in_names
 from pytest_nullspace.run.figures import FIGURES, OF_DOWN, of_predictions
 from pytest_nullspace.run.stats import WITHOUT_DRIFT, RunStats
 from pytest_nullspace.run.texts import drift_test, preserved
 from pytest_nullspace.settings import PREFIX, Settings
-from pytest_nullspace.shell.against import Against, read_run
+from pytest_nullspace.shell.against import Against
 from pytest_nullspace.shell.once import MeasuredOnce
 from pytest_nullspace.shell.served import Servers
+from pytest_nullspace.shell.together import Together
 from pytest_nullspace.text.readers import Text
 
 READ_ALIKE = ("weights_sha256", "task_text", "settings", "dtype")
 """What the processes that measure together must have found alike, of what a run tells."""
-
-
-def require_no_down(path: Path, settings: Settings) -> None:
-    """Refuse what asks for the down projections of a whole model for which nothing stands.
-
-    Raises:
-        OptionError: Something does.
-    """
-    needing = {
-        "profile": settings.profile in ("nullspace", "reference"),
-        "variant": settings.variant in ("v1", "v2") and settings.profile == "auto",
-        "spectrum": settings.spectrum,
-    }
-    asked = next((name for name, is_asked in needing.items() if is_asked), None)
-    if asked is not None:
-        raise OptionError(
-            f"{PREFIX}{asked}: asks what reaches a down projection, and {path} is a whole model that has none; measure "
-            f"it with {PREFIX}rank=R, by which so many right singular vectors stand for it, or leave the option out"
-        )
 
 
 class GatedRun(MeasuredOnce):
@@ -150,6 +129,11 @@ class GatedRun(MeasuredOnce):
         return self._settings.weights_only
 
     @property
+    def screened(self) -> bool:
+        """Whether it is screened, to the first order, and not gated."""
+        return self._settings.screen
+
+    @property
     def gates_scope(self) -> bool:
         """Whether a test holds that nothing was trained outside the layers."""
         return self._settings.strict_scope
@@ -191,6 +175,7 @@ class CheckpointRun(GatedRun):
         bases: Bases,
         texts: dict[str, Text],
         live: InMemory | None = None,
+        together: Together | None = None,
     ) -> None:
         directory, layers = checkpoint.directory, [spec.name for spec in checkpoint.layers]
         super().__init__(directory, checkpoint.config_file, name, layers, settings)
@@ -203,7 +188,9 @@ class CheckpointRun(GatedRun):
         start = settings.init_directory
         self._initial = None if start is None else open_checkpoint(start, settings.base, is_start=True)
         self._bases, self._texts, self._live = bases, texts, live
-        asked = settings.drift is None and not settings.weights_only
+        self._together = together
+        self._screened = None if together is None else together.add(checkpoint, lambda: self.selected)
+        asked = settings.drift is None and not settings.weights_only and not settings.screen
         self._without_drift = inputs.why_no_drift(checkpoint, settings) if asked else None
         if self.against.earlier is not None or self.against.start is not None:
             self.against.check_comparable(*unmeasured.planned(checkpoint, settings))
@@ -216,6 +203,8 @@ class CheckpointRun(GatedRun):
     @property
     def figures(self) -> Collection[str]:
         """What the settings ask for."""
+        if self.screened:
+            return SCREENED
         has_task, has_drift = self._settings.task_dataset is not None, self.has_drift
         return [
             name
@@ -233,7 +222,7 @@ class CheckpointRun(GatedRun):
     def has_drift(self) -> bool:
         """Whether the predictions are held against the base model's, as far as that is known yet."""
         asked, outcome = self._settings.drift, self.peek()
-        if asked is not None or self.weights_only:
+        if asked is not None or self.weights_only or self.screened:
             return bool(asked)
         return self._without_drift is None and (outcome is None or outcome.without_drift is None)
 
@@ -261,8 +250,16 @@ class CheckpointRun(GatedRun):
         """What will be measured, and how."""
         if self.weights_only:
             return weights_report.header(self.checkpoint, len(self.gated))
+        if self.screened:
+            return screen_report.header(self.checkpoint, len(self.gated), self._settings)
         reads_base = inputs.is_base_read(self.checkpoint, self._settings, self._initial)
         return notes.header(self.checkpoint, len(self.gated), self._settings, reads_base)
+
+    def share(self, folder: Path, number: int) -> None:
+        """Keep the outcome in ``folder`` as well, and that of all that are screened with it."""
+        super().share(folder, number)
+        if self._together is not None:
+            self._together.share(folder)
 
     def check_models(self, *, look: bool) -> None:
         """Refuse a base model or a tokenizer that cannot be read; with ``look`` only what can be told at a glance."""
@@ -308,6 +305,8 @@ class CheckpointRun(GatedRun):
         settings = self._settings if self.merges_selected else replace(self._settings, merge=())
         if self.weights_only or not (self.selected or self.drift_selected):  # as where `frozen` alone is selected
             outcome = unmeasured.read_files(checkpoint, settings, layers, self._initial)
+        elif self._screened is not None:
+            outcome = self._screened(progress)
         else:
             outcome = pipeline.measure_checkpoint(
                 checkpoint,
@@ -325,76 +324,3 @@ class CheckpointRun(GatedRun):
             return outcome
         audited = unmeasured.audit_checkpoint(checkpoint, self._initial, settings, layers)
         return replace(outcome, about={**outcome.about, "audit": audited.to_dict()})
-
-
-class SavedRun(GatedRun):
-    """A saved run, gated as it was measured."""
-
-    def __init__(self, file: Path, settings: Settings) -> None:
-        self._saved = read_run(file)
-        self._audited, _ = Audit.of(self._saved.about, str(file)), Remedy.of(self._saved.about, str(file))
-        self._merged = Survival.of_run(self._saved, str(file))
-        if settings.strict_scope and (self._saved.about.get("base") is None or "outside" not in self._saved.about):
-            raise OptionError(
-                f"{PREFIX}strict-scope: {file} does not tell what was trained outside its layers; "
-                "leave the option out for it"
-            )
-        if self._saved.has_no_down:
-            require_no_down(file, settings)
-        if settings.drift and self._saved.drift is None:
-            raise OptionError(f"{PREFIX}drift: {file} does not tell of it; measure the model with the option")
-        super().__init__(file, file, file.stem, [layer.name for layer in self._saved.layers], settings)
-        if lacking := [kind for kind in settings.merge if kind not in self.merge_types]:
-            raise OptionError(
-                f"{PREFIX}merge: {file} does not tell of {lacking[0]}; measure the model with the option, for a saved "
-                "run holds no weights"
-            )
-        self.against.check_comparable(self._saved)
-
-    @property
-    def gates_all(self) -> bool:
-        """Whether every adapted layer was measured and has a test."""
-        return self._saved.complete and len(self.gated) == len(self._saved.layers)
-
-    @property
-    def tells_all(self) -> bool:
-        """Whether every layer was measured."""
-        return self._saved.complete
-
-    @property
-    def figures(self) -> Collection[str]:
-        """What the saved run tells of some layer or of the predictions."""
-        drift = () if self._saved.drift is None else self._saved.drift.figures
-        return {*drift, *(figure for layer in self._saved.layers for figure in layer.measured)}
-
-    @property
-    def has_drift(self) -> bool:
-        """Whether the saved run tells of the predictions, and they are to be judged."""
-        return self._saved.drift is not None and self._settings.drift is not False
-
-    @property
-    def text_names(self) -> Sequence[str]:
-        """Those of the texts on which its predictions were measured."""
-        return [] if self._saved.drift is None else list(self._saved.drift.texts)
-
-    @property
-    def merge_types(self) -> Sequence[str]:
-        """Those of which the saved run tells."""
-        return () if self._merged is None else self._merged.types
-
-    @property
-    def has_audit(self) -> bool:
-        """Whether the saved run tells of an audit."""
-        return self._audited is not None
-
-    @property
-    def outside(self) -> Sequence[str]:
-        """The trained tensors that the saved run names."""
-        return notes.outside_of(self._saved)
-
-    def header(self) -> Iterable[str]:
-        """Which run is gated."""
-        return notes.saved_header(self.path, self._saved, len(self.gated))
-
-    def _measure(self, _: Callable[[int, int], None] | None) -> RunStats:
-        return replace(self._saved, layers=tuple(layer for layer in self._saved.layers if layer.name in self.selected))

@@ -21,6 +21,7 @@ LOWER_IS_BETTER = {
     "memory_over_reference": True,
     "reading_over_parsing": True,
     "selected_over_share": True,
+    "eight_over_one": True,
     "share_of_copy_bandwidth": False,
 }
 """The ratios that benchmarks put into their ``extra_info``."""

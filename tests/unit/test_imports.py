@@ -17,19 +17,19 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "
 TENSORS = {
     "callback", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.distinct", "measuring.drift",
     "measuring.factors", "measuring.forward", "measuring.halfway", "measuring.moved", "measuring.recorder",
-    "measuring.rows", "measuring.sampled", "measuring.scaling", "measuring.spectrum", "measuring.stowed",
-    "measuring.streamed", "measuring.streaming", "measuring.summing", "measuring.waiting", "measuring.writing",
-    "model",
+    "measuring.rows", "measuring.sampled", "measuring.scaling", "measuring.screen", "measuring.spectrum",
+    "measuring.stowed", "measuring.streamed", "measuring.streaming", "measuring.summing", "measuring.waiting",
+    "measuring.writing", "model",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {
     "measuring.pipeline", "measuring.loading", "measuring.measurement", "measuring.distributed", "measuring.inmemory",
-    "measuring.fitting",
+    "measuring.fitting", "measuring.screening",
 }  # fmt: skip
 """Those that reach them, inside functions only."""
 PYTEST = {"plugin", "shell.gate", "shell.last", "shell.extras", "shell.collect", "shell.fixtures", "shell.progress"}
 """Those that import pytest."""
-PYTEST_TYPES = PYTEST | {"shell.asked", "shell.options", "shell.outputs", "shell.values", "report.terminal"}
+PYTEST_TYPES = PYTEST | {"shell.asked", "shell.declared", "shell.outputs", "shell.values", "report.terminal"}
 """Those that may name it for their types."""
 
 
@@ -82,7 +82,8 @@ def test_the_plugin_brings_nothing_but_its_options() -> None:
         "print(*sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    ours = ("errors", "plugin", "settings", "shell", "shell.asked", "shell.fixtures", "shell.options", "shell.values")
+    of_shell = ("shell.asked", "shell.declared", "shell.fixtures", "shell.options", "shell.values")
+    ours = ("errors", "plugin", "settings", "shell", *of_shell)
     assert done.stdout.split() == ["pytest_nullspace", *(f"pytest_nullspace.{module}" for module in ours)]
 
 
@@ -106,11 +107,14 @@ ORDERS = {
     "text": "sources images gallery readers windows tokenizer processor",
     "measuring": (
         "memory digests followed hashing inmemory written passages about distributed rows forward drift moved recorder "
-        "streaming spectrum sampled scaling waiting stowed halfway streamed blockwise writing loading fitting "
-        "measurement reading pipeline"
+        "streaming screen spectrum sampled scaling waiting stowed halfway streamed blockwise writing loading fitting "
+        "measurement reading screening pipeline"
     ),
     "model": "stored shelf layers shelved weights bases lora_null peft",
-    "shell": "values options asked shared once served against runs opening outputs progress collect gate",
+    "shell": (
+        "values options declared asked shared together once served against runs replayed opening outputs progress "
+        "collect gate"
+    ),
 }
 """Inside a wing, the modules whose order matters: none imports one that stands after it."""
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from pytest_nullspace.judging.decision import DECIDING, Call, Decision, decide, not_gated, plain
+from pytest_nullspace.judging.decision import DECIDING, Call, Decision, decide, not_gated
 from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage
+from pytest_nullspace.judging.spoken import plain
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.predictions import Headroom
 from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
