@@ -6,7 +6,7 @@ is given, or told by the base that the directory was made from.
 """
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -170,11 +170,12 @@ def merges(
 
 
 def _of_directory(
-    checkpoint: Checkpoint, specs: Iterable[LayerSpec], base: str | None, initial: Checkpoint | None
+    checkpoint: Checkpoint, specs: Collection[LayerSpec], base: str | None, initial: Checkpoint | None
 ) -> Iterator[Merge]:
     """The merge of each layer of a LoRA-Null or CorDA directory."""
     has_start = initial is not None and initial.carries_base and not initial.is_whole
     of_base = None if base is None or has_start else _Base.read(checkpoint, base)
+    least = min(specs, key=lambda spec: spec.in_features * spec.out_features, default=None)
     for spec in specs:
         held, now = checkpoint.tensors[f"{spec.name}.{lora_null.BASE}"], _factors(checkpoint, spec)
         start: Factors | Begun | None = None
@@ -182,6 +183,8 @@ def _of_directory(
             start = _begun(initial, spec)
         elif of_base is not None:
             start = Begun(spec.name, spec.rank, *of_base.weight(spec), held, str(checkpoint.directory))
+            if spec is least:  # what one cannot tell none can, and a whole pass would be lost to it
+                start.read(*now.read())
         elif not is_orthonormal(now.down):
             raise CheckpointError(
                 f"{OPTION}: {checkpoint.directory}: layer {printable(spec.name)}: the rows of B are not orthonormal, "

@@ -116,9 +116,8 @@ def beside(run: GatedRun, failed: Mapping[str, str], excused: Collection[str]) -
         elif test not in run.gated:
             told = merges[test] if test in merges else run.servers.outcome(test) if test in run.servers.tests else None
             passes = test not in excused and (told is None or told.tier is Tier.PASS)
-            yield Beside(
-                test, Tier.PASS if passes else Tier.WARN, "fails as expected" if told is None else told.summary
-            )
+            words = told.summary if told is not None else "" if passes else "fails, as a mark expects"
+            yield Beside(test, Tier.PASS if passes else Tier.WARN, words)
 
 
 def is_judged(run: GatedRun, test: str) -> bool:
