@@ -201,11 +201,15 @@ def _of_mapping(auto: str, config: Any, why: str) -> Kind | None:
 
 
 def _named(name: Any, config: Any, why: str) -> Kind | None:
-    """The class of that name, where transformers itself has it, for this config."""
+    """The class of that name, where transformers itself has it, for this config or a part of it."""
     build = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not (isinstance(build, type) and issubclass(build, transformers.PreTrainedModel)):
         return None
-    return Kind(build, config, why) if getattr(build, "config_class", None) is type(config) else None
+    parts = (config, *(getattr(config, name, None) for name in config.sub_configs))
+    own = next(
+        (part for part in parts if part is not None and type(part) is getattr(build, "config_class", None)), None
+    )
+    return None if own is None else Kind(build, own, why)
 
 
 def _held(kind: Kind, layers: Collection[str]) -> tuple[int, int]:

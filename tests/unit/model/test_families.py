@@ -23,7 +23,7 @@ from pytest_nullspace.report.model import built_as, remarks, unreached
 from pytest_nullspace.run.stats import UNREACHED, RunStats
 from tests import tiny
 from tests.adapters import adapter, change
-from tests.families import MAKERS
+from tests.families import MAKERS, PATCHES
 from tests.real.architectures import Family, built
 from tests.unit.model.test_peft import SMALL, WINDOWS, check_figures, opened
 
@@ -145,6 +145,21 @@ def test_an_encoder_that_is_adapted_alone_needs_no_decoder(
     check_figures(adapted)
     both = adapter(tmp_path / "both", transformers.T5Model(config), "FEATURE_EXTRACTION", r=4, target_modules=["q"])
     assert opened(both)[1].kind == "T5Model, of task_type FEATURE_EXTRACTION"
+
+
+def test_the_half_of_clip_that_reads_is_gated_on_the_files_of_the_whole(tmp_path: Path) -> None:
+    """Its text encoder is adapted by itself, and the base that the adapter names holds the eye beside it."""
+    torch.manual_seed(0)
+    text = {**SMALL, "intermediate_size": 48, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1}
+    whole = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=PATCHES))
+    whole.save_pretrained(tmp_path / "whole")
+    encoder = transformers.CLIPTextModel.from_pretrained(tmp_path / "whole")
+    directory = adapter(tmp_path, encoder, None, r=4, target_modules=["q_proj", "fc1"])
+    whole.save_pretrained(tmp_path / "base")
+    checkpoint, adapted = opened(directory)
+    assert adapted.kind == "CLIPTextModel, named by the adapter's auto_mapping"
+    require_tokens_read(adapted, checkpoint)
+    check_figures(adapted)
 
 
 def test_a_base_that_sees_and_names_no_class_is_what_its_type_is(tmp_path: Path) -> None:
