@@ -73,16 +73,13 @@ def _device(place: Any) -> str:
 
 def _dispatch(model: nn.Module, memory: Memory) -> tuple[Callable[[], object], torch.device]:
     """Spread ``model``; gives what removes its files, which go with it at the latest, and where it takes its input."""
-    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate import dispatch_model
 
-    whole = getattr(model, "_no_split_modules", None)
-    folder = mkdtemp(prefix="nullspace-offload-")
-    remove = weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     with _unheard("accelerate.big_modeling", "accelerate.utils.modeling"):
+        device_map = _device_map(model, memory)
+        folder = mkdtemp(prefix="nullspace-offload-")
+        remove = weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
         try:
-            device_map = infer_auto_device_map(
-                model, max_memory=dict(memory) or _free(), no_split_module_classes=sorted(whole or ())
-            )
             if "" in device_map and device_map[""] == "disk":  # accelerate finds no weights under an empty name
                 device_map = dict.fromkeys((name for name, _ in model.named_children()), "disk")
             dispatch_model(model, device_map, offload_dir=folder)
@@ -94,6 +91,34 @@ def _dispatch(model: nn.Module, memory: Memory) -> tuple[Callable[[], object], t
             ) from None
     runs = [place for place in device_map.values() if place not in ("cpu", "disk")]
     return remove, torch.device(_device(runs[0]) if runs else "cpu")
+
+
+def _device_map(model: nn.Module, memory: Memory) -> dict[str, int | str]:
+    """Which part of ``model`` goes where.
+
+    Raises:
+        CheckpointError: What was trained of single tokens would be brought to where it runs for each forward, but PEFT
+            reads it from outside.
+    """
+    from accelerate import infer_auto_device_map
+
+    whole = getattr(model, "_no_split_modules", None)
+    tokens = [name for name, module in model.named_modules() if type(module).__name__ == "TrainableTokensLayer"]
+    found: dict[str, int | str] = {}
+    try:
+        found = infer_auto_device_map(
+            model, max_memory=dict(memory) or _free(), no_split_module_classes=sorted(whole or ())
+        )
+    except IndexError:  # it finds no place for what is tied to a weight below such a layer
+        if not tokens:
+            raise
+    cards = set(found.values()) - {"cpu", "disk"}
+    if tokens and (not found or "disk" in found.values() or (cards and "cpu" in found.values())):
+        raise CheckpointError(
+            f"{tokens[0]}: has trained tokens, whose rows PEFT reads from outside it, so no part of the model can lie "
+            "off the devices where it runs; allow more memory by --nullspace-device-map, or leave it out"
+        )
+    return found
 
 
 def _free() -> dict[int | str, int]:

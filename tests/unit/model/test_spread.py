@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pytest_nullspace import gate
-from pytest_nullspace.errors import OptionError
+from pytest_nullspace.errors import CheckpointError, OptionError
 from pytest_nullspace.measuring import loading
 from pytest_nullspace.model import spread
 from tests import tiny
@@ -104,3 +104,16 @@ def test_a_tied_head_is_spread_with_what_was_trained_on_it(
     assert (runs[0].drift is None) == (runs[1].drift is None)
     if runs[0].drift is not None and runs[1].drift is not None:
         assert runs[0].drift.preserved.divergence == runs[1].drift.preserved.divergence
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("tied", "over"), [(True, "cpu=1KB"), (False, "cpu=70KB")])
+def test_trained_tokens_without_room_are_refused(tied: bool, over: str, tmp_path: Path) -> None:
+    """PEFT reads their rows from outside the module that accelerate fills, which finds no place for tied ones."""
+    model = tiny.llama(tie_word_embeddings=tied)
+    directory = adapter(tmp_path, model, r=4, target_modules=["q_proj"], trainable_token_indices=[3, 4])
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    with pytest.raises(
+        CheckpointError, match=r"embed_tokens.*: has trained tokens, .*; allow more memory by --nullspace"
+    ):
+        gate(directory, tmp_path / "text.txt", calib_size=2, seqlen=32, device_map=over)
