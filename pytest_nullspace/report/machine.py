@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.invariants import Expectations, judge, verdicts_of
+from pytest_nullspace.judging.screening import FIGURES as FIRST_ORDER
+from pytest_nullspace.judging.screening import STATEMENT, Screening
 from pytest_nullspace.judging.survival import Survival
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import Weights
@@ -26,7 +28,7 @@ _SAYS = {
     "verdict": "What keeps the adapter from being deployed.",
 }
 """What the rules say that are no figures."""
-_DEFECT = "What is wrong with a layer beside its figures."
+_DEFECT = "What is wrong with a layer, or with the average, beside the figures of a gate."
 
 
 class Beside(NamedTuple):
@@ -76,7 +78,7 @@ def openmetrics(gated: Sequence[Gated]) -> str:
     for of in gated:
         tiers = _tiers(of)
         lines += [_sample("nullspace_layers", tiers.count(tier), model=of.name, tier=str(tier)) for tier in Tier]
-    lines += _merges(gated)
+    lines += [*_screened(gated), *_merges(gated)]
     if any(of.beside for of in gated):
         lines += [
             "# TYPE nullspace_test gauge",
@@ -90,12 +92,24 @@ def openmetrics(gated: Sequence[Gated]) -> str:
 
 
 def _tiers(of: Gated) -> list[Tier]:
-    """How each layer was judged; by its weights alone none passes without a warning."""
-    weighed = Weights.of(of.run.about)
-    if weighed is None:
+    """How each layer was judged; by its weights alone or to the first order none passes without a warning."""
+    weighed, screened = Weights.of(of.run.about), Screening.told(of.run.about)
+    if weighed is None and screened is None:
         return [judge(layer, of.expectations).tier for layer in of.run.layers]
+    names = [*screened.layers] if screened is not None else [layer.name for layer in weighed.layers] if weighed else []
     failed = {it.name for it in of.beside if it.tier is Tier.FAIL}
-    return [Tier.FAIL if layer.name in failed else Tier.WARN for layer in weighed.layers]
+    return [Tier.FAIL if name in failed else Tier.WARN for name in names]
+
+
+def _screened(gated: Sequence[Gated]) -> Iterator[str]:
+    """The averages of what was screened, under a name that no figure of a gate has."""
+    told = [(of.name, found) for of in gated if (found := Screening.told(of.run.about)) is not None]
+    if told:
+        yield "# TYPE nullspace_screened_figure gauge"
+        yield f"# HELP nullspace_screened_figure The average over layers, {STATEMENT}: it gates nothing."
+    for name, found in told:
+        for figure in FIRST_ORDER:
+            yield _sample("nullspace_screened_figure", found.mean(figure), model=name, figure=figure)
 
 
 def _merges(gated: Sequence[Gated]) -> Iterator[str]:

@@ -104,16 +104,17 @@ def warned(run: GatedRun, outcome: RunStats) -> list[str]:
 
 
 def beside(run: GatedRun, failed: Mapping[str, str], excused: Collection[str]) -> Iterator[Beside]:
-    """The tests that figures do not tell of and that came to a verdict; of layers those that fail by their weights."""
+    """The tests that figures do not tell of and that came to a verdict; of layers and averages those that fail so."""
     outcome = run.peek()
     merges = {} if outcome is None else dict(merged(run, outcome))
-    by_figures = {MODEL, *run.drift_tests, *(() if run.weights_only else run.gated)}
+    measured = {MODEL, *run.gated}
+    by_figures = {*run.drift_tests, *(() if run.weights_only or run.screened else measured)}
     for test in tests_of(run):
         if test in by_figures or not is_judged(run, test):
             continue
         if test in failed:
             yield Beside(test, Tier.FAIL, failed[test])
-        elif test not in run.gated:
+        elif test not in measured:
             told = merges[test] if test in merges else run.servers.outcome(test) if test in run.servers.tests else None
             passes = test not in excused and (told is None or told.tier is Tier.PASS)
             words = told.summary if told is not None else "" if passes else "fails, as a mark expects"

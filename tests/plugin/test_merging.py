@@ -143,5 +143,5 @@ def test_a_base_that_is_not_there_is_told_before_any_test(folder: Path, gate: Ga
     (folder / "base").rename(folder / "elsewhere")
     result = gate(ONLY, "--nullspace-merge=bf16", model="adapter")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([f"ERROR: {directory}*base_model_name_or_path*; give a directory or owner/name"])
+    result.stderr.fnmatch_lines([f"ERROR: {directory}*base_model_name_or_path*; give a directory or owner/name by *"])
     assert gate(ONLY, "--nullspace-merge=bf16", "--nullspace-base=elsewhere", model="adapter").ret == 0

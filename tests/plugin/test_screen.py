@@ -184,3 +184,19 @@ def test_a_call_screens_nothing() -> None:
     """``gate()`` is of one adapter, and says so."""
     with pytest.raises(OptionError, match="gate: takes one adapter, and screen several; run pytest --nullspace-screen"):
         gate_here("fixtures/world/peft-null", "text.txt", screen=True)
+
+
+def test_programs_are_told_what_fails_a_screen_and_never_in_the_words_of_a_gate(
+    here: Path, pytester: pytest.Pytester
+) -> None:
+    """Each layer is an error by its name, and the averages stand under a name of their own."""
+    reports = ("--nullspace-report=r.sarif", "--nullspace-report=r.prom", "--nullspace-threshold=forgetting:0:1e-9")
+    pytester.runpytest_inprocess(*SCREEN, *reports)
+    results = json.loads((here / "r.sarif").read_text())["runs"][0]["results"]
+    layers = [one["message"]["text"] for one in results if one["message"]["text"].startswith("model.layers.")]
+    assert len(layers) == 2 * LAYERS
+    assert all(f": {STATEMENT}: forgetting " in text for text in layers)
+    samples = (here / "r.prom").read_text()
+    assert 'nullspace_screened_figure{model="one",figure="forgetting"} ' in samples
+    assert f'nullspace_layers{{model="two",tier="fail"}} {LAYERS}\n' in samples
+    assert "nullspace_figure{" not in samples
