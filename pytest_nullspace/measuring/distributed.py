@@ -41,7 +41,7 @@ class _Report(NamedTuple):
     found: Any = None
 
 
-class _HeardError(MeasurementError):
+class HeardError(MeasurementError):
     """What ended the measurement of every process, and need not be told to them again."""
 
 
@@ -104,7 +104,7 @@ class Ranks:
             reports = self._meet(_Report(step=f"{step}, {shapes}", read=tuple(read)))
         together = sorted(window for report in reports for window in report.read)
         if together != list(windows):
-            raise _HeardError(f"{step}: {len(together)} windows were read, not the {len(windows)} that were asked for")
+            raise HeardError(f"{step}: {len(together)} windows were read, not the {len(windows)} that were asked for")
         if self.size > 1:
             from torch import distributed
 
@@ -137,11 +137,11 @@ class Ranks:
         _join()
         try:
             yield self
-        except _HeardError:
+        except HeardError:
             raise
         except Exception as error:
             told = str(error) if isinstance(error, NullspaceError) else f"{type(error).__name__}: {error}"
-            with suppress(_HeardError):  # of itself
+            with suppress(HeardError):  # of itself
                 self._meet(_Report(error=told))
             raise
 
@@ -157,7 +157,7 @@ class Ranks:
         for rank, report in enumerate(reports):
             other = sorted({name for name, _ in report.facts.items() ^ reports[0].facts.items()})
             if other:
-                raise _HeardError(
+                raise HeardError(
                     f"process {rank} did not measure what process 0 did, for {', '.join(other)} differ; give all of "
                     "them the same options and files"
                 )
@@ -166,7 +166,7 @@ class Ranks:
         """The reports of all processes.
 
         Raises:
-            _HeardError: One of them failed or died, or they are not at the same step.
+            HeardError: One of them failed or died, or they are not at the same step.
         """
         from torch import distributed
 
@@ -175,10 +175,10 @@ class Ranks:
             distributed.all_gather_object(reports, report)
         for rank, other in enumerate(reports):
             if other.error is not None:
-                raise _HeardError(f"process {rank} of {self.size} failed, so the others ended as well: {other.error}")
+                raise HeardError(f"process {rank} of {self.size} failed, so the others ended as well: {other.error}")
         for rank, other in enumerate(reports):
             if other.step != reports[0].step:
-                raise _HeardError(
+                raise HeardError(
                     f"process {rank} is at {quoted(other.step)}, process 0 at {quoted(reports[0].step)}: each must "
                     "measure the same in the same order; give all of them the same options, and -p no:randomly"
                 )
@@ -213,7 +213,7 @@ def _join() -> None:
         distributed.init_process_group(",".join(backends), timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise _HeardError(
+        raise HeardError(
             f"the processes cannot meet at {where} (MASTER_ADDR, MASTER_PORT): {error}; start them all by torchrun"
         ) from None
     atexit.register(_leave)
@@ -237,7 +237,7 @@ def _lost_told() -> Iterator[None]:
         yield
     except RuntimeError as error:
         first = str(error).partition("\n")[0]
-        raise _HeardError(
+        raise HeardError(
             f"another process died, perhaps out of memory, or did not answer for {TIMEOUT}: {first}; look at what it "
             "printed"
         ) from None

@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
+from pytest_nullspace.measuring.distributed import HeardError
 from pytest_nullspace.measuring.stowed import SUFFIX, OddError, stow, stowed
 from pytest_nullspace.measuring.streaming import Seen
 from pytest_nullspace.measuring.waiting import Call
@@ -168,7 +169,7 @@ class Halfway:
 def keeping(checkpoint: Path, rank: int, of: Mapping[str, str]) -> Iterator[Halfway]:
     """Within this context a run of ``checkpoint`` keeps what it has so far, which goes once it ended by itself.
 
-    It stays where the process was killed or interrupted.
+    It stays where the process was killed or interrupted, or another one with which it measures was.
 
     Args:
         checkpoint: The directory of what is measured, which has one folder for each process.
@@ -193,6 +194,8 @@ def keeping(checkpoint: Path, rank: int, of: Mapping[str, str]) -> Iterator[Half
             return
         try:
             yield kept
+        except HeardError:
+            raise
         except Exception:
             _gone(folder)
             raise

@@ -13,6 +13,7 @@ from filelock import FileLock
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.measuring.distributed import HeardError
 from pytest_nullspace.measuring.drift import Predictions
 from pytest_nullspace.model.shelf import Shelf
 from pytest_nullspace.run.stats import RunStats
@@ -192,6 +193,14 @@ def test_an_error_leaves_nothing_behind(measured: Measured, tmp_path: Path) -> N
     with ended_at(2, CheckpointError), pytest.raises(CheckpointError):
         measured(directory, device_map=STREAM)
     assert not list((tmp_path / "cache").rglob("*"))
+
+
+def test_what_another_process_ended_is_gone_on_with(measured: Measured, tmp_path: Path) -> None:
+    """Of several that measure together one may be killed: what the others have so far is kept as well."""
+    directory = tiny.lora_null(tmp_path / "whole")
+    with ended_at(2, HeardError), pytest.raises(HeardError):
+        measured(directory, device_map=STREAM)
+    assert go_on(measured, directory)[1] == [2]
 
 
 def test_two_runs_at_once_do_not_share_what_they_keep(measured: Measured, tmp_path: Path) -> None:
