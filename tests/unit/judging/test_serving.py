@@ -491,6 +491,10 @@ def test_a_base_saved_without_the_class_of_its_head_has_the_same_modules(tmp_pat
     base(tmp_path, modules=blocks("layers"))
     adapter(tmp_path)
     assert held(tmp_path, "vllm").tier is held(tmp_path, "peft==0.21").tier is Tier.PASS
+    (tmp_path / "gpt2").mkdir()
+    base(tmp_path / "gpt2", "GPT2LMHeadModel", ["h.0.attn.c_attn", "wte"])
+    adapter(tmp_path / "gpt2", lora(["transformer.h.0.attn.c_attn"]), target_modules=["c_attn"])
+    assert held(tmp_path / "gpt2", "peft==0.21").tier is Tier.PASS
 
 
 @pytest.mark.parametrize(("heads", "tier"), [(2, Tier.PASS), (4, Tier.WARN)])
