@@ -7,6 +7,7 @@ Leading dimensions, of layers or windows, are carried along.
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,6 @@ from torch import Tensor
 
 _vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
 _qr: Callable[..., tuple[Tensor, Tensor]] = torch.linalg.qr
-_eigh: Callable[..., tuple[Tensor, Tensor]] = torch.linalg.eigh
-_eigvalsh: Callable[..., Tensor] = torch.linalg.eigvalsh
 _svd: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.linalg.svd
 
 FLOAT32_SAFE = (1e-15, 1e15)
@@ -69,6 +68,25 @@ class Means(NamedTuple):
     leakage: float
 
 
+@cache
+def fused(device: torch.device) -> ModuleType | None:
+    """`pytest_nullspace.fused` where its kernels work on the ``device``; where they do not it is plain torch's turn."""
+    if device.type != "cuda":
+        return None
+    try:
+        from pytest_nullspace import fused as found
+
+        return found if found.works(device) else None
+    except Exception:  # Triton is not there, knows nothing of the card, or finds no compiler
+        return None
+
+
+def _fused(values: Tensor) -> Any:
+    """It, where it takes them."""
+    found: Any = fused(values.device)
+    return found if found is not None and values.dtype in found.TAKEN else None
+
+
 def at_hand(device: torch.device) -> bool:
     """Whether a number that lies there can be looked at without waiting for all work that was given to the device."""
     return device.type == "cpu"
@@ -100,6 +118,9 @@ def row_norms(values: Tensor) -> Tensor:
     Returns:
         Shape ``(…,)``, float64 where ``values`` are, else float32: whether those are `safe` is the caller's to ask.
     """
+    if (quick := _fused(values)) is not None:
+        norms: Tensor = quick.row_norms(values)
+        return norms
     if values.device.type == "cpu" and values.dtype != torch.float64:
         if values.dtype != torch.float32 and values.numel() > CONVERTED:
             return _converted_norms(values.reshape(-1, values.shape[-1])).reshape(values.shape[:-1])
@@ -230,53 +251,48 @@ def factors(down: Tensor, up: Tensor, scale: float) -> Factors:
     )
 
 
-def singular(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The singular values of a matrix, and the right singular vectors of its ``rank`` largest.
-
-    They come from the smaller of its two Gram matrices in float64, which takes a fraction of the time of a whole
-    decomposition; a value below 1e-8 of the largest is then rounding.
-
-    Args:
-        matrix: Shape ``(out, in)``.
-        rank: At most ``min(out, in)``.
-
-    Returns:
-        The values, shape ``(min(out, in),)``, the largest first, and orthonormal rows, shape ``(rank, in)``; float64,
-        NaN where the matrix is not finite.
-    """
-    exact = matrix.double()
-    if not bool(torch.isfinite(exact).all()):
-        lost = exact.new_full((rank, exact.shape[1]), torch.nan)
-        return exact.new_full((min(exact.shape),), torch.nan), lost
-    is_wide = exact.shape[0] < exact.shape[1]
-    gram = exact @ exact.mT if is_wide else exact.mT @ exact
-    if not rank:
-        return _eigvalsh(gram).clamp_min(0).sqrt().flip(0), exact.new_empty(0, exact.shape[1])
-    squares, vectors = _eigh(gram)
-    leading = vectors.flip(-1)[:, :rank]
-    if is_wide:
-        leading = _qr(exact.mT @ leading, mode="reduced")[0]
-    return squares.clamp_min(0).sqrt().flip(0), leading.mT
-
-
-def effective_rank(values: Tensor) -> float:
-    """``exp(−Σ p ln p)`` of the shares ``p`` of singular values: n equal ones give n, one alone gives 1, none 0."""
-    total = values.sum()
-    return float(torch.special.entr(values / total).sum().exp()) if total != 0 else 0.0
-
-
-def triangle(matrix: Tensor) -> Tensor:
-    """R of ``Q R``, shape ``(min(m, n), n)``, of a ``matrix (m, n)``; NaN where that is not finite."""
-    if not bool(torch.isfinite(matrix).all()):
-        return torch.full((1, matrix.shape[1]), torch.nan, dtype=matrix.dtype)
-    return _qr(matrix, mode="r")[1]
-
-
 def inner_norms(down: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """``‖Px‖`` and ``‖scale · ABx‖`` of each row, from ``down = Bx (…, n, r)`` and ``factors (…, 2, r, r)`` alone."""
     both = down @ factors.flatten(-3, -2).mT
     both = row_norms(both.reshape(*both.shape[:-1], 2, down.shape[-1]))
     return both[..., 0], both[..., 1]
+
+
+def narrow_norms(down: Tensor, factors: Tensor) -> Tensor:
+    """``‖Bx‖``, ``‖Px‖`` and ``‖scale · ABx‖`` of each row, shape ``(3, …, n)``, in at least float32.
+
+    Args:
+        down: ``Bx``, shape ``(…, n, r)``, any floating point type.
+        factors: Shape ``(…, 2, r, r)``, float64.
+    """
+    if down.ndim == 2 and (quick := _fused(down)) is not None:
+        norms: Tensor | None = quick.narrow_norms(down, factors)
+        if norms is not None:
+            return norms
+    down = down.to(torch.promote_types(down.dtype, torch.float32))
+    return torch.stack((row_norms(down), *inner_norms(down, factors.to(down.dtype))))
+
+
+def joined(base: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """A layer's output from its two parts, and the norms of the base's rows and of its own.
+
+    On a card both are taken by the very addition, which so costs no more than it did.
+
+    Args:
+        base: ``W_res x``, shape ``(…, out)``.
+        up: ``ABx`` before the ``scale``, likewise.
+        scale: What it is multiplied with.
+
+    Returns:
+        ``base + scale · up`` in the type of ``base``, to the last bit what torch gives, and the norms, shape
+        ``(2, n)``.
+    """
+    quick = _fused(base)
+    if quick is not None and up.dtype in (base.dtype, torch.float32) and up.shape == base.shape and base.numel():
+        found: tuple[Tensor, Tensor] = quick.joined(base, up, scale)
+        return found
+    output = (base + (up if scale == 1 else up * scale)).to(base.dtype)
+    return output, torch.stack((row_norms(base).flatten(), row_norms(output).flatten()))
 
 
 def sums(
@@ -340,15 +356,17 @@ def without_sinks(by_octave: Tensor, times: int) -> Tensor:
     The median is over the rows that are not zero, and rounded up to a power of two.
 
     Args:
-        by_octave: `sums_by_octave` of all rows of a layer, shape ``(OCTAVES, s)``.
+        by_octave: `sums_by_octave` of all rows of a layer, shape ``(…, OCTAVES, s)``.
         times: A power of two.
 
     Returns:
-        Shape ``(s,)``.
+        Shape ``(…, s)``.
     """
-    upto = by_octave[1:, 0].cumsum(0)
-    median = 1 + int((2 * upto < upto[-1]).sum())
-    return by_octave[: median + times.bit_length()].sum(dim=0)
+    upto = by_octave[..., 1:, 0].cumsum(dim=-1)
+    median = 1 + (2 * upto < upto[..., -1:]).sum(dim=-1)
+    last = (median + times.bit_length()).clamp_max(OCTAVES) - 1
+    index = last[..., None, None].expand(*last.shape, 1, by_octave.shape[-1])
+    return by_octave.cumsum(dim=-2).gather(-2, index).squeeze(-2)
 
 
 def merge(parts: Tensor) -> Tensor:
@@ -356,19 +374,21 @@ def merge(parts: Tensor) -> Tensor:
     return parts.sum(dim=0)
 
 
+def means(summed: Tensor) -> Tensor:
+    """What `Means` holds after the rows, in its order; NaN where there is no row.
+
+    Args:
+        summed: Shape ``(…, len(Sums))``.
+
+    Returns:
+        Shape ``(…, len(Means) - 1)``.
+    """
+    of = Sums(*summed.unbind(dim=-1))  # type: ignore[arg-type]  # a tensor for each
+    total = torch.stack((of.input, of.down, of.update, of.base, of.output, of.leakage), dim=-1)  # type: ignore[arg-type]
+    rows = torch.stack((*(of.rows,) * 5, of.directed), dim=-1)  # type: ignore[arg-type]
+    return total / rows.where(rows > 0, torch.nan)
+
+
 def compute(summed: Tensor) -> Means:
     """The means over the rows that ``summed (len(Sums),)`` holds; NaN where there is no row to take them from."""
-    sums = Sums(*summed.tolist())
-
-    def mean(total: float, rows: float) -> float:
-        return total / rows if rows else float("nan")
-
-    return Means(
-        rows=int(sums.rows),
-        input=mean(sums.input, sums.rows),
-        down=mean(sums.down, sums.rows),
-        update=mean(sums.update, sums.rows),
-        base=mean(sums.base, sums.rows),
-        output=mean(sums.output, sums.rows),
-        leakage=mean(sums.leakage, sums.directed),
-    )
+    return Means(int(summed[0]), *means(summed).tolist())

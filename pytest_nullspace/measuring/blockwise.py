@@ -1,7 +1,7 @@
 """All texts of a measurement streamed together through a model whose blocks come into memory one at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from torch import Tensor
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.drift import Predictions, loss_of_last
+from pytest_nullspace.measuring.factors import weight_norms
+from pytest_nullspace.measuring.figuring import weighed
 from pytest_nullspace.measuring.halfway import Halfway
 from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.measuring.scaling import by_scale, few_of, loss_on, scaled
@@ -164,9 +166,8 @@ class Blockwise:
             return self._taken(text, part)
 
         with self._adapted.without_grad():
-            figures, lost = in_rounds(
-                self._layers, self._down_ranks, windows, read, self._ranks, text.predictions, settled
-            )
+            told = cache(lambda: weighed(self._layers, self._down_ranks, weight_norms(self._layers)()))
+            figures, lost = in_rounds(self._layers, told, windows, read, self._ranks, text.predictions, settled)
         if lost:
             raise UnfitError(f"no row came to {lost[0].name}")
         return with_rows(figures, self._ranks, [of.seen for blocks in text.read.values() for of in blocks], ())

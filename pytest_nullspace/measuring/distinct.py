@@ -15,6 +15,9 @@ from pytest_nullspace import kernels
 COLUMNS = 32
 """Of the numbers of a row, how many it is known by."""
 
+FIRST, TOGETHER = 2, 64
+"""Times its input's width: so many prints of a store are nearly always enough; and of how many stores at once."""
+
 AHEAD = 16
 """How many times as many prints as its input is wide a store on a GPU holds, before it looks which are distinct."""
 
@@ -57,26 +60,33 @@ class DistinctRows:
         found = _unique(self._kept[: self._used])
         return None if self.enough or len(found) >= self._width else found.cpu()
 
-    def count(self) -> Tensor:
-        """How many distinct rows there are, or as many as suffice, without waiting for the device."""
-        if self.enough or not self._used:
-            return torch.tensor(self._width if self.enough else 0)
-        values = self._kept[: self._used].sort().values
-        return 1 + (values[1:] != values[:-1]).sum()
+    def first(self) -> Tensor:
+        """The first of the prints, of which as many as the input is wide may be distinct; none where they are fewer."""
+        return self._kept[: min(self._used, FIRST * self._width) if self._used >= self._width else 0]
 
     def suffices(self, count: int) -> bool:
         """Whether so many distinct rows are as many as the input is wide."""
-        return count >= self._width
+        return self.enough or count >= self._width
 
 
 def all_found(stores: Iterable[DistinctRows]) -> Mapping[DistinctRows, Tensor | None]:
-    """What each of ``stores`` has `found`; a GPU is waited for once for all that have enough."""
-    stores = list(stores)
-    counts = kernels.fetched([store.count() for store in stores])
+    """What each of ``stores`` has `found`; a GPU is waited for once for all that have enough among their first."""
+    alike: dict[int, list[DistinctRows]] = {}
+    for store in stores:
+        alike.setdefault(len(store.first()), []).append(store)
+    parts = [of[first : first + TOGETHER] for of in alike.values() for first in range(0, len(of), TOGETHER)]
+    counts = kernels.fetched([_distinct(torch.stack([store.first() for store in part])) for part in parts])
     return {
         store: None if store.suffices(int(count)) else store.found()
-        for store, count in zip(stores, counts, strict=True)
+        for part, of in zip(parts, counts, strict=True)
+        for store, count in zip(part, of, strict=True)
     }
+
+
+def _distinct(prints: Tensor) -> Tensor:
+    """How many of each row of ``prints (s, n)`` are distinct, without waiting for the device."""
+    values = prints.sort(dim=-1).values
+    return (values[:, 1:] != values[:, :-1]).sum(dim=-1) + min(1, prints.shape[-1])
 
 
 def _first_distinct(prints: Tensor, count: int) -> Tensor:
@@ -107,6 +117,9 @@ def prints(rows: Tensor, norms: Tensor) -> Tensor:
         Shape ``(n,)``, int64.
     """
     columns, weights = _key(rows.shape[-1], rows.device)
+    if (quick := kernels.fused(rows.device)) is not None and {rows.dtype, norms.dtype} <= {*quick.TAKEN}:
+        found: Tensor = quick.prints(rows, norms, columns, weights)
+        return found
     known = torch.cat((rows.index_select(-1, columns).bfloat16(), norms[:, None].bfloat16()), dim=-1)
     return (known.view(torch.int16) * weights).sum(dim=-1)
 

@@ -6,7 +6,7 @@ matrix in float64 has what is asked for: ``L⁻¹`` of ``L Lᵀ = B Bᵀ`` makes
 not finite, is taken by `kernels.factors`, which does not.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -26,49 +26,96 @@ SQUARINGS = 8
 TOGETHER = 1 << 26
 """Bytes of weights in float64 that are stacked at once."""
 
+TOGETHER_ELSEWHERE = 1 << 28
+"""The same on a card, where a decomposition of few small matrices takes as long as one of many."""
 
-def of_layers(layers: Sequence[AdaptedLayer]) -> list[Factors]:
-    """`kernels.factors` of each of ``layers``, the matrices where its weights lie; what they tell in one transfer."""
-    none = torch.empty(0, 0)
-    found = [kernels.factors(none, none, 1.0)] * len(layers)
+STACKS = 8
+"""So many of these are decomposed at once: what is left of each is small."""
+
+WeightNorms = tuple[float | None, float, float | None]
+"""What `AdaptedLayer.weight_norms` gives, as numbers."""
+
+
+def of_layers(layers: Sequence[AdaptedLayer]) -> Callable[[], list[Factors]]:
+    """Begin with `kernels.factors` of each of ``layers``; what is returned waits for them, in one transfer.
+
+    The matrices are left where the layer's weights lie.
+    """
     alike = list(_alike(layers))
-    quickly = [quick(*_stacked([layers[number] for number in numbers])) for numbers in alike]
-    told = kernels.fetched([figures for _, figures in quickly])
-    for numbers, (matrices, _), figures in zip(alike, quickly, told, strict=True):
-        for number, of, (mixing, condition, longest, shortest) in zip(numbers, matrices, figures.tolist(), strict=True):
-            layer = layers[number]
-            if mixing <= CONDITION and condition <= CONDITION:
-                found[number] = Factors(of, layer.rank, mixing, longest, shortest)
-            else:
-                found[number] = kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale)
+    quickly = quick(_stacked([layers[number] for number in numbers]) for numbers in alike)
+
+    def found() -> list[Factors]:
+        none = torch.empty(0, 0)
+        found = [kernels.factors(none, none, 1.0)] * len(layers)
+        told = kernels.fetched([figures for _, figures in quickly])
+        for numbers, (matrices, _), figures in zip(alike, quickly, told, strict=True):
+            for number, of, (mixing, condition, *lengths) in zip(numbers, matrices, figures.tolist(), strict=True):
+                layer = layers[number]
+                if mixing <= CONDITION and condition <= CONDITION:
+                    found[number] = Factors(of, layer.rank, mixing, *lengths)
+                else:
+                    found[number] = kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale)
+        return found
+
     return found
 
 
-def quick(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+Pair = tuple[Tensor, Tensor]
+"""B and A of some layers of one shape."""
+
+
+def quick(pairs: Iterable[Pair]) -> list[tuple[Tensor, Tensor]]:
     """What `kernels.Factors` hold of layers whose matrices are well conditioned, without waiting for the device.
 
     Args:
-        down: B of each, shape ``(l, r, in)``, float64.
-        up: A with its scale, shape ``(l, out, r)``, likewise.
+        pairs: Of some layers each: B, shape ``(l, r, in)``, float64, and A with its scale, shape ``(l, out, r)``.
 
     Returns:
-        The matrices, shape ``(l, 2, r, r)``, and of each layer, shape ``(l, 4)``, its mixing, at most 1 % too large,
-        the same of A's columns, and the norms of B's longest and shortest row. Where one of the first two is beyond
-        `CONDITION`, or no number, the matrices are not to be used.
+        Of each pair the matrices, shape ``(l, 2, r, r)``, and of each layer, shape ``(l, 4)``, its mixing, at most 1 %
+        too large, the same of A's columns, and the norms of B's longest and shortest row. Where one of the first two is
+        beyond `CONDITION`, or no number, the matrices are not to be used.
     """
-    lengths, columns = kernels.row_norms(down), kernels.row_norms(up.mT)
-    _, whitening, mixing = _triangle(down / lengths[..., None], lengths == 0)
-    root, _, condition = _triangle(up.mT / columns.where(columns > 0, 1.0)[..., None], columns == 0)
-    matrices = torch.stack((whitening / lengths[..., None, :], root.mT * columns[..., None, :]), dim=1)
-    return matrices, torch.stack((mixing, condition, lengths.amax(-1), lengths.amin(-1)), dim=-1)
+    known = [_gram(down, up) for down, up in pairs]
+    found: list[tuple[Tensor, Tensor]] = []
+    for _, of_rank in groupby(known, key=lambda of: (of[0].device, of[0].shape[-1])):
+        alike = list(of_rank)
+        for first in range(0, len(alike), STACKS):
+            grams, lengths = zip(*alike[first : first + STACKS], strict=True)
+            of_all = _quick(torch.cat(grams), torch.cat(lengths))
+            found += zip(*(torch.split(part, list(map(len, grams))) for part in of_all), strict=True)
+    return found
 
 
-def _triangle(rows: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """L of the Gram matrix of unit ``rows (l, r, d)``, its inverse, the rows' condition; ``zero`` ones stand apart."""
-    gram = rows @ rows.mT + torch.diag_embed(zero.to(rows))
-    triangle, failed = torch.linalg.cholesky_ex(gram)
-    inverse = torch.linalg.solve_triangular(triangle, torch.eye(len(gram[0])).to(gram), upper=False)
-    condition = (_largest(gram) * _largest(inverse.mT @ inverse)).sqrt()
+def _quick(grams: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """What `quick` gives of layers, from what `_gram` gives of them."""
+    parts = _triangle(grams.flatten(0, 1))
+    triangles, inverses, conditions = (part.view(-1, 2, *part.shape[1:]) for part in parts)
+    rows = lengths[:, 0]
+    matrices = torch.stack((inverses[:, 0] / rows[:, None, :], triangles[:, 1].mT * lengths[:, 1, None, :]), dim=1)
+    return matrices, torch.cat((conditions, rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True)), dim=-1)
+
+
+def _gram(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram matrices of the rows of B and the columns of A, of one length each, ``(l, 2, r, r)``, and their lengths.
+
+    A column of zeros, as A has at the start, stands apart; a row of zeros makes what is no number.
+    """
+    grams, lengths = [], []
+    for rows in (down, up.mT):
+        length = kernels.row_norms(rows)
+        zero = length == 0
+        unit = rows / (length if rows is down else length.where(~zero, 1.0))[..., None]
+        grams.append(unit @ unit.mT + torch.diag_embed(zero.to(rows)))
+        lengths.append(length)
+    return torch.stack(grams, dim=1), torch.stack(lengths, dim=1)
+
+
+def _triangle(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L of each of ``grams (n, r, r)``, its inverse, and the condition of the rows that it is of."""
+    triangle, failed = torch.linalg.cholesky_ex(grams)
+    inverse = torch.linalg.solve_triangular(triangle, torch.eye(len(grams[0])).to(grams), upper=False)
+    largest = _largest(torch.cat((grams, inverse.mT @ inverse)))
+    condition = (largest[: len(grams)] * largest[len(grams) :]).sqrt()
     return triangle, inverse, condition.where(failed == 0, torch.inf)
 
 
@@ -83,15 +130,23 @@ def _largest(symmetric: Tensor) -> Tensor:
     return torch.exp(logarithm / 2**SQUARINGS)
 
 
-def weight_norms(layers: Sequence[AdaptedLayer]) -> list[tuple[float | None, float, float | None]]:
-    """`AdaptedLayer.weight_norms` of each of ``layers``, in one transfer but for those that left float32's range."""
+def weight_norms(layers: Sequence[AdaptedLayer]) -> Callable[[], list[WeightNorms]]:
+    """Begin with `AdaptedLayer.weight_norms` of each of ``layers``; what is returned waits for them.
+
+    They come in one transfer but for those that left float32's range.
+    """
     norms = [layer.weight_norms() for layer in layers]
-    flat = iter(kernels.fetched([norm for of in norms for norm in of if norm is not None]))
-    found: list[Any] = [tuple(None if norm is None else float(next(flat)) for norm in of) for of in norms]
-    low, high = kernels.FLOAT32_SAFE
-    for number, of in enumerate(found):
-        if not all(norm is None or low <= norm <= high for norm in of):
-            found[number] = tuple(None if norm is None else float(norm) for norm in layers[number].weight_norms(True))
+
+    def found() -> list[WeightNorms]:
+        flat = iter(kernels.fetched([norm for of in norms for norm in of if norm is not None]))
+        found: list[Any] = [tuple(None if norm is None else float(next(flat)) for norm in of) for of in norms]
+        low, high = kernels.FLOAT32_SAFE
+        for number, of in enumerate(found):
+            if not all(norm is None or low <= norm <= high for norm in of):
+                exact = layers[number].weight_norms(exact=True)
+                found[number] = tuple(None if norm is None else float(norm) for norm in exact)
+        return found
+
     return found
 
 
@@ -103,11 +158,13 @@ def _alike(layers: Sequence[AdaptedLayer]) -> Iterator[list[int]]:
         return str(layer.down.weight.device), layer.rank, layer.in_features, layer.out_features
 
     numbers = sorted((number for number, layer in enumerate(layers) if layer.rank), key=shape)
-    for (_, rank, wide, out), alike in groupby(numbers, key=shape):
-        held, most = list(alike), max(1, TOGETHER // (8 * rank * (wide + out)))
+    for (where, rank, wide, out), alike in groupby(numbers, key=shape):
+        held = list(alike)
+        room = TOGETHER if where == "cpu" else TOGETHER_ELSEWHERE
+        most = max(1, room // (8 * rank * (wide + out)))
         yield from (held[first : first + most] for first in range(0, len(held), most))
 
 
-def _stacked(layers: Sequence[AdaptedLayer]) -> tuple[Tensor, Tensor]:
+def _stacked(layers: Sequence[AdaptedLayer]) -> Pair:
     down = torch.stack([layer.down_matrix() for layer in layers])
     return down, torch.stack([layer.scale * layer.up_matrix.to(down) for layer in layers])

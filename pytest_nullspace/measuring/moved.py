@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pytest_nullspace import kernels
+from pytest_nullspace import kernels, spectra
 from pytest_nullspace.checkpoint import Checkpoint, lora_null, peft
 from pytest_nullspace.checkpoint.arrays import read_tensor
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors
@@ -49,7 +49,7 @@ class Moved:
         up = layer.scale * layer.up_matrix.to("cpu", torch.float64)
         both = torch.cat((up - start.up, start.up), dim=1)
         self._change = (layer.down_matrix().cpu() - start.down).to(device, self._exact)
-        self._root, self._up = kernels.triangle(both).to(device, self._exact), start.up.to(device, self._exact)
+        self._root, self._up = spectra.triangle(both).to(device, self._exact), start.up.to(device, self._exact)
 
     def of(self, x: Tensor, down: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norms of the update since the start, shape ``(n,)``, and ``W x``, shape ``(n, out)``.
@@ -225,7 +225,7 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         found = matrix @ _basis(matrix.mT @ _basis(found))
     columns = _basis(found)
     inside = columns.mT @ matrix
-    down = kernels.singular(inside, min(rank, more))[1]
+    down = spectra.singular(inside, min(rank, more))[1]
     return columns @ (inside @ down.mT), down
 
 
@@ -244,6 +244,6 @@ def _aligned(up: Tensor, down: Tensor, like: Tensor) -> Start:
 
 def _apart(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> float:
     """``‖up · down − other_up · other_down‖`` in the Frobenius norm, without forming either."""
-    left = kernels.triangle(torch.cat((up, other_up), dim=1))
-    right = kernels.triangle(torch.cat((down, -other_down)).mT)
+    left = spectra.triangle(torch.cat((up, other_up), dim=1))
+    right = spectra.triangle(torch.cat((down, -other_down)).mT)
     return float((left @ right.mT).norm())

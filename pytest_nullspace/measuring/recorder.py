@@ -46,15 +46,15 @@ class Watched:
     Attributes:
         number: Which one it is.
         layer: Where its parts are.
-        factors: `kernels.factors` of its weights, the matrices on the device.
-        in_parts: Whether its parts must be put together anew, for a bias, a start or an update that is more than A B.
+        is_joined: Whether its parts are looked at as they are added.
+        in_parts: Whether they must be put together anew, for a bias, a start or an update that is more than A B.
         moved: What became of its start, where that held a part of W.
         seen: What its parts gave in the forward that is under way.
     """
 
     number: int
     layer: AdaptedLayer
-    factors: kernels.Factors
+    is_joined: bool
     in_parts: bool
     moved: Moved | None = None
     seen: dict[str, Tensor] = field(default_factory=dict)
@@ -63,13 +63,6 @@ class Watched:
     def updates_by_more(self) -> bool:
         """Whether its update is more than ``scale · A B x``."""
         return self.layer.update is not None or _has_bias(self.layer.up)
-
-    def blurs(self, dtype: torch.dtype) -> bool:
-        """Whether a ``Bx`` in ``dtype`` cannot tell ``Px``: its rounding outweighs it, or short rows of B underflow."""
-        held = torch.finfo(dtype)
-        return dtype != torch.float64 and (
-            self.factors.mixing > MIXED or 0 < self.factors.shortest < held.tiny / held.eps
-        )
 
 
 class Recorder:
@@ -95,6 +88,8 @@ class Recorder:
         self._layout: Layout | None = None
         self._unclear: set[str] = set()
         self._watched: list[Watched] = []
+        self._factors: list[kernels.Factors] = []
+        self._rounded: list[Tensor] = []
         self._input: Tensor | None = None
         self._input_norms = torch.empty(0)
         self._input_rows: DistinctRows | None = None
@@ -148,34 +143,53 @@ class Recorder:
     def watching(self, layers: Sequence[AdaptedLayer]) -> Iterator[None]:
         """Hooks on every layer of ``layers``, removed at the end whatever happens."""
         with ExitStack() as hooks:
-            for layer, factors in zip(layers, of_layers(layers), strict=True):
-                self.down_ranks[layer.name] = factors.rank
-                moved = None if layer.start is None else Moved(layer, layer.start, self._device)
-                watched = Watched(
-                    len(self._watched),
-                    layer,
-                    factors._replace(matrices=factors.matrices.to(self._device)),
-                    layer.update is not None or layer.has_bias or _has_bias(layer.up) or moved is not None,
-                    moved,
-                )
+            found = of_layers(layers)
+            for layer in layers:
+                watched = self._met(layer)
                 self._watched.append(watched)
                 handle = layer.layer.register_forward_pre_hook(partial(self._meet, watched))
                 hooks.callback(handle.remove)
-                takes: dict[str, _Take] = {"down": self._output, "base": self._output_norms}
-                if watched.in_parts:
-                    takes["base"] = self._product
-                    takes["up" if layer.update is None else "update"] = self._output
-                for part, take in takes.items():
+                for part, take in self._takes(watched).items():
                     handle = getattr(layer, part).register_forward_hook(partial(self._keep, watched.seen, part, take))
                     hooks.callback(handle.remove)
+                if watched.is_joined and layer.joined is not None:
+                    hooks.enter_context(layer.joined(partial(self._join, watched.seen)))
                 handle = layer.layer.register_forward_hook(partial(self._take, watched))
                 hooks.callback(handle.remove)
-            self.sums.start([watched.factors.matrices for watched in self._watched])
+            # On a card they were computed meanwhile.
+            self._factors = [of._replace(matrices=of.matrices.to(self._device)) for of in found()]
+            self.down_ranks |= {layer.name: of.rank for layer, of in zip(layers, self._factors, strict=True)}
+            self._rounded = [] if kernels.at_hand(self._device) else [of.matrices.float() for of in self._factors]
+            self.sums.start([of.matrices for of in self._factors])
             try:
                 yield
             finally:
                 self._input = None
                 self.sums.forget_held()
+
+    def _met(self, layer: AdaptedLayer) -> Watched:
+        moved = None if layer.start is None else Moved(layer, layer.start, self._device)
+        by_more = layer.update is not None or _has_bias(layer.up) or moved is not None
+        # On a CPU what was just made is in the cache still, and the norms of parts cost less than another addition.
+        is_joined = layer.joined is not None and not by_more and not kernels.at_hand(self._device)
+        in_parts = by_more or (layer.has_bias and not is_joined)
+        return Watched(len(self._watched), layer, is_joined, in_parts, moved)
+
+    def _takes(self, watched: Watched) -> dict[str, _Take]:
+        """What is taken of which parts of a layer."""
+        if watched.is_joined:
+            return {"down": self._output}
+        if watched.in_parts:
+            up = "up" if watched.layer.update is None else "update"
+            return {"down": self._output, "base": self._product, up: self._output}
+        return {"down": self._output, "base": self._output_norms}
+
+    def _join(self, seen: dict[str, Tensor], base: Tensor, up: Tensor, scale: float) -> Tensor:
+        """The output of a layer, whose norms and those of ``base`` are taken by the very addition."""
+        output, norms = kernels.joined(base, up, scale)
+        if not self._is_silent:
+            seen["joined"] = self._counted(norms.mT).mT
+        return output
 
     def _keep(
         self, seen: dict[str, Tensor], part: str, take: _Take, module: nn.Module, args: Any, output: Tensor
@@ -198,16 +212,20 @@ class Recorder:
             self._unclear.add(layer.name)
             watched.seen.clear()
             return
-        down, base = watched.seen["down"], watched.seen["base"]
+        down = watched.seen["down"]
         if x is not self._input:
             self._input, self._input_norms, self._input_rows = x, self._norms(x), None
         self._tell_apart(layer, self._layout, x)
-        cancelled = kernels.at_hand(self._device) and _loses_digits(down, self._input_norms, watched)
-        if cancelled or watched.blurs(down.dtype):
+        factors = self._factors[watched.number]
+        cancelled = kernels.at_hand(self._device) and _loses_digits(down, self._input_norms, factors, x.shape[-1])
+        if cancelled or _blurs(factors, down.dtype):
             down = self._counted(x).double() @ layer.down_matrix().to(x.device).mT
-        if watched.in_parts:
+        if watched.is_joined:
+            base, output = watched.seen["joined"]
+        elif watched.in_parts:
             # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.
             update = watched.seen["update"] if layer.update is not None else layer.scale * watched.seen["up"]
+            base = watched.seen["base"]
             output = self._norms_of(base + update)
             change = [self._norms_of(update)] if watched.updates_by_more else []
             if watched.moved is not None:
@@ -215,13 +233,19 @@ class Recorder:
                 change = [since]
             base = self._norms_of(base)
         else:
-            output = self._norms(output)
+            base, output = watched.seen["base"], self._norms(output)
         watched.seen.clear()
         # An input may be seen before accelerate brings it to where its layer runs.
         norms = [part.to(self._device) for part in (self._input_norms, base, output, *change)]
+        kept: Tensor | None = down
+        if not kernels.at_hand(self._device):  # few operations on many rows: there is nothing to be put together
+            exact = down.dtype == torch.float64
+            matrices = factors.matrices if exact else self._rounded[watched.number]
+            norms += kernels.narrow_norms(down.to(self._device), matrices)
+            kept = None
         if len({part.dtype for part in norms}) > 1:
             norms = [part.double() for part in norms]
-        self.sums.hold(Taken(watched.number, self._layout, torch.stack(norms), down))
+        self.sums.hold(Taken(watched.number, self._layout, torch.stack(norms), kept))
 
     def _tell_apart(self, layer: AdaptedLayer, layout: Layout, x: Tensor) -> None:
         """Add the rows of the layer's input to those that it had, once for the layers that share it."""
@@ -274,15 +298,21 @@ class Recorder:
         return values.flatten(0, -2) if self._layout is None else self._layout.counted(values)
 
 
-def _loses_digits(down: Tensor, input_norms: Tensor, watched: Watched) -> bool:
+def _blurs(factors: kernels.Factors, dtype: torch.dtype) -> bool:
+    """Whether a ``Bx`` in ``dtype`` cannot tell ``Px``: its rounding outweighs it, or short rows of B underflow."""
+    held = torch.finfo(dtype)
+    return dtype != torch.float64 and (factors.mixing > MIXED or 0 < factors.shortest < held.tiny / held.eps)
+
+
+def _loses_digits(down: Tensor, input_norms: Tensor, factors: kernels.Factors, width: int) -> bool:
     """Whether a float32 ``Bx`` is not exact, because its inputs are not or because it is mostly cancelled."""
     if input_norms.dtype == torch.float64:
         return True
     if down.dtype != torch.float32:
         return False
     # Rounding errors are a random walk of `in` steps, so they grow beside what cancellation leaves.
-    error = 2.0**-22 * input_norms.norm().item() / math.sqrt(watched.layer.in_features)
-    weight = watched.factors.mixing * watched.factors.longest
+    error = 2.0**-22 * input_norms.norm().item() / math.sqrt(width)
+    weight = factors.mixing * factors.longest
     return bool(weight * error > CANCELLATION * kernels.row_norms(down).sum().item())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_nullspace import kernels
+from pytest_nullspace import kernels, spectra
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
 from pytest_nullspace.measuring.forward import forwards, telling
 from pytest_nullspace.measuring.rows import Batch, Rows
@@ -148,7 +148,7 @@ def _spectra(of: _Input) -> dict[str, Spectrum]:
     if not of.rows or not bool(of.covariance.isfinite().all()):
         return {}
     eigenvalues, vectors = torch.linalg.eigh(of.covariance / of.rows, UPLO="L")
-    effective = kernels.effective_rank(eigenvalues.clamp_min(0))
+    effective = spectra.effective_rank(eigenvalues.clamp_min(0))
     found = {}
     for layer in of.layers:
         basis = _row_space(layer).to(vectors.device)

@@ -1,6 +1,5 @@
 """The streaming pass: text through the model once, the layers' figures from what the recorder added up meanwhile."""
 
-import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,23 +17,17 @@ from pytest_nullspace.measuring.distinct import together
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
 from pytest_nullspace.measuring.drift import Predictions
 from pytest_nullspace.measuring.factors import weight_norms
+from pytest_nullspace.measuring.figuring import figured, weighed
 from pytest_nullspace.measuring.forward import forwards, telling
 from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.measuring.summing import OCTAVES
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
-from pytest_nullspace.run.stats import SINK, LayerStats, WithoutSinks
-from pytest_nullspace.run.uncertainty import margins
-from pytest_nullspace.run.windows import OF_LAYER, ByWindow
+from pytest_nullspace.run.stats import LayerStats
 from pytest_nullspace.text.windows import Shown
 
 FIRST_ROUND = 16
 """Windows after which a pass may end early, and again whenever they have doubled."""
-
-_MEANS = ("input_norm", "down_norm", "update_norm", "base_norm", "output_norm", "mean_leakage")
-"""What a layer's record calls `kernels.Means` after the rows."""
-_NO_DOWN: Mapping[str, Any] = {"down_norm": None, "mean_leakage": None}
-"""Of them, those that there are not where there is no B."""
 
 Progress = Callable[[int, int], None]
 """Told how many windows of how many are done."""
@@ -92,7 +85,7 @@ def measure(
     if not chosen and predictions is None:
         return ()
     drawn = counted_rows(windows, counted, max_rows, seed)
-    recorder = Recorder(adapted.device, len(windows))
+    recorder, weights = Recorder(adapted.device, len(windows)), cache(partial(weight_norms, chosen))
     watching = recorder.rows.watching(adapted.model), recorder.watching(chosen)
     running = forwards(adapted, chosen, windows, whole=predictions is not None)
     with running as forward, watching[0], watching[1]:
@@ -113,9 +106,11 @@ def measure(
                     progress(told, len(windows))
             if progress is not None and told < part.stop:
                 progress(part.stop, len(windows))
+            weights()  # a card takes them behind the forwards, while it is still waited for
             return share[:done], *(recorder.taken(part) if chosen else NOTHING)
 
-        figures, lost = in_rounds(chosen, recorder.down_ranks, len(windows), read, ranks, predictions, settled)
+        told = cache(lambda: weighed(chosen, recorder.down_ranks, weights()()))
+        figures, lost = in_rounds(chosen, told, len(windows), read, ranks, predictions, settled)
         with recorder.silent():
             unused = bypassed(lost, forward, telling(windows), adapted.device)
     return with_rows(figures, ranks, [(recorder.distinct(), recorder.unplaced)], unused)
@@ -123,7 +118,7 @@ def measure(
 
 def in_rounds(
     chosen: Sequence[AdaptedLayer],
-    down_ranks: Mapping[str, int],
+    told: Callable[[], Sequence[LayerStats]],
     windows: int,
     read: Callable[[range], Read],
     ranks: Ranks,
@@ -134,7 +129,7 @@ def in_rounds(
 
     Args:
         chosen: The layers.
-        down_ranks: How many directions the rows of their B span, once some windows were read.
+        told: What is `weighed` of them, once some windows were read.
         windows: How many there are.
         read: Reads some of them.
         ranks: The processes that share them.
@@ -144,10 +139,8 @@ def in_rounds(
     sums = torch.zeros(len(chosen), 0, len(kernels.Sums._fields), dtype=torch.float64)
     by_octave = torch.zeros(len(chosen), *OCTAVES, dtype=torch.float64)
 
-    weighed = cache(partial(_weighed, chosen, down_ranks))
-
     def figures() -> tuple[LayerStats, ...]:
-        return tuple(map(_stats, weighed(), sums, by_octave))
+        return figured(told(), sums, by_octave)
 
     for part in _rounds(windows, settled is not None):
         share, added, apart = read(part)
@@ -222,68 +215,6 @@ def _compared(recorder: Recorder, forward: Callable[[Batch], Any], batch: Batch,
     logits = forward(batch).logits
     with recorder.silent():
         return predictions.compared(logits, batch.tokens, batch.first, batch.beside)
-
-
-def _weighed(layers: Sequence[AdaptedLayer], down_ranks: Mapping[str, int]) -> list[LayerStats]:
-    """What is told of the layers before any row came."""
-    norms = weight_norms(layers)
-    return [_of_weights(layer, down_ranks[layer.name], of) for layer, of in zip(layers, norms, strict=True)]
-
-
-def _of_weights(layer: AdaptedLayer, down_rank: int, norms: tuple[float | None, float, float | None]) -> LayerStats:
-    has_down = layer.rank > 0
-    return LayerStats(
-        name=layer.name,
-        rows=0,
-        in_features=layer.in_features,
-        rank=layer.rank,
-        out_features=layer.out_features,
-        input_norm=math.nan,
-        down_norm=math.nan if has_down else None,
-        update_norm=math.nan,
-        base_norm=math.nan,
-        output_norm=math.nan,
-        mean_leakage=math.nan if has_down else None,
-        down_weight_norm=norms[0],
-        up_weight_norm=norms[1],
-        base_weight_norm=norms[2],
-        down_rank=down_rank if has_down else None,
-        scale=None if layer.is_whole else layer.scale,
-        effective_rank=None if layer.effective_rank is None else layer.effective_rank(),
-    )
-
-
-def _stats(layer: LayerStats, by_window: Tensor, by_octave: Tensor) -> LayerStats:
-    """The figures of a layer, of which ``layer`` tells what its weights do."""
-    whole = kernels.merge(by_window)
-
-    def of(summed: Tensor) -> LayerStats:
-        rows, *means = kernels.compute(summed)
-        found: dict[str, Any] = dict(zip(_MEANS, means, strict=True))
-        return replace(layer, rows=rows, **(found if layer.rank else {**found, **_NO_DOWN}))
-
-    found = of(whole)
-    return replace(
-        found,
-        margins=margins(list(map(of, whole - by_window[by_window[:, 0] > 0]))),
-        without_sinks=_without_sinks(found, by_octave),
-        by_window=_kept(found, by_window),
-    )
-
-
-def _kept(found: LayerStats, by_window: Tensor) -> ByWindow | None:
-    summed = kernels.Sums(*by_window.T.tolist())._asdict()
-    sums = {name: summed[name.removeprefix("mean_").removesuffix("_norm")] for name in OF_LAYER.over}
-    return ByWindow.of(OF_LAYER, found, (summed["rows"], summed["directed"]), sums)
-
-
-def _without_sinks(found: LayerStats, by_octave: Tensor) -> WithoutSinks:
-    total, *norms = kernels.without_sinks(by_octave, SINK).tolist()
-    rows = int(total)
-    if rows == found.rows:  # the mean norms are the very same, not added up in another order
-        return WithoutSinks(rows, *found.norms)
-    quiet = WithoutSinks(rows, *(norm / rows for norm in norms))
-    return quiet if found.down_norm is not None else replace(quiet, down_norm=None)
 
 
 def counted_rows(

@@ -35,20 +35,26 @@ class Taken:
         number: Of the layer.
         layout: Which rows it read.
         norms: Of ``x``, ``W_res x``, the output and, where it is more than ``scale · A B x``, the update; shape
-            ``(3 or 4, n)``.
-        down: ``Bx``, shape ``(n, r)``.
+            ``(3 or 4, n)``; where there is no ``down``, after them those of `kernels.narrow_norms`.
+        down: ``Bx``, shape ``(n, r)``, whose norms are yet to be taken, of many layers at once.
     """
 
     number: int
     layout: Layout
     norms: Tensor
-    down: Tensor
+    down: Tensor | None
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """What those have in common that can be summed together."""
         told = self.layout.counts, self.layout.whole
-        return self.norms.shape, self.norms.dtype, self.down.shape, self.down.dtype, *told
+        down = () if self.down is None else (self.down.shape, self.down.dtype)
+        return self.norms.shape, self.norms.dtype, down, *told
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """What takes memory."""
+        return [self.norms] if self.down is None else [self.norms, self.down]
 
 
 class _Summed(NamedTuple):
@@ -87,12 +93,13 @@ class Summing:
 
     def hold(self, taken: Taken) -> None:
         """Keep a copy of what was taken, or sum it up at once where there is no room for it."""
-        if not self._memory.has_room(taken.norms, taken.down):
+        if not self._memory.has_room(*taken.parts):
             self.sum_held()
-        if not self._memory.has_room(taken.norms, taken.down):
+        if not self._memory.has_room(*taken.parts):
             self._sum([taken])
             return
-        self._held.append(replace(taken, norms=self._memory.keep(taken.norms), down=self._memory.keep(taken.down)))
+        norms, *down = map(self._memory.keep, taken.parts)
+        self._held.append(replace(taken, norms=norms, down=down[0] if down else None))
 
     def sum_held(self) -> None:
         """Sum up what is kept, the layers of one shape at once."""
@@ -134,14 +141,14 @@ class Summing:
         return split[0].reshape(sums.shape).contiguous(), split[1].reshape(apart.shape).contiguous()
 
     def _sum(self, taken: list[Taken]) -> None:
-        exact = torch.promote_types(taken[0].down.dtype, torch.float32)
-        down = torch.stack([t.down for t in taken]).to(self._device, exact)
-        factors = torch.stack([self._factors[t.number] for t in taken])
-        narrow = torch.stack((kernels.row_norms(down), *kernels.inner_norms(down, factors.to(exact))))
-        if kernels.at_hand(self._device) and not kernels.safe(narrow):
-            down = down.double()
-            narrow = torch.stack((kernels.row_norms(down), *kernels.inner_norms(down, factors)))
-        norms = torch.cat((torch.stack([t.norms for t in taken], dim=1).to(self._device), narrow))
+        norms = torch.stack([t.norms for t in taken], dim=1).to(self._device)
+        if downs := [t.down for t in taken if t.down is not None]:
+            down = torch.stack(downs).to(self._device)
+            factors = torch.stack([self._factors[t.number] for t in taken])
+            narrow = kernels.narrow_norms(down, factors)
+            if not kernels.safe(narrow):
+                narrow = kernels.narrow_norms(down.double(), factors)
+            norms = torch.cat((norms, narrow))
 
         def named(norms: Tensor) -> dict[str, Tensor]:
             x, base, output, *change, down, projected, update = norms.unbind()

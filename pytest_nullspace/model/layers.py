@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,15 @@ from torch import Tensor, nn
 from pytest_nullspace.kernels import at_hand, exact_row_norms, row_norms
 from pytest_nullspace.model.shelf import Shelf
 from pytest_nullspace.model.stored import stored
+
+_vector_norm: Callable[..., Tensor] = torch.linalg.vector_norm
+
+
+class Join(Protocol):
+    """Makes a layer's output ``base + scale · up``, as `pytest_nullspace.kernels.joined` does, and looks at both."""
+
+    def __call__(self, base: Tensor, up: Tensor, scale: float) -> Tensor:
+        """The output, in the type of ``base``."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,8 @@ class AdaptedLayer:
             since, and ``W x`` what that is added to.
         effective_rank: Of an update that is a whole matrix, gives its effective rank; B has as many rows as were asked
             for then, or none.
+        joined: Within this context a function makes the layer's output, before a bias, of what its two parts gave; None
+            where the layer does more than add them.
     """
 
     name: str
@@ -63,6 +75,7 @@ class AdaptedLayer:
     update: nn.Module | None = None
     start: Start | None = None
     effective_rank: Callable[[], float] | None = None
+    joined: Callable[[Join], AbstractContextManager[None]] | None = None
 
     @property
     def out_features(self) -> int:
@@ -110,8 +123,8 @@ class AdaptedLayer:
 
 def _frobenius(matrix: Tensor, exact: bool) -> Tensor:
     matrix = matrix.detach()
-    rows = exact_row_norms(matrix) if exact or at_hand(matrix.device) else row_norms(matrix).double()
-    return rows.square().sum().sqrt()
+    rows = exact_row_norms(matrix) if exact or at_hand(matrix.device) else row_norms(matrix)
+    return _vector_norm(rows, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

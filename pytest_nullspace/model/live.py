@@ -37,7 +37,8 @@ from pytest_nullspace.errors import CheckpointError, OptionError, first_line, pr
 from pytest_nullspace.model import device_named
 from pytest_nullspace.model.bases import reading
 from pytest_nullspace.model.layers import AdaptedModel
-from pytest_nullspace.model.peft import require_changed, view
+from pytest_nullspace.model.peft import require_changed
+from pytest_nullspace.model.views import view
 
 SMALL = 1 << 20
 """Numbers of the largest buffer of which a copy is kept: what a forward writes into is smaller."""

@@ -19,7 +19,7 @@ from pytest_nullspace.checkpoint.lora_null import BIAS, PROTECT_DOWN
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
 from pytest_nullspace.model.known import require_known
-from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
+from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel, Join
 from pytest_nullspace.model.shelf import Shelf, stack_of
 from pytest_nullspace.model.shelved import shelved
 from pytest_nullspace.model.stored import stored
@@ -55,14 +55,25 @@ class AdaptedLinear(nn.Module):
         self.PBLinear = None if protected is None else _Linear(in_features, protected, bias=False)
         self.PALinear = None if protected is None else _Linear(protected, in_features, bias=False)
         self.is_on = True
+        self.join: Join | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x``, shape ``(…, in)``; returns ``(…, out)``."""
         kept = x if self.PALinear is None or self.PBLinear is None else x - self.PALinear(self.PBLinear(x))
         y: Tensor = self.residual(x)
         if self.is_on:
-            y = y + self.ALinear(self.BLinear(kept))
+            update: Tensor = self.ALinear(self.BLinear(kept))
+            y = y + update if self.join is None else self.join(y, update, 1.0)
         return y if self.bias is None else y.add_(self.bias)
+
+    @contextmanager
+    def joined(self, join: Join) -> Iterator[None]:
+        """Within this context ``join`` puts the two parts together."""
+        self.join = join
+        try:
+            yield
+        finally:
+            self.join = None
 
     def down_matrix(self) -> Tensor:
         """The matrix from ``x`` to ``Bx``, shape ``(r, in)``, float64, where B lies."""
@@ -219,4 +230,5 @@ def _view(adapted: AdaptedLinear, name: str) -> AdaptedLayer:
         down_matrix=adapted.down_matrix,
         base_matrix=lambda: stored(adapted.residual, "weight"),
         has_bias=adapted.bias is not None,
+        joined=adapted.joined,
     )

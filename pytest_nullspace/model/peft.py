@@ -34,7 +34,7 @@ from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.names import OLDER, Placed, are_older, placed
 from pytest_nullspace.model.shelf import Shelf, UnfitError
 from pytest_nullspace.model.shelved import shelved
-from pytest_nullspace.model.stored import stored, weight_of
+from pytest_nullspace.model.views import view
 
 
 def load(
@@ -355,24 +355,7 @@ def _require_scales(checkpoint: Checkpoint, views: Mapping[str, AdaptedLayer]) -
             )
 
 
-def view(name: str, layer: Any, adapter: str) -> AdaptedLayer:
-    """One layer of PEFT's under one of its adapters."""
-    down, base = layer.lora_A[adapter], layer.get_base_layer()
-    return AdaptedLayer(
-        name=name,
-        layer=layer,
-        down=down,
-        up=layer.lora_B[adapter],
-        base=base,
-        scale=float(layer.scaling[adapter]),
-        down_matrix=lambda: stored(down, "weight").double(),
-        base_matrix=lambda: weight_of(base, {layer.in_features, layer.out_features}),
-        has_bias=getattr(base, "bias", None) is not None,
-        update=layer.lora_magnitude_vector[adapter] if layer.use_dora.get(adapter) else None,
-    )
-
-
-def require_changed(checkpoint: Checkpoint, base: Path | str, views: Iterable[AdaptedLayer]) -> None:
+def require_changed(checkpoint: Checkpoint, base: Path | str, layers: Iterable[AdaptedLayer]) -> None:
     """Refuse a base that still holds what the adapter's initialisation took out of it.
 
     PiSSA, CorDA and OLoRA start from ``s·A₀B₀``, take it out of W, and make it orthogonal to what is left. So the share
@@ -380,17 +363,17 @@ def require_changed(checkpoint: Checkpoint, base: Path | str, views: Iterable[Ad
     blurs it: for PiSSA and OLoRA, which start from much of W, not by half; for CorDA, which starts from little, wholly.
     """
     start, shares = str(checkpoint.config.get("init_lora_weights", "")).lower(), []
-    for view in views:
-        weight = view.base_matrix()
+    for layer in layers:
+        weight = layer.base_matrix()
         if weight is None:
             continue
         weight = weight.detach().float()
-        if getattr(view.layer, "fan_in_fan_out", False):
+        if getattr(layer.layer, "fan_in_fan_out", False):
             weight = weight.mT
-        down, up = view.down_matrix().to(weight), view.up_matrix.detach().to(weight)
+        down, up = layer.down_matrix().to(weight), layer.up_matrix.detach().to(weight)
         held = float((up * (weight @ down.mT)).sum() / ((up.mT @ up) * (down @ down.mT)).sum())
         # OLoRA alone does not divide A₀B₀ by the scale, so it takes s times the share that W holds.
-        shares.append((held - (1 - view.scale if start == "olora" else 0)) / view.scale)
+        shares.append((held - (1 - layer.scale if start == "olora" else 0)) / layer.scale)
     share = median(shares) if shares and all(map(math.isfinite, shares)) else 0.0
     if 0.5 < share < 1.5:
         raise CheckpointError(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from pytest_nullspace import kernels
+from pytest_nullspace import spectra
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors
 from pytest_nullspace.checkpoint.whole import WEIGHT
@@ -68,7 +68,7 @@ class WholeLinear(nn.Module):
         self._values: Tensor | None = None
         rows = change.new_empty(0, change.shape[1])
         if rank:
-            self._values, rows = kernels.singular(change, rank)
+            self._values, rows = spectra.singular(change, rank)
         self.down = _Product(rows.to(change.dtype))
         self.up = _Product((change.to(rows.dtype) @ rows.mT).to(change.dtype))
 
@@ -87,8 +87,8 @@ class WholeLinear(nn.Module):
     @cached_property
     def effective_rank(self) -> float:
         """Of ΔW."""
-        values = kernels.singular(self.delta.weight, 0)[0] if self._values is None else self._values
-        return kernels.effective_rank(values)
+        values = spectra.singular(self.delta.weight, 0)[0] if self._values is None else self._values
+        return spectra.effective_rank(values)
 
 
 def load(checkpoint: Checkpoint, base: Path, device: torch.device, dtype: torch.dtype) -> AdaptedModel:

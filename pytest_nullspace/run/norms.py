@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any, overload
 
 SINK = 8
 """A row is a sink where its norm is beyond so many times the median norm of its layer's rows.
@@ -70,6 +71,16 @@ class WithoutSinks(Ratios):
     output_norm: float
 
 
-def ratio(part: float, whole: float) -> float:
-    """``part / whole``, which is no number where there is no whole."""
-    return part / whole if whole else math.nan
+@overload
+def ratio(part: float, whole: float) -> float: ...
+
+
+@overload
+def ratio(part: Any, whole: Any) -> Any: ...
+
+
+def ratio(part: Any, whole: Any) -> Any:
+    """``part / whole``, which is no number where there is no whole; of many at once, each by each."""
+    if isinstance(whole, float | int) and not whole:
+        return math.nan
+    return part / whole

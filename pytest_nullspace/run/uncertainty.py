@@ -1,11 +1,9 @@
 """How far a figure may lie from what more text would give, from how it varies between windows. Pure."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cache
 from statistics import NormalDist, fmean
-
-from pytest_nullspace.run.figures import of_one_text
-from pytest_nullspace.run.stats import LayerStats
 
 LEVEL = 0.95
 """How often the true figure lies within its margin."""
@@ -13,24 +11,12 @@ MOST_WINDOWS = 10**9
 """More than any text has."""
 
 
-def margins(without: Sequence[LayerStats]) -> Mapping[str, float]:
-    """Half the width of each figure's confidence interval, by the jackknife over windows.
-
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 11.
-
-    Args:
-        without: The layer's figures with one window left out, each in turn.
-
-    Returns:
-        For each figure its margin, in its own unit.
-    """
-    lacking = without[0].without if without else ()
-    figures = [figure for figure in of_one_text() if figure not in lacking]
-    return {figure: jackknife([layer.figure(figure) for layer in without]) for figure in figures}
-
-
 def jackknife(without: Sequence[float]) -> float:
-    """The margin of a figure from its values with one window left out, each in turn; infinite from fewer than two."""
+    """The margin of a figure from its values with one window left out, each in turn; infinite from fewer than two.
+
+    It is half the width of the figure's confidence interval, in its own unit. Source: Efron and Tibshirani, An
+    Introduction to the Bootstrap, chapter 11.
+    """
     count = len(without)
     if count < 2:
         return math.inf
@@ -38,6 +24,7 @@ def jackknife(without: Sequence[float]) -> float:
     return students_t(count - 1) * math.sqrt((count - 1) / count * sum((value - middle) ** 2 for value in without))
 
 
+@cache
 def students_t(freedom: int) -> float:
     """Student's t below which lies all but half of what `LEVEL` leaves.
 

@@ -24,7 +24,7 @@ from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.lora_null import AdaptedLinear
-from pytest_nullspace.model.peft import view
+from pytest_nullspace.model.views import view
 from tests import tiny
 from tests.benchmarks.reference import wait_for
 
@@ -84,7 +84,7 @@ def lora_null(of: Size, device: str, dtype: torch.dtype) -> AdaptedModel:
         model.set_submodule(name, adapted)
         layers[name] = AdaptedLayer(
             name, adapted, adapted.BLinear, adapted.ALinear, adapted.residual, 1.0, adapted.down_matrix,
-            partial(getattr, adapted.residual, "weight"), has_bias=False,
+            partial(getattr, adapted.residual, "weight"), has_bias=False, joined=adapted.joined,
         )  # fmt: skip
     return AdaptedModel(model, layers, torch.device(device))
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import pytest
 import torch
 
 from fixtures.build import WORLD
+from pytest_nullspace import kernels
+from pytest_nullspace.measuring import distinct
+from pytest_nullspace.measuring.recorder import Recorder
+from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.run.stats import LayerStats
@@ -52,6 +57,62 @@ def test_the_split_of_the_rows_does_not_matter(directory: Path, device: str) -> 
     assert figures(batch_size=1) == pytest.approx(whole, rel=1e-9)
     assert figures(batch_size=3) == pytest.approx(whole, rel=1e-9)
     assert figures(batch_size=8, max_rows=100) == pytest.approx(figures(batch_size=1, max_rows=100), rel=1e-9)
+
+
+SHAPES = [(3, 5, 7), (70, 576), (9, 4100), (33, 1), (2, 40, 4096), (5, 14336)]
+
+
+@pytest.fixture
+def fused(device: str) -> Any:
+    """The kernels for Triton, where this device has them."""
+    found = kernels.fused(torch.device(device))
+    if found is None:
+        pytest.skip(f"no Triton kernels work on {device}")
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_one_read_gives_is_what_torch_gives(
+    fused: Any, device: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Norms to 1e-6 of float64, prints and the output of an addition to the last bit, of any width and type."""
+    there = torch.device(device)
+    values, norm = torch.randn(shape, device=there).to(dtype), partial(torch.linalg.vector_norm, dim=-1)
+    torch.testing.assert_close(fused.row_norms(values).double(), norm(values.double()), rtol=1e-6, atol=0)
+    turned = values.flatten(0, -2).T.contiguous().T  # the numbers of a row lie apart
+    torch.testing.assert_close(fused.row_norms(turned).double(), norm(turned.double()), rtol=1e-6, atol=0)
+    for of in (dtype, torch.float32):
+        up = torch.randn(shape, device=there).to(of)
+        output, norms = fused.joined(values, up, 0.7)
+        assert torch.equal(output, (values + up * 0.7).to(dtype))
+        want = [norm(part.double()).flatten() for part in (values, output)]
+        torch.testing.assert_close(norms.double(), torch.stack(want), rtol=1e-6, atol=0)
+    rows = values.flatten(0, -2)
+    got = distinct.prints(rows, fused.row_norms(rows))
+    assert torch.equal(got.cpu(), distinct.prints(rows.cpu(), fused.row_norms(rows).cpu()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 8, 16, 100, 128, 200, 256])
+def test_narrow_norms_are_exact(fused: Any, device: str, rank: int, dtype: torch.dtype) -> None:
+    """Of a rank that is no power of two, too, and to 1e-6 of float64 on the same ``Bx``."""
+    down, factors = torch.randn(130, rank, device=device).to(dtype), torch.randn(2, rank, rank, device=device).double()
+    want = torch.stack((kernels.row_norms(down.double()), *kernels.inner_norms(down.double(), factors)))
+    torch.testing.assert_close(fused.narrow_norms(down, factors).double(), want, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_model_computes_what_it_computes_unwatched(directory: Path, device: str, dtype: str) -> None:
+    """With its parts added by us the model's logits are those without, to the last bit."""
+    adapted = load_model(directory, device, dtype)
+    tokens, recorder = torch.tensor(WINDOWS[:4], device=device), Recorder(adapted.device, 4)
+    with adapted.without_grad():
+        bare = adapted.model(input_ids=tokens).logits
+        with recorder.watching(list(adapted.layers.values())):
+            recorder.start(Batch(tokens, 0, None, [48] * 4))
+            assert torch.equal(adapted.model(input_ids=tokens).logits, bare)
+        assert torch.equal(adapted.model(input_ids=tokens).logits, bare)
 
 
 def gate(folder: Path, name: str, *options: str) -> dict[str, Any]:

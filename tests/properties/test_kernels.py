@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pytest_nullspace import kernels
+from pytest_nullspace import kernels, spectra
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -405,27 +405,27 @@ def test_singular_values_and_vectors_are_those_of_the_whole_decomposition(
     """Of a matrix of any rank: the values, the space of the leading right vectors, and orthonormal rows."""
     rank, generator = data.draw(st.integers(1, min(out, width))), seeded(seed)
     matrix = torch.randn(out, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
-    values, rows = kernels.singular(matrix, rank)
+    values, rows = spectra.singular(matrix, rank)
     assert torch.allclose(values, torch.linalg.svdvals(matrix.double()), atol=1e-6 * float(values[0]), rtol=0)
     assert torch.allclose(rows @ rows.mT, torch.eye(rank, dtype=torch.float64), atol=1e-9)
     if float(values[rank - 1]) > 1e-3 * float(values[0]):
         assert torch.allclose(matrix.double() @ rows.mT @ rows, matrix.double(), atol=1e-5 * float(values[0]))
-    assert torch.allclose(kernels.singular(matrix, 0)[0], values, atol=1e-6 * float(values[0]), rtol=0)
+    assert torch.allclose(spectra.singular(matrix, 0)[0], values, atol=1e-6 * float(values[0]), rtol=0)
     shares = values[values > 0] / values.sum()
-    assert kernels.effective_rank(values) == pytest.approx(float((-shares * shares.log()).sum().exp()), rel=EXACT)
+    assert spectra.effective_rank(values) == pytest.approx(float((-shares * shares.log()).sum().exp()), rel=EXACT)
 
 
 @given(st.integers(1, 20), st.integers(1, 20))
 def test_the_effective_rank_of_equal_values_is_their_number(count: int, zeros: int) -> None:
     """N equal singular values give n, however many are zero beside them; none at all give 0."""
     values = torch.cat((torch.full((count,), 3.0), torch.zeros(zeros))).double()
-    assert kernels.effective_rank(values) == pytest.approx(count, rel=EXACT)
-    assert kernels.effective_rank(0 * values) == 0
+    assert spectra.effective_rank(values) == pytest.approx(count, rel=EXACT)
+    assert spectra.effective_rank(0 * values) == 0
 
 
 def test_a_matrix_that_is_no_number_has_no_singular_values() -> None:
     """NaN gives NaN in the shapes that numbers would have, and no error of a library."""
-    values, rows = kernels.singular(torch.full((3, 5), torch.nan), 2)
+    values, rows = spectra.singular(torch.full((3, 5), torch.nan), 2)
     assert (values.shape, rows.shape) == ((3,), (2, 5))
     assert bool(values.isnan().all())
     assert bool(rows.isnan().all())

@@ -15,11 +15,11 @@ from tests.structure import imports, own, sources, wing, wings
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
-    "callback", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.distinct", "measuring.drift",
-    "measuring.factors", "measuring.forward", "measuring.halfway", "measuring.moved", "measuring.recorder",
-    "measuring.rows", "measuring.sampled", "measuring.scaling", "measuring.screen", "measuring.spectrum",
-    "measuring.stowed", "measuring.streamed", "measuring.streaming", "measuring.summing", "measuring.waiting",
-    "measuring.writing", "model",
+    "callback", "fused", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.distinct",
+    "measuring.drift", "measuring.factors", "measuring.figuring", "measuring.forward", "measuring.halfway",
+    "measuring.moved", "measuring.recorder", "measuring.rows", "measuring.sampled", "measuring.scaling",
+    "measuring.screen", "measuring.spectrum", "measuring.stowed", "measuring.streamed", "measuring.streaming",
+    "measuring.summing", "measuring.waiting", "measuring.writing", "model", "spectra",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {

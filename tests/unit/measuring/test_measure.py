@@ -225,13 +225,16 @@ def test_norms_from_several_devices_are_put_together(llama: AdaptedModel) -> Non
     """An input that lies elsewhere than what its layer makes of it, as under a device map, is summed with it."""
     recorder = Recorder(torch.device("meta"), 1)
     recorder.start(Batch(torch.zeros(1, 3), 0, None, [3]))
-    seen = {"down": torch.ones(3, 4, device="meta"), "base": torch.ones(3, device="meta")}
+    seen = {"down": torch.ones(3, 4, device="meta"), "joined": torch.ones(2, 3, device="meta")}
     layer, x = llama.layers[FIRST], (torch.ones(1, 3, 32),)
-    watched = Watched(0, layer, kernels.factors(torch.eye(4), torch.eye(4), 1.0), in_parts=False, seen=seen)
+    factors = kernels.factors(torch.eye(4), torch.eye(4), 1.0)
+    recorder._factors = [factors._replace(matrices=factors.matrices.to("meta"))]
+    recorder._rounded = [recorder._factors[0].matrices]
+    watched = Watched(0, layer, is_joined=True, in_parts=False, seen=seen)
     recorder._meet(watched, layer.layer, x)
     recorder._take(watched, layer.layer, x, torch.ones(1, 3, 32, device="meta"))
     (taken,) = recorder.sums._held
-    assert (taken.norms.device.type, taken.norms.shape) == ("meta", (3, 3))
+    assert (taken.norms.device.type, taken.norms.shape) == ("meta", (6, 3))
 
 
 def no_memory_for_more_than(most: int) -> Callable[[Any, Any, Any], None]:

@@ -169,7 +169,7 @@ def test_weights_beyond_float32_are_told_without_a_look(tmp_path: Path, monkeypa
         layer.up_matrix.mul_(2.0**-90)
         layer.down.get_parameter("weight").mul_(2.0**90)
     with without_a_look(monkeypatch):
-        (down, up, base), *_ = factors.weight_norms([layer])
+        (down, up, base), *_ = factors.weight_norms([layer])()
     weights = (layer.down.get_parameter("weight"), layer.up_matrix, layer.base.get_parameter("weight"))
     assert (down, up, base) == pytest.approx([float(weight.double().norm()) for weight in weights], rel=1e-7)
 
@@ -196,7 +196,7 @@ def test_factors_of_many_layers_are_those_of_each(rank: int, wide: int, out: int
     rows = 2.0 ** random(rank, 1, seed=seed).mul(power).round()
     pairs = [(rows * random(rank, wide, seed=seed + n), random(out, rank, seed=seed - n - 1)) for n in range(3)]
     pairs.append((pairs[0][0], torch.zeros(out, rank, dtype=torch.float64)))
-    for (down, up), got in zip(pairs, factors.of_layers([layer_of(*pair, -0.5) for pair in pairs]), strict=True):
+    for (down, up), got in zip(pairs, factors.of_layers([layer_of(*pair, -0.5) for pair in pairs])(), strict=True):
         want, bx = kernels.factors(down, up, -0.5), random(7, wide, seed=seed + 9) @ down.mT
         norms = (kernels.inner_norms(bx, of.matrices) for of in (got, want))
         for ours, theirs in zip(*norms, strict=True):
@@ -223,7 +223,7 @@ def test_what_is_not_well_conditioned_is_decomposed(spoil: str) -> None:
         case "up is nearly":
             up[:, 3] = up[:, 1] + 1e-6 * up[:, 3]
     good = layer_of(random(4, 20, seed=2), random(9, 4, seed=3), 1.0)
-    _, got = factors.of_layers([good, layer_of(down, up, 2.0)])
+    _, got = factors.of_layers([good, layer_of(down, up, 2.0)])()
     want = kernels.factors(down, up, 2.0)
     torch.testing.assert_close(got.matrices, want.matrices, equal_nan=True, rtol=0, atol=0)
     assert repr(got[1:]) == repr(want[1:])

@@ -136,7 +136,7 @@ def test_each_layer_is_its_formula(tmp_path: Path, protected: int | None, bias: 
             torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
         torch.testing.assert_close(x @ layer.down_matrix().mT, down, rtol=1e-12, atol=1e-12)
         assert (layer.scale, layer.out_features) == (1.0, len(weight["weight_residual"]))
-        assert weight_norms([layer])[0] == pytest.approx(
+        assert weight_norms([layer])()[0] == pytest.approx(
             [float(weight[part].norm()) for part in ("BLinear.weight", "ALinear.weight", "weight_residual")], rel=1e-7
         )
 
@@ -153,9 +153,9 @@ def test_the_norm_of_weights_is_theirs_however_large_or_small_they_are(tmp_path:
     tiny.lora_null(tmp_path / "plain"), tiny.lora_null(tmp_path / "scaled", change=rescale)
     plain, scaled = load(tmp_path / "plain").layers, load(tmp_path / "scaled").layers
     for name, layer in plain.items():
-        down, up, base = weight_norms([layer])[0]
+        down, up, base = weight_norms([layer])()[0]
         assert down is not None
-        assert weight_norms([scaled[name]])[0] == pytest.approx((down * 2.0**power, up * 2.0**-power, base), rel=1e-7)
+        assert weight_norms([scaled[name]])()[0] == pytest.approx((down * 2.0**power, up * 2.0**-power, base), rel=1e-7)
 
 
 def test_layers_come_in_model_order_and_the_model_in_eval_mode(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pytest_nullspace import kernels
+from pytest_nullspace import spectra
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring.drift import drift
@@ -130,8 +130,8 @@ def test_zeros_are_not_rounded() -> None:
 
 def test_an_update_is_decomposed_once(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The values of which the down projection was taken give the effective rank as well."""
-    directory, taken, singular = merged(lora.parent, lora, name="once"), [], kernels.singular
-    monkeypatch.setattr(kernels, "singular", lambda matrix, rank: taken.append(rank) or singular(matrix, rank))  # type: ignore[func-returns-value]
+    directory, taken, singular = merged(lora.parent, lora, name="once"), [], spectra.singular
+    monkeypatch.setattr(spectra, "singular", lambda matrix, rank: taken.append(rank) or singular(matrix, rank))  # type: ignore[func-returns-value]
     figures(opened(directory, 4))
     assert taken == [4] * 6
     figures(opened(directory))
