@@ -307,8 +307,9 @@ class OfType:
         kept = f"a merge in {self.kind} keeps {percent(self.average)} of the update"
         if self.tier is Tier.PASS:
             return f"{kept}, {percent(worst.survival)} in the worst layer {layer.name}"
-        many = f"{len(self.lost)} of {len(self.layers)} layers"
-        if THRESHOLD.tier(worst.survival) is Tier.PASS:
+        short = sum(THRESHOLD.tier(left.survival) is not Tier.PASS for _, left in self.told)
+        many = f"{short or len(self.lost)} of {len(self.layers)} layers"
+        if not short:
             beside = f"{loud[1].noise:.3g} x as much in {loud[0].name}"
             return f"{kept}, but in {many} changes more beside the update than by it, {beside}"
         held = f"{percent(worst.survival)} of {layer.name}, whose W is stored as {layer.stored}"

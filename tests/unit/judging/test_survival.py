@@ -293,6 +293,7 @@ def test_a_type_is_judged_by_its_worst_layer() -> None:
         "whose W is stored as BF16"
     )
     assert "serve the adapter unmerged" in "\n".join(failed.lines())
+    assert "; 1 of 3 layers lose too much of it" in told(0.8, 1.0, 1.0, share=3.0).of_type("bf16").summary
     noisy = told(1.0, share=3.0)
     assert noisy.of_type("bf16").tier is Tier.WARN
     assert noisy.cheapest is None
