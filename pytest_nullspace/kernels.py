@@ -232,8 +232,9 @@ def factors(down: Tensor, up: Tensor, scale: float) -> Factors:
     if not bool(torch.isfinite(down).all()):
         matrices[0] = torch.nan
         return Factors(matrices, len(down), 1.0, torch.nan, torch.nan)
-    lengths = row_norms(down)
-    lengths = lengths.where(lengths > 0, 1.0)[:, None]
+    rows = row_norms(down)
+    down = down * (rows > 0)[:, None]  # what is too short to be squared in float64 counts as zero, as its Bx does
+    lengths = rows.where(rows > 0, 1.0)[:, None]
     # The triangle of Bᵀ has its singular values, and none of them is squared on the way.
     vectors, values, _ = _svd(_qr((down / lengths).mT, mode="r")[1].mT, full_matrices=False)
     carried = row_norms((root @ (lengths * vectors * values)).mT)
@@ -241,7 +242,6 @@ def factors(down: Tensor, up: Tensor, scale: float) -> Factors:
     kept = (values > values[0] * ROUNDED) | (values > values[0] * exact) & (carried > carried.max() * ROUNDED)
     whitening = (vectors[:, kept] / values[kept] / lengths).mT
     matrices[0, : len(whitening)] = whitening
-    rows = row_norms(down)
     return Factors(
         matrices,
         len(whitening),

@@ -437,3 +437,49 @@ def test_no_b_stands_for_nothing() -> None:
     assert (none.rank, none.matrices.shape) == (0, (2, 0, 0))
     projected, update = kernels.inner_norms(torch.empty(4, 0), none.matrices.float())
     assert (projected.tolist(), update.tolist()) == ([0.0] * 4, [0.0] * 4)
+
+
+@given(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.booleans(), WIDTHS, SEEDS)
+def test_what_joins_two_parts_adds_and_measures(dtype: torch.dtype, is_half: bool, width: int, seed: int) -> None:
+    """The output is torch's own, in the base's type, and the norms are of the base and of that output, row by row."""
+    base, up = torch.randn(2, 3, 4, width, generator=seeded(seed)).to(dtype)
+    up, scale = up if is_half else up.to(torch.promote_types(dtype, torch.float32)), (seed % 7 + 1) / 3
+    output, norms = kernels.joined(base, up, scale)
+    assert torch.equal(output, (base + up * scale).to(dtype))
+    assert output.dtype == dtype
+    want = torch.stack([part.double().flatten(0, 1).norm(dim=-1) for part in (base, output)])
+    torch.testing.assert_close(norms.double(), want, rtol=EXACT, atol=0)
+
+
+@given(st.integers(1, 9), st.sampled_from([torch.float32, torch.bfloat16]), SEEDS)
+def test_narrow_norms_are_those_of_float64(rank: int, dtype: torch.dtype, seed: int) -> None:
+    """Of ``Bx`` alone, and of what two matrices make of it."""
+    down, matrices = torch.randn(11, rank, generator=seeded(seed)).to(dtype), torch.randn(2, rank, rank).double()
+    want = torch.stack([down.double().norm(dim=-1), *((down.double() @ matrix.mT).norm(dim=-1) for matrix in matrices)])
+    torch.testing.assert_close(kernels.narrow_norms(down, matrices).double(), want, rtol=1e-5, atol=1e-6)
+
+
+@given(st.integers(1, 3), st.integers(0, 5), SEEDS)
+def test_many_layers_lose_their_sinks_as_each_does(layers: int, sinks: int, seed: int) -> None:
+    """The sums without sinks of many layers at once are those of each."""
+    norms = 1 + torch.rand(layers, 40, generator=seeded(seed))
+    norms[:, :sinks] *= 1e3
+    apart = kernels.sums_by_octave(norms, norms)
+    want = torch.stack([kernels.without_sinks(of, 8) for of in apart])
+    torch.testing.assert_close(kernels.without_sinks(apart, 8), want, rtol=0, atol=0)
+    for of, rows in zip(want, norms, strict=True):
+        assert of[0] == 40 - sinks
+        assert float(of[1]) == pytest.approx(float(rows[sinks:].sum()), rel=EXACT)
+
+
+@pytest.mark.parametrize("short", [1e-170, 1e-200, 5e-324])
+def test_rows_too_short_to_be_squared_count_as_none(short: float) -> None:
+    """A B whose rows have no square in float64 spans nothing, alone or beside rows that do, and is no error."""
+    down, up = torch.randn(3, 6, generator=seeded(0)).double(), torch.randn(5, 3, generator=seeded(1)).double()
+    none = kernels.factors(down * short, up, 1.0)
+    assert (none.rank, none.shortest) == (0, 0.0)
+    assert not none.matrices[0].any()
+    down[1] *= short
+    some = kernels.factors(down, up, 1.0)
+    assert some.rank == 2
+    assert bool(some.matrices.isfinite().all())

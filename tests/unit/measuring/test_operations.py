@@ -161,6 +161,27 @@ def test_without_a_look_the_figures_are_the_same(
         assert a.margins == pytest.approx(b.margins, rel=1e-5, abs=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_model_computes_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
+) -> None:
+    """Where a layer's parts are added by us the logits are the model's own, to the last bit, and so are they after."""
+    adapted, tokens = load(tmp_path, kind, dtype), torch.tensor(UNEQUAL[:1])
+    joins: list[float] = []
+    with without_a_look(monkeypatch), torch.no_grad():
+        monkeypatch.setattr(kernels, "joined", lambda *of, own=kernels.joined: joins.append(of[2]) or own(*of))  # type: ignore[func-returns-value]
+        bare, recorder = adapted.model(input_ids=tokens).logits, Recorder(CPU, 1)
+        with recorder.watching(list(adapted.layers.values())):
+            recorder.start(Batch(tokens, 0, None, [tokens.shape[1]]))
+            assert torch.equal(adapted.model(input_ids=tokens).logits, bare)
+        made = len(joins)
+        assert torch.equal(adapted.model(input_ids=tokens).logits, bare)
+    plain = [layer for layer in adapted.layers.values() if layer.joined is not None]
+    assert made == len(joins) == len(plain)
+    assert bool(plain) is (kind != "DoRA")
+
+
 def test_weights_beyond_float32_are_told_without_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms that float32 cannot hold are taken again in float64 also where they were not looked at."""
     adapted = load(tmp_path, "LoRA-Null")
