@@ -152,7 +152,8 @@ def mllama() -> Any:
     vision = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_global_layers": 1,
         "attention_heads": 2, "image_size": 16, "patch_size": 4, "vision_output_dim": 64,
-        "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]],
+        "intermediate_layers_indices": [0], "max_num_tiles": 4,
+        "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
     }  # fmt: skip
     return hf.MllamaForConditionalGeneration(
         hf.MllamaConfig(text_config=text, vision_config=vision, image_token_index=120)

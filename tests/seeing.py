@@ -98,6 +98,14 @@ KINDS: Mapping[str, Kind] = {
         },
         {"image_seq_len": 4, "processor_class": "Idefics3Processor"},
     ),
+    "mllama": Kind(
+        {IMAGE: "<|image|>", START: "<bos>"},
+        {
+            **_SQUARE, "max_image_tiles": 4, "image_processor_type": "MllamaImageProcessor",
+            "processor_class": "MllamaProcessor",
+        },
+        named={"bos_token": START},
+    ),
 }  # fmt: skip
 """By name, each family whose processor is built here."""
 

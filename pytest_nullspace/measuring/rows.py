@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_nullspace.measuring import tiles
 from pytest_nullspace.model.ends import ends_of
 from pytest_nullspace.text.windows import Shown
 
@@ -99,6 +100,7 @@ class Rows:
         self._lengths: list[int] = []
         self._known: dict[tuple[tuple[int, ...], bool, bool | None], Layout | None] = {}
         self._readers: frozenset[int] = frozenset()
+        self._patches: int | None = None
 
     def start(self, batch: Batch) -> None:
         """From here on tell of ``batch``; if it is the one that is told of, nothing known of it is forgotten."""
@@ -110,7 +112,7 @@ class Rows:
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Within this context it is known what of ``model`` reads tokens, and, by what is embedded, its padding."""
-        self._readers = _readers(model)
+        self._readers, self._patches = _readers(model), tiles.patches_of(model)
         with ExitStack() as hooks:
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
@@ -144,6 +146,8 @@ class Rows:
 
     def _layout(self, shape: tuple[int, ...], routed: bool, sees: bool | None) -> Layout | None:
         windows, length = self._batch.tokens.shape
+        if tiles.MASK in self._batch.beside and sees is not False:
+            return self._of_tiles(math.prod(shape)) if sees else None
         if self._batch.beside and (sees is not False or not self._batch.chosen):
             return self._beside(math.prod(shape), routed, sees)
         match shape:
@@ -170,6 +174,16 @@ class Rows:
                 each = math.prod(shape) // windows
                 told = shape[:1] == (windows,) or windows == 1
                 return self._of_windows(each, each, whole=True) if told and not each % length else None
+
+    def _of_tiles(self, rows: int) -> Layout | None:
+        """Of windows with images in tiles, without the padding; of drawn rows the same share of them."""
+        batch = self._batch
+        numbers = tiles.counted(batch.beside[tiles.MASK], rows, self._patches)
+        if numbers is None:
+            return None
+        if batch.rows is not None and not batch.chosen:
+            numbers = tiles.drawn(numbers, batch.rows, batch.tokens.shape[1])
+        return Layout(rows, torch.cat(numbers), tuple(map(len, numbers)))
 
     def _beside(self, rows: int, routed: bool, sees: bool | None) -> Layout | None:
         """Of windows with images, whose rows lie one window's behind another's, be they tokens or parts of images.
@@ -225,7 +239,7 @@ def _readers(model: nn.Module) -> frozenset[int]:
         except (AttributeError, NotImplementedError, TypeError, ValueError):  # of a model that has neither
             return frozenset()
     decoder, tower = parts
-    inside = frozenset(map(id, decoder.modules()))
+    inside = frozenset(map(id, decoder.modules())) - tiles.read_by(decoder)
     if decoder is model or tower is model or id(tower) in inside:
         return frozenset()
     return inside | {id(module) for end in ends_of(model) if end is not None for module in end.modules()}

@@ -44,7 +44,7 @@ def sampled(
         def hook(_: nn.Module, args: Any) -> None:
             nonlocal latest
             if args[0] is not latest[0]:
-                layout = rows.layout(args[0].shape)
+                layout = rows.layout(args[0].shape, layer=layer.layer)
                 own = args[0].flatten(0, -2)[:0] if layout is None else layout.counted(args[0])
                 most = -(-ROWS // len(read))
                 picked = torch.arange((step := max(1, len(own) // most)) // 2, len(own), step, device=own.device)[:most]

@@ -34,8 +34,8 @@ _AROUND = (("<|vision_start|>", "<|vision_end|>"), ("<|begin_of_image|>", "<|end
 """What a model's chat template puts about an image, and its processor does not."""
 _NOT_READ = ("input_ids", "attention_mask", "labels", "offset_mapping")
 """Of what a processor gives: nothing is padded, so all is attended to, and nothing is trained."""
-_PADDED = ("pixel_attention_mask", "aspect_ratio_mask", "aspect_ratio_ids")
-"""What tells that some of the patches are no part of any image."""
+_PADDED = "pixel_attention_mask"
+"""What tells that some of the patches are no part of any image; of tiles `pytest_nullspace.measuring.tiles` knows."""
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,12 @@ class Processor:
     def _made(self, row: Row) -> tuple[list[int], dict[str, Any]]:
         made = self._called(row)
         beside = {name: value for name, value in made.items() if name not in _NOT_READ and hasattr(value, "dtype")}
-        for name in _PADDED:
-            if name in beside and (name == "aspect_ratio_ids" or not bool(beside[name].all())):
-                raise TextError(
-                    f"{row.where}: the model pads its images, whose padding would be counted as patches; "
-                    + ("" if name.startswith("aspect") else "give rows of one image, or ")
-                    + "gate the model on text alone"
-                )
+        is_tiled, is_told = (f"aspect_ratio_{part}" in beside for part in ("ids", "mask"))
+        if (_PADDED in beside and not bool(beside[_PADDED].all())) or (is_tiled and not is_told):
+            raise TextError(
+                f"{row.where}: the model pads its images, whose padding would be counted as patches; give rows of one "
+                "image, or gate the model on text alone"
+            )
         return made["input_ids"][0].tolist(), beside
 
     def _called(self, row: Row, **how: Any) -> Any:

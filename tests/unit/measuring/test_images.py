@@ -88,6 +88,8 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
 
 FAMILIES = pytest.mark.parametrize("case", [ON_TORCHVISION, "gemma3", "llava", "paligemma"], indirect=True)
 MAIN = pytest.mark.parametrize("case", [ON_TORCHVISION, "gemma3"], indirect=True)
+AND_TILES = pytest.mark.parametrize("case", [ON_TORCHVISION, "gemma3", "mllama"], indirect=True)
+"""With one that reads its images as tiles, some of which are padding (`tests.unit.measuring.test_tiles`)."""
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def _wing(name: str) -> str:
     return "vision" if any(part in name for part in ("visual", "vision", "projector")) else "text"
 
 
-@MAIN
+@AND_TILES
 def test_predictions_are_held_against_the_bases_on_text_alone(case: Case) -> None:
     """Losses and divergence are of where a token comes next that stands for no image, and agree with float64."""
     switched_off = case.adapted.switched_off
@@ -161,7 +163,7 @@ def test_rows_that_are_drawn_are_spread_over_tokens_and_patches(case: Case) -> N
         assert all(layer.by_window.rows)
 
 
-@FAMILIES
+@pytest.mark.parametrize("case", [ON_TORCHVISION, "gemma3", "llava", "paligemma", "mllama"], indirect=True)
 def test_windows_of_one_form_share_a_forward(case: Case, tmp_path: Path) -> None:
     """Images of one size under texts of one length run together, and each figure and margin is that of one by one."""
     captions = ["a cat on it", "a dog there", "rain for me", "of no size."]
