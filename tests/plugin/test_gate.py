@@ -183,7 +183,8 @@ def test_without_a_model_the_plugin_is_inert(pytester: pytest.Pytester) -> None:
         "def test_own():\n"
         "    ours = {m for m in sys.modules if m.startswith('pytest_nullspace')}\n"
         "    assert ours == {'pytest_nullspace'} | {'pytest_nullspace.' + m for m in "
-        "('errors', 'plugin', 'settings', 'shell', 'shell.asked', 'shell.fixtures', 'shell.options', 'shell.values')}\n"
+        "('errors', 'plugin', 'settings', 'shell', 'shell.asked', 'shell.declared', 'shell.fixtures', 'shell.options', "
+        "'shell.values')}\n"
         "    assert not {'torch', 'transformers', 'datasets', 'safetensors', 'filelock'} & set(sys.modules)\n"
     )
     result = pytester.runpytest_subprocess("-p", "no:randomly", "-p", "no:cacheprovider")
