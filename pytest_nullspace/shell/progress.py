@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from pytest_nullspace.shell.runs import GatedRun
 
 
-SHORT = 30.0
-"""Seconds within which a run ends without such a line."""
-BETWEEN_LINES, AT_MOST = 30.0, 300.0
-"""Seconds between two lines where no line can be written anew: at first, and at most, each twice those before it."""
+FIRST, BETWEEN_LINES, AT_MOST = 10.0, 20.0, 300.0
+"""Seconds to the first line where no line can be written anew, and between two: at first, and at most, ever twice."""
+NEARLY = 30.0
+"""Seconds left of which nothing more is told there."""
 LONG = 600.0
 """Seconds left from which it is said how to have fewer."""
 
@@ -30,7 +30,7 @@ class Progress:
         self._clock = clock
         self._cores = len(os.sched_getaffinity(0)) if cores is None and hasattr(os, "sched_getaffinity") else cores
         self._began = clock()
-        self._last = self._began + SHORT - BETWEEN_LINES
+        self._last = self._began + FIRST - BETWEEN_LINES
         self._between: float | None = None
         self._first: float | None = None
         self._hinted = False
@@ -67,6 +67,13 @@ class Progress:
             told.append(f"fewer than {windows} windows are read with --nullspace-calib-size=N")
         return "\n".join(f"nullspace: {line}" for line in told)
 
+    def worth(self, done: int, windows: int) -> bool:
+        """Whether it is told where no line can be written anew: that a long load ended, and how far a long pass is."""
+        if windows and not done and self._first is not None and self._first - self._began >= FIRST:
+            self._last = self._clock()
+            return True
+        return self.left(done, windows) >= NEARLY and self.due()
+
     def due(self) -> bool:
         """Whether the last line is long enough ago for another one."""
         if self._clock() - self._last < (self._between or BETWEEN_LINES):
@@ -99,7 +106,7 @@ class Showing:
             self._write(hint, stays=True)
         if self._reporter.isatty:
             self._write(told, stays=False)
-        elif self._progress.left(done, windows) >= BETWEEN_LINES and self._progress.due():
+        elif self._progress.worth(done, windows):
             self._write(told, stays=True)
 
     def say(self, line: str) -> None:

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from pytest_nullspace.shell.progress import AT_MOST, BETWEEN_LINES, SHORT, Progress
+from pytest_nullspace.shell.progress import AT_MOST, BETWEEN_LINES, FIRST, NEARLY, Progress
 
 
 class Clock:
@@ -31,16 +31,16 @@ def test_the_estimate_is_of_the_windows_and_not_of_loading() -> None:
 
 
 def test_lines_are_rare_where_none_can_be_written_anew() -> None:
-    """A short run writes none; a long one ever fewer, and is never silent for more than some minutes."""
+    """A run of ten seconds writes none; a long one ever fewer, and is never silent for more than some minutes."""
     clock = Clock()
     progress = Progress(clock)
-    clock.now = SHORT - 0.1
+    clock.now = FIRST - 0.1
     assert not progress.due()
-    clock.now = SHORT
+    clock.now = FIRST
     assert progress.due()
     clock.now += BETWEEN_LINES - 0.1
     assert not progress.due()
-    clock.now, seen = SHORT + BETWEEN_LINES, [SHORT]
+    clock.now, seen = FIRST + BETWEEN_LINES, [FIRST]
     while clock.now < 3600:
         if progress.due():
             seen.append(clock.now)
@@ -49,6 +49,24 @@ def test_lines_are_rare_where_none_can_be_written_anew() -> None:
     assert between[:3] == [BETWEEN_LINES, 2 * BETWEEN_LINES, 4 * BETWEEN_LINES]
     assert between == sorted(between)
     assert between[-1] == AT_MOST
+
+
+def test_in_a_log_a_long_load_is_told_and_an_end_that_is_near_is_not() -> None:
+    """What loaded at once is not told; nor is a window with less than half a minute of others behind it."""
+    clock = Clock()
+    quick, slow = Progress(clock), Progress(clock)
+    for progress, loaded in ((quick, FIRST - 1), (slow, 60.0)):
+        clock.now = 0.0
+        progress.told(0, 0)
+        assert not progress.worth(0, 0)
+        clock.now = loaded
+        assert progress.told(0, 9) == f"nullspace: loaded in {loaded:.0f} s; 9 windows to read"
+        assert progress.worth(0, 9) is (progress is slow)
+    clock.now += BETWEEN_LINES
+    assert slow.left(3, 9) > NEARLY
+    assert slow.worth(3, 9)
+    clock.now += AT_MOST
+    assert not slow.worth(9, 9)
 
 
 @pytest.mark.parametrize(
