@@ -166,8 +166,9 @@ def _keeping(run: Measurement, read: Reading, layers: Collection[str]) -> Iterat
     folders = [folder for folder in (checkpoint.directory, base) if folder is not None and folder.is_dir()]
     files = {file for file, _ in read.stamps}.union(*(folder.iterdir() for folder in folders))
     machine = platform.platform(), device_name(run.adapted.device), torch.backends.cpu.get_cpu_capability()
+    held = sorted((str(file), *times_of(file.stat())) for file in files if file.is_file())
     of = {
-        "files": sorted((str(file), *times_of(file.stat())) for file in files if file.is_file()),
+        "files": (held, repr(checkpoint.config), checkpoint.layers),  # the config as it was read, be it another since
         "texts": [(what, repr(windows)) for what, windows in run.drawn.items()],
         "options": (repr(settings), sorted(layers), run.seqlen, run.running),
         "versions": (about.of_libraries(*about.libraries(checkpoint)), machine, torch.get_num_threads()),

@@ -1,5 +1,6 @@
 """A streamed run that was killed goes on from its last block, with the same figures, or begins anew and says why."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring.distributed import HeardError
 from pytest_nullspace.measuring.drift import Predictions
+from pytest_nullspace.measuring.reading import Reading
 from pytest_nullspace.model.shelf import Shelf
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.settings import STREAM
@@ -141,6 +143,26 @@ def test_what_followed_from_something_else_is_begun_anew(
     assert told(run) == [f"an earlier run did not come to its end, but its {changed} were others, so it begins anew"]
     if changed == "files":
         assert run.layers == measured(directory).layers
+
+
+def test_a_config_that_changed_while_its_model_loaded_is_another(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was killed read the old scale, and what it kept is not gone on with at the new one."""
+    directory, of = adapter(tmp_path, tiny.llama(), r=4, target_modules=["q_proj"]), Reading.of
+    config = directory / "adapter_config.json"
+
+    def rescaled(*given: Any) -> Reading:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 40}))
+        return of(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reading, "of", rescaled)
+        end_at(2, measured, directory)
+    run, read = go_on(measured, directory)
+    assert read == [0, 1, 2]
+    assert told(run) == ["an earlier run did not come to its end, but its files were others, so it begins anew"]
+    assert run.layers == measured(directory).layers
 
 
 @pytest.mark.parametrize("how", ["cut", "edited", "of another kind"])
