@@ -1,4 +1,4 @@
-"""The figures of an adapted layer as pure functions of its activations: norms, sums, merge, compute.
+"""The figures of an adapted layer as pure functions of its activations: norms, sums and means.
 
 What rows add up to is one vector of sums, so any split of the rows, in any order, over any number of processes, merges
 to the same answer. Norms are taken in at least float32, on a GPU without copying half-precision rows; sums are float64.
@@ -367,11 +367,6 @@ def without_sinks(by_octave: Tensor, times: int) -> Tensor:
     last = (median + times.bit_length()).clamp_max(OCTAVES) - 1
     index = last[..., None, None].expand(*last.shape, 1, by_octave.shape[-1])
     return by_octave.cumsum(dim=-2).gather(-2, index).squeeze(-2)
-
-
-def merge(parts: Tensor) -> Tensor:
-    """The sums ``(…, len(Sums))`` of all rows of all ``parts (p, …, len(Sums))``."""
-    return parts.sum(dim=0)
 
 
 def means(summed: Tensor) -> Tensor:

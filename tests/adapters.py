@@ -2,15 +2,19 @@
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pytest_nullspace.checkpoint import open_checkpoint
 from tests import tiny
+
+if TYPE_CHECKING:
+    from pytest_nullspace.model import AdaptedLayer
 
 
 def adapter(folder: Path, model: Any, task: str | None = "CAUSAL_LM", name: str = "adapter", **config: Any) -> Path:
@@ -32,6 +36,21 @@ def adapter(folder: Path, model: Any, task: str | None = "CAUSAL_LM", name: str 
         wrapped.save_pretrained(folder / name)
     change(folder / name, lambda _, saved: saved.update(base_model_name_or_path=str(folder / "base")))
     return folder / name
+
+
+def on_the_base(directories: Sequence[Path], base: str | None = None) -> "tuple[Any, list[dict[str, AdaptedLayer]]]":
+    """The plain base of some adapters, and the layers of each as a screen sees them."""
+    from pytest_nullspace.measuring.screen import on_base
+    from pytest_nullspace.model import load_model
+
+    bases: dict[Any, Any] = {}
+    held = []
+    for directory in directories:
+        adapted = load_model(open_checkpoint(directory), "cpu", "float32", base, bases)
+        held.append(on_base(adapted, set(adapted.layers)))
+        adapted.take_off()
+    (plain,) = bases.values()
+    return plain, held
 
 
 def merged(folder: Path, directory: Path, dtype: torch.dtype = torch.float32, name: str = "merged") -> Path:

@@ -1,11 +1,16 @@
-"""How many threads numpy's BLAS takes: one, where many small matrices are factored or many layers at once."""
+"""Many small matrices, or many layers at once: how many threads work, and how many numpy's BLAS takes in each."""
 
 import ctypes
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
 
 _NAMES = ("scipy_openblas_{}_num_threads64_", "scipy_openblas_{}_num_threads", "openblas_{}_num_threads64_")
 
@@ -30,6 +35,12 @@ def one_thread() -> Iterator[None]:
     finally:
         if threads is not None:
             threads.set(before)
+
+
+def side_by_side(work: Callable[[_Item], _Found], items: Iterable[_Item], most: int) -> tuple[_Found, ...]:
+    """What ``work`` gives of each of ``items``, ``most`` at once at most, each with BLAS on one thread."""
+    with one_thread(), ThreadPoolExecutor(max_workers=min(most, os.cpu_count() or 1)) as pool:
+        return tuple(pool.map(work, items))
 
 
 @cache

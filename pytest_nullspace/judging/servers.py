@@ -1,9 +1,9 @@
 """The rules of the servers, a record each: what a server takes of an adapter, where it is written, when it was read.
 
-A rule is added here, with a check of `serve_checks` or `serve_names`; docs/serving.md is written from this table. The
-sources are files of the servers' own repositories at a commit, their issues and pull requests, and their documentation.
-None of it was held against a running server but the rules of PEFT, which loads adapters in this project's tests;
-`tests.server_sources` holds names, classes and quoted texts against the sources of the others.
+A rule is added here, with a check of `serve_checks`, `serve_scales` or `serve_names`; docs/serving.md is written from
+this table. The sources are files of the servers' own repositories at a commit, their issues and pull requests, and
+their documentation. None of it was held against a running server but the rules of PEFT, which loads adapters in this
+project's tests; `tests.server_sources` holds names, classes and quoted texts against the sources of the others.
 """
 
 from dataclasses import dataclass

@@ -6,16 +6,14 @@ changed beside the update is noise, ``‖R − ΔW‖ / ‖ΔW‖``.
 """
 
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint.rounding import BITS, TYPES
-from pytest_nullspace.checkpoint.threads import one_thread
+from pytest_nullspace.checkpoint.threads import side_by_side
 from pytest_nullspace.errors import StatsError, printable
 from pytest_nullspace.judging.merging import Merge
 from pytest_nullspace.judging.verdicts import Threshold, Tier
@@ -160,8 +158,7 @@ class Survival:
         def left(merge: Merge) -> LayerLeft:
             return left_of(merge, types, {text: of[merge.name] for text, of in rows.items() if merge.name in of})
 
-        with one_thread(), ThreadPoolExecutor(max_workers=min(WORKERS, os.cpu_count() or 1)) as pool:
-            return cls(tuple(types), tuple(pool.map(left, merges)))
+        return cls(tuple(types), side_by_side(left, merges, WORKERS))
 
     def of_type(self, kind: str) -> "OfType":
         """What one type leaves."""

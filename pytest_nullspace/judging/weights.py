@@ -4,9 +4,7 @@ No text, no forward, no torch: what the layers do to activations stays unknown, 
 """
 
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 from pytest_nullspace.checkpoint import Checkpoint, LayerSpec, lora_null
 from pytest_nullspace.checkpoint.arrays import norm, read_tensor, triangle
 from pytest_nullspace.checkpoint.header import TensorInfo
-from pytest_nullspace.checkpoint.threads import one_thread
+from pytest_nullspace.checkpoint.threads import side_by_side
 from pytest_nullspace.errors import StatsError
 from pytest_nullspace.judging.audit import Place, places
 from pytest_nullspace.run.stats import SCALE_ZERO
@@ -141,8 +139,7 @@ def weigh(checkpoint: Checkpoint, layers: Collection[str]) -> Weights:
     """
     held = places(checkpoint)
     specs = [spec for spec in checkpoint.layers if spec.name in layers]
-    with one_thread(), ThreadPoolExecutor(max_workers=min(WORKERS, os.cpu_count() or 1)) as pool:
-        return Weights(tuple(pool.map(lambda spec: _weighed(checkpoint, spec, held), specs)))
+    return Weights(side_by_side(lambda spec: _weighed(checkpoint, spec, held), specs, WORKERS))
 
 
 def _weighed(checkpoint: Checkpoint, spec: LayerSpec, held: Mapping[Place, TensorInfo]) -> LayerWeights:

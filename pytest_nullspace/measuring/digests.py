@@ -26,31 +26,31 @@ _DECIDES_NOTHING = {
 """What a config tells of its making, or what a run tells by itself; no figure follows from it."""
 
 
-class Begun(NamedTuple):
-    """The digest of a file's beginning.
+class PrefixDigest(NamedTuple):
+    """The digest of a file's first bytes.
 
     Attributes:
-        digest: It, as it is; to go on with, a copy is taken.
-        size: Of how many bytes.
+        digest: It, to be copied before more is added to it.
+        size: How many bytes these are.
     """
 
     digest: Any
     size: int
 
 
-_BEGINNING = Begun(hashlib.sha256(), 0)
+_EMPTY = PrefixDigest(hashlib.sha256(), 0)
 
-OfBeginning = Callable[[Path], Begun]
-"""Gives what of a file's digest was taken before."""
+PrefixOf = Callable[[Path], PrefixDigest]
+"""Gives what of a file was digested before."""
 
 
-def at_beginning(_: Path) -> Begun:
-    """Nothing."""
-    return _BEGINNING
+def no_prefix(_: Path) -> PrefixDigest:
+    """That of no byte."""
+    return _EMPTY
 
 
 def of_base(
-    checkpoint: Checkpoint, base: Path | None, until: Event | None = None, begun: OfBeginning = at_beginning
+    checkpoint: Checkpoint, base: Path | None, until: Event | None = None, prefix_of: PrefixOf = no_prefix
 ) -> dict[str, Any]:
     """What a run tells of its base: the SHA-256 of its files, or of what a checkpoint that carries it holds beside.
 
@@ -58,7 +58,7 @@ def of_base(
         checkpoint: What was measured.
         base: Its base, a directory or a GGUF file; None where it is not known, or ``checkpoint`` carries it.
         until: Ends it where it is set.
-        begun: Of each file, what was taken before.
+        prefix_of: Gives what of a file's digest was taken before.
 
     Raises:
         CancelledError: It was ended.
@@ -73,7 +73,7 @@ def of_base(
     elif base is None:
         return {}
     else:
-        told = {"files": {file.name: _once(file, until, begun) for file in weight_files(base)}}
+        told = {"files": {file.name: _once(file, until, prefix_of) for file in weight_files(base)}}
         file = base / "config.json"
         config = read_json_object(file, "the base model's config") if file.is_file() else {}
     if config:
@@ -105,14 +105,14 @@ def base_sha256(checkpoint: Checkpoint, base: Path | None) -> str:
     return digest.hexdigest()
 
 
-def file_sha256(file: Path, until: Event | None = None, begun: OfBeginning = at_beginning) -> str:
-    """The SHA-256 of a file, of which it is read what is not ``begun``.
+def file_sha256(file: Path, until: Event | None = None, prefix_of: PrefixOf = no_prefix) -> str:
+    """The SHA-256 of a file, of which it is read what lies behind its prefix.
 
     Raises:
         CancelledError: ``until`` was set before the end, so that no hash of a part is taken for that of the whole.
         CheckpointError: It cannot be read.
     """
-    known = begun(file)
+    known = prefix_of(file)
     digest = known.digest.copy()
     add_to(digest, file, until, known.size)
     return str(digest.hexdigest())
@@ -122,10 +122,10 @@ _KNOWN: dict[tuple[Path, tuple[int, int]], str] = {}
 """The digests of files of bases, as long as they stay what they are: several adapters have one."""
 
 
-def _once(file: Path, until: Event | None, begun: OfBeginning) -> str:
+def _once(file: Path, until: Event | None, prefix_of: PrefixOf) -> str:
     key = file.absolute(), stamp_of(file.stat())
     if key not in _KNOWN:
-        _KNOWN[key] = file_sha256(file, until, begun)
+        _KNOWN[key] = file_sha256(file, until, prefix_of)
     return _KNOWN[key]
 
 

@@ -11,7 +11,7 @@ from queue import Empty, Full, Queue
 from threading import Thread
 from time import sleep
 
-from pytest_nullspace.measuring.digests import Begun, add_to, at_beginning
+from pytest_nullspace.measuring.digests import PrefixDigest, add_to, no_prefix
 
 _WAITING = 4
 """Pieces that may wait for the thread that adds them; then who reads them waits."""
@@ -28,7 +28,7 @@ class Followed:
         Args:
             pieces: Those that are to come: of which file, from which byte on.
         """
-        self._begun: dict[Path, Begun] = {}
+        self._prefixes: dict[Path, PrefixDigest] = {}
         self._to_come: dict[Path, set[int]] = {}
         for file, begin in pieces:
             self._to_come.setdefault(file, set()).add(begin)
@@ -43,11 +43,11 @@ class Followed:
                 self._pieces.put((file, begin, piece), timeout=_PATIENCE)
                 return
 
-    def begun(self, file: Path) -> Begun:
+    def prefix(self, file: Path) -> PrefixDigest:
         """The digest of a file as far as it has come, once all pieces are added."""
         while self._pieces.unfinished_tasks and not self._ended:
             sleep(_PATIENCE)
-        return self._begun.get(file, at_beginning(file))
+        return self._prefixes.get(file, no_prefix(file))
 
     def end(self) -> None:
         """End the thread; nobody waits for it any more."""
@@ -63,7 +63,7 @@ class Followed:
                 self._pieces.task_done()
 
     def _take(self, file: Path, begin: int, piece: memoryview) -> None:
-        known = self._begun.get(file, at_beginning(file))
+        known = self._prefixes.get(file, no_prefix(file))
         to_come = self._to_come.get(file, set())
         to_come.discard(begin)
         if begin < known.size or any(known.size <= other < begin for other in to_come):
@@ -72,4 +72,4 @@ class Followed:
         if begin > known.size:
             add_to(digest, file, None, known.size, begin - known.size)
         digest.update(piece)
-        self._begun[file] = Begun(digest, begin + len(piece))
+        self._prefixes[file] = PrefixDigest(digest, begin + len(piece))

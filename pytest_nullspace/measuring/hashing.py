@@ -8,7 +8,7 @@ from threading import Event
 from typing import Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.measuring.digests import OfBeginning, at_beginning, file_sha256, of_base
+from pytest_nullspace.measuring.digests import PrefixOf, file_sha256, no_prefix, of_base
 from pytest_nullspace.measuring.followed import Followed
 
 Hashes = Mapping[str, str]
@@ -26,14 +26,14 @@ class Hashed(NamedTuple):
     base: Mapping[str, Any]
 
 
-def hashes(checkpoint: Checkpoint, until: Event | None = None, begun: OfBeginning = at_beginning) -> Hashes:
+def hashes(checkpoint: Checkpoint, until: Event | None = None, prefix_of: PrefixOf = no_prefix) -> Hashes:
     """The SHA-256 of each file of its weights, by the file's name.
 
     Raises:
         CancelledError: ``until`` was set before the end, so that no hash of a part is taken for that of the whole.
     """
     files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    return {file.name: file_sha256(file, until, begun) for file in files}
+    return {file.name: file_sha256(file, until, prefix_of) for file in files}
 
 
 class Hashing:
@@ -51,9 +51,11 @@ class Hashing:
         """Begin, unless that was done."""
         if self._found is not None:
             return
-        begun, over = at_beginning if self._followed is None else self._followed.begun, self._over
+        prefix_of, over = no_prefix if self._followed is None else self._followed.prefix, self._over
         self._found = self._thread.submit(
-            lambda: Hashed(hashes(self._checkpoint, over, begun), of_base(self._checkpoint, self._base, over, begun))
+            lambda: Hashed(
+                hashes(self._checkpoint, over, prefix_of), of_base(self._checkpoint, self._base, over, prefix_of)
+            )
         )
 
     def follow(self, pieces: Iterable[tuple[Path, int]]) -> Callable[[Path, int, memoryview], None]:

@@ -200,9 +200,8 @@ class Recorder:
     def _meet(self, watched: Watched, _: nn.Module, args: Any) -> None:
         if self._is_silent:
             return
-        name, layer = watched.layer.name, watched.layer.layer
-        routed = "expert" in name and "shared_expert" not in name
-        self._layout = self.rows.layout(args[0].shape, routed=routed, layer=layer)
+        of = watched.layer
+        self._layout = self.rows.layout(args[0].shape, routed=is_routed(of.name), layer=of.layer)
 
     def _take(self, watched: Watched, _: nn.Module, args: Any, output: Tensor) -> None:
         if self._is_silent:
@@ -218,7 +217,7 @@ class Recorder:
         self._tell_apart(layer, self._layout, x)
         factors = self._factors[watched.number]
         cancelled = kernels.at_hand(self._device) and _loses_digits(down, self._input_norms, factors, x.shape[-1])
-        if cancelled or _blurs(factors, down.dtype):
+        if cancelled or blurs(factors, down.dtype):
             down = self._counted(x).double() @ layer.down_matrix().to(x.device).mT
         if watched.is_joined:
             base, output = watched.seen["joined"]
@@ -298,7 +297,12 @@ class Recorder:
         return values.flatten(0, -2) if self._layout is None else self._layout.counted(values)
 
 
-def _blurs(factors: kernels.Factors, dtype: torch.dtype) -> bool:
+def is_routed(name: str) -> bool:
+    """Whether a layer of that name is an expert's, to which a router gives some rows of each window."""
+    return "expert" in name and "shared_expert" not in name
+
+
+def blurs(factors: kernels.Factors, dtype: torch.dtype) -> bool:
     """Whether a ``Bx`` in ``dtype`` cannot tell ``Px``: its rounding outweighs it, or short rows of B underflow."""
     held = torch.finfo(dtype)
     return dtype != torch.float64 and (factors.mixing > MIXED or 0 < factors.shortest < held.tiny / held.eps)

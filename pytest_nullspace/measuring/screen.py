@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pytest_nullspace import kernels
 from pytest_nullspace.measuring.factors import of_layers
 from pytest_nullspace.measuring.forward import forwards
-from pytest_nullspace.measuring.recorder import CANCELLATION, MIXED, OUTWEIGHS
+from pytest_nullspace.measuring.recorder import CANCELLATION, OUTWEIGHS, blurs, is_routed
 from pytest_nullspace.measuring.rows import Batch, Rows
 from pytest_nullspace.measuring.streaming import batch_of, counted_rows
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
@@ -114,7 +114,6 @@ class Place:
         down = torch.stack([_padded(layer.down_matrix(), most) for layer in layers])
         matrices = torch.stack([_padded(_padded(of.matrices.to(down), most).mT, most).mT for of in found]).flatten(1, 2)
         dtype = torch.cat([stored(layer.down, "weight")[:0].flatten() for layer in layers]).dtype  # the widest of all
-        held = torch.finfo(dtype)
         return cls(
             name,
             layers[0].base,
@@ -122,7 +121,7 @@ class Place:
             found,
             down.flatten(0, 1).to(dtype),
             kernels.row_norms(down.flatten(1)).tolist(),
-            any(of.mixing > MIXED or 0 < of.shortest < held.tiny / held.eps for of in found),
+            any(blurs(of, dtype) for of in found),
             matrices,
             matrices.to(torch.promote_types(dtype, torch.float32)),
         )
@@ -183,8 +182,7 @@ class Screen:
 
     def _see(self, number: int, module: nn.Module, args: Any, output: Tensor) -> None:
         x, place = args[0], self._places[number]
-        routed = "expert" in place.name and "shared_expert" not in place.name
-        layout = self.rows.layout(x.shape, routed=routed, layer=module)
+        layout = self.rows.layout(x.shape, routed=is_routed(place.name), layer=module)
         if layout is None:
             self._unplaced[number] += 1
             return

@@ -26,7 +26,7 @@ UNREAD = "no adapter runs, and no task text is read"
 """What a screen leaves out."""
 
 
-class Screened(NamedTuple):
+class ScreenedAdapter(NamedTuple):
     """One adapter as reports show it.
 
     Attributes:
@@ -58,7 +58,9 @@ def counted(told: Screening, expectations: Expectations) -> str:
     return f"{STATEMENT}: {gated} of {told.of} layers: {judged}; none gated"
 
 
-def summary(of: Screened, run: RunStats, every: bool, columns: float = math.inf) -> Iterator[tuple[str, Tier | None]]:
+def summary(
+    of: ScreenedAdapter, run: RunStats, every: bool, columns: float = math.inf
+) -> Iterator[tuple[str, Tier | None]]:
     """The lines of the summary: the worst layers, five or all, then the averages."""
     told, expectations = of.told, of.expectations
     found = verdicts(told, expectations)
@@ -86,7 +88,7 @@ def _cells(told: Screening, subject: str) -> list[str]:
     return [f"{value(figure):.3g}" for figure in FIGURES]
 
 
-def beside(adapters: Sequence[Screened], columns: float = math.inf) -> Iterator[tuple[str, Tier | None]]:
+def beside(adapters: Sequence[ScreenedAdapter], columns: float = math.inf) -> Iterator[tuple[str, Tier | None]]:
     """All adapters in one table, by the averages over their layers."""
     heads = (*FIGURES, "verdict")
     cells = [[*_cells(one.told, MODEL), str(one.decision.call)] for one in adapters]
@@ -97,7 +99,7 @@ def beside(adapters: Sequence[Screened], columns: float = math.inf) -> Iterator[
     yield f"{STATEMENT}, so none of them is gated; {CURE}", Tier.WARN
 
 
-def page(of: Screened) -> Page:
+def page(of: ScreenedAdapter) -> Page:
     """The same in Markdown, every layer."""
     told, expectations = of.told, of.expectations
     found = verdicts(told, expectations)
@@ -115,7 +117,7 @@ def page(of: Screened) -> Page:
     return Page("\n".join(lines), rows, foot, columns)
 
 
-def beside_page(adapters: Sequence[Screened]) -> Page:
+def beside_page(adapters: Sequence[ScreenedAdapter]) -> Page:
     """All adapters in one table, as a report that stands before the others."""
     rows = [f"| {escape(one.name)} | {' | '.join(_cells(one.told, MODEL))} | {one.decision.call} |" for one in adapters]
     head = (

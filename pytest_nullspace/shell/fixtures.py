@@ -11,7 +11,6 @@ if TYPE_CHECKING:
 RUNS = pytest.StashKey[tuple["GatedRun", ...]]()
 """Where the plugin keeps the checkpoints of this run of pytest."""
 
-_WEIGHTS_ALONE = "--nullspace-weights-only gates weights alone"
 NO_MODEL = "no --nullspace-model was given, and no --nullspace-stats"
 
 
@@ -37,8 +36,8 @@ def _measured(run: "GatedRun", request: pytest.FixtureRequest) -> "RunStats":
 
     outcome = measured(run, request.node, request.config)
     if not outcome.layers:
-        alone = "--nullspace-screen takes those of the base alone" if run.screened else _WEIGHTS_ALONE
-        pytest.fail(f"no activation was measured: {alone}", pytrace=False)
+        why = "screen takes those of the base alone" if run.screened else "weights-only gates weights alone"
+        pytest.fail(f"no activation was measured: --nullspace-{why}", pytrace=False)
     return outcome
 
 

@@ -337,7 +337,7 @@ class Gate:
             for run, outcome in peeked
         ]
 
-    def _screened(self) -> list[screened.Screened]:
+    def _screened(self) -> list[screened.ScreenedAdapter]:
         """The adapters that were screened."""
         peeked = [(run, run.peek()) for run in self.runs]
         told = (

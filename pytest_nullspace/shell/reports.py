@@ -40,12 +40,14 @@ class Told(NamedTuple):
     excused: Collection[str] = ()
 
 
-def screened(run: GatedRun, outcome: RunStats, decision: Decision, name: str = "") -> report_of_screen.Screened | None:
+def screened(
+    run: GatedRun, outcome: RunStats, decision: Decision, name: str = ""
+) -> report_of_screen.ScreenedAdapter | None:
     """The adapter as the report of a screen shows it; None where it was not screened."""
     told = run.against.told(outcome).screening
     if told is None:
         return None
-    return report_of_screen.Screened(name or outcome.model_path, told, run.expectations(outcome), decision)
+    return report_of_screen.ScreenedAdapter(name or outcome.model_path, told, run.expectations(outcome), decision)
 
 
 def summary(

@@ -26,11 +26,6 @@ class Together:
         self._lock: Path | None = None
         self._shared: Sequence[SharedOutcome] = ()
 
-    @property
-    def checkpoints(self) -> list[Checkpoint]:
-        """The adapters."""
-        return [checkpoint for checkpoint, _ in self._asked]
-
     def add(self, checkpoint: Checkpoint, wanted: Wanted) -> Callable[[Callable[[int, int], None] | None], RunStats]:
         """One more; what is given screens all of them once, and gives the run of this one."""
         self._asked.append((checkpoint, wanted))

@@ -25,9 +25,9 @@ from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.judging.screening import FIGURES, Screening
 from pytest_nullspace.measuring.memory import keep_freed_memory
 from pytest_nullspace.measuring.pipeline import measure_checkpoint
-from pytest_nullspace.measuring.screen import on_base, places, screen
+from pytest_nullspace.measuring.screen import places, screen
 from pytest_nullspace.measuring.screening import screen_checkpoints
-from pytest_nullspace.model import AdaptedLayer, AdaptedModel, load_model
+from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.settings import Settings
 from pytest_nullspace.shell.called import asked
 from tests import adapters, tiny
@@ -68,18 +68,6 @@ def differences(directories: Sequence[Path], text: Path, **options: Any) -> Diff
     return found
 
 
-def on_the_base(directories: Sequence[Path], base: str | None = None) -> tuple[Any, list[dict[str, AdaptedLayer]]]:
-    """The plain base of adapters, and the layers of each."""
-    bases: dict[Any, Any] = {}
-    held = []
-    for directory in directories:
-        adapted = load_model(open_checkpoint(directory), "cpu", "float32", base, bases)
-        held.append(on_base(adapted, set(adapted.layers)))
-        adapted.take_off()
-    (plain,) = bases.values()
-    return plain, held
-
-
 def screening_of(base: Any, held: Sequence[dict[str, AdaptedLayer]]) -> object:
     """Screen these adapters on 16 windows."""
     return screen(AdaptedModel(base, held[0], torch.device("cpu")), places(held), windows_of(4096, 256, VOCABULARY))
@@ -89,7 +77,7 @@ def times(directories: Sequence[Path], text: Path, **options: Any) -> dict[str, 
     """Eight adapters over one, in the pass alone and with all that is loaded; and one gate over that of one."""
     checkpoints = [open_checkpoint(directory) for directory in directories]
     settings = settings_of(directories[0], text, **options)
-    base, held = on_the_base(directories, options.get("base"))
+    base, held = adapters.on_the_base(directories, options.get("base"))
     works = {
         "pass": lambda count: screening_of(base, held[:count]),
         "whole": lambda count: screen_checkpoints([(of, _names(of)) for of in checkpoints[:count]], settings),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from tests.benchmarks.screening import MANY, on_the_base, randoms, screening_of
+from tests.adapters import on_the_base
+from tests.benchmarks.screening import MANY, randoms, screening_of
 
 ALTERNATIONS = 5
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT's own

@@ -27,21 +27,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two adapters of one base, and others that cannot be screened with them."""
     folder = tmp_path_factory.mktemp("screen")
     configs: dict[str, dict[str, Any]] = {
+        "biased": {"bias": "lora_only"},
         "one": {"r": 4},
         "two": {"r": 2, "lora_alpha": 3},
         "dora": {"use_dora": True},
         "head": {"modules_to_save": ["lm_head"]},
-        "biased": {"bias": "lora_only"},
     }
     for name, config in configs.items():
         model = tiny.qwen2() if name == "biased" else tiny.llama(tie_word_embeddings=False)
         adapters.adapter(folder, model, name=name, target_modules=["q_proj", "up_proj"], **config)
-        if name == "biased":
-            shutil.rmtree(folder / "base")
     adapters.adapter(folder / "elsewhere", tiny.llama(), name="other", target_modules=["q_proj"])
-    adapters.adapter(
-        folder, tiny.llama(tie_word_embeddings=False), name="one", r=4, target_modules=["q_proj", "up_proj"]
-    )
     tiny.lora_null(folder / "null")
     return folder
 

@@ -25,7 +25,7 @@ def meet(size: int, port: int, *meetings: str) -> tuple[list[int], list[dict[str
         subprocess.Popen(command, cwd=ROOT, env=os.environ | address | {"RANK": str(rank)}, stdout=subprocess.PIPE)
         for rank in range(size)
     ]
-    told = [process.communicate(timeout=60)[0].decode().splitlines() for process in processes]
+    told = [process.communicate(timeout=300)[0].decode().splitlines() for process in processes]
     outcomes = [{name: of for line in lines for name, of in json.loads(line).items()} for lines in told]
     return [process.returncode for process in processes], outcomes
 

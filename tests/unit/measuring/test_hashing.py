@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
-from pytest_nullspace.measuring.digests import OfBeginning, file_sha256, of_base
+from pytest_nullspace.measuring.digests import PrefixOf, file_sha256, of_base
 from pytest_nullspace.measuring.followed import Followed
 from pytest_nullspace.measuring.hashing import Hashed, Hashes, hashed_meanwhile, hashes
 from pytest_nullspace.measuring.memory import uncollected
@@ -66,7 +66,7 @@ def test_hashes_that_were_cut_short_are_none(sharded: Checkpoint, monkeypatch: p
     with pytest.raises(CancelledError):
         of_base(sharded, None, over)
 
-    def late(checkpoint: Checkpoint, until: Event, _: OfBeginning) -> Hashes:
+    def late(checkpoint: Checkpoint, until: Event, _: PrefixOf) -> Hashes:
         assert until.wait(60)
         return hashes(checkpoint, until)
 
@@ -100,7 +100,7 @@ def test_a_digest_of_what_others_read_is_that_of_the_file(
             if data.draw(st.integers(0, 5)):
                 size = sizes[begins.index(begin)]
                 followed.add(file, begin, memoryview(file.read_bytes())[begin : begin + size])
-        assert file_sha256(file, None, followed.begun) == hashlib.sha256(file.read_bytes()).hexdigest()
+        assert file_sha256(file, None, followed.prefix) == hashlib.sha256(file.read_bytes()).hexdigest()
     finally:
         followed.end()
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measuring.rows import Batch
-from pytest_nullspace.measuring.screen import Place, Screen, Screened, on_base, places, screen
+from pytest_nullspace.measuring.screen import Place, Screen, Screened, places, screen
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
 from tests import adapters, tiny
@@ -34,13 +34,7 @@ def made(folder: Path, model: Any, configs: Sequence[dict[str, Any]]) -> list[Pa
 
 def shared(directories: Sequence[Path]) -> tuple[AdaptedModel, list[Place]]:
     """The plain base, and its layers under all of them."""
-    bases: dict[Any, nn.Module] = {}
-    held = []
-    for directory in directories:
-        adapted = load_model(open_checkpoint(directory), CPU, "float32", None, bases)
-        held.append(on_base(adapted, set(adapted.layers)))
-        adapted.take_off()
-    (base,) = bases.values()
+    base, held = adapters.on_the_base(directories)
     return AdaptedModel(base, {name: layer for of in held for name, layer in of.items()}, CPU), places(held)
 
 
