@@ -170,8 +170,10 @@ class Recorder:
     def _met(self, layer: AdaptedLayer) -> Watched:
         moved = None if layer.start is None else Moved(layer, layer.start, self._device)
         by_more = layer.update is not None or _has_bias(layer.up) or moved is not None
+        # A forward on the instance is somebody else's, such as accelerate's, and brings weights and inputs together.
+        is_plain = layer.joined is not None and not by_more and "forward" not in vars(layer.layer)
         # On a CPU what was just made is in the cache still, and the norms of parts cost less than another addition.
-        is_joined = layer.joined is not None and not by_more and not kernels.at_hand(self._device)
+        is_joined = is_plain and not kernels.at_hand(self._device)
         in_parts = by_more or (layer.has_bias and not is_joined)
         return Watched(len(self._watched), layer, is_joined, in_parts, moved)
 

@@ -34,8 +34,7 @@ def _joined(layer: Any, adapter: str) -> Callable[[Join], AbstractContextManager
 
     The forward that stands in for its own calls the same modules, in the same order and types.
     """
-    # A forward on the instance is somebody else's, such as accelerate's.
-    if type(layer) is not Linear or adapter in layer.lora_variant or "forward" in vars(layer):
+    if type(layer) is not Linear or adapter in layer.lora_variant:
         return None
     if getattr(layer.get_base_layer(), "bias", None) is not None:
         return None

@@ -182,6 +182,28 @@ def test_what_a_model_computes_is_left_as_it_is(
     assert bool(plain) is (kind != "DoRA")
 
 
+@pytest.mark.parametrize("kind", ["LoRA-Null", "PEFT"])
+def test_a_forward_of_somebody_else_is_left_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Where accelerate has put its own forward on the layers it runs and stays, and figures are the same."""
+    adapted = load(tmp_path, kind, torch.float64)
+    want, ran = measure(adapted, UNEQUAL), list[str]()
+    for name, layer in adapted.layers.items():
+
+        def forward(*of: Any, own: Any = layer.layer.forward, name: str = name, **more: Any) -> Any:
+            ran.append(name)
+            return own(*of, **more)
+
+        layer.layer.forward = forward
+    with without_a_look(monkeypatch):
+        got = measure(adapted, UNEQUAL)
+    assert set(ran) == set(adapted.layers)
+    assert all("forward" in vars(layer.layer) for layer in adapted.layers.values())
+    for a, b in zip(got, want, strict=True):
+        assert [getattr(a, n) for n in FIGURES] == pytest.approx([getattr(b, n) for n in FIGURES], rel=1e-6)
+
+
 def test_weights_beyond_float32_are_told_without_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms that float32 cannot hold are taken again in float64 also where they were not looked at."""
     adapted = load(tmp_path, "LoRA-Null")
