@@ -221,20 +221,27 @@ def _is_more(layer: "AdaptedLayer") -> bool:
 def _require_read_alike(
     asked: Asked, drawn: Mapping[str, Sequence[Window]], read: Reading, settings: Settings, seqlen: int
 ) -> None:
-    """Refuse an adapter whose own tokenizer makes other windows of the texts: its inputs are not the others'.
+    """Refuse an adapter whose tokenizer or chat template makes other windows of the texts: it reads something else.
 
     Raises:
         OptionError: There is one.
     """
     first, held = asked[0][0], tokenizer_hashes(read.tokenizer.used)
+
+    def rows(windows: Sequence[Window]) -> list[tuple[object, ...]]:
+        return [(window.tokens, window.counted) for window in windows]
+
     for checkpoint, _ in asked[1:]:
         its = Reading.of(checkpoint, settings, None, {**read.texts, **read.unrendered}, None)
-        if its.tokenizer.used == read.tokenizer.used or tokenizer_hashes(its.tokenizer.used) == held:
+        # Of conversations the template decides as well, which is none of the tokenizer's own files.
+        is_one = not read.chats and tokenizer_hashes(its.tokenizer.used) == held
+        if its.tokenizer.used == read.tokenizer.used or is_one:
             continue
         windows = its.with_chats(settings, seqlen).windows(settings, seqlen)
-        if any([one.tokens for one in windows[what]] != [one.tokens for one in of] for what, of in drawn.items()):
+        if any(rows(windows[what]) != rows(of) for what, of in drawn.items()):
+            what = "tokenizer, with its chat template," if read.chats else "tokenizer"
             raise OptionError(
-                f"{OPTION}: the tokenizer of {checkpoint.directory} makes other tokens of the text than that of "
+                f"{OPTION}: the {what} of {checkpoint.directory} makes other tokens of the text than that of "
                 f"{first.directory}, so they read different things; screen them apart"
             )
 

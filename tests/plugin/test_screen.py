@@ -175,6 +175,25 @@ def test_an_adapter_with_other_tokens_is_refused(here: Path, pytester: pytest.Py
     )
 
 
+@pytest.mark.parametrize("said", ["{{ m.role + m.content }}", "{{ m.content }}"])
+def test_an_adapter_with_another_chat_template_is_refused(here: Path, pytester: pytest.Pytester, said: str) -> None:
+    """Also where the tokenizers are one: it writes conversations otherwise, or says that other tokens of them count."""
+    talks = [{"messages": [{"role": who, "content": tiny.TEXT[:60]} for who in ("user", "assistant")]}] * 9
+    (here / "chat.jsonl").write_text("\n".join(map(json.dumps, talks)))
+    marked = "{% generation %}{{ m.content }}{% endgeneration %}"
+    of_one = "{% if m.role == 'user' %}{{ m.content }}{% else %}" + marked + "{% endif %}"
+    for name, told in (("one", of_one), ("two", "{% generation %}" + said + "{% endgeneration %}")):
+        tiny.tokenizer(here / name)
+        template = "{% for m in messages %}" + told + "{% endfor %}"
+        (here / name / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    chats = "--nullspace-calib-dataset=talks=chat.jsonl", "--nullspace-chat=assistant"
+    result = pytester.runpytest_inprocess(*SCREEN, "-k", "layers.0", *chats)
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        ["*: the tokenizer, with its chat template, of *two makes other tokens of the text than*"]
+    )
+
+
 def test_a_call_screens_nothing() -> None:
     """``gate()`` is of one adapter, and says so."""
     with pytest.raises(OptionError, match="gate: takes one adapter, and screen several; run pytest --nullspace-screen"):
