@@ -96,7 +96,7 @@ def test_what_could_not_be_measured_is_in_every_report(pytester: pytest.Pytester
     """A measurement that breaks leaves NOT GATED in each form; an empty SARIF would look as that of a safe adapter."""
     (pytester.path / "text.txt").write_text((WORLD / "facts.txt").read_text() * 20)
     forms = [f"--nullspace-report=r.{suffix}" for suffix in ("sarif", "prom", "html", "md")]
-    result = pytester.runpytest_subprocess(
+    result = pytester.runpytest_inprocess(
         f"--nullspace-model={WORLD / 'null-v2'}", "--nullspace-calib-dataset=text.txt", "--nullspace-seqlen=100000",
         "-p", "no:cacheprovider", *forms,
     )  # fmt: skip
@@ -109,16 +109,17 @@ def test_what_could_not_be_measured_is_in_every_report(pytester: pytest.Pytester
 
 
 def test_tests_beside_the_figures_are_told_to_programs(pytester: pytest.Pytester) -> None:
-    """By its weights alone a layer that fails is an error by its name, and so is a server that refuses the adapter."""
+    """By its weights alone a layer that fails is an error by its name, beside what became of the test of a server."""
     directory = adapter(pytester.path, tiny.llama(), r=32, target_modules=["q_proj"])
 
     def dead(tensors: dict[str, Tensor], _: object) -> None:
         tensors[f"base_model.model.{Q0}.lora_B.weight"].zero_()
 
     change(directory, dead)
-    pytester.runpytest_subprocess(
+    pytester.runpytest_inprocess(
         "--nullspace-model=adapter", "--nullspace-weights-only", "--nullspace-serve=vllm==0.33",
         "--nullspace-report=r.prom", "--nullspace-report=r.sarif",
+        "-W", "default::pytest_nullspace.errors.NullspaceWarning",
     )  # fmt: skip
     results = json.loads((pytester.path / "r.sarif").read_text())["runs"][0]["results"]
     named = {result["ruleId"]: (result["level"], result["message"]["text"]) for result in results}
