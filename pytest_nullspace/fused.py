@@ -1,10 +1,11 @@
-# mypy: disable-error-code="untyped-decorator"
-# ruff: noqa: N803
 """What `kernels` computes, on a card in one read of its memory: kernels for Triton, which comes with torch for CUDA.
 
 Each does what the function of `kernels` that calls it does in plain torch, in float32 as that does. Imported only where
 Triton is there.
 """
+
+# mypy: disable-error-code="untyped-decorator"
+# ruff: noqa: N803
 
 from typing import Any
 

@@ -19,8 +19,9 @@ FILE = "ft.intoto.json"
 
 
 @pytest.fixture
-def adapter(pytester: pytest.Pytester) -> Path:
-    """The shipped PEFT adapter and its base, in folders of their own, and texts to gate it on."""
+def adapter(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The shipped PEFT adapter and its base, in folders of their own, and texts to gate it on, at a wide terminal."""
+    monkeypatch.setenv("COLUMNS", "400")
     for name, folder in (("peft-null", "ft"), ("base", "base")):
         shutil.copytree(WORLD / name, pytester.path / folder)
     for name in ("facts.txt", "task.txt"):
