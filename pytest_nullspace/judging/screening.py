@@ -17,7 +17,7 @@ from pytest_nullspace.errors import StatsError
 from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage
 from pytest_nullspace.judging.spoken import plain
 from pytest_nullspace.judging.verdicts import Finding, Tier, Verdict
-from pytest_nullspace.run.norms import ratio
+from pytest_nullspace.run.norms import Ratios, ratio
 from pytest_nullspace.run.stats import ORTHONORMAL, UNPLACED, UNREACHED
 
 KEY = "screened"
@@ -32,8 +32,8 @@ UNDECIDED = "no figure of a single layer decides where no null space is promised
 
 
 @dataclass(frozen=True, slots=True)
-class ScreenedLayer:
-    """One adapted layer on one text.
+class ScreenedLayer(Ratios):
+    """One adapted layer on one text, of whose output nothing is told.
 
     Attributes:
         name: Its module path.
@@ -70,16 +70,6 @@ class ScreenedLayer:
     def leakage(self) -> float:
         """Leakage over that of a random subspace as large as B's row space."""
         return ratio(self.mean_leakage, ratio(self.down_rank, self.in_features))
-
-    @property
-    def preservation(self) -> float:
-        """``‖Bx‖ / ‖x‖``."""
-        return ratio(self.down_norm, self.input_norm)
-
-    @property
-    def forgetting(self) -> float:
-        """``‖ABx‖ / ‖W x‖``."""
-        return ratio(self.update_norm, self.base_norm)
 
     @property
     def is_orthonormal(self) -> bool:
