@@ -22,6 +22,7 @@ from pytest_nullspace.checkpoint.arrays import read_tensor
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.judging.begun import BEYOND, NEGLIGIBLE, NOISE, ROUNDING
+from pytest_nullspace.measuring.digits import has_bias
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel, Start
 from pytest_nullspace.model.stored import stored
 from pytest_nullspace.settings import PREFIX
@@ -114,7 +115,7 @@ def _start(layer: AdaptedLayer, initial: Checkpoint) -> Start | None:
 def _is_more(layer: AdaptedLayer, checkpoint: Checkpoint) -> bool:
     """Whether the layer's update is more than ``A B x``."""
     protected = f"{layer.name}.{lora_null.PROTECT_DOWN}" in checkpoint.tensors
-    return protected or layer.update is not None or isinstance(getattr(layer.up, "bias", None), Tensor)
+    return protected or layer.update is not None or has_bias(layer.up)
 
 
 class _Held(NamedTuple):

@@ -5,7 +5,6 @@ narrow ``Bx``, until enough layers have come together to be summed at once. On a
 left float32's range, or ``Bx`` lost its digits to cancellation, and take it in float64 where it did.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,23 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from pytest_nullspace import kernels
+from pytest_nullspace.measuring.digits import blurs, cancels, has_bias, norms_of, product, weight_of
 from pytest_nullspace.measuring.distinct import DistinctRows, all_found, prints
 from pytest_nullspace.measuring.factors import of_layers
 from pytest_nullspace.measuring.moved import Moved
-from pytest_nullspace.measuring.rows import Batch, Layout, Rows
+from pytest_nullspace.measuring.rows import Batch, Layout, Rows, is_routed
 from pytest_nullspace.measuring.summing import Summing, Taken
 from pytest_nullspace.model import AdaptedLayer
-from pytest_nullspace.model.stored import stored, without_bias
-
-CANCELLATION = 5e-8
-"""The relative error to which cancellation in a float32 ``Bx`` may add up over a batch."""
-
-OUTWEIGHS = 2.0
-"""How many times a bias may be as long as ``W x`` that is what is left of an output when it is subtracted; beyond that
-the digits of ``W x`` are lost in the sum, and it is computed again."""
-
-MIXED = 16.0
-"""How many times the rounding of ``Bx`` may weigh in ``Px``; where it would weigh more, ``Bx`` is taken in float64."""
 
 _Take = Callable[[nn.Module, Any, Tensor], Tensor]
 """What is taken of a module's output, in a forward hook on it."""
@@ -62,7 +51,7 @@ class Watched:
     @property
     def updates_by_more(self) -> bool:
         """Whether its update is more than ``scale · A B x``."""
-        return self.layer.update is not None or _has_bias(self.layer.up)
+        return self.layer.update is not None or has_bias(self.layer.up)
 
 
 class Recorder:
@@ -169,7 +158,7 @@ class Recorder:
 
     def _met(self, layer: AdaptedLayer) -> Watched:
         moved = None if layer.start is None else Moved(layer, layer.start, self._device)
-        by_more = layer.update is not None or _has_bias(layer.up) or moved is not None
+        by_more = layer.update is not None or has_bias(layer.up) or moved is not None
         # A forward on the instance is somebody else's, such as accelerate's, and brings weights and inputs together.
         is_plain = layer.joined is not None and not by_more and "forward" not in vars(layer.layer)
         # On a CPU what was just made is in the cache still, and the norms of parts cost less than another addition.
@@ -227,12 +216,12 @@ class Recorder:
             # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.
             update = watched.seen["update"] if layer.update is not None else layer.scale * watched.seen["up"]
             base = watched.seen["base"]
-            output = self._norms_of(base + update)
-            change = [self._norms_of(update)] if watched.updates_by_more else []
+            output = norms_of(base + update)
+            change = [norms_of(update)] if watched.updates_by_more else []
             if watched.moved is not None:
                 since, base = watched.moved.of(self._counted(x), down, base)
                 change = [since]
-            base = self._norms_of(base)
+            base = norms_of(base)
         else:
             base, output = watched.seen["base"], self._norms(output)
         watched.seen.clear()
@@ -267,47 +256,13 @@ class Recorder:
 
     def _product(self, base: nn.Module, args: Any, output: Tensor) -> Tensor:
         """``W x`` of the counted rows, from what ``base`` gave with a bias of its own."""
-        values = self._counted(output)
-        if not _has_bias(base):
-            return values
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        bias = stored(base, "bias").to(values)
-        values = values - bias
-        if self._outweighs(base, bias, values):
-            return without_bias(base, self._counted(args[0]).to(values.device))
-        return values
-
-    def _outweighs(self, base: nn.Module, bias: Tensor, values: Tensor) -> bool:
-        """Whether ``bias`` drowned the digits of ``values``; a GPU is waited for, so there it is asked once a layer."""
-        if (known := self._outweighed.get(base)) is not None:
-            return known
-        found = bool(kernels.row_norms(bias) > OUTWEIGHS * kernels.row_norms(values).mean())
-        if not kernels.at_hand(self._device):
-            self._outweighed[base] = found
-        return found
+        return product(base, lambda: self._counted(args[0]), self._counted(output), self._outweighed)
 
     def _norms(self, values: Tensor) -> Tensor:
-        return self._norms_of(self._counted(values))
-
-    def _norms_of(self, values: Tensor) -> Tensor:
-        norms = kernels.row_norms(values)
-        if kernels.at_hand(self._device) and not kernels.safe(norms):
-            return kernels.row_norms(values.double())
-        return norms
+        return norms_of(self._counted(values))
 
     def _counted(self, values: Tensor) -> Tensor:
         return values.flatten(0, -2) if self._layout is None else self._layout.counted(values)
-
-
-def is_routed(name: str) -> bool:
-    """Whether a layer of that name is an expert's, to which a router gives some rows of each window."""
-    return "expert" in name and "shared_expert" not in name
-
-
-def blurs(factors: kernels.Factors, dtype: torch.dtype) -> bool:
-    """Whether a ``Bx`` in ``dtype`` cannot tell ``Px``: its rounding outweighs it, or short rows of B underflow."""
-    held = torch.finfo(dtype)
-    return dtype != torch.float64 and (factors.mixing > MIXED or 0 < factors.shortest < held.tiny / held.eps)
 
 
 def _loses_digits(down: Tensor, input_norms: Tensor, factors: kernels.Factors, width: int) -> bool:
@@ -316,11 +271,5 @@ def _loses_digits(down: Tensor, input_norms: Tensor, factors: kernels.Factors, w
         return True
     if down.dtype != torch.float32:
         return False
-    # Rounding errors are a random walk of `in` steps, so they grow beside what cancellation leaves.
-    error = 2.0**-22 * input_norms.norm().item() / math.sqrt(width)
-    weight = factors.mixing * factors.longest
-    return bool(weight * error > CANCELLATION * kernels.row_norms(down).sum().item())
-
-
-def _has_bias(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "bias", None), Tensor)
+    down_norms = kernels.row_norms(down).sum().item()
+    return bool(cancels(weight_of(factors), input_norms.norm().item(), width, down_norms))

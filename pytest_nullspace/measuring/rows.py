@@ -230,6 +230,11 @@ class Rows:
         return Layout(rows, share, (len(share),))
 
 
+def is_routed(name: str) -> bool:
+    """Whether a layer of that name is an expert's, to which a router gives some rows of each window."""
+    return "expert" in name and "shared_expert" not in name
+
+
 def _readers(model: nn.Module) -> frozenset[int]:
     """The modules of a model that sees images which read its tokens, by id; none where nobody can tell them apart."""
     parts: list[Any] = []

@@ -6,7 +6,6 @@ are changes the width of that product alone. What an adapter does in one layer r
 which is why the figures are of the first order.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -17,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from pytest_nullspace import kernels
+from pytest_nullspace.measuring.digits import blurs, cancels, norms_of, product, weight_of
 from pytest_nullspace.measuring.factors import of_layers
 from pytest_nullspace.measuring.forward import forwards
-from pytest_nullspace.measuring.recorder import CANCELLATION, OUTWEIGHS, blurs, is_routed
-from pytest_nullspace.measuring.rows import Batch, Rows
+from pytest_nullspace.measuring.rows import Batch, Rows, is_routed
 from pytest_nullspace.measuring.streaming import batch_of, counted_rows
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
-from pytest_nullspace.model.stored import stored, without_bias
+from pytest_nullspace.model.stored import stored
 
 
 class Screened(NamedTuple):
@@ -154,6 +153,7 @@ class Screen:
         self._input: Tensor | None = None
         self._counted = self._norms = torch.empty(0)
         self._exact: Tensor | None = None
+        self._outweighed: dict[nn.Module, bool] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -188,8 +188,8 @@ class Screen:
             return
         if x is not self._input:
             self._input, self._counted, self._exact = x, layout.counted(x), None
-            self._norms = _norms(self._counted)
-        base = _norms(_product(module, self._counted, layout.counted(output)))
+            self._norms = norms_of(self._counted)
+        base = norms_of(product(module, lambda: self._counted, layout.counted(output), self._outweighed))
         self._sums[number][layout.whole].add(self._norms, base, self._narrow(place))
 
     def _narrow(self, place: Place) -> Tensor:
@@ -208,9 +208,9 @@ class Screen:
         """Whether a float32 ``Bx`` of one adapter is mostly cancelled, as `recorder` asks it of one layer."""
         if down.dtype != torch.float32:
             return False
-        error = 2.0**-22 * float(self._norms.norm()) / math.sqrt(place.down.shape[1])
+        inputs, width = self._norms.norm().item(), place.down.shape[1]
         told = zip(place.factors, down.sum(dim=1).tolist(), strict=True)
-        return any(of.mixing * of.longest * error > CANCELLATION * length for of, length in told)
+        return any(cancels(weight_of(of), inputs, width, length) for of, length in told)
 
 
 def _inner(down: Tensor, count: int, matrices: Tensor) -> Tensor:
@@ -222,23 +222,6 @@ def _inner(down: Tensor, count: int, matrices: Tensor) -> Tensor:
     both = (matrices @ each).view(count, 2, *each.shape[1:])
     squares = both.square_().sum(dim=2), each.square().sum(dim=1, keepdim=True)
     return torch.cat(squares, dim=1).sqrt_().transpose(0, 1)
-
-
-def _norms(values: Tensor) -> Tensor:
-    norms = kernels.row_norms(values)
-    return kernels.row_norms(values.double()) if kernels.at_hand(norms.device) and not kernels.safe(norms) else norms
-
-
-def _product(base: nn.Module, x: Tensor, output: Tensor) -> Tensor:
-    """``W x``, from what ``base`` gave with a bias of its own."""
-    if not isinstance(getattr(base, "bias", None), Tensor):
-        return output
-    values = output.to(torch.promote_types(output.dtype, torch.float32))
-    bias = stored(base, "bias").to(values)
-    values = values - bias
-    if bool(kernels.row_norms(bias) > OUTWEIGHS * kernels.row_norms(values).mean()):
-        return without_bias(base, x)
-    return values
 
 
 def on_base(adapted: AdaptedModel, names: Collection[str]) -> dict[str, AdaptedLayer]:

@@ -15,7 +15,7 @@ from tests.structure import imports, own, sources, wing, wings
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
-    "callback", "fused", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.distinct",
+    "callback", "fused", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.digits", "measuring.distinct",
     "measuring.drift", "measuring.factors", "measuring.figuring", "measuring.forward", "measuring.halfway",
     "measuring.moved", "measuring.recorder", "measuring.rows", "measuring.sampled", "measuring.scaling",
     "measuring.screen", "measuring.spectrum", "measuring.stowed", "measuring.streamed", "measuring.streaming",
@@ -106,9 +106,9 @@ ORDERS = {
     ),
     "text": "sources images gallery readers windows tokenizer processor",
     "measuring": (
-        "memory digests followed hashing inmemory written passages about distributed rows forward drift moved recorder "
-        "streaming screen spectrum sampled scaling waiting stowed halfway streamed blockwise writing loading fitting "
-        "measurement reading screening pipeline"
+        "memory digests followed hashing inmemory written passages about distributed digits rows forward drift moved "
+        "recorder streaming screen spectrum sampled scaling waiting stowed halfway streamed blockwise writing loading "
+        "fitting measurement reading screening pipeline"
     ),
     "model": "stored shelf layers shelved weights bases lora_null peft",
     "shell": (

@@ -291,7 +291,7 @@ def test_a_pass_ends_early_after_the_same_windows_whatever_the_batch(llama: Adap
 
 def test_windows_of_unequal_length_are_not_padded(llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only windows of one length share a batch, so each token counts once and none is made up."""
-    monkeypatch.setattr("pytest_nullspace.measuring.recorder.CANCELLATION", math.inf)
+    monkeypatch.setattr("pytest_nullspace.measuring.digits.CANCELLATION", math.inf)
     shapes: list[tuple[int, ...]] = []
     embeddings = llama.model.get_submodule("model.embed_tokens")
     handle = embeddings.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
@@ -402,7 +402,7 @@ def test_only_chosen_layers_are_measured_and_the_pass_ends_after_them(
     llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Layers that are not chosen are not told, and beyond the probe no block after the last chosen one runs."""
-    monkeypatch.setattr("pytest_nullspace.measuring.recorder.CANCELLATION", math.inf)
+    monkeypatch.setattr("pytest_nullspace.measuring.digits.CANCELLATION", math.inf)
     chosen = ["model.layers.1.mlp.up_proj", FIRST]
     calls = Calls(llama.model)
     measured = measure(llama, UNEQUAL, layers=chosen)
@@ -433,7 +433,7 @@ def test_what_float32_cannot_hold_is_run_again_in_float64(llama: AdaptedModel, m
 
 def test_the_head_never_runs(llama: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head is the widest layer and no adapter's input depends on it."""
-    monkeypatch.setattr("pytest_nullspace.measuring.recorder.CANCELLATION", math.inf)
+    monkeypatch.setattr("pytest_nullspace.measuring.digits.CANCELLATION", math.inf)
     calls = Calls(llama.model)
     measure(llama, UNEQUAL)
     calls.remove()
