@@ -15,8 +15,9 @@ from tests.structure import imports, own, sources, wing, wings
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
-    "callback", "fused", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.digits", "measuring.distinct",
-    "measuring.drift", "measuring.factors", "measuring.figuring", "measuring.forward", "measuring.halfway",
+    "callback", "fused", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.digits",
+    "measuring.distinct", "measuring.drift", "measuring.factors", "measuring.figuring", "measuring.forward",
+    "measuring.halfway",
     "measuring.moved", "measuring.recorder", "measuring.rows", "measuring.sampled", "measuring.scaling",
     "measuring.screen", "measuring.spectrum", "measuring.stowed", "measuring.streamed", "measuring.streaming",
     "measuring.summing", "measuring.tiles", "measuring.waiting", "measuring.writing", "model", "spectra",
