@@ -106,7 +106,9 @@ def _check_rank(config_file: Path, lora_r: object, layers: Sequence[LayerSpec]) 
     if lora_r is None:
         return
     if not isinstance(lora_r, int) or isinstance(lora_r, bool) or lora_r < 1:
-        raise CheckpointError(f"{config_file}: lora_r must be a whole number from 1, not {printable(lora_r)}")
+        raise CheckpointError(
+            f"{config_file}: lora_r must be a whole number from 1, not {printable(repr(lora_r))}; mend it"
+        )
     for layer in layers:
         if layer.rank != lora_r:
             raise CheckpointError(

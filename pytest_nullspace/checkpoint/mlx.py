@@ -60,7 +60,7 @@ def read(directory: Path) -> Checkpoint:
     rank, scale = _parameters(config.get("lora_parameters"), config_file)
     base = config.get("model", config.get("base_model_name_or_path"))
     if base is not None and not isinstance(base, str):
-        raise CheckpointError(f"{config_file}: model must be text, not {printable(base)}; mend it")
+        raise CheckpointError(f"{config_file}: model must be text, not {printable(repr(base))}; mend it")
     told = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -114,12 +114,12 @@ def _last_blocks(config: Mapping[str, Any], config_file: Path) -> LastBlocks:
     count, keys = config.get("num_layers", config.get("lora_layers")), config["lora_parameters"].get("keys")
     if not isinstance(count, int) or isinstance(count, bool):
         raise CheckpointError(
-            f"{config_file}: num_layers must be a whole number, -1 for all blocks, not {printable(count)}; write back "
+            f"{config_file}: num_layers must be a whole number, -1 for all blocks, not {printable(repr(count))}; write back "
             "what it was trained with"
         )
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         raise CheckpointError(
-            f"{config_file}: lora_parameters.keys must be a list of texts, not {printable(keys)}; write back what it "
+            f"{config_file}: lora_parameters.keys must be a list of texts, not {printable(repr(keys))}; write back what it "
             "was trained with"
         )
     return LastBlocks(count, None if keys is None else frozenset(keys))
@@ -131,12 +131,12 @@ def _parameters(told: object, config_file: Path) -> tuple[int, float]:
     rank, scale = parameters.get("rank"), parameters.get("scale")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise CheckpointError(
-            f"{config_file}: lora_parameters.rank must be a whole number from 1, not {printable(rank)}; write back "
+            f"{config_file}: lora_parameters.rank must be a whole number from 1, not {printable(repr(rank))}; write back "
             "what it was trained with"
         )
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or abs(scale) > 1e6:
         raise CheckpointError(
-            f"{config_file}: lora_parameters.scale is {printable(scale)}, not a number below a million; without it the "
+            f"{config_file}: lora_parameters.scale is {printable(repr(scale))}, not a number below a million; without it the "
             "size of the update is unknown; write back what it was trained with"
         )
     return rank, float(scale)

@@ -53,7 +53,7 @@ def read(directory: Path) -> Checkpoint:
     _check_fields(config, config_file)
     if not isinstance(config.get("lora_alpha"), int | float):
         raise CheckpointError(
-            f"{config_file}: lora_alpha is {printable(config.get('lora_alpha'))}, not a number; without it the scale "
+            f"{config_file}: lora_alpha is {printable(repr(config.get('lora_alpha')))}, not a number; without it the scale "
             "of the update is unknown; write back the value that it was trained with"
         )
     held = read_tensors(directory, "adapter_model")
@@ -166,7 +166,7 @@ def _check_fields(config: Mapping[str, Any], config_file: Path) -> None:
         value = config.get(field)
         if value is not None and not fits(value):
             raise CheckpointError(
-                f"{config_file}: {field} must be {words}, not {printable(value)}; mend it or save the adapter again"
+                f"{config_file}: {field} must be {words}, not {printable(repr(value))}; mend it or save the adapter again"
             )
 
 
@@ -269,7 +269,10 @@ def _layer(
         if tensor is None:
             raise CheckpointError(f"{where} has no {part}: the adapter is incomplete; save or download it again")
         if tensor.dtype not in FLOATING:
-            raise CheckpointError(f"{where}: {part} is {tensor.dtype}, not a floating point type that is measured")
+            raise CheckpointError(
+                f"{where}: {part} is {tensor.dtype}, not a floating point type that is measured; save the adapter in "
+                "16 or 32 bits"
+            )
         if len(tensor.shape) != 2 or 0 in tensor.shape:
             hint = (
                 "; an empty tensor is what ZeRO-3 leaves when it is saved ungathered; gather it first"
@@ -296,7 +299,7 @@ def _layer(
 def _scale(name: str, rank: int, config: Mapping[str, Any], config_file: Path) -> Scale:
     alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        said = "is lost" if alpha is None else f"is {printable(alpha)}, no number"
+        said = "is lost" if alpha is None else f"is {printable(repr(alpha))}, no number"
         raise CheckpointError(
             f"{config_file}: the lora_alpha of {printable(name)} {said}, so the scale alpha / r is unknown, and PEFT "
             "would take one of its own; write back the value that it was trained with"

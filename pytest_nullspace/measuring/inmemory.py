@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pytest_nullspace.model import AdaptedModel
 
 
+_ADAPTER, _TOKENIZER = "adapter", "tokenizer"
+"""Into which folders what the model would save is written."""
+
+
 @dataclass(frozen=True)
 class InMemory:
     """A model that was in memory before, is measured as it is, and stays.
@@ -55,11 +59,11 @@ def in_memory(model: object, tokenizer: Any, base: str | None) -> Iterator[InMem
     except ImportError as error:
         raise OptionError(f"gate: a model in memory needs PEFT, {first_line(error)}; give a directory") from None
     whole = live.peft_model(model)
-    with live.chance_kept(whole), TemporaryDirectory(prefix="nullspace-") as folder:
-        checkpoint = live.saved(whole, Path(folder) / "adapter")
+    with live.chance_kept(whole), TemporaryDirectory(prefix="nullspace-") as folder, _told_as_given(Path(folder)):
+        checkpoint = live.saved(whole, Path(folder) / _ADAPTER)
         named = at_hand(checkpoint.base, checkpoint.base_revision) if checkpoint.base else None
         place = base_path(base, None, "base") if base is not None else named
-        own = _tokenizer(tokenizer, Path(folder) / "tokenizer") if tokenizer is not None else place
+        own = _tokenizer(tokenizer, Path(folder) / _TOKENIZER) if tokenizer is not None else place
         if own is None:
             raise OptionError(
                 f"tokenizer: {checkpoint.directory} names no base model that lies here, so nothing tells how its text "
@@ -68,6 +72,20 @@ def in_memory(model: object, tokenizer: Any, base: str | None) -> Iterator[InMem
         unchanged = None if base is None and checkpoint.changed_base else place
         with live.measured(whole, checkpoint) as adapted:
             yield InMemory(checkpoint, adapted, TokenizerChoice.of(own, place), unchanged)
+
+
+@contextmanager
+def _told_as_given(folder: Path) -> Iterator[None]:
+    """Tell of what was written into ``folder`` to be read again as of the model in memory, which is all a user knows."""
+    try:
+        yield
+    except CheckpointError as error:
+        told = str(error)
+        for part in (_ADAPTER, _TOKENIZER):
+            told = told.replace(str(folder / part), f"the model's {part}")
+        if told == str(error):
+            raise
+        raise CheckpointError(told) from error
 
 
 def _tokenizer(given: Any, folder: Path) -> Path:

@@ -94,7 +94,7 @@ def _positions(model: Any) -> int | None:
         if limit is None or limit == -1:
             continue
         if not isinstance(limit, int) or limit < 1:
-            raise TextError(f"config.json: {name} must be a whole number from 1, not {printable(limit)}; mend it")
+            raise TextError(f"config.json: {name} must be a whole number from 1, not {printable(repr(limit))}; mend it")
         limits.append(limit - _skipped(model, limit))
     return min(limits, default=None)
 

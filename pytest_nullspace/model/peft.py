@@ -64,7 +64,8 @@ def load(
         wrapped: Any = get_peft_model(model, LoraConfig(**fields))
     except Exception as error:  # PEFT raises many kinds for a config that does not fit the model
         strange = {spec.name for spec in checkpoint.layers} - {name for name, _ in model.named_modules()}
-        cure = OLDER if are_older(model, strange) else "give the base that it was trained on by --nullspace-base=DIR"
+        cure = "write back what it was trained with, or give the base that it was trained on by --nullspace-base=DIR"
+        cure = OLDER if are_older(model, strange) else cure
         raise CheckpointError(
             f"{checkpoint.config_file}: PEFT cannot put this adapter on the base model {base}: "
             f"{printable(error, 300)}; {cure}"

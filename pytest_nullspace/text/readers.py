@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 DEFAULT_COLUMNS = ("text", "sentence", "question", "content")
 """Where a text is looked for when no column is named, in this order."""
 _MAX_CSV_FIELD = 2**31 - 1
+_MOST_NUL = 1 / 8
+"""The share of NUL characters above which a file is no text in UTF-8."""
 
 Text = str | Conversations | Images
 """What a source holds: text, conversations, or rows of images and text."""
@@ -176,11 +178,16 @@ def _decoded(path: Path) -> str:
         TextError: It cannot be read or is not UTF-8.
     """
     try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise TextError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror}") from None
+    if (empty := text.count("\0")) > len(text) * _MOST_NUL:  # UTF-16 of ASCII is also UTF-8
+        raise TextError(
+            f"{path}: {empty:,} of its {len(text):,} characters are NUL, as where UTF-16 is read as UTF-8; save it as UTF-8"
+        )
+    return text
 
 
 def _parsed(text: str, path: Path, line: int = 1) -> Any:
@@ -199,14 +206,16 @@ def _read_txt(path: Path) -> _Table:
     return _from_columns({"text": [_decoded(path).replace("\r\n", "\n")]})
 
 
-def _read_jsonl(path: Path) -> _Table:
-    lines = _decoded(path).split("\n")
-    rows = [_parsed(line, path, number) if line.strip() else None for number, line in enumerate(lines, 1)]
-    return _from_rows(rows, path, "line")
-
-
 def _read_json(path: Path) -> _Table:
-    match _parsed(_decoded(path) or "null", path):
+    """Lines of JSON or one value, as the content says where a program wrote one under the suffix of the other."""
+    text = _decoded(path)
+    first, _, rest = text.strip().partition("\n")
+    if (path.suffix.lower() == ".jsonl" and not first.startswith("[")) or (rest and _is_json(first)):
+        lines = enumerate(text.split("\n"), 1)
+        return _from_rows(
+            [_parsed(line, path, number) if line.strip() else None for number, line in lines], path, "line"
+        )
+    match _parsed(text or "null", path):
         case None:
             return _from_columns({})
         case list(rows):
@@ -215,6 +224,13 @@ def _read_json(path: Path) -> _Table:
             return _from_columns(columns)
         case _:
             raise TextError(f"{path}: takes a list of objects or strings, or an object whose values are lists")
+
+
+def _is_json(line: str) -> bool:
+    with suppress(ValueError, RecursionError):
+        json.loads(line)
+        return True
+    return False
 
 
 def _read_csv(path: Path) -> _Table:
@@ -365,7 +381,7 @@ def _read_file(path: Path) -> _Table:
 
 _READERS: Mapping[str, Callable[[Path], _Table]] = {
     ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
+    ".jsonl": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,

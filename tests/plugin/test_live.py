@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 import re
 import warnings
@@ -439,3 +440,11 @@ def test_a_base_that_its_start_changed_is_measured_as_it_is(tmp_path: Path) -> N
     wrong.peft_config["default"].init_lora_weights = "pissa"
     with pytest.raises(NullspaceError, match=r"^the base in memory: is not the base that the initialisation of "):
         gate(wrong, tmp_path / "text.txt", **QUICK)
+
+
+def test_what_is_wrong_with_what_it_would_save_is_told_of_the_model(tmp_path: Path) -> None:
+    """No message names the folder into which a model in memory is written to be read again."""
+    model = adapted(tmp_path, modules_to_save=["norm"])
+    model.get_base_model().model.norm.modules_to_save["default"].weight.data[0] = math.inf
+    with pytest.raises(CheckpointError, match=r"^the model's adapter/adapter_model\.safetensors: tensor .* holds NaN"):
+        gate(model, tmp_path / "text.txt", **QUICK)

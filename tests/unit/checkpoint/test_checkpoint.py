@@ -660,7 +660,7 @@ def test_a_rank_that_differs_from_lora_r_is_refused(tmp_path: Path) -> None:
 def test_a_lora_r_that_is_no_rank_is_refused(tmp_path: Path, lora_r: object) -> None:
     """Only a whole number from 1 is a rank."""
     message = changed(tmp_path, lambda _, config: config.update(lora_r=lora_r))
-    assert f"lora_r must be a whole number from 1, not {lora_r}" in message
+    assert f"lora_r must be a whole number from 1, not {lora_r!r}" in message
 
 
 def test_no_lora_r_is_no_fault(tmp_path: Path) -> None:

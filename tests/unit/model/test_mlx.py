@@ -163,7 +163,7 @@ def without_block_of_all(config: dict[str, Any], tensors: dict[str, Tensor]) -> 
         (lambda c, _: c.update(num_layers=1), r": num_layers 1 leave out model\.layers\.0\..*run it without them"),
         (lambda c, _: c.update(num_layers=30), r"num_layers is 30, but the base model .*/base has 3 blocks: "),
         (lambda c, _: c.pop("num_layers"), r"num_layers must be a whole number, -1 for all blocks, not None"),
-        (lambda c, _: c["lora_parameters"].update(keys="q_proj"), r"keys must be a list of texts, not q_proj"),
+        (lambda c, _: c["lora_parameters"].update(keys="q_proj"), r"keys must be a list of texts, not 'q_proj'"),
     ],
 )  # fmt: skip
 def test_its_layers_are_those_that_its_config_names(change: Any, told: str, mlx: Path) -> None:

@@ -286,6 +286,18 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str
     ),
     "config rank of another run": (lambda _, config: config.update(r=8), "has rank 4"),
     "a scale that was lost": (lambda _, config: config.pop("lora_alpha"), "lora_alpha is None, not a number"),
+    "a number in quotes": (
+        lambda _, config: config.update(lora_alpha="16"),
+        "lora_alpha must be a number below a billion, not '16'; mend it",
+    ),
+    "a type that is stored and not computed with": (
+        lambda tensors, _: tensors.update({key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()}),
+        "lora_A.weight is F8_E4M3, not a floating point type that is measured; save the adapter in 16 or 32 bits",
+    ),
+    "a field that PEFT refuses": (
+        lambda _, config: config.update(bias="some"),
+        "Requested bias: some, is not implemented.; write back what it was trained with, or give the base that",
+    ),
     "an empty tensor": (
         lambda tensors, _: tensors.update(
             {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.empty(0)}

@@ -226,6 +226,8 @@ class TestFiles:
             ("a.json", '[{"text": "é one"}, {"text": null}, {"id": 1}, null, {"text": "two"}]'),
             ("strings.json", '["é one", "two"]'),
             ("columns.json", '{"id": [1, 2], "text": ["é one", "two"]}'),
+            ("lines.json", '{"id": 1, "text": "é one"}\r\n{"id": 2, "text": "two"}\n'),
+            ("one list.jsonl", '[{"text": "é one"},\n{"text": "two"}]\n'),
             ("a.csv", 'id,text\n1,é one\n\n2,"two"\n'),
             ("bom.csv", "\ufefftext\r\né one\r\ntwo\r\n"),
         ],
@@ -284,7 +286,14 @@ class TestFiles:
         [
             ("a.txt", b"caf\xe9", "not UTF-8 text (byte 3); save it as UTF-8"),
             ("b.txt", b"\xef\xbb\xbfcaf\xe9", "not UTF-8 text (byte 6); save it as UTF-8"),
+            (
+                "utf16.txt",
+                "words".encode("utf-16-le"),
+                "5 of its 10 characters are NUL, as where UTF-16 is read as UTF-8; save it as UTF-8",
+            ),
             ("a.jsonl", '"x"\n{"text": }\n', "line 2, column 10: not JSON (Expecting value); mend or remove it"),
+            ("lines.json", '"x"\n{"text": }\n', "line 2, column 10: not JSON (Expecting value); mend or remove it"),
+            ("lists.jsonl", '["x"]\n["y"]\n', "line 1 holds list, neither an object nor a string"),
             ("b.jsonl", '"x"\n[1]\n', "line 2 holds list, neither an object nor a string"),
             ("a.json", '[\n"x",\n]', "line 3, column 1: not JSON (Expecting value); mend or remove it"),
             ("b.json", "[1]", "row 1 holds int, neither an object nor a string"),
