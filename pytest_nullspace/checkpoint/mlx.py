@@ -114,13 +114,13 @@ def _last_blocks(config: Mapping[str, Any], config_file: Path) -> LastBlocks:
     count, keys = config.get("num_layers", config.get("lora_layers")), config["lora_parameters"].get("keys")
     if not isinstance(count, int) or isinstance(count, bool):
         raise CheckpointError(
-            f"{config_file}: num_layers must be a whole number, -1 for all blocks, not {printable(repr(count))}; write back "
-            "what it was trained with"
+            f"{config_file}: num_layers must be a whole number, -1 for all blocks, not {printable(repr(count))}; "
+            "write back what it was trained with"
         )
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         raise CheckpointError(
-            f"{config_file}: lora_parameters.keys must be a list of texts, not {printable(repr(keys))}; write back what it "
-            "was trained with"
+            f"{config_file}: lora_parameters.keys must be a list of texts, not {printable(repr(keys))}; write back "
+            "what it was trained with"
         )
     return LastBlocks(count, None if keys is None else frozenset(keys))
 
@@ -131,12 +131,12 @@ def _parameters(told: object, config_file: Path) -> tuple[int, float]:
     rank, scale = parameters.get("rank"), parameters.get("scale")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise CheckpointError(
-            f"{config_file}: lora_parameters.rank must be a whole number from 1, not {printable(repr(rank))}; write back "
-            "what it was trained with"
+            f"{config_file}: lora_parameters.rank must be a whole number from 1, not {printable(repr(rank))}; write "
+            "back what it was trained with"
         )
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or abs(scale) > 1e6:
         raise CheckpointError(
-            f"{config_file}: lora_parameters.scale is {printable(repr(scale))}, not a number below a million; without it the "
-            "size of the update is unknown; write back what it was trained with"
+            f"{config_file}: lora_parameters.scale is {printable(repr(scale))}, not a number below a million; without "
+            "it the size of the update is unknown; write back what it was trained with"
         )
     return rank, float(scale)

@@ -53,8 +53,8 @@ def read(directory: Path) -> Checkpoint:
     _check_fields(config, config_file)
     if not isinstance(config.get("lora_alpha"), int | float):
         raise CheckpointError(
-            f"{config_file}: lora_alpha is {printable(repr(config.get('lora_alpha')))}, not a number; without it the scale "
-            "of the update is unknown; write back the value that it was trained with"
+            f"{config_file}: lora_alpha is {printable(repr(config.get('lora_alpha')))}, not a number; without it the "
+            "scale of the update is unknown; write back the value that it was trained with"
         )
     held = read_tensors(directory, "adapter_model")
     require_unwrapped(directory, held)
@@ -166,7 +166,8 @@ def _check_fields(config: Mapping[str, Any], config_file: Path) -> None:
         value = config.get(field)
         if value is not None and not fits(value):
             raise CheckpointError(
-                f"{config_file}: {field} must be {words}, not {printable(repr(value))}; mend it or save the adapter again"
+                f"{config_file}: {field} must be {words}, not {printable(repr(value))}; mend it or save the adapter "
+                "again"
             )
 
 

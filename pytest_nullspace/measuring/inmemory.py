@@ -76,7 +76,7 @@ def in_memory(model: object, tokenizer: Any, base: str | None) -> Iterator[InMem
 
 @contextmanager
 def _told_as_given(folder: Path) -> Iterator[None]:
-    """Tell of what was written into ``folder`` to be read again as of the model in memory, which is all a user knows."""
+    """Tell of what was written into ``folder``, to be read again, as of the model in memory that a user knows."""
     try:
         yield
     except CheckpointError as error:

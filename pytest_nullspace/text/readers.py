@@ -185,7 +185,8 @@ def _decoded(path: Path) -> str:
         raise TextError(f"{path}: cannot be read: {error.strerror}") from None
     if (empty := text.count("\0")) > len(text) * _MOST_NUL:  # UTF-16 of ASCII is also UTF-8
         raise TextError(
-            f"{path}: {empty:,} of its {len(text):,} characters are NUL, as where UTF-16 is read as UTF-8; save it as UTF-8"
+            f"{path}: {empty:,} of its {len(text):,} characters are NUL, as where UTF-16 is read as UTF-8; save it as "
+            "UTF-8"
         )
     return text
 
