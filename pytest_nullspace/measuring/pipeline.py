@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.arrays import require_finite
 from pytest_nullspace.checkpoint.header import require_unchanged
-from pytest_nullspace.errors import OptionError
+from pytest_nullspace.errors import OptionError, TextError
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
 from pytest_nullspace.measuring.digests import base_sha256, times_of
@@ -247,8 +247,21 @@ class _Loaded(NamedTuple):
         seqlen: int,
         progress: Callable[[int, int], None] | None,
     ) -> Measurement:
-        """Its measurement on these windows."""
-        return Measurement(checkpoint, settings, self.adapted, drawn, seqlen, self.running, progress, self.held_against)
+        """Its measurement on these windows, without predictions where a text has none, as in windows of one token.
+
+        Raises:
+            TextError: They are asked for.
+        """
+        against = self.held_against
+        for what, windows in drawn.items():
+            if against is not None and not any(window.predicted for window in windows):
+                if settings.drift:
+                    raise TextError(
+                        f"{sources(settings)[what]}: none of its windows holds a token that is predicted, which takes "
+                        f"one before it; give a larger {PREFIX}seqlen, or leave {PREFIX}drift out"
+                    )
+                against = None
+        return Measurement(checkpoint, settings, self.adapted, drawn, seqlen, self.running, progress, against)
 
 
 def _loaded(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fixtures.build import WORLD
-from pytest_nullspace import OptionError, gate
+from pytest_nullspace import OptionError, TextError, gate
+from tests import tiny
 from tests.plugin.test_html import Balanced
 
 QUICK: dict[str, Any] = {"seqlen": 128, "calib_size": 4}
@@ -51,6 +52,17 @@ def test_a_call_takes_the_options_of_the_command() -> None:
     assert report.run.drift is None
     assert {row["tier"] for row in report.layers} == {"fail"}
     assert all(row["why"].startswith("leakage") for row in report.layers)
+
+
+def test_windows_in_which_no_token_is_predicted_tell_no_drift(tmp_path: Path) -> None:
+    """Of one token a window no loss is taken, which is no number; who demands it is told what to do."""
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    directory = tiny.lora_null(tmp_path / "ft")
+    report = gate(directory, tmp_path / "text.txt", seqlen=1, calib_size=4)
+    assert report.run.drift is None
+    assert "broken" not in str(report)
+    with pytest.raises(TextError, match=r"text\.txt: none of its windows holds a token that is predicted"):
+        gate(directory, tmp_path / "text.txt", seqlen=1, calib_size=4, drift=True)
 
 
 def test_a_report_tells_what_the_command_tells_below_the_figures(tmp_path: Path) -> None:
