@@ -11,7 +11,7 @@ from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.drift import Predictions, loss_of_last
 from pytest_nullspace.measuring.factors import weight_norms
 from pytest_nullspace.measuring.figuring import weighed
-from pytest_nullspace.measuring.halfway import Halfway
+from pytest_nullspace.measuring.halfway import Halfway, whole
 from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.measuring.scaling import by_scale, few_of, loss_on, scaled
 from pytest_nullspace.measuring.streamed import CPU, Extra, Streaming, Text
@@ -182,4 +182,5 @@ class Blockwise:
         places = {name: place for place, name in enumerate(name for block in blocks for name in block.names)}
         order = [places[layer.name] for layer in self._layers]
         sums = torch.cat([block.sums for block in blocks])[order]
-        return share, sums, torch.cat([block.by_octave for block in blocks])[order]
+        apart = [whole(len(block.names), block.by_octave) for block in blocks]
+        return share, sums, torch.cat(apart)[order]

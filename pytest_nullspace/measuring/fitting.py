@@ -4,12 +4,16 @@ What holds tensors is imported inside functions.
 """
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.header import TensorInfo
 from pytest_nullspace.checkpoint.hub import tensors_of
+from pytest_nullspace.checkpoint.raw import Early
 from pytest_nullspace.errors import PREFIX
 from pytest_nullspace.measuring.inputs import sources
 from pytest_nullspace.measuring.limits import vocabulary
@@ -39,6 +43,7 @@ def load_fitting(
     base: Path | None,
     bases: Bases | None,
     initial: Checkpoint | None,
+    early: Early,
     unfit: "UnfitError | None" = None,
 ) -> "AdaptedModel":
     """The checkpoint's model: whole, spread, or to be streamed where that is asked for or it does not fit.
@@ -51,6 +56,7 @@ def load_fitting(
         base: The base of an adapter.
         bases: Keeps that for the next adapter.
         initial: The checkpoint from which training started.
+        early: Reads the first block of what is streamed.
         unfit: Why it cannot be streamed, where that was tried.
     """
     from pytest_nullspace.model import UnfitError, load_model
@@ -61,10 +67,14 @@ def load_fitting(
         if settings.device_map != STREAM and not large:
             return load(checkpoint, settings, device, dtype, base, bases)
         try:
-            _require_asks(settings, initial, is_told_by_base=checkpoint.carries_base and base is not None)
+            if more := _asks_for_more(checkpoint, settings, base, initial):
+                raise UnfitError(more)
+            early.begin()
             adapted = load_model(checkpoint, device, dtype, base, shelve=True)
             if settings.drift and adapted.switched_off is None:
                 raise UnfitError("the base that its predictions are held against is another model")
+            assert adapted.shelf is not None
+            adapted.shelf.early = early
             return replace(adapted, remarks=(*adapted.remarks, f"{large}its blocks are read one after the other"))
         except UnfitError as error:
             why = error
@@ -75,22 +85,37 @@ def load_fitting(
     )
 
 
-def _require_asks(settings: Settings, initial: Checkpoint | None, *, is_told_by_base: bool) -> None:
-    """Refuse what needs the whole model at once.
+@contextmanager
+def first_read(
+    checkpoint: Checkpoint, settings: Settings, base: Path | None, initial: Checkpoint | None, *, is_live: bool
+) -> Iterator[Early]:
+    """Within this context what reads the first block of what is streamed: at once where it is known that it will be."""
 
-    Raises:
-        UnfitError: It was asked for.
-    """
-    from pytest_nullspace.model import UnfitError
+    def tensors() -> Iterable[TensorInfo]:
+        if checkpoint.is_whole or (base is not None and base.is_file()):  # which are not streamed
+            return ()
+        return checkpoint.tensors.values() if base is None else tensors_of(base)
 
+    early = Early(tensors)
+    if settings.device_map == STREAM and not is_live and not _asks_for_more(checkpoint, settings, base, initial):
+        early.begin()
+    try:
+        yield early
+    finally:
+        early.end()
+
+
+def _asks_for_more(checkpoint: Checkpoint, settings: Settings, base: Path | None, initial: Checkpoint | None) -> str:
+    """What needs the whole model at once, and was asked for, in a clause; empty where nothing does."""
     asks = {
         "spectrum": settings.spectrum, "suggest": settings.suggest, "init": initial is not None,
-        "base": is_told_by_base, "merge": bool(settings.merge),
+        "base": checkpoint.carries_base and base is not None, "merge": bool(settings.merge),
     }  # fmt: skip
     for name in (name for name, asked in asks.items() if asked):
-        raise UnfitError(f"{PREFIX}{name} asks for more than each of them once")
+        return f"{PREFIX}{name} asks for more than each of them once"
     if any(isinstance(source, SelfText) for source in sources(settings).values()):
-        raise UnfitError("a text that the base writes itself takes a pass for each token")
+        return "a text that the base writes itself takes a pass for each token"
+    return ""
 
 
 def _too_large(checkpoint: Checkpoint, settings: Settings, base: Path | None, device: Any, dtype: Any) -> str:

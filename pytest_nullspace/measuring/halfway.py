@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pytest_nullspace.measuring.distributed import HeardError
 from pytest_nullspace.measuring.stowed import SUFFIX, OddError, stow, stowed
 from pytest_nullspace.measuring.streaming import Seen
+from pytest_nullspace.measuring.summing import OCTAVES
 from pytest_nullspace.measuring.waiting import Call
 from pytest_nullspace.measuring.written import cache_folder
 from pytest_nullspace.model.shelved import Norms
@@ -31,20 +32,38 @@ GRACE, SHARE = 1.0, 0.05
 _ENDED = "an earlier run did not come to its end"
 
 
+Filled = tuple[Tensor, Tensor]
+"""The places ``(n, 2)`` of the rows of a tensor ``(l, o, s)`` that are not zero, and these rows, ``(n, s)``."""
+
+
+def filled(values: Tensor) -> Filled:
+    """What is to be kept of a tensor that is mostly zero, so that it takes memory by what it holds."""
+    places = (values != 0).any(dim=-1).nonzero()
+    return places, values[*places.T]
+
+
+def whole(layers: int, of: Filled) -> Tensor:
+    """The tensor of so many ``layers`` of which that was kept."""
+    places, rows = of
+    values = rows.new_zeros(layers, *OCTAVES)
+    values[*places.T] = rows
+    return values
+
+
 class OfBlock(NamedTuple):
     """What was taken of the layers of one block on a part of a text.
 
     Attributes:
         names: The layers.
         sums: What `Recorder.taken` gives.
-        by_octave: Likewise.
+        by_octave: Likewise, of which `filled` gives what is kept: the most octaves have no row.
         seen: What their rows were.
         down_ranks: How many directions the rows of their B span.
     """
 
     names: list[str]
     sums: Tensor
-    by_octave: Tensor
+    by_octave: Filled
     seen: Seen
     down_ranks: Mapping[str, int]
 

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.arrays import require_finite
 from pytest_nullspace.checkpoint.header import require_unchanged
+from pytest_nullspace.checkpoint.raw import Early
 from pytest_nullspace.errors import OptionError, TextError
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
 from pytest_nullspace.measuring.digests import base_sha256, times_of
-from pytest_nullspace.measuring.fitting import load_fitting
+from pytest_nullspace.measuring.fitting import first_read, load_fitting
 from pytest_nullspace.measuring.hashing import Hashing, hashed_meanwhile
 from pytest_nullspace.measuring.inmemory import InMemory
 from pytest_nullspace.measuring.inputs import (
@@ -91,15 +92,13 @@ def measure_checkpoint(
     read = Reading.of(checkpoint, settings, initial, texts, live)
     clock.on("text")
 
-    with hashed_meanwhile(checkpoint, read.base, at_once=settings.device_map != STREAM) as hashed:
-        # Only now torch, for what is wrong with the text need not wait for it.
-        with uncollected():
-            from pytest_nullspace.model import import_libraries
-            from pytest_nullspace.model.spread import places
-
-            import_libraries(checkpoint)
+    with (
+        hashed_meanwhile(checkpoint, read.base, at_once=settings.device_map != STREAM) as hashed,
+        first_read(checkpoint, settings, read.base, initial, is_live=live is not None) as early,
+    ):
+        _import_libraries(checkpoint)  # only now torch, for what is wrong with the text need not wait for it
         clock.on("imports")
-        load = partial(_loaded, checkpoint, settings, read, bases, initial, live, hashed)
+        load = partial(_loaded, checkpoint, settings, read, bases, initial, live, hashed, early)
         loaded = load()
         clock.on("model")
         seqlen = window_length(settings.seqlen, loaded.adapted.model)
@@ -112,6 +111,8 @@ def measure_checkpoint(
         with _keeping(first, read, layers) as (run, kept):
             run, passed = _measured(run, load, layers, clock)
             told = about.of_checkpoint(checkpoint, *hashed()) | left(checkpoint, settings, layers, initial, passed.rows)
+    from pytest_nullspace.model.spread import places
+
     adapted = run.adapted
     clock.on("hashes")
     require_unchanged(read.stamps)
@@ -134,6 +135,13 @@ def measure_checkpoint(
             "measured": about.of_machine(device_name(adapted.device), passed.batches, load_seconds, clock),
         },
     )
+
+
+def _import_libraries(checkpoint: Checkpoint) -> None:
+    with uncollected():
+        from pytest_nullspace.model import import_libraries
+
+        import_libraries(checkpoint)
 
 
 def _require_known(
@@ -272,6 +280,7 @@ def _loaded(
     initial: Checkpoint | None,
     live: InMemory | None,
     hashed: Hashing,
+    early: Early,
     unfit: "UnfitError | None" = None,
 ) -> _Loaded:
     """Load the model unless it is there, and what its predictions are held against.
@@ -293,14 +302,14 @@ def _loaded(
         )
     ):
         adapted = (
-            load_fitting(checkpoint, settings, device, dtype, base, bases, initial, unfit)
+            load_fitting(checkpoint, settings, device, dtype, base, bases, initial, early, unfit)
             if live is None
             else live.adapted
         )
     beside = checkpoint.beside(adapted.layers)
     if adapted.shelf is not None:
         beside = adapted.shelf.require_finite(beside)
-        adapted.shelf.read_by = hashed.follow(adapted.shelf.pieces())
+        adapted.shelf.files.read_by = hashed.follow(adapted.shelf.pieces())
         adapted.shelf.ahead(0)  # while all else is made ready
     else:
         hashed.begin()

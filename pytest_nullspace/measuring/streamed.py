@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.drift import Predictions
 from pytest_nullspace.measuring.forward import run
-from pytest_nullspace.measuring.halfway import Halfway, OfBlock, Pass, holds_stand_in, stand_ins, told_of
+from pytest_nullspace.measuring.halfway import Halfway, OfBlock, Pass, filled, holds_stand_in, stand_ins, told_of
 from pytest_nullspace.measuring.memory import give_back_freed_memory, keeping_little
 from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.rows import Batch, Rows
@@ -284,9 +284,9 @@ class Streaming:
                     if forward.of is text:
                         forward.waiting.go_on(self._recorded(forward, recorder))
                 if layers:
-                    seen = recorder.distinct(), recorder.unplaced
-                    names = [layer.name for layer in layers]
-                    read.append(OfBlock(names, *recorder.taken(part), seen, recorder.down_ranks))
+                    seen, names = (recorder.distinct(), recorder.unplaced), [layer.name for layer in layers]
+                    sums, by_octave = recorder.taken(part)
+                    read.append(OfBlock(names, sums, filled(by_octave), seen, recorder.down_ranks))
         states: dict[State, list[_Forward]] = {}
         for forward in forwards:
             if forward.of is None:

@@ -4,10 +4,9 @@ A block is an element of the outermost `torch.nn.ModuleList` that holds most of 
 place, and again once it is taken out, each of its weights is one NaN seen everywhere, so what computed with it shows.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from io import FileIO
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,17 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint.arrays import not_finite
-from pytest_nullspace.checkpoint.header import AGAIN, TensorInfo, printable
+from pytest_nullspace.checkpoint.header import TensorInfo
+from pytest_nullspace.checkpoint.raw import Early, RawFiles, Run, runs
 from pytest_nullspace.errors import CheckpointError
 
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-
-_AT_ONCE = 1 << 24
-"""Bytes of one read."""
 
 
 class UnfitError(CheckpointError):
@@ -47,10 +43,10 @@ class Shelf:
     Attributes:
         blocks: The blocks, in their order.
         device: Where a block runs.
-        bytes_read: Of the files of the weights, all tensors together.
+        files: From which they are read.
         largest: Bytes of the largest block in memory.
         beside: Bytes of what stays in memory.
-        read_by: Given each piece of a file that was read: which file, from which byte on, and the bytes.
+        early: Reads the first block before the model is there, where that was begun.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
@@ -62,12 +58,10 @@ class Shelf:
             dtype: To what floating point weights are converted.
         """
         self.blocks, self.device, self.dtype = tuple(blocks), device, dtype
-        self.bytes_read = self.largest = self.beside = 0
-        self.read_by: Callable[[Path, int, memoryview], object] = lambda *_: None
+        self.largest = self.beside = 0
+        self.files, self.early = RawFiles(), Early(tuple)
         self._pieces: list[list[_Piece]] = [[] for _ in self.blocks]
         self._block_of = {id(module): number for number, block in enumerate(self.blocks) for module in block.modules()}
-        self._files: dict[Path, tuple[FileIO, int]] = {}
-        self._open = ExitStack()
         self._reader: ThreadPoolExecutor | None = None
         self._ahead: tuple[int, Future[list[Tensor]]] | None = None
         self._finite: frozenset[str] = frozenset()
@@ -79,7 +73,6 @@ class Shelf:
         value, number = module._parameters.get(attribute), self._block_of.get(id(module))
         if number is None or value is None or info.dtype not in _TYPES or info.transposed:
             self.beside += info.nbytes
-            self.bytes_read += info.nbytes
             return False
         empty = _empty(value)
         self._pieces[number].append(_Piece(module, attribute, info, empty))
@@ -100,29 +93,36 @@ class Shelf:
         Raises:
             CheckpointError: It cannot be read, or is one that has to be finite and is not.
         """
-        values = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        try:
-            stream, begin = self._opened(info.file)
-            stream.seek(begin + info.begin)
-            done = self._read_into(stream, info.file, values.numpy().data)
-        except OSError as error:
-            raise CheckpointError(f"{info.file}: the weights cannot be read: {error.strerror}; {AGAIN}") from None
-        if done < info.nbytes:
-            raise CheckpointError(f"{info.file}: ends before its tensor {printable(info.name)} does; {AGAIN}")
-        value = values.view(_TYPES[info.dtype]).view(info.shape)
-        if info.name in self._finite and not bool(value.isfinite().all()):
-            raise not_finite(info)
-        return value.to(self.dtype) if value.is_floating_point() else value
+        return self._taken([info])[0]
 
     def pieces(self) -> Iterator[tuple[Path, int]]:
-        """Of which file, and from which byte on, each of the weights is."""
-        for piece in (piece for pieces in self._pieces for piece in pieces):
-            yield piece.info.file, self._opened(piece.info.file)[1] + piece.info.begin
+        """Of which file, and from which byte on, each of the pieces is in which the blocks are read."""
+        for run in (run for pieces in self._pieces for run in runs(piece.info for piece in pieces)):
+            yield run[0].file, self.files.begin(run)
 
     def read(self, number: int) -> list[Tensor]:
         """The weights of a block from their files; nothing of the model is changed, so a thread may do it."""
-        values = {piece.info.name: self.taken(piece.info) for piece in sorted(self._pieces[number], key=_place)}
+        values = dict[str, Tensor]()
+        for run in runs(piece.info for piece in self._pieces[number]):
+            values |= zip((info.name for info in run), self._taken(run), strict=True)
         return [values[piece.info.name] for piece in self._pieces[number]]
+
+    def _taken(self, run: Run) -> list[Tensor]:
+        sizes = [info.nbytes for info in run]
+        early = self.early.taken(run)
+        if early is None:
+            held = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+            self.files.read(run, held.numpy().data)
+        else:
+            held = torch.from_numpy(early)
+            self.files.read_by(run[0].file, self.files.begin(run), early.data)
+        values = []
+        for info, of in zip(run, torch.split(held, sizes), strict=True):
+            value = of.view(_TYPES[info.dtype]).view(info.shape)
+            if info.name in self._finite and not _is_finite(value):
+                raise not_finite(info)
+            values.append(value.to(self.dtype) if value.is_floating_point() else value)
+        return values
 
     def ahead(self, number: int) -> None:
         """Begin to read a block in a thread, unless that is begun; what was read so and not asked for is let go."""
@@ -130,7 +130,7 @@ class Shelf:
             return
         if self._reader is None:
             threads = torch.get_num_threads()
-            self._reader = self._open.enter_context(ThreadPoolExecutor(1, "nullspace-reader"))
+            self._reader = ThreadPoolExecutor(1, "nullspace-reader")
             self._reader.submit(torch.set_num_threads, 1).result()  # what runs a block has the cores
             torch.set_num_threads(threads)
         self._ahead = number, self._reader.submit(self.read, number)
@@ -144,7 +144,9 @@ class Shelf:
         self.ahead(number)
         assert self._ahead is not None
         (_, coming), self._ahead = self._ahead, None
-        return coming.result()
+        values = coming.result()
+        self.early.end()
+        return values
 
     def put(self, number: int, values: Sequence[Tensor]) -> None:
         """Put what was `read` of a block into its place, where it runs."""
@@ -161,34 +163,31 @@ class Shelf:
 
     def close(self) -> None:
         """Close its files, which are opened again when they are read, and end the thread that reads ahead."""
-        self._files.clear()
+        if self._reader is not None:
+            self._reader.shutdown()
         self._ahead = self._reader = None
-        self._open.close()
+        self.files.close()
 
-    def _opened(self, file: Path) -> tuple[FileIO, int]:
-        """The file, unbuffered so that no byte is read for nothing, and where its data begin."""
-        if file not in self._files:
-            stream = self._open.enter_context(FileIO(file))
-            self._files[file] = stream, 8 + int.from_bytes(stream.read(8), "little")
-        return self._files[file]
-
-    def _read_into(self, stream: FileIO, file: Path, place: memoryview) -> int:
-        begin, done = stream.tell(), 0
-        while done < len(place) and (got := stream.readinto(place[done : done + _AT_ONCE])):
-            self.read_by(file, begin + done, place[done : done + got])
-            done += got
-        self.bytes_read += done
-        return done
-
-
-def _place(piece: _Piece) -> tuple[Path, int]:
-    return piece.info.file, piece.info.begin
+    @property
+    def bytes_read(self) -> int:
+        """Of the files of the weights, all tensors together."""
+        return self.beside + self.files.bytes_read + self.early.bytes_read
 
 
 def _empty(value: Tensor) -> nn.Parameter:
     """One NaN, or zero where there is none, seen everywhere."""
-    one = torch.full((1,), float("nan") if value.dtype.is_floating_point else 0, dtype=value.dtype)
-    return nn.Parameter(one.expand(value.shape), requires_grad=False)
+    return nn.Parameter(_nothing(value.dtype).expand(value.shape), requires_grad=False)
+
+
+@cache
+def _nothing(dtype: torch.dtype) -> Tensor:
+    """It: one in all of memory."""
+    return torch.full((1,), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
+
+
+def _is_finite(value: Tensor) -> bool:
+    """Whether all of it is, in one read and with no memory beside."""
+    return not value.is_floating_point() or not value.numel() or bool(torch.stack(value.aminmax()).isfinite().all())
 
 
 def stack_of(model: nn.Module) -> nn.ModuleList:
