@@ -116,6 +116,10 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
+def _is_tokens(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, int) and _is_whole(one) and one >= 0 for one in value)
+
+
 def _is_map(key: Callable[[object], bool], of: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, dict) and all(key(k) and of(v) for k, v in value.items())
 
@@ -147,11 +151,8 @@ _FIELDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "rank_pattern": (_is_map(_is_text, _is_whole), "an object of whole numbers"),
     "alpha_pattern": (_is_map(_is_text, _is_number), "an object of numbers below a billion"),
     "trainable_token_indices": (
-        lambda value: (
-            (isinstance(value, list) and all(map(_is_whole, value)))
-            or _is_map(_is_text, lambda of: isinstance(of, list) and all(map(_is_whole, of)))(value)
-        ),
-        "a list of whole numbers, or an object of such lists",
+        lambda value: _is_tokens(value) or _is_map(_is_text, _is_tokens)(value),
+        "a list of whole numbers from 0, or an object of such lists",
     ),
 }
 """Each field that is used, what it may hold, and that in words."""

@@ -219,10 +219,7 @@ def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
         for name, info in of_file.items():
             tensor = held[info.stored or name]
             tensors[name] = tensor.mT.contiguous() if info.transposed else tensor
-    for name in [name for name in tensors if ".modules_to_save." in name]:
-        # Of a vocabulary that was resized PEFT writes a whole module twice, and reads it under its plain name.
-        if (plain := tensors.get(name.replace(".modules_to_save.", "."))) is not None and plain.equal(tensors[name]):
-            del tensors[name]
+    _drop_copies(tensors, wrapped)
     try:
         result = set_peft_model_state_dict(wrapped, tensors)
     except RuntimeError as error:
@@ -248,6 +245,20 @@ def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
             "would leave them out; give the base that it was trained on by --nullspace-base=DIR, or save the adapter "
             "again"
         )
+
+
+def _drop_copies(tensors: dict[str, Tensor], wrapped: Any) -> None:
+    """Drop what PEFT writes twice of a vocabulary that was resized, and reads once: whole modules, tokens of tied heads."""
+    modules, tokens = dict(wrapped.named_modules()), ".trainable_tokens_delta"
+    for name in [name for name in tensors if ".modules_to_save." in name or name.endswith(tokens)]:
+        copies = [tensors.get(name.replace(".modules_to_save.", "."))]
+        if name.endswith(tokens):
+            is_tied = getattr(modules.get(name.removesuffix(tokens)), "tied_adapter", None) is not None
+            copies = [
+                tensor for other, tensor in tensors.items() if is_tied and other != name and other.endswith(tokens)
+            ]
+        if any(copy is not None and copy.equal(tensors[name]) for copy in copies):
+            del tensors[name]
 
 
 def _misfit(wrapped: Any, tensors: Mapping[str, Tensor]) -> str | None:

@@ -1,6 +1,6 @@
 """Sizes that training changed: the labels of a head, and the rows of a vocabulary."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,8 @@ def sizes_of(model: Any, checkpoint: Checkpoint, weights: Collection[str]) -> Fi
             other[place] = shape[0]
     ends = _ends(model)
     vocabulary = {name: rows for name, rows in other.items() if name in ends}
+    if not vocabulary:
+        vocabulary = _of_trained_tokens(model, checkpoint, {name: places[name][0] for name in ends})
     labels = {
         name: rows for name, rows in other.items() if name not in ends and places[name][0] == model.config.num_labels
     }
@@ -74,9 +76,38 @@ def sizes_of(model: Any, checkpoint: Checkpoint, weights: Collection[str]) -> Fi
     )
 
 
+def _of_trained_tokens(model: Any, checkpoint: Checkpoint, known: Mapping[str, int]) -> dict[str, int]:
+    """How many rows each weight has whose trained tokens are new ones, all of which the adapter then holds; none if not.
+
+    Args:
+        model: The base.
+        checkpoint: The adapter.
+        known: How many rows the base has of each weight.
+
+    Raises:
+        CheckpointError: A token is beyond the vocabulary, and the rows up to it are not the adapter's.
+    """
+    told, embeds = checkpoint.config.get("trainable_token_indices") or {}, ends_of(model).embeds
+    named = {name.removesuffix(".weight"): name for name in known}
+    first = next((path for path in named if model.get_submodule(path) is embeds), "")
+    found = {}
+    for path, tokens in (told if isinstance(told, Mapping) else {first: told}).items():
+        end = next((name for whole, name in named.items() if f".{whole}".endswith(f".{path}")), None)
+        if end is None or not tokens or max(tokens) < known[end]:
+            continue
+        if not set(tokens).issuperset(range(known[end], max(tokens))):
+            raise CheckpointError(
+                f"{checkpoint.config_file}: trainable_token_indices name token {max(tokens)}, and {printable(end)} of "
+                f"the base has {known[end]} rows: those that training added are lost; save the adapter with "
+                "save_embedding_layers=True, or give the base with its rows by --nullspace-base=DIR"
+            )
+        found[end] = max(tokens) + 1
+    return found
+
+
 def _place(name: str) -> str:
-    """Where a whole weight lies in the base; PEFT puts that of a module with LoRA one deeper."""
-    return name.removeprefix(PREFIX).replace(".base_layer.", ".")
+    """Where a whole weight lies in the base; PEFT puts that of a module with LoRA or trained tokens deeper."""
+    return name.removeprefix(PREFIX).replace(".token_adapter.", ".").replace(".base_layer.", ".")
 
 
 def _ends(model: Any) -> frozenset[str]:

@@ -126,6 +126,46 @@ def test_a_head_that_was_not_saved_with_its_rows_is_an_error(tmp_path: Path) -> 
         load_model(directory)
 
 
+NEW = [128, 129, 130]
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["whole", "rows"])
+@pytest.mark.parametrize(("tied", "tokens"), [(True, NEW), (False, {"embed_tokens": [5, *NEW], "lm_head": NEW})])
+def test_new_tokens_that_alone_were_trained_say_how_large_the_vocabulary_is(
+    tied: bool, tokens: Any, saved: bool, tmp_path: Path
+) -> None:
+    """Where the adapter holds each row that was added, as a whole weight or as a trained token, it is gated."""
+
+    def resized(folder: Path) -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(131)
+        return model
+
+    base = tiny.llama(tie_word_embeddings=tied)
+    directory, wrapped = trained(
+        tmp_path, base, resized, "CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=tokens
+    )
+    for name, parameter in wrapped.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data.add_(0.1)
+    wrapped.save_pretrained(directory, save_embedding_layers=saved)
+    _, adapted = opened(directory)
+    same_logits(adapted, wrapped)
+    config: Any = adapted.model.config
+    assert config.vocab_size == 131
+    assert "the vocabulary of 128 was resized to 131" in adapted.remarks[0]
+
+
+def test_a_trained_token_beyond_rows_that_were_not_saved_is_an_error(tmp_path: Path) -> None:
+    """What is between the base's vocabulary and a trained token would be random, so the token is named."""
+    directory = adapter(tmp_path, tiny.llama(), r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    change(directory, lambda _, config: config.update(trainable_token_indices=[1, 500]))
+    with pytest.raises(
+        CheckpointError, match=r"name token 500, and model\.embed_tokens\.weight of the base has 128 row"
+    ):
+        load_model(directory)
+
+
 def test_another_base_is_still_refused(tmp_path: Path) -> None:
     """An embedding of another width is no vocabulary that grew."""
     directory = adapter(tmp_path, tiny.llama(), r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
