@@ -248,7 +248,7 @@ def _fill(wrapped: Any, checkpoint: Checkpoint, base: Path) -> None:
 
 
 def _drop_copies(tensors: dict[str, Tensor], wrapped: Any) -> None:
-    """Drop what PEFT writes twice of a vocabulary that was resized, and reads once: whole modules, tokens of tied heads."""
+    """Drop what PEFT writes twice of a vocabulary that was resized, and reads once: whole modules, tokens of a head."""
     modules, tokens = dict(wrapped.named_modules()), ".trainable_tokens_delta"
     for name in [name for name in tensors if ".modules_to_save." in name or name.endswith(tokens)]:
         copies = [tensors.get(name.replace(".modules_to_save.", "."))]

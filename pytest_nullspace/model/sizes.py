@@ -77,7 +77,7 @@ def sizes_of(model: Any, checkpoint: Checkpoint, weights: Collection[str]) -> Fi
 
 
 def _of_trained_tokens(model: Any, checkpoint: Checkpoint, known: Mapping[str, int]) -> dict[str, int]:
-    """How many rows each weight has whose trained tokens are new ones, all of which the adapter then holds; none if not.
+    """How many rows each weight has whose trained tokens are new ones, all of which the adapter must hold.
 
     Args:
         model: The base.
