@@ -46,7 +46,14 @@ def base_of(checkpoint: Checkpoint, asked: str | None, option: str = f"{PREFIX}b
             f"{checkpoint.config_file}: names no base_model_name_or_path; give it by {PREFIX}base=DIR"
         )
     how = f"{checkpoint.config_file}: base_model_name_or_path"
-    return base_path(checkpoint.base, checkpoint.base_revision, how)
+    try:
+        return base_path(checkpoint.base, checkpoint.base_revision, how)
+    except CheckpointError as error:  # a relative path, as it was from the folder in which training ran
+        above = (folder / checkpoint.base for folder in Path(checkpoint.config_file).absolute().parents)
+        meant = None if _local(checkpoint.base) else next((path for path in above if _local(str(path))), None)
+        if meant is None:
+            raise
+        raise CheckpointError(f"{error} (did you mean {printable(meant.resolve())}?)") from error
 
 
 def base_path(name: str, revision: str | None, how: str) -> Path:

@@ -221,9 +221,11 @@ def _found(verdicts: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]
     """What lies in ``tier``: a reason for each figure of the predictions, and one for each figure of all layers."""
     drift = [(v, f) for v in verdicts if is_drift(v.subject) for f in v.findings if f.tier is tier]
     yield from (_of(v, f, tier) for v, f in sorted(drift, key=lambda pair: _WEIGHT.index(pair[1].threshold.figure)))
-    if tier is Tier.FAIL:
-        yield from (Reason(fault, tier, None, v.subject) for v in verdicts if is_drift(v.subject) for fault in v.faults)
     layers = [verdict for verdict in verdicts if verdict.subject != MODEL and not is_drift(verdict.subject)]
+    unread = [Reason(fault, tier, None, v.subject) for v in verdicts if is_drift(v.subject) for fault in v.faults]
+    doubted = unread if tier is Tier.FAIL else []
+    idle = _holds_no_update(layers)  # then no text is to blame that nobody learned to read
+    yield from () if idle else doubted
     yield from _said(layers, tier, of)
     found: dict[str, list[tuple[Verdict, Finding]]] = {}
     for verdict in layers:
@@ -232,7 +234,7 @@ def _found(verdicts: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]
                 found.setdefault(finding.threshold.figure, []).append((verdict, finding))
     for figure, pairs in sorted(found.items(), key=lambda item: (-len(item[1]), _WEIGHT.index(item[0]))):
         verdict, worst = max(pairs, key=lambda pair: pair[1].badness)
-        told = _LAYERS[figure] if tier is Tier.FAIL else f"lie between the bounds of {figure}"
+        told = _wrong_with(worst) if tier is Tier.FAIL else f"lie between the bounds of {figure}"
         many = f"{len(pairs):,} of {of:,} layers"
         yield Reason(f"{many} {told}", tier, worst, verdict.subject, len(pairs))
     for verdict in verdicts:
@@ -240,6 +242,20 @@ def _found(verdicts: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]
             yield from (
                 _of(verdict, f, tier) for f in verdict.findings if f.tier is tier and f.threshold.figure not in found
             )
+    yield from doubted if idle else ()
+
+
+def _holds_no_update(layers: Sequence[Verdict]) -> bool:
+    """Whether the update of every trained layer is zero, so that the adapted model is the base."""
+    findings = [f for verdict in layers for f in verdict.findings if f.threshold.figure == "effectiveness"]
+    return bool(findings) and all(f.tier is Tier.FAIL and f.value == 0 for f in findings)
+
+
+def _wrong_with(worst: Finding) -> str:
+    """What is wrong with layers of which this is the worst."""
+    if worst.threshold.figure == "effectiveness" and worst.threshold.lower_is_better:
+        return "hold an update before training"
+    return _LAYERS[worst.threshold.figure]
 
 
 def _said(layers: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]:
@@ -346,7 +362,7 @@ _WRONG: Mapping[str, str] = {
 _LAYERS: Mapping[str, str] = {
     "leakage": "have no null space",
     "preservation": "let the preserved text in",
-    "effectiveness": "have an update that is not what this stage asks for",
+    "effectiveness": "have no update, or next to none",
     "contribution": "have no effect on the output",
     "forgetting": "change much of what the base computes on the preserved text",
     "selectivity": "act more on the preserved text than on the task",

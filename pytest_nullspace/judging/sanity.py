@@ -55,12 +55,11 @@ def insane(run: RunStats) -> Iterator[str]:
     for of in read:
         # A task that is learned the better the more of the update acts is the right one, however little was learned.
         if not of.is_known and not (of.name == "task" and _rises(run)):
-            losses = [of.base, of.adapted] if of.name == "task" else [of.base]
-            told = " nor ".join(f"{loss:.3g}" for loss in losses)
+            adapted = f", and {of.adapted:.3g} with the adapter," if of.name == "task" else ","
             missed = " and ".join(f"{words} ({bound:.3g})" for words, bound in of.bounds.items() if of.base >= bound)
             yield (
-                f"the loss on the {of.name} text, {told} nats a token, is not below {missed}: {_blamed(of, read)}; "
-                "what drift says of it cannot be trusted"
+                f"the loss on the {of.name} text, {of.base:.3g} nats a token{adapted} is not below {missed}: "
+                f"{_blamed(of, read)}; what drift says of it cannot be trusted"
             )
     texts = [text for text in (*run.drift.texts.values(), run.drift.task) if text is not None]
     shares = [layer.figure("contribution") for layer in run.layers if layer.rows]

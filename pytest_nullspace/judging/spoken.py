@@ -40,7 +40,7 @@ def _likelier(text: str, nats: float) -> str:
         return f"the {text} text is {share(-math.expm1(nats))} less likely"
     if nats > math.log(2):
         return f"the {text} text is {times(math.exp(min(nats, 20.0)))} as likely"
-    return f"the {text} text is {share(math.expm1(nats))} more likely"
+    return f"the {text} text is {share(math.expm1(nats + 0.0))} more likely"  # of -0.0 it is 0
 
 
 def against_chance(leakage: float) -> str:

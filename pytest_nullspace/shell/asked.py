@@ -5,6 +5,7 @@ pytest was started, paths in an ini file to that file.
 """
 
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_nullspace.errors import OptionError, quoted
 from pytest_nullspace.settings import DEFAULT_TEXT, PREFIX, STREAM, GivenText, Settings, model_name, stats_file
 from pytest_nullspace.shell import values
-from pytest_nullspace.shell.options import OPTIONS, REQUIRE, Option
+from pytest_nullspace.shell.options import OPTIONS, REQUIRE, Option, meant
 
 if TYPE_CHECKING:
     import pytest
@@ -308,9 +309,12 @@ def mistyped(argument: str) -> str | None:
     from difflib import get_close_matches
 
     name = argument.partition("=")[0]
-    flags = [option.flag for option in OPTIONS] + [PREFIX + option.off for option in OPTIONS if option.off]
-    alike = get_close_matches(name, [*flags, f"{PREFIX}explain"], 1, cutoff=0.85)
-    if not name.startswith(PREFIX) and not alike:
+    written = re.sub("^--null[-_]space[-_]|^--nullspace_", PREFIX, name)
+    alike = get_close_matches(written, [option.flag for option in OPTIONS], 1, cutoff=0.85)
+    if written.startswith(PREFIX):
+        word = meant(written.removeprefix(PREFIX), OPTIONS, "explain")
+        alike = [PREFIX + word] if word is not None else []
+    elif not alike:
         return None
     return f"{name}: no such option{f'; did you mean {alike[0]}?' if alike else ''} (pytest --help lists all)"
 

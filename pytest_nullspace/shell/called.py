@@ -4,7 +4,6 @@ import html as escaping
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from pytest_nullspace.shell.asked import settings_of
 from pytest_nullspace.shell.collect import FROZEN
 from pytest_nullspace.shell.decided import decided, merge_failed
 from pytest_nullspace.shell.opening import check_inputs, open_runs
-from pytest_nullspace.shell.options import OPTIONS, Option
+from pytest_nullspace.shell.options import OPTIONS, Option, meant
 from pytest_nullspace.shell.runs import GatedRun
 from pytest_nullspace.text.readers import Text
 
@@ -154,9 +153,9 @@ def asked(
         raise OptionError(f"gate: takes one adapter, and screen several; run pytest {PREFIX}screen")
     unknown = next((name for name in given if name not in known or (name != "model" and name in _NOT_HERE)), None)
     if unknown is not None:
-        alike = get_close_matches(unknown, [name for name in known if name not in _NOT_HERE], 1)
-        meant = f" (did you mean {alike[0].replace('-', '_')}?)" if alike and unknown not in known else ""
-        raise OptionError(f"gate: takes no option {quoted(unknown.replace('-', '_'))}{meant}; see docs/options.md")
+        word = None if unknown in known else meant(unknown, (known[name] for name in known if name not in _NOT_HERE))
+        hint = f" (did you mean {word.replace('-', '_')}?)" if word else ""
+        raise OptionError(f"gate: takes no option {quoted(unknown.replace('-', '_'))}{hint}; see docs/options.md")
     fixed = next((name for name in given if model is IN_MEMORY and name in _AS_IT_IS), None)
     if fixed == "merge":
         raise OptionError("gate: a merge is told of files; save the model by save_pretrained, and gate its directory")

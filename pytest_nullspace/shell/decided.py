@@ -13,6 +13,7 @@ from pytest_nullspace.judging.weights import STATEMENT
 from pytest_nullspace.report.machine import Beside
 from pytest_nullspace.report.words import named
 from pytest_nullspace.run.stats import RunStats
+from pytest_nullspace.settings import PREFIX
 from pytest_nullspace.shell.collect import FROZEN, SCOPE
 from pytest_nullspace.shell.runs import GatedRun
 
@@ -66,6 +67,19 @@ def decided(run: GatedRun, failed: Mapping[str, str], excused: Collection[str] =
     if not run.screened:
         return told
     return replace(told, basis=SCREENED, thresholds=tuple(t for t in told.thresholds if t.figure in FIGURES))
+
+
+def lacking(decisions: Mapping[str, Decision], weights_only: bool) -> Iterator[str]:
+    """What keeps runs from being green where ``--nullspace-require`` asks for them, and what to do."""
+    asks = f"{PREFIX}require asks for all"
+    if weights_only:
+        asks = (
+            f"{PREFIX}require asks for a measurement; leave out {PREFIX}weights-only, or the requirement "
+            "(-o nullspace_require=false where the ini file sets it)"
+        )
+    for name, decision in decisions.items():
+        if decision.call is Call.NOT_GATED:
+            yield f"{name}: {decision.sentence}, and {asks}"
 
 
 def _unmeasured(run: GatedRun, outcome: RunStats, expectations: Expectations, tests: Sequence[str]) -> str:

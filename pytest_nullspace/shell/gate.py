@@ -12,7 +12,7 @@ import pytest
 from pytest_nullspace.checkpoint.hub import local_directory
 from pytest_nullspace.errors import NullspaceError, printable
 from pytest_nullspace.judging.candidates import Candidate, best, candidate
-from pytest_nullspace.judging.decision import Call, Decision
+from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.screening import STATEMENT as SCREENED
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.judging.weights import STATEMENT
@@ -26,7 +26,7 @@ from pytest_nullspace.settings import PREFIX, Settings, stats_file
 from pytest_nullspace.shell import attest, cards, reports
 from pytest_nullspace.shell.asked import lists_only, require_gated
 from pytest_nullspace.shell.collect import CheckpointFile, GateItem, node_id, select
-from pytest_nullspace.shell.decided import decided
+from pytest_nullspace.shell.decided import decided, lacking
 from pytest_nullspace.shell.extras import HtmlExtras
 from pytest_nullspace.shell.last import LastWord, message, record
 from pytest_nullspace.shell.opening import check_inputs, open_runs
@@ -213,7 +213,12 @@ class Gate:
     @pytest.hookimpl(tryfirst=True)  # before JUnit writes its file
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Save and report what was measured; a run that looks green without all having been judged is not."""
-        if hasattr(session.config, "workerinput") or session.config.option.collectonly:
+        if hasattr(session.config, "workerinput"):
+            return
+        if lists_only(session.config):
+            if self.settings.require and exitstatus == pytest.ExitCode.OK and session.config.option.collectonly:
+                self._problems.append(f"--collect-only measures nothing, and {PREFIX}require asks for all")
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
             return
         for file, run in self._files.items():
             prefix = f"{node_id(file, self._config.rootpath)}::"
@@ -273,10 +278,8 @@ class Gate:
                 f"{len(missing)} of {len(self._expected)} tests of the gate were not run or were skipped, "
                 f"{missing[0]} among them: nothing is green that was not measured"
             )
-        if self.settings.require and not self.settings.weights_only:
-            for name, decision in self.decisions.items():
-                if decision.call is Call.NOT_GATED:
-                    self._problems.append(f"{name}: {decision.sentence}, and {PREFIX}require asks for all")
+        if self.settings.require:
+            self._problems += lacking(self.decisions, self.settings.weights_only)
 
     def _write(self) -> None:
         # What was not measured stands in every report too: left out, its report would look as that of a safe one.
@@ -296,7 +299,7 @@ class Gate:
                 if self.settings.save_stats is not None and run.peek() is not None:
                     file = stats_file(self.settings.save_stats, run.name)
                     saved.write(reports.diagnosed(run, outcome), file, self._saved_verdict(run, beside))
-                    self._saved.append(f"statistics saved to {file}")
+                    self._saved.append(self._as_typed(f"statistics saved to {file}"))
             pages = [*first, *map(reports.page, told)]
             for file in self.settings.reports:
                 saved.write_atomically(file, reports.written(file.suffix, told, pages, beside))

@@ -1,6 +1,7 @@
 """Every option in one table; `declared` tells pytest of them, and `asked` reads what was given."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from pytest_nullspace.settings import AUTO_MOST, DEFAULT_TEXT, PREFIX
@@ -11,7 +12,7 @@ class Option(NamedTuple):
     """A row of the table: how an option is called, read and explained; ``more`` stands in docs/options.md alone.
 
     ``bare`` is the value of one that may stand without any, where it does. ``off`` is what the switch that turns it off
-    is called, of one that is neither on nor off unless somebody says so.
+    is called, of one that is neither on nor off unless somebody says so. ``also`` is what other programs call it.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Option(NamedTuple):
     bare: str | None = None
     off: str = ""
     more: str = ""
+    also: tuple[str, ...] = ()
 
     @property
     def dest(self) -> str:
@@ -44,7 +46,7 @@ REQUIRE = Option(
     default=False,
     switch=True,
     more="For CI, where a model that was forgotten, or tests that `-k` or `--deselect` leave out, would leave a green "
-    "run. With `--nullspace-weights-only` what the weights show is enough.",
+    "run. With it the exit code is 0 for SAFE and LOOK alone.",
 )
 
 OPTIONS = (
@@ -55,6 +57,7 @@ OPTIONS = (
         values.model,
         repeatable=True,
         more="Without it, and without a saved run, the plugin does nothing.",
+        also=("adapter", "lora", "peft", "checkpoint", "path", "dir"),
     ),
     Option(
         "stats",
@@ -74,6 +77,7 @@ OPTIONS = (
         more="A base saved in 8 or 4 bits needs its library, bitsandbytes or torchao, a GGUF file needs gguf. "
         "Of a LoRA-Null v1 or CorDA directory whose start is not there it tells the update since. "
         "See also [merged models](merged.md).",
+        also=("base-model",),
     ),
     Option(
         "calib-dataset",
@@ -95,6 +99,7 @@ OPTIONS = (
         "`--nullspace-seed`; it is kept in the user's cache folder by the base's digest and the settings, and the "
         "saved run names the file, which is a text that can be given elsewhere. A file or folder of a name that stands "
         "for a text is given as `./self`.",
+        also=("preserved", "text", "data", "dataset", "calibration"),
     ),
     Option(
         "task-dataset",
@@ -102,6 +107,7 @@ OPTIONS = (
         "The text of what was learned, given like the text that must survive: the update is judged on it, and must be "
         "larger there.",
         lambda given: (values.text(given), given.folder),
+        also=("task",),
     ),
     Option(
         "chat",
@@ -121,8 +127,15 @@ OPTIONS = (
         "(default 16).",
         values.calib_size,
         default=(16, AUTO_MOST),
+        also=("windows", "samples", "nsamples"),
     ),
-    Option("seqlen", "N", "Tokens a window (default 2048, or what the model allows).", values.whole(1, 10_000_000)),
+    Option(
+        "seqlen",
+        "N",
+        "Tokens a window (default 2048, or what the model allows).",
+        values.whole(1, 10_000_000),
+        also=("max-length", "context"),
+    ),
     Option(
         "max-activation-samples",
         "N",
@@ -303,6 +316,7 @@ OPTIONS = (
         "Save what was measured; {model} in the name stands for the directory's.",
         values.path,
         more="A superset of the reference script's file.",
+        also=("json", "output", "save"),
     ),
     Option(
         "report",
@@ -312,6 +326,7 @@ OPTIONS = (
         values.report,
         repeatable=True,
         more="The page needs no network, and no script to be read.",
+        also=("html", "markdown", "md", "sarif"),
     ),
     Option(
         "card",
@@ -371,3 +386,13 @@ OPTIONS = (
         switch=True,
     ),
 )
+
+
+def meant(word: str, options: Iterable[Option], *more: str) -> str | None:
+    """The name that ``word`` means: of an option that others call so, or one that is nearly so; None if none is."""
+    word = word.replace("_", "-")
+    here = list(options)
+    others = {other: option.name for option in here for other in option.also}
+    names = [name for option in here for name in (option.name, option.off) if name] + [*more]
+    begun = [name for name in names if name.startswith(f"{word}-") or word.startswith(f"{name}-")]
+    return others.get(word) or next(iter([*begun, *get_close_matches(word, names, 1, cutoff=0.7)]), None)

@@ -85,6 +85,8 @@ def test_a_report_tells_what_the_command_tells_below_the_figures(tmp_path: Path)
     ("options", "said"),
     [
         ({"calib": 3}, "gate: takes no option 'calib'"),
+        ({"windows": 3}, "gate: takes no option 'windows' (did you mean calib_size?); see docs/options.md"),
+        ({"html": "r.html"}, "gate: takes no option 'html'; see docs/options.md"),
         ({"calib_sise": 3}, "gate: takes no option 'calib_sise' (did you mean calib_size?); see docs/options.md"),
         ({"report": "r.md"}, "gate: takes no option 'report'; see docs/options.md"),
         ({"calib_size": "many"}, "calib_size: "),

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,43 @@ def test_a_required_gate_is_whole(gate: Gate, part: tuple[str, ...], parallel: t
     assert "failed" not in required.parseoutcomes()
     required.stdout.fnmatch_lines(["nullspace: NOT GATED: *ft: only *, and --nullspace-require asks for all"])
     assert gate("--nullspace-require", *lenient).ret == 0
+
+
+@pytest.mark.usefixtures("checkpoint")
+@pytest.mark.parametrize("parallel", [(), ("-n", "2"), ("-p", "no:terminal")], ids=["alone", "parallel", "silent"])
+def test_a_required_gate_has_measured(gate: Gate, parallel: tuple[str, ...]) -> None:
+    """Weights alone, whatever they show, and a list of tests are no measurement: red, with why and what to do."""
+    required = gate("--nullspace-require", "--nullspace-weights-only", *parallel, quick=())
+    assert required.ret == 1
+    told = (
+        "nullspace: NOT GATED: *ft: gated on weights, activations not measured, and --nullspace-require asks for a "
+        "measurement; leave out --nullspace-weights-only, or the requirement (-o nullspace_require=false where the ini "
+        "file sets it)"
+    )
+    shown = " ".join([*required.outlines, *required.errlines])
+    assert fnmatch(" ".join(shown.split()), f"*{told}*")
+    assert "no:terminal" in parallel or "layers, by norms" in shown
+
+
+@pytest.mark.usefixtures("checkpoint")
+def test_a_list_of_tests_is_no_gate(gate: Gate) -> None:
+    """Listing says nothing of what was not run; where a gate is required it is red, for it measures nothing."""
+    for listed in ("--collect-only", "--fixtures"):
+        plain = gate(listed)
+        assert (plain.ret, "NOT GATED" in plain.stdout.str()) == (0, False)
+    required = gate("--collect-only", "--nullspace-require")
+    assert required.ret == 1
+    required.stdout.fnmatch_lines(
+        ["nullspace: NOT GATED: --collect-only measures nothing, and --nullspace-require asks for all"]
+    )
+
+
+@pytest.mark.usefixtures("checkpoint")
+def test_the_ini_files_requirement_can_be_left_out(gate: Gate, pytester: pytest.Pytester) -> None:
+    """What the message says to do does it."""
+    (pytester.path / "pytest.ini").write_text("[pytest]\nnullspace_require = true\n")
+    assert gate("--nullspace-weights-only", quick=()).ret == 1
+    assert gate("--nullspace-weights-only", "-o", "nullspace_require=false", quick=()).ret == 0
 
 
 # --- what the libraries show ------------------------------------------------------------------------------------------
@@ -245,13 +283,19 @@ def test_a_model_among_the_tests_that_is_not_gated_is_told(
         ("--nullspace_calib_dataset=x.txt", "--nullspace-calib-dataset"),
         ("--nullspace-explian", "--nullspace-explain"),
         ("--nullspace-no-drfit", "--nullspace-no-drift"),
+        ("--nulspace-model=runs/ft", "--nullspace-model"),
+        ("--nullspace-html=gate.html", "--nullspace-report"),
+        ("--nullspace-text=kept.txt", "--nullspace-calib-dataset"),
+        ("--nullspace-base-model=base", "--nullspace-base"),
+        ("--nullspace-max_length=512", "--nullspace-seqlen"),
     ],
 )
 def test_an_option_that_was_mistyped_is_asked_back(argument: str, meant: str) -> None:
     """An unknown option that looks like one of the plugin's is told with the one that was meant."""
     name = argument.partition("=")[0]
     assert mistyped(argument) == f"{name}: no such option; did you mean {meant}? (pytest --help lists all)"
-    assert mistyped("--nullspace-xyz") == "--nullspace-xyz: no such option (pytest --help lists all)"
+    for strange in ("xyz", "quiet", "verbose"):
+        assert mistyped(f"--nullspace-{strange}") == f"--nullspace-{strange}: no such option (pytest --help lists all)"
 
 
 def test_options_of_others_are_left_to_pytest(gate: Gate, pytester: pytest.Pytester) -> None:
@@ -373,7 +417,7 @@ def test_only_files_that_were_written_are_said_to_be_saved(
 
     saved.save(pytester.path / "other.json")
     both = replay("--nullspace-stats=other.json", "--nullspace-save-stats=out-{model}.json", apart=True)
-    assert told(both) == [str(pytester.path / f"out-{name}.json") for name in ("stats", "other")]
+    assert told(both) == [f"out-{name}.json" for name in ("stats", "other")]
     assert all(Path(file).is_file() for file in told(both))
     (pytester.path / "text.txt").write_text("a text that is short\n")
     for args in (

@@ -144,10 +144,25 @@ def test_defects_and_faults_are_told_once_with_their_number() -> None:
     assert told.sentence == "1 of 9 layers: non-finite output (NaN or infinity)"
 
 
+def test_an_adapter_without_an_update_is_not_excused_by_its_text() -> None:
+    """A task that nobody learned to read is told behind what explains it: every update is zero."""
+    none = [dataclasses.replace(layer, update_norm=0.0, up_weight_norm=0.0) for layer in saved.run().layers]
+    strange = dataclasses.replace(drift(), task=TextDrift(2040, 9.0, 9.0, 0.0, 0.0, 0.0))
+    about = {"task_text": {"vocabulary": 1000, "unigram_loss": 4.5}}
+    run = dataclasses.replace(saved.run(), layers=tuple(none), drift=strange, about=about)
+    told = verdict(run)
+    assert (told.call, told.sentence) == (Call.STOP, "9 of 9 layers have no update, or next to none")
+    assert "the loss on the task text, 9 nats a token, and 9 with the adapter, is not below" in "".join(
+        x.words for x in told.reasons
+    )
+    learned = dataclasses.replace(run, layers=saved.run().layers)
+    assert verdict(learned).sentence.startswith("the loss on the task text")
+
+
 def test_an_update_before_training_is_told_as_that() -> None:
     """At the initial stage the figure of learning fails in the other direction."""
     told = decide(saved.run(), Expectations(Stage.INIT))
-    assert told.sentence == ("9 of 9 layers have an update that is not what this stage asks for")
+    assert told.sentence == "9 of 9 layers hold an update before training"
 
 
 @pytest.mark.parametrize("figure", FIGURES)

@@ -344,6 +344,19 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str
 }
 
 
+@pytest.mark.parametrize("path", ["base", "models/base", "adapter/../base"])
+def test_a_base_that_lies_where_training_ran_is_asked_back(
+    path: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path in the config is of the folder in which training ran; from another one what lies there is told."""
+    (saved.parent / path).mkdir(parents=True, exist_ok=True)
+    change(saved, lambda _, config: config.update(base_model_name_or_path=path))
+    (tmp_path / "elsewhere" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere" / "deeper")
+    with pytest.raises(CheckpointError, match=re.escape(f"(did you mean {(saved.parent / path).resolve()}?)")):
+        base_of(open_checkpoint(saved), None)
+
+
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_adapter_is_an_error_that_names_what_is_wrong(how: str, saved: Path) -> None:
     """What PEFT only warns about, or does not see, is an error, which the table of bad days quotes as it is."""
