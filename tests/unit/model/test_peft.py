@@ -348,7 +348,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, Any]], None], str
 def test_a_base_that_lies_where_training_ran_is_asked_back(
     path: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A relative path in the config is of the folder in which training ran; from another one what lies there is told."""
+    """A relative path in the config is of the folder in which training ran; elsewhere what lies there is told."""
     (saved.parent / path).mkdir(parents=True, exist_ok=True)
     change(saved, lambda _, config: config.update(base_model_name_or_path=path))
     (tmp_path / "elsewhere" / "deeper").mkdir(parents=True)
