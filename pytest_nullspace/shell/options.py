@@ -1,7 +1,6 @@
 """Every option in one table; `declared` tells pytest of them, and `asked` reads what was given."""
 
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from pytest_nullspace.settings import AUTO_MOST, DEFAULT_TEXT, PREFIX
@@ -390,6 +389,8 @@ OPTIONS = (
 
 def meant(word: str, options: Iterable[Option], *more: str) -> str | None:
     """The name that ``word`` means: of an option that others call so, or one that is nearly so; None if none is."""
+    from difflib import get_close_matches
+
     word = word.replace("_", "-")
     here = list(options)
     others = {other: option.name for option in here for other in option.also}

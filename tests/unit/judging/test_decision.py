@@ -8,6 +8,7 @@ import pytest
 
 from pytest_nullspace.judging.decision import DECIDING, Call, Decision, decide, not_gated
 from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage
+from pytest_nullspace.judging.sanity import insane
 from pytest_nullspace.judging.spoken import plain
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.predictions import Headroom
@@ -150,13 +151,13 @@ def test_an_adapter_without_an_update_is_not_excused_by_its_text() -> None:
     strange = dataclasses.replace(drift(), task=TextDrift(2040, 9.0, 9.0, 0.0, 0.0, 0.0))
     about = {"task_text": {"vocabulary": 1000, "unigram_loss": 4.5}}
     run = dataclasses.replace(saved.run(), layers=tuple(none), drift=strange, about=about)
-    told = verdict(run)
+    faults = tuple(insane(run))
+    told = decide(run, Expectations(drift_judged=True, drift_faults=faults))
     assert (told.call, told.sentence) == (Call.STOP, "9 of 9 layers have no update, or next to none")
-    assert "the loss on the task text, 9 nats a token, and 9 with the adapter, is not below" in "".join(
-        x.words for x in told.reasons
-    )
-    learned = dataclasses.replace(run, layers=saved.run().layers)
-    assert verdict(learned).sentence.startswith("the loss on the task text")
+    assert "the loss on the task text, 9 nats a token, and 9 with the adapter, is not below" in faults[0]
+    assert faults[0] in [reason.words for reason in told.reasons]
+    moved = dataclasses.replace(run, layers=saved.run().layers)
+    assert decide(moved, Expectations(drift_judged=True, drift_faults=faults)).sentence == faults[0]
 
 
 def test_an_update_before_training_is_told_as_that() -> None:
