@@ -39,23 +39,21 @@ def blurs(factors: kernels.Factors, dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and (factors.mixing > MIXED or 0 < factors.shortest < held.tiny / held.eps)
 
 
-def weight_of(factors: kernels.Factors) -> float:
-    """How much what is rounded off ``x`` weighs in ``Bx`` and in what is made of it, as `cancels` takes it."""
-    return factors.mixing * factors.longest
+def weight_of(factors: kernels.Factors, width: int) -> float:
+    """How much what is rounded off rows of that ``width`` weighs in ``Bx`` and what is made of it, for `cancels`."""
+    # Rounding errors are a random walk of `in` steps, so they grow beside what cancellation leaves.
+    return 2.0**-22 * factors.mixing * factors.longest / math.sqrt(width)
 
 
-def cancels(weight: _Numbers, inputs: _Numbers, width: int, down: _Numbers) -> _Numbers:
+def cancels(weight: _Numbers, inputs: _Numbers, down: _Numbers) -> _Numbers:
     """Whether a float32 ``Bx`` lost its digits to cancellation; of numbers, or of many at once.
 
     Args:
-        weight: `weight_of` the layer's factors.
+        weight: `weight_of` the layer.
         inputs: The norm of the norms of ``x`` over the rows.
-        width: How many columns ``x`` has.
         down: The sum of the norms of ``Bx``.
     """
-    # Rounding errors are a random walk of `in` steps, so they grow beside what cancellation leaves.
-    error = 2.0**-22 * inputs / math.sqrt(width)
-    return weight * error > CANCELLATION * down
+    return weight * inputs > CANCELLATION * down
 
 
 def has_bias(module: nn.Module) -> bool:

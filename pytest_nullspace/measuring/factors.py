@@ -157,8 +157,8 @@ def _alike(layers: Sequence[AdaptedLayer]) -> Iterator[list[int]]:
         layer = layers[number]
         return str(layer.down.weight.device), layer.rank, layer.in_features, layer.out_features
 
-    numbers = sorted((number for number, layer in enumerate(layers) if layer.rank), key=shape)
-    for (where, rank, wide, out), alike in groupby(numbers, key=shape):
+    shapes = {number: shape(number) for number, layer in enumerate(layers) if layer.rank}
+    for (where, rank, wide, out), alike in groupby(sorted(shapes, key=shapes.__getitem__), key=shapes.__getitem__):
         held = list(alike)
         room = TOGETHER if where == "cpu" else TOGETHER_ELSEWHERE
         most = max(1, room // (8 * rank * (wide + out)))

@@ -272,4 +272,4 @@ def _loses_digits(down: Tensor, input_norms: Tensor, factors: kernels.Factors, w
     if down.dtype != torch.float32:
         return False
     down_norms = kernels.row_norms(down).sum().item()
-    return bool(cancels(weight_of(factors), input_norms.norm().item(), width, down_norms))
+    return bool(cancels(weight_of(factors, width), input_norms.norm().item(), down_norms))

@@ -1,6 +1,8 @@
 """The screen against plain arithmetic: what each adapter would make of the base's own activations, in float64."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,10 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
 
 
+MOST = 60
+"""Operations a layer and a batch beyond the base's own; views are among them, and what layers with one input share."""
+
+
 class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what torch is asked to do."""
 
@@ -136,16 +142,47 @@ def test_what_a_float32_product_would_lose_is_taken_in_float64(tmp_path: Path) -
     assert told[0] < 1e-3 * told[1]
 
 
+@pytest.mark.parametrize("by", [1e-18, 1e18])
+def test_norms_that_float32_cannot_hold_are_taken_in_float64(tmp_path: Path, by: float) -> None:
+    """An update whose norms have squares beyond float32 is told to 1e-6, and so is what lies beside it."""
+    scaled, plain = made(tmp_path, tiny.llama, 2 * [{"r": 2, "target_modules": ["q_proj"]}])
+    adapters.change(scaled, lambda tensors, _: tensors.update({name: by * tensors[name] for name in tensors}))
+    for directory, found in zip((scaled, plain), screened([scaled, plain]), strict=True):
+        for name, told in found.items():
+            means = told.means.input, told.means.down, told.means.update, told.means.base, told.means.leakage
+            assert means == pytest.approx(by_definition(directory, name), rel=1e-6), (directory.name, name)
+
+
+def test_a_layer_to_which_no_row_comes_is_told_of_the_others_alone(tmp_path: Path) -> None:
+    """An expert that got nothing in one batch adds nothing to what it got in another."""
+    _, held = shared(made(tmp_path, tiny.llama, 2 * [{"r": 2, "target_modules": ["q_proj"]}]))
+    place = replace(held[0], name="model.experts.0.q_proj")
+    taking, x = Screen([place], CPU), torch.randn(7, place.down.shape[1])
+    with taking.watching(), torch.inference_mode():
+        for rows in (x[:0], x, x[:0]):
+            taking.rows.start(Batch.of([[1] * 7], CPU))
+            place.module(rows)
+    told = [of[place.name].means for of in taking.found()]
+    assert [of.rows for of in told] == [7, 7]
+    assert [of.input for of in told] == 2 * [pytest.approx(float(x.double().norm(dim=1).mean()), rel=1e-6)]
+
+
 def test_what_it_costs_in_operations_does_not_grow_with_the_adapters(tmp_path: Path) -> None:
-    """Eight adapters of one shape are as many operations of a forward as one."""
+    """One adapter, two or eight: each layer is as many operations of a forward, and few; in float64 as well."""
     directories = made(tmp_path, tiny.llama, 8 * [{"r": 4, "target_modules": ["q_proj", "up_proj"]}])
 
-    def operations(some: Sequence[Path]) -> int:
-        model, held = shared(some)
-        taking, batch = Screen(held, CPU), Batch.of(WINDOWS[:2], CPU)
-        with taking.rows.watching(model.model), taking.watching(), torch.inference_mode(), Counted() as counted:
-            taking.rows.start(batch)
-            model.model(input_ids=batch.tokens)
-        return int(counted.operations)
+    def operations(count: int, exact: bool) -> float:
+        model, held = shared(directories[:count])
+        taking, batch = Screen([replace(of, blurs=exact) for of in held], CPU), Batch.of(WINDOWS[:2], CPU)
+        counted = []
+        for watching in (taking.watching, nullcontext):
+            with taking.rows.watching(model.model), watching(), torch.inference_mode(), Counted() as counts:
+                taking.rows.start(batch)
+                model.model(input_ids=batch.tokens)
+            counted.append(int(counts.operations))
+        return (counted[0] - counted[1]) / len(held)
 
-    assert operations(directories) == operations(directories[:1])
+    for exact in (False, True):
+        one, *more = (operations(count, exact) for count in (1, 2, 8))
+        assert more == [one, one]
+        assert one <= MOST
