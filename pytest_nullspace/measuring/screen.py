@@ -2,7 +2,7 @@
 
 No adapter runs. A hook on each linear layer of the plain base has its input ``x`` and its output ``W x``; the B of all
 adapters, stacked, make one product with ``x``, and `kernels.Factors` give the rest from it. So how many adapters there
-are changes the width of that product alone: the operations of a layer are the same few. What an adapter does in one layer reaches none of the later ones here,
+are changes the width of that product alone. What an adapter does in one layer reaches none of the later ones here,
 which is why the figures are of the first order.
 """
 
