@@ -14,7 +14,7 @@ from pytest_nullspace.judging.profiles import choose
 from pytest_nullspace.judging.remedy import KEY as SUGGESTION
 from pytest_nullspace.measuring.about import of_format
 from pytest_nullspace.measuring.fitting import told_needed
-from pytest_nullspace.measuring.limits import of_text, vocabulary
+from pytest_nullspace.measuring.limits import of_text, vocabulary, window_length
 from pytest_nullspace.measuring.loading import TrueBase, half_precision, one_of, shortage_told
 from pytest_nullspace.run.figures import FIGURES, on_the_task
 from pytest_nullspace.run.stats import Drift, LayerStats, RunStats
@@ -311,7 +311,8 @@ class Measurement:
         window, first = self.drawn[FIRST][0], of_text(self.adapted.model.config, "bos_token_id")
         # Of a row of images its text, which alone is asked about.
         of_row = tuple(window.tokens[place] for place in window.places) if isinstance(window.tokens, Shown) else None
-        tokens = (window.tokens if of_row is None else of_row)[:BEGUN]
+        room = window_length(None, self.adapted.model) - 1  # one more is read before them
+        tokens = (window.tokens if of_row is None else of_row)[: min(BEGUN, room)]
         is_id = isinstance(first, int) and 0 <= first < (vocabulary(self.adapted.model) or 0)
         is_first = window.within is None or not window.within.before
         if self.held_against is None or not is_id or not is_first or len(tokens) < 2 or tokens[0] == first:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fixtures.build import WORLD
+from pytest_nullspace import gate
 from pytest_nullspace.judging.sanity import insane
 from pytest_nullspace.measuring.about import of_texts
 from pytest_nullspace.measuring.drift import begun, drift
@@ -19,7 +20,8 @@ from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.run.stats import Drift, RunStats
 from pytest_nullspace.text.tokenizer import load_tokenizer
 from pytest_nullspace.text.windows import Window, draw_windows
-from tests import saved
+from tests import saved, tiny
+from tests.adapters import adapter
 
 CPU = torch.device("cpu")
 
@@ -106,3 +108,18 @@ def test_what_the_first_token_is_worth_is_the_difference_of_losses() -> None:
     without, behind = begun(lambda: nullcontext(Counting()), range(5, 60), Counting.BEGIN, CPU)
     assert without == pytest.approx(math.log(Counting.VOCABULARY), rel=1e-6)
     assert behind == pytest.approx(math.log(1 + (Counting.VOCABULARY - 1) * math.exp(-9)), rel=1e-5)
+
+
+def test_the_first_token_fits_before_a_window_as_long_as_the_model_takes(tmp_path: Path) -> None:
+    """Of a model with a table of positions no more is read than it has, though the windows fill it."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=128, n_embd=32, n_layer=1, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2
+    )
+    directory = adapter(tmp_path, transformers.GPT2LMHeadModel(config), r=2, target_modules=["c_attn"])
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    report = gate(directory, tmp_path / "text.txt", calib_size=2)
+    assert report.run.drift is not None
+    assert report.run.about["text"]["seqlen"] == 64
