@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError
+from functools import cache
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
@@ -158,6 +159,15 @@ def add_to(digest: Any, file: Path, until: Event | None = None, begin: int = 0, 
             left -= got
     if left:
         raise CheckpointError(f"{file}: ends before it should; {AGAIN}")
+
+
+@cache
+def program_sha256() -> str:
+    """One digest of this package, by which it is known whether the very same version of it wrote something."""
+    digest, package = hashlib.sha256(), Path(__file__).parents[1]
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"\n{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def times_of(status: os.stat_result) -> tuple[int, ...]:

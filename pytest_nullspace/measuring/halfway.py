@@ -99,6 +99,10 @@ class Pass:
     ended: bool = False
 
 
+class _OtherError(Exception):
+    """What was kept is not gone on with; the message is why, in a clause."""
+
+
 class Halfway:
     """The passes of a measurement so far, in memory and, where there is a folder, in a file.
 
@@ -166,22 +170,35 @@ class Halfway:
     def _found(self, folder: Path) -> list[Pass]:
         """The passes of an earlier run, the last of which may not have ended."""
         kept = [file for file in folder.iterdir() if file.suffix == SUFFIX]
-        whole = [told for file in kept if isinstance(told := stowed(file), dict)]
-        if not whole:
-            if kept:
-                self.told.append(f"{_ENDED} and what it kept is not whole, so it begins anew")
-            _emptied(folder)
-            return []
-        told = max(whole, key=lambda told: [(of["ended"], of["blocks"]) for of in told["passes"]])
-        changed = [name for name, digest in self._of.items() if told["of"].get(name) != digest]
+        found, why = list[list[Pass]](), " and what it kept is not whole"
+        for told in (stowed(file) for file in kept):
+            if told is not None:
+                try:
+                    found.append(self._passes_of(told))
+                except _OtherError as error:
+                    why = str(error)
+        if found:
+            return max(found, key=lambda passes: [(of.ended, of.blocks) for of in passes])
+        if kept:
+            self.told.append(f"{_ENDED}{why}, so it begins anew")
+        _emptied(folder)
+        return []
+
+    def _passes_of(self, told: Any) -> list[Pass]:
+        """The passes in what was kept, whatever that is.
+
+        Raises:
+            _OtherError: It follows from something else, or has another form than it would have today.
+        """
+        try:
+            of, passes = told["of"], told["passes"]
+            changed = [name for name, digest in self._of.items() if of.get(name) != digest]
+            found = [] if changed else list(map(_pass, passes))
+        except Exception:
+            raise _OtherError(" and what it kept has another form") from None
         if changed:
-            self.told.append(f"{_ENDED}, but its {' and '.join(changed)} were others, so it begins anew")
-            _emptied(folder)
-            return []
-        return [
-            Pass(**{**of, "read": [[OfBlock(*block) for block in part] for part in of["read"]]})
-            for of in told["passes"]
-        ]
+            raise _OtherError(f", but its {' and '.join(changed)} were others")
+        return found
 
 
 @contextmanager
@@ -274,6 +291,19 @@ def _plain(of: Pass) -> dict[str, Any]:
         for part in of.read
     ]
     return {part.name: getattr(of, part.name) for part in fields(of)} | {"read": read}
+
+
+def _pass(told: dict[str, Any]) -> Pass:
+    """A pass that was stowed; some exception or other where it is none."""
+    found = Pass(**told)
+    if told.keys() != vars(found).keys() or len(found.read) != len(found.parts):
+        raise ValueError
+    found.read = [[OfBlock(*block) for block in part] for part in found.read]
+    for block in (block for part in found.read for block in part):
+        if len(block.sums) != len(block.names) or len(block.seen) != 2 or block.sums.dtype != torch.float64:
+            raise ValueError
+        whole(len(block.names), block.by_octave)
+    return found
 
 
 def _emptied(folder: Path) -> None:

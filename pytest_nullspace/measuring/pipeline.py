@@ -18,7 +18,7 @@ from pytest_nullspace.checkpoint.raw import Early
 from pytest_nullspace.errors import OptionError, TextError
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
-from pytest_nullspace.measuring.digests import base_sha256, times_of
+from pytest_nullspace.measuring.digests import base_sha256, program_sha256, times_of
 from pytest_nullspace.measuring.fitting import first_read, load_fitting
 from pytest_nullspace.measuring.hashing import Hashing, hashed_meanwhile
 from pytest_nullspace.measuring.inmemory import InMemory
@@ -174,12 +174,13 @@ def _keeping(run: Measurement, read: Reading, layers: Collection[str]) -> Iterat
     folders = [folder for folder in (checkpoint.directory, base) if folder is not None and folder.is_dir()]
     files = {file for file, _ in read.stamps}.union(*(folder.iterdir() for folder in folders))
     machine = platform.platform(), device_name(run.adapted.device), torch.backends.cpu.get_cpu_capability()
+    libraries = about.of_libraries(*about.libraries(checkpoint))
     held = sorted((str(file), *times_of(file.stat())) for file in files if file.is_file())
     of = {
         "files": (held, repr(checkpoint.config), checkpoint.layers),  # the config as it was read, be it another since
         "texts": [(what, repr(windows)) for what, windows in run.drawn.items()],
         "options": (repr(settings), sorted(layers), run.seqlen, run.running),
-        "versions": (about.of_libraries(*about.libraries(checkpoint)), machine, torch.get_num_threads()),
+        "versions": (program_sha256(), libraries, machine, torch.get_num_threads()),
     }
     require_unchanged(read.stamps)  # so what is told of them is of those whose headers were read
     digests = {name: hashlib.sha256(repr(told).encode()).hexdigest() for name, told in of.items()}

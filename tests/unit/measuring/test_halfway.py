@@ -1,5 +1,6 @@
 """A streamed run that was killed goes on from its last block, with the same figures, or begins anew and says why."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,9 +15,13 @@ from filelock import FileLock
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.measuring import pipeline
 from pytest_nullspace.measuring.distributed import HeardError
 from pytest_nullspace.measuring.drift import Predictions
+from pytest_nullspace.measuring.halfway import Halfway
 from pytest_nullspace.measuring.reading import Reading
+from pytest_nullspace.measuring.stowed import stow, stowed
+from pytest_nullspace.measuring.summing import OCTAVES
 from pytest_nullspace.model.shelf import Shelf
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.settings import STREAM
@@ -137,7 +142,7 @@ def test_what_followed_from_something_else_is_begun_anew(
         case "options":
             changes = {"stage": "init"}
         case "versions":
-            monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+            monkeypatch.setattr(pipeline, "program_sha256", lambda: "another")
     run, read = go_on(measured, directory, **changes)
     assert read == [0, 1, 2]
     assert told(run) == [f"an earlier run did not come to its end, but its {changed} were others, so it begins anew"]
@@ -183,6 +188,81 @@ def test_what_is_not_whole_is_begun_anew(how: str, measured: Measured, tmp_path:
     run, read = go_on(measured, directory)
     assert read == [0, 1, 2]
     assert told(run) == ["an earlier run did not come to its end and what it kept is not whole, so it begins anew"]
+
+
+def other_form(kept: dict[str, Any], how: str) -> Any:
+    """What another version of this program might have kept, or nobody."""
+    (told,) = kept["passes"]
+    part = told["read"][0]
+    match how:
+        case "an unknown key":
+            told["schema"] = 2
+        case "a key less":
+            del told["extras"]
+        case "no passes":
+            return {"of": kept["of"], "blocks": told}
+        case "a list":
+            return [kept]
+        case "nothing of what it follows from":
+            return {"passes": [told]}
+        case "octaves that are all there":
+            part[0] = (*part[0][:2], torch.zeros(len(part[0][0]), *OCTAVES), *part[0][3:])
+        case "a layer less":
+            part[0] = (part[0][0][1:], *part[0][1:])
+        case "another block":
+            part[0] = part[0][:-1]
+        case "words for sums":
+            part[0] = (part[0][0], "none", *part[0][2:])
+        case "a text less":
+            del told["read"][0]
+    return kept
+
+
+FORMS = (
+    "a key less", "no passes", "a list", "nothing of what it follows from", "octaves that are all there",
+    "a layer less", "another block", "words for sums", "a text less", "an unknown key",
+)  # fmt: skip
+
+
+def test_what_has_another_form_is_begun_anew(measured: Measured, tmp_path: Path) -> None:
+    """A file that is whole, and follows from the same, but is none that would be written today: no error, one line."""
+    directory = tiny.lora_null(tmp_path / "whole")
+    end_at(2, measured, directory, drift=False)
+    (file,) = (tmp_path / "cache").rglob("*.stowed")
+    folder, data = file.parent, file.read_bytes()
+    why = "an earlier run did not come to its end and what it kept has another form, so it begins anew"
+    assert not Halfway(folder, stowed(file)["of"]).told
+    for how in FORMS:
+        file.write_bytes(data)
+        kept = stowed(file)
+        stow(folder, other_form(kept, how))
+        if how != FORMS[-1]:
+            assert Halfway(folder, kept["of"]).told == [why], how
+            assert not list(folder.iterdir()), how
+    run, read = go_on(measured, directory, drift=False)
+    assert read == [0, 1, 2]
+    assert told(run) == [why]
+
+
+@pytest.mark.parametrize(
+    ("text", "data"),
+    [
+        ('[{"tensor": 0}, [["float32", [2]]]]', b"1234567"),
+        ('[{"tensor": 0}, [["float32", [2]]]]', b"123456789"),
+        ('[{"tensor": 0}, [["float5", [2]]]]', b"12345678"),
+        ('[{"tensor": 0}, [["nn", [2]]]]', b"12345678"),
+        ('[{"tensor": 0}, [["float32", [-2]]]]', b""),
+        ('[{"tensor": 1, "tuple": 2}, []]', b""),
+        ('[{"set": 1}, []]', b""),
+        ("{}", b""),
+    ],
+)
+def test_what_is_no_such_file_holds_nothing(text: str, data: bytes, tmp_path: Path) -> None:
+    """Though it is named by its SHA-256: cut, too long, of an unknown type or form, there is nothing and no error."""
+    whole = len(text).to_bytes(8, "little") + text.encode() + data
+    file = tmp_path / f"{hashlib.sha256(whole).hexdigest()}.stowed"
+    file.write_bytes(whole)
+    assert stowed(file) is None
 
 
 def test_a_model_that_looks_back_further_is_begun_anew(
