@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pytest_nullspace.checkpoint.arrays import Array
 
 ROUNDING: Mapping[str, float] = {"F64": 2.0**-53, "F32": 2.0**-24, "BF16": 2.0**-9, "F16": 2.0**-11}
-"""By which share of itself a number that is not too small is rounded at most where it is stored."""
+"""The share of a matrix that storing its numbers rounds off, by its norm; of a single number up to twice that."""
 BEYOND = 4.0
 """How many times what storing may have rounded off may lie beyond the rank of the start; more is another W."""
 NOISE = 0.25

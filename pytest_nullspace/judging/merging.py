@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 18
 """Numbers of a weight that are in memory at a time."""
+UNMOVED = 2.0**-18
+"""How far a norm that PEFT took in float32 may lie beside the true one."""
 OPTION = "--nullspace-merge"
 
 
@@ -69,6 +71,7 @@ class Merge:
         now: The update; None of a whole model.
         start: What the update was before training, where that held a part of W, or how the base tells it.
         magnitude: DoRA's, one number an output.
+        began_at: The same of the start; what did not move since is then no update, however its norms were rounded.
         merged: What a whole model holds now.
     """
 
@@ -79,6 +82,7 @@ class Merge:
     now: Factors | None = None
     start: Factors | Begun | None = None
     magnitude: TensorInfo | None = None
+    began_at: TensorInfo | None = None
     merged: TensorInfo | None = None
 
     @property
@@ -95,7 +99,9 @@ class Merge:
         start = (
             began.read() if isinstance(began, Factors) else None if began is None or now is None else began.read(*now)
         )
-        magnitude = None if self.magnitude is None else read_tensor(self.magnitude).reshape(-1, 1)
+        magnitude, began_at = (
+            None if info is None else read_tensor(info).reshape(-1, 1) for info in (self.magnitude, self.began_at)
+        )
         for first in range(0, out, step):
             rows = slice(first, min(first + step, out))
             before = rows_of(self.held, rows, turned=self.turned)
@@ -108,15 +114,18 @@ class Merge:
                 held = start[0][rows] @ start[1]
                 before, update = before + held, update - held
             if magnitude is not None:
-                update = _stretched(before + update, magnitude[rows]) - before
+                merged = _stretched(before + update, magnitude[rows])
+                before = before if began_at is None else _stretched(before, began_at[rows])
+                update = merged - before
             yield Part(before, update)
 
 
 def _stretched(weight: "Array", magnitude: "Array") -> "Array":
-    """DoRA's ``m ∘ V / ‖V‖``, by rows."""
+    """DoRA's ``m ∘ V / ‖V‖``, by rows; where ``m`` is ``‖V‖`` but for rounding nothing is stretched."""
     import numpy as np
 
-    stretched: Array = weight * (magnitude / np.linalg.norm(weight, axis=1, keepdims=True))
+    factor = magnitude / np.linalg.norm(weight, axis=1, keepdims=True)
+    stretched: Array = weight * np.where(np.abs(factor - 1) <= UNMOVED, 1.0, factor)
     return stretched
 
 
@@ -164,6 +173,7 @@ def merges(
             now=_factors(checkpoint, spec),
             start=None if start is None else _begun(start, spec),
             magnitude=_magnitude(checkpoint, spec),
+            began_at=None if start is None else _magnitude(start, spec),
         )
         for spec in specs
     ]

@@ -81,12 +81,14 @@ class LayerLeft:
         stored: The type in which its W lies in its file.
         update_norm: ``‖ΔW‖``, Frobenius.
         types: What each type leaves; nothing where there is no update.
+        is_part: Whether a pass measures more: of a DoRA layer also the start, where that held a part of W.
     """
 
     name: str
     stored: str
     update_norm: float
     types: Mapping[str, Left]
+    is_part: bool = False
 
 
 def left_of(merge: Merge, types: Sequence[str], rows: "Mapping[str, Array]") -> LayerLeft:
@@ -125,7 +127,7 @@ def left_of(merge: Merge, types: Sequence[str], rows: "Mapping[str, Array]") -> 
         reached = {text: ratio(float(np.sqrt(of).mean()), lengths[text]) for text, of in moved[kind].items()}
         size = math.sqrt(own)
         found[kind] = Left(common / whole, size / norm, ratio(common, size * norm), reached)
-    return LayerLeft(merge.name, merge.stored, norm, found)
+    return LayerLeft(merge.name, merge.stored, norm, found, merge.start is not None and merge.magnitude is not None)
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ class Survival:
             StatsError: What it tells is none, or a layer lacks, which would be green unmeasured.
         """
         found = cls.of(run.about, where)
-        told = set() if found is None else {layer.name for layer in found.layers if layer.types}
+        told = set() if found is None else {layer.name for layer in found.layers if layer.types or layer.is_part}
         lacking = [layer.name for layer in run.layers if layer.update_norm > 0 and layer.name not in told]
         if found is not None and lacking:
             raise StatsError(
@@ -238,7 +240,8 @@ def _layer(told: Mapping[str, Any]) -> LayerLeft:
         )
         for kind, left in told["types"].items()
     }
-    return LayerLeft(str(told["name"]), str(told["stored"]), _number(told["update_norm"]), types)
+    name, stored, norm = str(told["name"]), str(told["stored"]), _number(told["update_norm"])
+    return LayerLeft(name, stored, norm, types, told.get("is_part") is True)
 
 
 def _number(value: Any) -> float:

@@ -42,7 +42,7 @@ class Tests(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Begun:
+class Pending:
     """A run of which a statement is to be written.
 
     Attributes:
@@ -92,13 +92,13 @@ class Begun:
             raise StatsError(f"{quoted(changed)}: changed while the run read it, so nothing is stated; run again")
 
 
-def begun(settings: Settings, runs: Sequence[GatedRun]) -> Begun | None:
+def pending(settings: Settings, runs: Sequence[GatedRun]) -> Pending | None:
     """The run of which a statement is asked for, before anything of it is read; None where none is."""
     if settings.attest is None:
         return None
     (run,) = runs
     assert isinstance(run, CheckpointRun)  # which the settings hold
-    return Begun(settings, run, {name: stamp_of(file.stat()) for name, file in _subjects(settings, run)})
+    return Pending(settings, run, {name: stamp_of(file.stat()) for name, file in _subjects(settings, run)})
 
 
 def _written(settings: Settings, run: GatedRun) -> Iterator[Path]:

@@ -65,7 +65,7 @@ class Gate:
                 raise NullspaceError(
                     f"{folder / 'conftest.py'}: pytest would run it as a part of your tests; remove it"
                 )
-        self._attested: attest.Begun | None = None
+        self._attested: attest.Pending | None = None
         if not hasattr(config, "workerinput"):  # what is wrong there was wrong before the workers were started
             check_outputs(config, settings, self.runs, [base for base in bases if base is not None])
             for run in self.runs if settings.card else ():
@@ -73,7 +73,7 @@ class Gate:
             check_inputs(self.runs, settings, texts, look=lists_only(config))
             if config.getoption("dist", "no") != "no":  # each worker reads them itself
                 texts.clear()
-            self._attested = None if lists_only(config) else attest.begun(settings, self.runs)
+            self._attested = None if lists_only(config) else attest.pending(settings, self.runs)
         self._config = config
         self._saved: list[str] = []
         self._deselected: set[pytest.Item] = set()

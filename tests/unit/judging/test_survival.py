@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pytest_nullspace.judging import merging
 from pytest_nullspace.judging.merging import merges
 from pytest_nullspace.judging.survival import KEY, LayerLeft, Left, Survival
 from pytest_nullspace.judging.verdicts import Tier
-from tests import tiny
+from tests import saved, tiny
 from tests.adapters import adapter, change, edit, merged
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -114,6 +115,37 @@ def test_dora_is_merged_with_its_magnitude(tmp_path: Path) -> None:
     for layer in of(directory).layers:
         weight = f"{layer.name}.weight"
         assert layer.update_norm == pytest.approx(float((after[weight].double() - base[weight]).norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_that_did_not_move_since_a_start_in_w_has_no_update(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Its norms are those of W but for rounding, so there is nothing to be lost, and a saved run may tell so."""
+    directory = adapter(
+        tmp_path, tiny.llama(), r=4, use_dora=True, target_modules=["q_proj"], layers_to_transform=[0, 1]
+    )
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    names = [f"model.layers.{number}.self_attn.q_proj" for number in (0, 1)]
+
+    def begin(tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+        config.update(init_lora_weights="pissa")
+        for name in names:
+            down, up = (tensors[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+            whole = base[f"{name}.weight"].double() + config["lora_alpha"] / 4 * up @ down
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = whole.norm(dim=1).to(dtype)
+
+    change(directory, begin)
+    start = shutil.copytree(directory, tmp_path / "start")
+    vector = f"base_model.model.{names[1]}.lora_magnitude_vector"
+    change(directory, lambda tensors, _: tensors.update({vector: 1.01 * tensors[vector]}))
+    found = of(directory, base=str(tmp_path / "base"), start=start)
+    still, moved = found.layers
+    assert (still.update_norm, dict(still.types)) == (0.0, {})
+    assert moved.types
+    run = dataclasses.replace(saved.run(*names, update_norm=1.0), about={KEY: found.to_dict()})
+    assert Survival.of_run(run, "run.json") == found
+    whole = dataclasses.replace(found, layers=(dataclasses.replace(still, is_part=False), moved))
+    with pytest.raises(StatsError, match=f"tells nothing of {names[0]}, though that has an update"):
+        Survival.of_run(dataclasses.replace(run, about={KEY: whole.to_dict()}), "run.json")
 
 
 def test_a_merged_model_leaves_what_its_adapter_does(tmp_path: Path) -> None:
