@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import pytest_nullspace
 from fixtures.build import WORLD
 from tests.plugin.conftest import Gate
 from tests.plugin.test_world import EXACT
@@ -73,6 +74,16 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return {path: leaf for key, inner in items for path, leaf in flat(inner, f"{name}/{key}").items()}
 
 
+def require_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Hold what several processes found to what one did."""
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        # A margin is a small difference of figures, so it is held to 1e-6 of theirs, not of its own.
+        small = EXACT if "margin" in name else 0.0
+        exact = not isinstance(value, float)
+        assert found[name] == (value if exact else pytest.approx(value, rel=EXACT, abs=small)), name
+
+
 RED = "--nullspace-threshold=leakage:1e-9:1e-8"
 OWN = """
 import os
@@ -114,36 +125,54 @@ def test_the_figures_and_the_report_are_those_of_one_process(run: Run, tmp_path:
         if result is red:  # by another bound, so of verdicts it alone tells another
             assert told.pop("verdict")["verdict"] == "DO NOT DEPLOY"
             alike = {name: value for name, value in one.items() if not name.startswith("/verdict/")}
-        together = flat(told)
-        assert list(together) == list(alike)
-        for name, value in alike.items():
-            # A margin is a small difference of figures, so it is held to 1e-6 of theirs, not of its own.
-            small = EXACT if "margin" in name else 0.0
-            exact = not isinstance(value, float)
-            assert together[name] == (value if exact else pytest.approx(value, rel=EXACT, abs=small)), name
+        require_same(flat(told), alike)
 
 
 KILLED = """
-import os, signal
-from torch.nn.modules.module import register_module_forward_hook
-calls = 0
-def once(*_):
-    global calls
-    calls += 1
-    if calls == 200 and os.environ["RANK"] == "1":
+import os, pathlib, signal, time
+from pytest_nullspace.model.shelf import Shelf
+clear, done = Shelf.clear, []
+def killed(shelf, number):
+    clear(shelf, number)
+    done.append(number)
+    kept = pathlib.Path(os.environ["XDG_CACHE_HOME"]).rglob
+    if len(done) == 3 and os.environ["RANK"] == "1":
+        while not list(kept("*-0/*.stowed")):
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
-register_module_forward_hook(once)
+Shelf.clear = killed
 """
+"""A plugin that kills the second process at the end of its third block, once the first has kept one."""
 
 
-def test_a_process_that_is_killed_in_the_pass_ends_the_job(run: Run, tmp_path: Path) -> None:
-    """A SIGKILL inside one share of the pass ends the job non-zero and soon, with nothing saved."""
-    (tmp_path / "conftest.py").write_text(KILLED)
-    gate = "-m", "pytest", *OPTIONS, TEXT, "--nullspace-save-stats=s.json"
-    result = run(*TORCHRUN, "--nproc-per-node=2", *gate, timeout=BOUNDED)
-    assert result.returncode == 1
-    assert "Signal 9 (SIGKILL)" in result.stderr
+def test_a_job_whose_process_is_killed_at_a_block_ends_and_the_next_goes_on(run: Run, tmp_path: Path) -> None:
+    """A SIGKILL of one ends the job non-zero and soon, with nothing saved; the same command then goes on in both.
+
+    Its figures, drift and headroom are those of one process that has the whole model in memory, and what was kept goes.
+    """
+    cache, options = tmp_path / "cache", {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    (tmp_path / "kills.py").write_text(KILLED)
+    options["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(tmp_path)))
+    asked = "--nullspace-calib-size=6", "--nullspace-device-map=stream", "--nullspace-save-stats=s.json"
+    gate = "-m", "pytest", *OPTIONS, TEXT, TASK, *asked
+    killed = run(*TORCHRUN, "--nproc-per-node=2", *gate, "-p", "kills", timeout=BOUNDED, **options)
+    assert killed.returncode == 1
+    assert "Signal 9 (SIGKILL)" in killed.stderr
     assert not (tmp_path / "s.json").exists()
+    assert {file.parent.name[-2:] for file in cache.rglob("*.stowed")} == {"-0", "-1"}
+    (tmp_path / "kills.py").write_text("")
+    again = run(*TORCHRUN, "--nproc-per-node=2", *gate, "-p", "kills", timeout=BOUNDED, **options)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "an earlier run did not come to its end, so it goes on after block " in again.stdout
+    assert not list(cache.rglob("*"))
+    alone = pytest_nullspace.gate(
+        WORLD / "null-v2", str(WORLD / "facts.txt"), str(WORLD / "task.txt"), seqlen=128, calib_size=6
+    )
+    alone.save(tmp_path / "alone.json")
+    expected, found = (json.loads((tmp_path / name).read_text()) for name in ("alone.json", "s.json"))
+    assert found["settings"]["processes"] == 2
+    require_same(flat(found["stats"]), flat(expected["stats"]))
+    require_same(flat(found["drift"]), flat(expected["drift"]))
 
 
 def test_what_fails_in_one_fails_in_all(run: Run) -> None:
