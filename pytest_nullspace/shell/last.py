@@ -14,6 +14,7 @@ from pytest_nullspace.judging.decision import Decision
 from pytest_nullspace.judging.verdicts import Tier
 from pytest_nullspace.report import terminal, verdict
 from pytest_nullspace.report.layout import wrapped
+from pytest_nullspace.shell.progress import WAITS
 
 _FAILED = "error", "failed"
 """How the terminal calls tests that did not pass."""
@@ -80,8 +81,9 @@ class LastWord:
         return isinstance(report, pytest.TestReport) and report.nodeid.startswith(tuple(self._prefixes.values()))
 
     def _is_told(self, report: pytest.TestReport) -> bool:
-        """Whether the report of the run tells of it: what failed by a figure or by its weights."""
-        return report.when == "call" and any(name in ("tier", "gated_on") for name, _ in report.user_properties)
+        """Whether it is told elsewhere: by the report, of what failed by a figure or by its weights; or by another test."""
+        by_figure = report.when == "call" and any(name in ("tier", "gated_on") for name, _ in report.user_properties)
+        return by_figure or message(report).startswith(WAITS)
 
     def _is_our_warning(self, told: Any) -> bool:
         ours = (told.nodeid or "").startswith(tuple(self._prefixes.values()))

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pytest_nullspace.shell.runs import GatedRun
 
 
+WAITS = "not measured: see the first error of"
+"""How the message of a test begins that only waited for what another one tells."""
 FIRST, BETWEEN_LINES, AT_MOST = 10.0, 20.0, 300.0
 """Seconds to the first line where no line can be written anew, and between two: at first, and at most, ever twice."""
 NEARLY = 30.0
@@ -152,5 +154,5 @@ def measured(run: "GatedRun", test: pytest.Item, config: pytest.Config) -> "RunS
         with showing_progress(config) as progress:
             return run.measured(progress)
     except NullspaceError as error:
-        message = str(error) if run.tells(test.nodeid) else f"not measured: see the first error of {run.name}"
+        message = str(error) if run.tells(test.nodeid) else f"{WAITS} {run.name}"
         raise pytest.fail.Exception(message, pytrace=False) from None

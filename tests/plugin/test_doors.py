@@ -333,6 +333,16 @@ def test_listing_the_tests_looks_only_for_what_lies_here(on_base: Path, gate: Ga
 # --- what only loading shows ----------------------------------------------------------------------------------------
 
 
+def test_what_stops_the_measurement_is_shown_once(on_base: Path, gate: Gate, pytester: pytest.Pytester) -> None:
+    """Without ``-v`` pytest shows the one error, and none of the tests that wait for it."""
+    shutil.copytree(on_base, pytester.path, dirs_exist_ok=True)
+    config = json.loads((pytester.path / "base" / "config.json").read_text())
+    (pytester.path / "base" / "config.json").write_text(json.dumps({**config, "model_type": "nosuch"}))
+    shown = gate("--nullspace-base=base", model="adapter").stdout.str().partition("short test summary")[0]
+    assert shown.count("ERROR at setup of ") == shown.count("has no model_type 'nosuch' of its own") == 1
+    assert "see the first error" not in shown
+
+
 @pytest.mark.parametrize("mode", ONCE, ids=["alone", "parallel", "no-xdist"])
 def test_a_base_that_cannot_be_loaded_is_told_once_and_whole(
     on_base: Path, gate: Gate, pytester: pytest.Pytester, mode: tuple[str, ...]

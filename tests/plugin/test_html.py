@@ -254,6 +254,16 @@ def test_the_profile_calls_the_matrices_as_the_files_do() -> None:
     assert any("(profile nullspace: the rows of lora_A are orthonormal)" in fact for fact in facts)
 
 
+def test_what_has_no_figure_is_not_said_twice() -> None:
+    """The sentence of the verdict tells it; the list below it begins with what else there is."""
+    whole = run_of(1)
+    part = dataclasses.replace(whole, checkpoint_layers=len(whole.layers) + 1)
+    text = page([sheet("ft", part, HELD, decide(part, HELD))])
+    box = text.partition('<div class="verdict')[2].partition("</div>")[0]
+    assert "NOT GATED" in box
+    assert box.count(f"only {len(whole.layers)} of {len(whole.layers) + 1} layers were measured") == 1
+
+
 def test_what_would_pass_stands_with_the_verdict() -> None:
     """Where a scale that passes was looked for, what to write for it stands in the box of the verdict."""
     run = run_of(1)
