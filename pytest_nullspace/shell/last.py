@@ -81,7 +81,7 @@ class LastWord:
         return isinstance(report, pytest.TestReport) and report.nodeid.startswith(tuple(self._prefixes.values()))
 
     def _is_told(self, report: pytest.TestReport) -> bool:
-        """Whether it is told elsewhere: by the report, of what failed by a figure or by its weights; or by another test."""
+        """Whether it is told elsewhere: in the report, of what failed by its figures or weights; or by another test."""
         by_figure = report.when == "call" and any(name in ("tier", "gated_on") for name, _ in report.user_properties)
         return by_figure or message(report).startswith(WAITS)
 
