@@ -1,13 +1,14 @@
 """What the start of a LoRA-Null directory held of W, as its untouched base tells it: ``A₀B₀ = W − W_res``.
 
 Rounding of what is stored lies beside it. What that left beyond the adapter's rank tells how coarse it was. By numpy,
-some rows at a time, several times over: the whole difference is never in memory.
+some rows at a time, several times over, so that the whole difference need not be in memory.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.checkpoint.arrays import rows_of
 from pytest_nullspace.checkpoint.header import TensorInfo
@@ -32,6 +33,22 @@ _NUMBERS = 1 << 18
 """Of the difference, those that are in memory at a time."""
 
 
+class Held(NamedTuple):
+    """What the start of one layer held of W; no numbers where the difference is none.
+
+    Attributes:
+        up: A₀, shape ``(out, r)``, float64.
+        down: B₀, shape ``(r, in)``, likewise.
+        beyond: How much of ``W − W_res`` lies beside their product, which is rounding; in the Frobenius norm.
+        whole: How much W is.
+    """
+
+    up: "Array"
+    down: "Array"
+    beyond: float
+    whole: float
+
+
 @dataclass(frozen=True)
 class Begun:
     """Where what the start of one layer held lies.
@@ -43,6 +60,7 @@ class Begun:
         turned: Whether the base holds it as ``(in, out)``.
         residual: W_res, shape ``(out, in)``.
         where: The directory, for messages.
+        at_once: Whether the whole difference may be in memory, and is read but once.
     """
 
     name: str
@@ -51,6 +69,7 @@ class Begun:
     turned: bool
     residual: TensorInfo
     where: str
+    at_once: bool = False
 
     def read(self, up: "Array", down: "Array") -> "tuple[Array, Array] | None":
         """A₀, shape ``(out, r)``, and B₀, shape ``(r, in)``, float64; None where W_res is W but for rounding.
@@ -63,30 +82,43 @@ class Begun:
             CheckpointError: The difference is not of the adapter's rank, so this is not the base; or rounding is too
                 much of what training changed.
         """
+        held = self.held()
+        if held is None:
+            return None
+        update = apart((up, down), held[:2])
+        if held.beyond > max(NOISE * update, NEGLIGIBLE * held.whole):
+            raise CheckpointError(
+                f"{self.where}: W - W_res of {printable(self.name)} is rounded too coarsely for what training changed, "
+                f"to {held.beyond / update if update else math.inf:.2g} of it; give the checkpoint from which training "
+                "started by --nullspace-init=DIR"
+            )
+        return held[:2]
+
+    def held(self) -> Held | None:
+        """What the start held; None where W_res is W but for rounding.
+
+        Raises:
+            CheckpointError: The difference is not of the adapter's rank.
+        """
         import numpy as np
 
-        size, part = self._norms()
+        whole, part = self._norms()
         if not math.isfinite(part):
-            return np.full_like(up, np.nan), np.full_like(down, np.nan)
-        rounded = sum(ROUNDING.get(info.dtype, _COARSE) for info in (self.weight, self.residual)) * size
+            out, width = self.residual.shape
+            return Held(np.full((out, self.rank), np.nan), np.full((self.rank, width), np.nan), part, whole)
+        rounded = sum(ROUNDING.get(info.dtype, _COARSE) for info in (self.weight, self.residual)) * whole
         if part <= BEYOND * rounded:
             return None
         start = self._leading()
         beyond = self._beyond(*start)
         if beyond > BEYOND * rounded + NEGLIGIBLE * part:
+            base = printable(self.weight.file.parent, 1000)
             raise CheckpointError(
                 f"{self.where}: W - W_res of {printable(self.name)} is not of rank {self.rank}: beyond it lies "
                 f"{beyond / part:.2g} of its norm, and rounding makes {rounded / part:.2g} at most; W_res was changed, "
-                "or this is not the base that it was made from: give that by --nullspace-base=DIR"
+                f"or {base} is not the base that it was made from: give that by --nullspace-base=DIR"
             )
-        update = _apart((up, down), start)
-        if beyond > max(NOISE * update, NEGLIGIBLE * size):
-            raise CheckpointError(
-                f"{self.where}: W - W_res of {printable(self.name)} is rounded too coarsely for what training changed, "
-                f"to {beyond / update if update else math.inf:.2g} of it; give the checkpoint from which training "
-                "started by --nullspace-init=DIR"
-            )
-        return start
+        return Held(*start, beyond, whole)
 
     def _leading(self) -> "tuple[Array, Array]":
         """The best product of the adapter's rank.
@@ -113,7 +145,7 @@ class Begun:
         """``‖W‖`` and ``‖W − W_res‖``."""
         import numpy as np
 
-        both = [(float(np.vdot(whole, whole)), float(np.vdot(part, part))) for _, whole, part in self._parts()]
+        both = [(whole, float(np.vdot(part, part))) for _, whole, part in self._parts()]
         return math.sqrt(sum(one for one, _ in both)), math.sqrt(sum(other for _, other in both))
 
     def _times(self, right: "Array") -> "Array":
@@ -129,14 +161,23 @@ class Begun:
             found += part.T @ left[rows]
         return found
 
-    def _parts(self) -> "Iterator[tuple[slice, Array, Array]]":
-        """Some rows, W there, and ``W − W_res``."""
+    def _parts(self) -> "Iterable[tuple[slice, float, Array]]":
+        """Some rows, the square of the norm of W there, and ``W − W_res``."""
+        return self._kept if self.at_once else self._read()
+
+    @cached_property
+    def _kept(self) -> "list[tuple[slice, float, Array]]":
+        return [*self._read()]
+
+    def _read(self) -> "Iterator[tuple[slice, float, Array]]":
+        import numpy as np
+
         out, width = self.residual.shape
         step = max(1, _NUMBERS // width)
         for first in range(0, out, step):
             rows = slice(first, min(first + step, out))
             whole = rows_of(self.weight, rows, turned=self.turned)
-            yield rows, whole, whole - rows_of(self.residual, rows)
+            yield rows, float(np.vdot(whole, whole)), whole - rows_of(self.residual, rows)
 
 
 def _basis(matrix: "Array") -> "Array":
@@ -146,7 +187,7 @@ def _basis(matrix: "Array") -> "Array":
     return found
 
 
-def _apart(one: "tuple[Array, Array]", other: "tuple[Array, Array]") -> float:
+def apart(one: "tuple[Array, Array]", other: "tuple[Array, Array]") -> float:
     """How far two products lie apart in the Frobenius norm, without forming either."""
     import numpy as np
 

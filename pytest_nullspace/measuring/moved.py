@@ -21,20 +21,18 @@ from pytest_nullspace.checkpoint import Checkpoint, lora_null, peft
 from pytest_nullspace.checkpoint.arrays import read_tensor
 from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tensors
 from pytest_nullspace.errors import CheckpointError
-from pytest_nullspace.judging.begun import BEYOND, NEGLIGIBLE, NOISE, ROUNDING
+from pytest_nullspace.judging.begun import NEGLIGIBLE, NOISE, ROUNDING, Begun, apart
 from pytest_nullspace.measuring.digits import has_bias
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel, Start
 from pytest_nullspace.model.stored import stored
 from pytest_nullspace.settings import PREFIX
 
-_qr: Callable[..., tuple[Tensor, Tensor]] = torch.linalg.qr
 _svdvals: Callable[..., Tensor] = torch.linalg.svdvals
 _solve: Callable[..., Tensor] = torch.linalg.solve
 
 _ALIGNED = 1e6
 """The condition up to which rows of B and of the start are taken to span one space."""
-_MORE, _ROUNDS = 8, 2
-"""Directions beside those of the rank, and rounds, in which the range of a matrix is looked for."""
+_FACTORS = lora_null.UP, lora_null.DOWN
 
 
 class Moved:
@@ -186,52 +184,20 @@ def _held(layer: AdaptedLayer, checkpoint: Checkpoint, weights: Mapping[str, Ten
             f"base of {checkpoint.directory}; give the one that it was made from by {PREFIX}base=DIR, or leave the "
             "option out"
         )
-    whole = torch.from_numpy(read_tensor(other))
-    size, part = float(whole.norm()), whole - torch.from_numpy(read_tensor(info))
-    rounded = (ROUNDING[info.dtype] + ROUNDING[other.dtype]) * size
-    if not float(part.norm()) > BEYOND * rounded:
+    held = Begun(layer.name, layer.rank, other, False, info, str(checkpoint.directory), at_once=True).held()
+    if held is None or not math.isfinite(held.beyond):
         return None
-    up, down = _leading(part, layer.rank)
-    beyond = float((part - up @ down).norm())
-    if not beyond <= BEYOND * rounded + NEGLIGIBLE * float(part.norm()):
-        raise CheckpointError(
-            f"{checkpoint.directory}: W - W_res of {printable(layer.name)} is not of rank {layer.rank}: beyond it lies "
-            f"{beyond / float(part.norm()):.2g} of its norm, and rounding makes {rounded / float(part.norm()):.2g} at "
-            f"most; W_res was changed, or {base} is not the base that it was made from: give that by {PREFIX}base=DIR"
-        )
-    own_up, own_down = layer.scale * layer.up_matrix.to("cpu", torch.float64), layer.down_matrix().cpu()
-    files = [checkpoint.tensors[f"{layer.name}.{part}"] for part in (lora_null.UP, lora_null.DOWN)]
-    file_up, file_down = (torch.from_numpy(read_tensor(info)) for info in files)
-    noise = math.hypot(beyond, _apart(own_up, own_down, file_up, file_down))
-    update = _apart(own_up, own_down, up, down)
-    is_told = noise <= max(NOISE * update, NEGLIGIBLE * size)
-    return _Held(noise / update if update else 0.0, _aligned(up, down, own_down) if is_told else None)
+    own = (layer.scale * layer.up_matrix.to("cpu", torch.float64)).numpy(), layer.down_matrix().cpu().numpy()
+    file_up, file_down = (read_tensor(checkpoint.tensors[f"{layer.name}.{part}"]) for part in _FACTORS)
+    noise, update = math.hypot(held.beyond, apart(own, (file_up, file_down))), apart(own, held[:2])
+    is_told = noise <= max(NOISE * update, NEGLIGIBLE * held.whole)
+    start = _aligned(torch.from_numpy(held.up), torch.from_numpy(held.down), torch.from_numpy(own[1]))
+    return _Held(noise / update if update else 0.0, start if is_told else None)
 
 
 def _weight(name: str, weights: Mapping[str, TensorInfo]) -> TensorInfo | None:
     """The layer's weight in the base, which may have been saved without its head."""
     return weights.get(f"{name}.weight") or weights.get(f"{name.partition('.')[2]}.weight")
-
-
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best ``up (out, r) @ down (r, in)`` of a ``matrix (out, in)`` that hardly has more than ``rank`` directions.
-
-    Its range is found from its products with some more random rows than that, again and again (Halko et al. 2011,
-    algorithm 4.4), as a whole decomposition of a wide layer takes many seconds.
-    """
-    generator = torch.Generator().manual_seed(0)
-    more = min(rank + _MORE, *matrix.shape)
-    found = matrix @ torch.randn(matrix.shape[1], more, dtype=matrix.dtype, generator=generator)
-    for _ in range(_ROUNDS):
-        found = matrix @ _basis(matrix.mT @ _basis(found))
-    columns = _basis(found)
-    inside = columns.mT @ matrix
-    down = spectra.singular(inside, min(rank, more))[1]
-    return columns @ (inside @ down.mT), down
-
-
-def _basis(matrix: Tensor) -> Tensor:
-    return _qr(matrix, mode="reduced")[0]
 
 
 def _aligned(up: Tensor, down: Tensor, like: Tensor) -> Start:
@@ -241,10 +207,3 @@ def _aligned(up: Tensor, down: Tensor, like: Tensor) -> Start:
     if not bool(values[-1] * _ALIGNED > values[0]):
         return Start(down, up)
     return Start(turned @ down, _solve(turned, up, left=False))
-
-
-def _apart(up: Tensor, down: Tensor, other_up: Tensor, other_down: Tensor) -> float:
-    """``‖up · down − other_up · other_down‖`` in the Frobenius norm, without forming either."""
-    left = spectra.triangle(torch.cat((up, other_up), dim=1))
-    right = spectra.triangle(torch.cat((down, -other_down)).mT)
-    return float((left @ right.mT).norm())
