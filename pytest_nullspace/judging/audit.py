@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint import Checkpoint, lora_null, peft
-from pytest_nullspace.checkpoint.arrays import change, largest_angle, read_tensor, relative
+from pytest_nullspace.checkpoint.arrays import change, is_finite, largest_angle, read_tensor, relative
 from pytest_nullspace.checkpoint.header import TensorInfo, printable
 from pytest_nullspace.errors import CheckpointError, StatsError
 from pytest_nullspace.run.stats import LayerStats
@@ -123,6 +123,16 @@ class Audit:
     def _by_name(self) -> Mapping[str, LayerAudit]:
         return {audited.name: audited for audited in self.layers}
 
+    @property
+    def bases(self) -> tuple[Moved, ...]:
+        """That training is told of another base than its start, if it is."""
+        return tuple(other for other in self.others if other.name == _BASE_NAMED)
+
+    @property
+    def tensors(self) -> tuple[Moved, ...]:
+        """The tensors outside the layers that moved."""
+        return tuple(other for other in self.others if other.name != _BASE_NAMED)
+
     def to_dict(self) -> dict[str, Any]:
         """The audit as JSON holds it."""
         plain: dict[str, Any] = _plain(asdict(self))
@@ -152,6 +162,7 @@ class Audit:
             raise StatsError(f"{where}: its entry 'audit' is no audit; measure again") from None
 
 
+_BASE_NAMED = "base_model_name_or_path"
 _OPTIONAL = ("base", "bias", "scale", "initial_scale")
 _WORDS = ("name", "why", "scale", "initial_scale", "initial", "variant", "decided")
 
@@ -227,7 +238,7 @@ def audit(
     others, compared = _others(now, before)
     both_name_one = peft.GGUF not in (trained.format, initial.format)
     if both_name_one and trained_base is None and initial_base is None and trained.base != initial.base:
-        others.insert(0, Moved("base_model_name_or_path", math.nan, f"{trained.base}, was {initial.base}"))
+        others.insert(0, Moved(_BASE_NAMED, math.nan, f"{trained.base}, was {initial.base}"))
     return Audit(str(initial.directory), variant, decided, tuple(audited), tuple(others), compared)
 
 
@@ -270,6 +281,12 @@ class _Start:
 def _start(before: Mapping[Place, TensorInfo], name: str) -> _Start:
     import numpy as np
 
+    for info in (before[name, _DOWN], before[name, _UP]):
+        if not is_finite(info):
+            raise CheckpointError(
+                f"{info.file}: tensor {printable(info.stored or info.name)} holds NaN or infinity, so no training can "
+                "have started from it; give the start as it was saved"
+            )
     down = read_tensor(before[name, _DOWN])
     off = np.abs(down @ down.T - np.eye(len(down))).max()
     return _Start(not read_tensor(before[name, _UP]).any(), bool(off <= ORTHONORMAL))

@@ -161,7 +161,7 @@ def v1_trained(case: Case) -> Iterator[Diagnosis]:
 def wrong_base(case: Case) -> Iterator[Diagnosis]:
     """A base that is not the one of the start."""
     changed = case.audited(lambda layer: layer.base is not None and not layer.base <= layer.tolerance)
-    named = [] if case.audit is None else [other for other in case.audit.others if other.name.startswith("base_model_")]
+    named = () if case.audit is None else case.audit.bases
     if changed or named:
         told = [f"W_res changed {in_how_many(changed, case.run.layers)}"] if changed else []
         yield Diagnosis(
@@ -175,7 +175,7 @@ def wrong_base(case: Case) -> Iterator[Diagnosis]:
 
 def outside(case: Case) -> Iterator[Diagnosis]:
     """Tensors outside the layers that moved."""
-    others = [] if case.audit is None else [o for o in case.audit.others if not o.name.startswith("base_model_")]
+    others = () if case.audit is None else case.audit.tensors
     if case.audit is not None and all(
         layer.base is not None and layer.base > layer.tolerance for layer in case.audit.layers
     ):

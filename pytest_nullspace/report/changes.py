@@ -137,10 +137,11 @@ def audit_lines(audited: Audit) -> Iterator[tuple[str, Tier | None]]:
 
 
 def moved(audited: Audit) -> str:
-    """Which tensors outside the layers are not what they were, the farthest first."""
-    others = sorted(audited.others, key=lambda other: (not math.isnan(other.change), -other.change))
+    """Which tensors outside the layers are not what they were, the farthest first, and whether the base is another."""
+    others = sorted(audited.tensors, key=lambda other: (not math.isnan(other.change), -other.change))
     told = "; ".join(map(str, others[:MOVED_SHOWN])) + ("; …" if len(others) > MOVED_SHOWN else "")
-    return f"{len(others)} of {audited.compared} tensors outside the layers moved" + (f": {told}" if told else "")
+    counted = f"{len(others)} of {audited.compared} tensors outside the layers moved" + (f": {told}" if told else "")
+    return "; ".join((*map(str, audited.bases), counted))
 
 
 def remedy(run: RunStats) -> Iterator[tuple[str, Tier | None]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pytest_nullspace.checkpoint.arrays import change, largest_angle, read_tenso
 from pytest_nullspace.checkpoint.header import read_tensors
 from pytest_nullspace.errors import CheckpointError, StatsError
 from pytest_nullspace.judging.audit import Audit, LayerAudit, audit
+from pytest_nullspace.report import changes
 from tests import tiny
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -184,6 +186,17 @@ def test_a_peft_adapter_is_held_against_its_start(tmp_path: Path) -> None:
         f"base_model_name_or_path ({tmp_path}/b/base, was {tmp_path}/a/base)"
     ]
     assert found.layers[0].base is None
+    assert changes.moved(found) == f"{found.others[0]}; 0 of 0 tensors outside the layers moved"
+
+
+def test_a_start_that_is_no_number_is_no_start(tmp_path: Path) -> None:
+    """NaN in the matrices of a start is told of its file; the trained layers are not called broken for it."""
+    key = f"base_model.model.{Q0}.lora_A.weight"
+    start, trained = as_peft(tmp_path / "a", moved(key, math.nan)), as_peft(tmp_path / "b")
+    with pytest.raises(
+        CheckpointError, match=rf"a/adapter/adapter_model\.safetensors: tensor {re.escape(key)} holds NaN"
+    ):
+        audit(open_checkpoint(trained), open_checkpoint(start), layers={Q0})
 
 
 def test_formats_are_compared_across(tmp_path: Path) -> None:
