@@ -20,11 +20,14 @@ from pytest_nullspace.model import AdaptedLayer
 CONDITION = 1e4
 """Of B and of A at most, rows and columns of one length: what follows from their Gram matrices is exact to 1e-8."""
 
+SQUARES = (1e-280, 1e280)
+"""Between these a sum of squares in float64 has all its digits."""
+
 SQUARINGS = 8
 """How often a Gram matrix is squared, until its norm is that power of its largest eigenvalue to within 1 %."""
 
-TOGETHER = 1 << 26
-"""Bytes of weights in float64 that are stacked at once."""
+TOGETHER = 1 << 23
+"""Bytes of weights in float64 that are stacked at once: more are not in a CPU's cache when they are multiplied."""
 
 TOGETHER_ELSEWHERE = 1 << 28
 """The same on a card, where a decomposition of few small matrices takes as long as one of many."""
@@ -60,22 +63,22 @@ def of_layers(layers: Sequence[AdaptedLayer]) -> Callable[[], list[Factors]]:
     return found
 
 
-Pair = tuple[Tensor, Tensor]
-"""B and A of some layers of one shape."""
+Pair = tuple[Tensor, Tensor, float]
+"""B and A of some layers of one shape, and their scale."""
 
 
 def quick(pairs: Iterable[Pair]) -> list[tuple[Tensor, Tensor]]:
     """What `kernels.Factors` hold of layers whose matrices are well conditioned, without waiting for the device.
 
     Args:
-        pairs: Of some layers each: B, shape ``(l, r, in)``, float64, and A with its scale, shape ``(l, out, r)``.
+        pairs: Of some layers each: B, shape ``(l, r, in)``, and A, shape ``(l, out, r)``, float64, and the scale.
 
     Returns:
         Of each pair the matrices, shape ``(l, 2, r, r)``, and of each layer, shape ``(l, 4)``, its mixing, at most 1 %
         too large, the same of A's columns, and the norms of B's longest and shortest row. Where one of the first two is
         beyond `CONDITION`, or no number, the matrices are not to be used.
     """
-    known = [_gram(down, up) for down, up in pairs]
+    known = [_gram(*pair) for pair in pairs]
     found: list[tuple[Tensor, Tensor]] = []
     for _, of_rank in groupby(known, key=lambda of: (of[0].device, of[0].shape[-1])):
         alike = list(of_rank)
@@ -95,19 +98,21 @@ def _quick(grams: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     return matrices, torch.cat((conditions, rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True)), dim=-1)
 
 
-def _gram(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _gram(down: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The Gram matrices of the rows of B and the columns of A, of one length each, ``(l, 2, r, r)``, and their lengths.
 
-    A column of zeros, as A has at the start, stands apart; a row of zeros makes what is no number.
+    Those of A are times the scale. A column of zeros, as A has at the start, stands apart; a row of zeros makes what is
+    no number, and so does what is too short or too long for its square to hold its digits.
     """
-    grams, lengths = [], []
-    for rows in (down, up.mT):
-        length = kernels.row_norms(rows)
-        zero = length == 0
-        unit = rows / (length if rows is down else length.where(~zero, 1.0))[..., None]
-        grams.append(unit @ unit.mT + torch.diag_embed(zero.to(rows)))
-        lengths.append(length)
-    return torch.stack(grams, dim=1), torch.stack(lengths, dim=1)
+    grams = torch.stack((down @ down.mT, up.mT @ up), dim=1)
+    squares = grams.diagonal(dim1=-2, dim2=-1)
+    low, high = SQUARES
+    zero = squares == 0
+    zero[:, 0] = False
+    unit = squares.sqrt().where((squares > low) & (squares < high), torch.nan).where(~zero, 1.0)
+    grams = grams / unit[..., None] / unit[..., None, :] + torch.diag_embed(zero.to(unit))
+    lengths = unit.where(~zero, 0.0)
+    return grams, torch.stack((lengths[:, 0], lengths[:, 1] * abs(scale)), dim=1)
 
 
 def _triangle(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,14 +156,14 @@ def weight_norms(layers: Sequence[AdaptedLayer]) -> Callable[[], list[WeightNorm
 
 
 def _alike(layers: Sequence[AdaptedLayer]) -> Iterator[list[int]]:
-    """The numbers of the ``layers`` that have a B, those of one shape and place together as far as `TOGETHER` goes."""
+    """The numbers of ``layers`` that have a B, those of one shape, scale and place together as `TOGETHER` allows."""
 
-    def shape(number: int) -> tuple[str, int, int, int]:
+    def shape(number: int) -> tuple[str, int, int, int, float]:
         layer = layers[number]
-        return str(layer.down.weight.device), layer.rank, layer.in_features, layer.out_features
+        return str(layer.down.weight.device), layer.rank, layer.in_features, layer.out_features, layer.scale
 
     shapes = {number: shape(number) for number, layer in enumerate(layers) if layer.rank}
-    for (where, rank, wide, out), alike in groupby(sorted(shapes, key=shapes.__getitem__), key=shapes.__getitem__):
+    for (where, rank, wide, out, _), alike in groupby(sorted(shapes, key=shapes.__getitem__), key=shapes.__getitem__):
         held = list(alike)
         room = TOGETHER if where == "cpu" else TOGETHER_ELSEWHERE
         most = max(1, room // (8 * rank * (wide + out)))
@@ -167,4 +172,5 @@ def _alike(layers: Sequence[AdaptedLayer]) -> Iterator[list[int]]:
 
 def _stacked(layers: Sequence[AdaptedLayer]) -> Pair:
     down = torch.stack([layer.down_matrix() for layer in layers])
-    return down, torch.stack([layer.scale * layer.up_matrix.to(down) for layer in layers])
+    up = torch.stack([layer.up_matrix for layer in layers]).to(down)
+    return down, up, layers[0].scale

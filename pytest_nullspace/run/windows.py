@@ -68,7 +68,7 @@ class ByWindow:
     ) -> Self | None:
         """Of what ``whole`` tells the means of, from the sums over each window; None where float32 cannot hold it."""
         means = {
-            name: [max(0.0, s) / n if n else 0.0 for s, n in zip(sums[name], counts[over], strict=True)]
+            name: [s / n if n and s > 0 else 0.0 for s, n in zip(sums[name], counts[over], strict=True)]
             for name, over in kind.over.items()
         }
         kept = cls(

@@ -189,6 +189,10 @@ def rows(adapted: AdaptedModel, of: Size, device: str) -> Iterator[tuple[str, st
         memory = [peak(one, device) for one in work]
         if None not in memory:
             yield f"{what}: peak memory, pass and bare, GiB", f"{memory[1]:.2f}, {memory[0]:.2f}"
+    for batch in (of.batch // 2, 2 * of.batch, 4 * of.batch):  # whether another number would be the better default
+        other = partial(measure, adapted, drawn, batch_size=batch)
+        other()
+        yield f"{len(drawn)} windows of {of.seqlen}, {batch} a forward: pass, s", f"{seconds(other, device):.3f}"
     for batch in dict.fromkeys((1, of.batch)):
         two = counts(partial(measure, adapted, drawn[: 2 * batch], batch_size=batch), device)
         alone = counts(partial(bare, adapted, drawn[: 2 * batch], batch), device)

@@ -248,9 +248,11 @@ def test_factors_of_many_layers_are_those_of_each(rank: int, wide: int, out: int
         assert want.mixing * (1 - 1e-6) <= got.mixing <= want.mixing * 1.011
 
 
-@pytest.mark.parametrize("spoil", ["repeated", "zero", "nearly", "nan", "infinite", "up is nan", "up is nearly"])
+@pytest.mark.parametrize(
+    "spoil", ["repeated", "zero", "nearly", "nan", "infinite", "up is nan", "up is nearly", "short", "long"]
+)
 def test_what_is_not_well_conditioned_is_decomposed(spoil: str) -> None:
-    """A row of B that others make, or none, and what is no number: the factors are those of `kernels.factors`."""
+    """A row that others make, or none, a length beyond squares, no number: the factors are `kernels.factors`' own."""
     down, up = random(4, 20, seed=0), random(9, 4, seed=1)
     match spoil:
         case "repeated":
@@ -265,6 +267,10 @@ def test_what_is_not_well_conditioned_is_decomposed(spoil: str) -> None:
             up[2, 2] = torch.nan
         case "up is nearly":
             up[:, 3] = up[:, 1] + 1e-6 * up[:, 3]
+        case "short":
+            up[:, 2] *= 1e-155
+        case "long":
+            down[1] *= 1e145
     good = layer_of(random(4, 20, seed=2), random(9, 4, seed=3), 1.0)
     _, got = factors.of_layers([good, layer_of(down, up, 2.0)])()
     want = kernels.factors(down, up, 2.0)
