@@ -49,11 +49,8 @@ def base_of(checkpoint: Checkpoint, asked: str | None, option: str = f"{PREFIX}b
     try:
         return base_path(checkpoint.base, checkpoint.base_revision, how)
     except CheckpointError as error:  # a relative path, as it was from the folder in which training ran
-        above = (folder / checkpoint.base for folder in Path(checkpoint.config_file).absolute().parents)
-        meant = None if _local(checkpoint.base) else next((path for path in above if _local(str(path))), None)
-        if meant is None:
-            raise
-        raise CheckpointError(f"{error} (did you mean {printable(meant.resolve())}?)") from error
+        meant = "" if _local(checkpoint.base) else _above(Path(checkpoint.config_file), Path(checkpoint.base))
+        raise CheckpointError(f"{error}{meant}") from error
 
 
 def base_path(name: str, revision: str | None, how: str) -> Path:
@@ -109,13 +106,28 @@ def _local(name: str) -> Path | None:
 
 
 def near(path: Path) -> str:
-    """What lies beside ``path``, where nothing does, and is called nearly so, as a question; else nothing."""
+    """What is meant by ``path``, where nothing lies, as a question; else nothing.
+
+    What is called nearly so beside it, or lies so below a folder above this one, in which pytest was not started.
+    """
     try:
         names = [entry.name for entry in path.expanduser().parent.iterdir()]
     except (OSError, RuntimeError, ValueError):  # nothing there either, nobody's home
-        return ""
+        names = []
     alike = get_close_matches(path.name, names, 1, cutoff=0.75)
-    return f" (did you mean {printable(path.parent / alike[0])}?)" if alike and alike != [path.name] else ""
+    if alike and alike != [path.name]:
+        return f" (did you mean {printable(path.parent / alike[0])}?)"
+    here = Path.cwd()
+    return _above(here, path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _above(place: Path, path: Path) -> str:
+    """What lies at the relative ``path`` from a folder above ``place``, as a question; else nothing."""
+    try:
+        found = next((folder / path for folder in place.absolute().parents if (folder / path).exists()), None)
+    except (OSError, ValueError):  # a name too long
+        return ""
+    return "" if found is None or path.is_absolute() else f" (did you mean {printable(found.resolve())}?)"
 
 
 def at_hand(name: str, revision: str | None) -> Path | None:

@@ -256,7 +256,10 @@ class Gate:
     def _hold_each_selected(self) -> None:
         """Tell of every run that was given and of which no test was selected, be it by another's id or by -k."""
         if not self._expected:
-            self._problems.append("no layer was gated: the selection leaves none of the model's tests")
+            self._problems.append(
+                "no layer was gated: the selection leaves none of the model's tests; to run others alone leave the "
+                "model out (-o addopts= where the ini file names it there)"
+            )
             return
         for file, run in self._files.items():
             if not any(name.startswith(f"{node_id(file, self._config.rootpath)}::") for name in self._expected):

@@ -142,6 +142,22 @@ def test_what_the_hub_does_not_have_is_a_usage_error(hub: Hub, gate: Gate, monke
     offline.stderr.fnmatch_lines(["ERROR: --nullspace-model: someone/adapter is no directory here *local directory"])
 
 
+def test_a_path_of_another_folder_is_asked_back(
+    gate: Gate, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options are read from the folder in which pytest was started: what lies so above it is what was meant."""
+    tiny.lora_null(pytester.path / "runs" / "ft")
+    (pytester.path / "text.txt").write_text("words")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(pytester.mkdir("tests"))
+    for path in ("runs/ft", "./runs/ft"):
+        result = gate(model=path)
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        assert f"(did you mean {pytester.path / 'runs' / 'ft'}?)" in result.stderr.str()
+    text = gate("--nullspace-calib-dataset=text.txt", model="../runs/ft")
+    assert f"(did you mean {pytester.path / 'text.txt'}?)" in text.stderr.str()
+
+
 def test_a_private_model_needs_a_token(hub: Hub, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without HF_TOKEN, or with a wrong one, the error says that the model may be private; with it, it is gated."""
     hub.token = "hf_right"
