@@ -7,7 +7,7 @@ not finite, is taken by `kernels.factors`, which does not.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -78,12 +78,11 @@ def quick(pairs: Iterable[Pair]) -> list[tuple[Tensor, Tensor]]:
         too large, the same of A's columns, and the norms of B's longest and shortest row. Where one of the first two is
         beyond `CONDITION`, or no number, the matrices are not to be used.
     """
-    known = [_gram(*pair) for pair in pairs]
     found: list[tuple[Tensor, Tensor]] = []
+    known = (_gram(*pair) for pair in pairs)  # of thousands of layers they would not fit beside what is found
     for _, of_rank in groupby(known, key=lambda of: (of[0].device, of[0].shape[-1])):
-        alike = list(of_rank)
-        for first in range(0, len(alike), STACKS):
-            grams, lengths = zip(*alike[first : first + STACKS], strict=True)
+        while alike := list(islice(of_rank, STACKS)):
+            grams, lengths = zip(*alike, strict=True)
             of_all = _quick(torch.cat(grams), torch.cat(lengths))
             found += zip(*(torch.split(part, list(map(len, grams))) for part in of_all), strict=True)
     return found

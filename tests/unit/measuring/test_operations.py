@@ -6,6 +6,7 @@ is not at hand.
 """
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -276,6 +277,23 @@ def test_what_is_not_well_conditioned_is_decomposed(spoil: str) -> None:
     want = kernels.factors(down, up, 2.0)
     torch.testing.assert_close(got.matrices, want.matrices, equal_nan=True, rtol=0, atol=0)
     assert repr(got[1:]) == repr(want[1:])
+
+
+def test_of_many_layers_few_gram_matrices_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers there are, so many stacks as are decomposed at once; and then they are let go of."""
+    held: list[weakref.ref[Tensor]] = []
+    alive = []
+
+    def gram(*of: Any, own: Any = factors._gram) -> Any:
+        found = own(*of)
+        held.append(weakref.ref(found[0]))
+        alive.append(sum(ref() is not None for ref in held))
+        return found
+
+    monkeypatch.setattr(factors, "_gram", gram)
+    pairs = [(random(1, 3, 20, seed=seed), random(1, 9, 3, seed=-seed - 1), 1.0) for seed in range(5 * factors.STACKS)]
+    assert len(factors.quick(pairs)) == len(pairs) == len(held)
+    assert max(alive) <= 2 * factors.STACKS
 
 
 # What is kept of rows
