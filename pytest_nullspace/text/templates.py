@@ -118,7 +118,13 @@ class Template:
         }
         answer = self._asked(json.dumps(asked).encode("ascii"))
         if "error" in answer:
-            raise self._refused(f"cannot be followed: {printable(answer['error'], 400)}")
+            number = answer["number"]  # below 0 where it cannot be read at all
+            talk = (
+                ""
+                if number < 0
+                else f", in the conversation {printable(conversations[number])}: mend that if it is odd"
+            )
+            raise self._refused(f"cannot be followed: {printable(answer['error'], 400)}{talk}")
         return [
             Rendered(text, [(first, after) for first, after in spans])
             for text, spans in zip(answer["texts"], answer["spans"], strict=True)

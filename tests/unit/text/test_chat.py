@@ -222,6 +222,15 @@ class TestTemplate:
         (rendered,) = require_template(tmp_path, "it").render([row], assistant=False)
         assert rendered.text == '26 Jul 2024[{"role": "user", "content": "<&é>"}][{"name": "add"}]'
 
+    def test_a_conversation_that_a_template_refuses_is_told(self) -> None:
+        """Of many the one is named that the template cannot write, for it is as likely at fault."""
+        template = "{% for m in messages %}{{ '<' + m.content }}{% endfor %}"
+        odd = json.dumps({"messages": [{"role": "user", "content": None}]})
+        told = refused(lambda: Template(Path("t"), template, {}).render([talk("hi"), odd], assistant=False))
+        assert 'in the conversation {"messages": [{"role": "user", "content": null}]}: mend that if it is odd' in told
+        told = refused(lambda: Template(Path("t"), "{{ ", {}).render([talk("hi")], assistant=False))
+        assert "in the conversation" not in told
+
     @pytest.mark.parametrize(
         ("template", "told"),
         [
