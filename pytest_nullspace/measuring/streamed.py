@@ -250,15 +250,15 @@ class Streaming:
                 values = shelf.ready(number)
                 self.expecting()
                 self.expecting = lambda: None
+                shelf.ahead(number + 1)
                 shelf.put(number, values)
                 del values
-                if number < last:
-                    shelf.ahead(number + 1)
                 try:
                     self._block(forwards, chosen, self._layers[number], done)
                 finally:
                     shelf.clear(number)
                     give_back_freed_memory()
+                shelf.ahead(number + 2)  # without waiting for the one between, so that never more than two are there
                 done.blocks = number + 1
                 if self._halfway.is_due:
                     done.answers = [forward.waiting.given for forward in forwards]

@@ -63,7 +63,7 @@ class Shelf:
         self._pieces: list[list[_Piece]] = [[] for _ in self.blocks]
         self._block_of = {id(module): number for number, block in enumerate(self.blocks) for module in block.modules()}
         self._reader: ThreadPoolExecutor | None = None
-        self._ahead: tuple[int, Future[list[Tensor]]] | None = None
+        self._ahead: dict[int, Future[list[Tensor]]] = {}
         self._finite: frozenset[str] = frozenset()
 
     def takes(self, model: nn.Module, name: str, info: TensorInfo) -> bool:
@@ -125,26 +125,26 @@ class Shelf:
         return values
 
     def ahead(self, number: int) -> None:
-        """Begin to read a block in a thread, unless that is begun; what was read so and not asked for is let go."""
-        if self._ahead is not None and self._ahead[0] == number:
+        """Begin to read a block in a thread, behind what that reads already, unless it was begun or there is none."""
+        if number in self._ahead or number >= len(self.blocks):
             return
         if self._reader is None:
             threads = torch.get_num_threads()
             self._reader = ThreadPoolExecutor(1, "nullspace-reader")
             self._reader.submit(torch.set_num_threads, 1).result()  # what runs a block has the cores
             torch.set_num_threads(threads)
-        self._ahead = number, self._reader.submit(self.read, number)
+        self._ahead[number] = self._reader.submit(self.read, number)
 
     def ready(self, number: int) -> list[Tensor]:
-        """The weights of a block, once they are read.
+        """The weights of a block, once they are read; what was begun of earlier ones is let go.
 
         Raises:
             CheckpointError: As `taken` does.
         """
         self.ahead(number)
-        assert self._ahead is not None
-        (_, coming), self._ahead = self._ahead, None
-        values = coming.result()
+        for earlier in [other for other in self._ahead if other < number]:
+            self._ahead.pop(earlier).cancel()
+        values = self._ahead.pop(number).result()
         self.early.end()
         return values
 
@@ -164,8 +164,9 @@ class Shelf:
     def close(self) -> None:
         """Close its files, which are opened again when they are read, and end the thread that reads ahead."""
         if self._reader is not None:
-            self._reader.shutdown()
-        self._ahead = self._reader = None
+            self._reader.shutdown(cancel_futures=True)
+        self._reader = None
+        self._ahead.clear()
         self.files.close()
 
     @property

@@ -110,6 +110,30 @@ def test_each_byte_of_the_weights_is_read_once(
     assert run.about["weights_sha256"] == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+def test_two_blocks_are_in_memory_at_most(measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next is read meanwhile, and the one after it once the first of both is gone, in each pass."""
+    there, most = set[int](), list[int]()
+    read, clear = Shelf.read, Shelf.clear
+
+    def begun(shelf: Shelf, number: int) -> Any:
+        there.add(number)
+        most.append(len(there))
+        return read(shelf, number)
+
+    def cleared(shelf: Shelf, number: int) -> None:
+        clear(shelf, number)
+        there.discard(number)
+
+    monkeypatch.setattr(Shelf, "read", begun)
+    monkeypatch.setattr(Shelf, "clear", cleared)
+    directory = tiny.lora_null(tmp_path / "deep", tiny.llama(num_hidden_layers=7))
+    measured(directory, device_map=STREAM, calib_size=None, calib_most=40)
+    assert len(most) > 7
+    assert len(most) % 7 == 0
+    assert max(most) == 2
+    assert not there
+
+
 def test_freed_memory_is_given_back_after_each_block_and_nothing_is_set_aside_for_an_empty_one(
     measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
