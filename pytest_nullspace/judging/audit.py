@@ -13,6 +13,7 @@ from pytest_nullspace.checkpoint import Checkpoint, lora_null, peft
 from pytest_nullspace.checkpoint.arrays import change, is_finite, largest_angle, read_tensor, relative
 from pytest_nullspace.checkpoint.header import TensorInfo, printable
 from pytest_nullspace.errors import CheckpointError, StatsError
+from pytest_nullspace.run.entries import plain
 from pytest_nullspace.run.stats import LayerStats
 
 if TYPE_CHECKING:
@@ -135,8 +136,8 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         """The audit as JSON holds it."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
+        told: dict[str, Any] = plain(asdict(self), "nan")
+        return told
 
     @classmethod
     def of(cls, about: Mapping[str, Any], where: str = "the run") -> "Audit | None":
@@ -182,14 +183,6 @@ def _told(key: str, value: Any) -> Any:
     if key in _WORDS or isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(key)
     return float(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return "nan" if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def audit(

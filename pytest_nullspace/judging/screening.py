@@ -14,9 +14,10 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from pytest_nullspace.errors import StatsError
+from pytest_nullspace.judging import spoken
 from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage
-from pytest_nullspace.judging.spoken import plain
 from pytest_nullspace.judging.verdicts import Finding, Tier, Verdict
+from pytest_nullspace.run.entries import plain
 from pytest_nullspace.run.norms import Ratios, ratio
 from pytest_nullspace.run.stats import ORTHONORMAL, UNPLACED, UNREACHED
 
@@ -130,8 +131,7 @@ class Screening:
 
     def to_dict(self) -> dict[str, Any]:
         """It as JSON holds it, no number as ``null``."""
-        entries = [{key: _plain(value) for key, value in asdict(one).items()} for one in self.entries]
-        return {"of": self.of, "layers": entries}
+        return {"of": self.of, "layers": [plain(asdict(one)) for one in self.entries]}
 
     @classmethod
     def told(cls, about: Mapping[str, Any], where: str = "the run") -> "Screening | None":
@@ -154,10 +154,6 @@ class Screening:
             return cls(tuple(ScreenedLayer(**entry) for entry in entries), int(held["of"]))
         except (TypeError, KeyError, ValueError, AttributeError):
             raise StatsError(f"{where}: its entry '{KEY}' is of no screen; screen again") from None
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def verdict(told: Screening, subject: str, expectations: Expectations) -> Verdict:
@@ -224,4 +220,6 @@ def _seen(told: Screening, asked: Collection[str], expectations: Expectations) -
         yield f"{looks} of {len(found)} tests to look at"
     decide = {threshold.figure for threshold in expectations.thresholds(MODEL)}
     said = [figure for figure in FIGURES if figure in decide]
-    yield from (plain(figure, told.mean(figure)) for figure in said if figure != "preservation" or len(said) == 1)
+    yield from (
+        spoken.plain(figure, told.mean(figure)) for figure in said if figure != "preservation" or len(said) == 1
+    )

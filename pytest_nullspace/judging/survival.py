@@ -17,6 +17,7 @@ from pytest_nullspace.checkpoint.threads import side_by_side
 from pytest_nullspace.errors import StatsError, printable
 from pytest_nullspace.judging.merging import Merge
 from pytest_nullspace.judging.verdicts import Threshold, Tier
+from pytest_nullspace.run.entries import plain
 from pytest_nullspace.run.norms import ratio
 from pytest_nullspace.run.stats import RunStats
 
@@ -174,9 +175,8 @@ class Survival:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON holds them, no number as ``null``."""
-        plain: dict[str, Any] = _plain(asdict(self))
         verdicts = {kind: str(self.of_type(kind).tier) for kind in self.types}
-        return {**plain, "tiers": verdicts, "cheapest": self.cheapest}
+        return {**plain(asdict(self)), "tiers": verdicts, "cheapest": self.cheapest}
 
     @classmethod
     def of(cls, about: Mapping[str, Any], where: str = "the run") -> "Survival | None":
@@ -220,14 +220,6 @@ class Survival:
                 "measure again"
             )
         return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _layer(told: Mapping[str, Any]) -> LayerLeft:

@@ -15,6 +15,7 @@ from pytest_nullspace.checkpoint.header import TensorInfo
 from pytest_nullspace.checkpoint.threads import side_by_side
 from pytest_nullspace.errors import StatsError
 from pytest_nullspace.judging.audit import Place, places
+from pytest_nullspace.run.entries import plain
 from pytest_nullspace.run.stats import SCALE_ZERO
 
 EQUAL = 1e-6
@@ -89,10 +90,7 @@ class Weights:
 
     def to_list(self) -> list[dict[str, Any]]:
         """The weights as JSON holds them, no number as ``null``."""
-        plain = ({key: _plain(value) for key, value in asdict(layer).items()} for layer in self.layers)
-        return [
-            {**entry, "has_base": layer.base_norm is not None} for entry, layer in zip(plain, self.layers, strict=True)
-        ]
+        return [{**plain(asdict(layer)), "has_base": layer.base_norm is not None} for layer in self.layers]
 
     @classmethod
     def of(cls, about: Mapping[str, Any], where: str = "the run") -> "Weights | None":
@@ -112,10 +110,6 @@ class Weights:
             return cls(tuple(map(_layer, told)))
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
             raise StatsError(f"{where}: its entry 'weights' holds no weights; weigh again") from None
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _layer(entry: Mapping[str, Any]) -> LayerWeights:

@@ -58,6 +58,15 @@ _ABSENT_IN_REFERENCE: Mapping[str, int] = {"in_features": 0, "rank": 0, "out_fea
 _COUNTS = ("rows", "in_features", "rank", "down_rank", "distinct_rows", "unplaced", "bypassed", "out_features")
 
 
+def plain(value: Any, none: str | None = None) -> Any:
+    """What JSON holds for a value, however deep: a list for a tuple, and ``none`` for a number that is none."""
+    if isinstance(value, dict):
+        return {key: plain(inner, none) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner, none) for inner in value]
+    return none if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _keys() -> dict[str, str]:
     """Of every field and every figure of a layer, its key in the file."""
     return _KEYS | {name: FIGURES[name].key for name in of_layers()}
@@ -100,7 +109,7 @@ def entry_of(layer: LayerStats) -> dict[str, Any]:
     if layer.further:
         entry[_FURTHER] = {name: entry_of(of) for name, of in layer.further.items()}
     if layer.spectrum is not None:
-        entry[_SPECTRUM] = {key: plain(value) for key, value in asdict(layer.spectrum).items()}
+        entry[_SPECTRUM] = plain(asdict(layer.spectrum))
     return entry
 
 
@@ -110,11 +119,6 @@ def _value(of: Any, name: str) -> Any:
         return getattr(of, name)
     figure = FIGURES[name]
     return figure.value(of, of.task) if figure.text is Text.BOTH else figure.value(of)
-
-
-def plain(value: str | int | float) -> str | int | float | None:
-    """A value as JSON holds it: what is not finite is nothing."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def layer_of(entry: object, where: str) -> LayerStats:
