@@ -121,9 +121,24 @@ def require_ours(directory: Path) -> None:
     else:
         nothing = f"neither {MODEL} nor {ADAPTER} is in it; give the directory that training saved"
         raise CheckpointError(f"{directory}: not a checkpoint: {_recognised(directory) or nothing}")
-    has_weights = any(re.match(rf"(pytorch_)?{stem}[.-]", name) for name in _names(directory))
-    if not has_weights and (told := _recognised(directory)) is not None:
+    if _has_weights(directory, stem):
+        return
+    if (told := _below(directory) or _beside_a_model(directory) or _recognised(directory)) is not None:
         raise CheckpointError(f"{directory}: no weights of its own: {told}")
+
+
+def _has_weights(directory: Path, stem: str) -> bool:
+    return any(re.match(rf"(pytorch_)?{stem}[.-]", name) for name in _names(directory))
+
+
+def _beside_a_model(directory: Path) -> str | None:
+    """That the config of an adapter lies beside a whole model, and what to do; None where no model is there."""
+    if not ((directory / MODEL).exists() and _has_weights(directory, "model")):
+        return None
+    return (
+        f"an {ADAPTER} beside a whole model; to gate that take {ADAPTER} out of a copy, or else copy the adapter's "
+        "weights there from the same save"
+    )
 
 
 def _require_peft(config_file: Path) -> None:

@@ -34,6 +34,10 @@ KEYS: dict[str, tuple[str, str]] = {
 
 Files = Mapping[str, object]
 STRANGERS: dict[str, tuple[Files, str]] = {
+    "the config of an adapter beside a whole model": (
+        {"adapter_config.json": PEFT, "config.json": {"model_type": "llama"}, "model.safetensors": ""},
+        "an adapter_config.json beside a whole model; to gate that take adapter_config.json out of a copy, or else copy",
+    ),
     "an MLX adapter of old": (
         {"adapter_config.json": {"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "adapters.npz": ""},
         "a part of an MLX adapter; it is read where adapter_config.json and adapters.safetensors of one save lie",
