@@ -36,7 +36,7 @@ Files = Mapping[str, object]
 STRANGERS: dict[str, tuple[Files, str]] = {
     "the config of an adapter beside a whole model": (
         {"adapter_config.json": PEFT, "config.json": {"model_type": "llama"}, "model.safetensors": ""},
-        "an adapter_config.json beside a whole model; to gate that take adapter_config.json out of a copy, or else copy",
+        "an adapter_config.json beside a whole model; to gate that take adapter_config.json out of a copy, or else",
     ),
     "an MLX adapter of old": (
         {"adapter_config.json": {"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "adapters.npz": ""},
