@@ -34,7 +34,7 @@ class DistinctRows:
     def __init__(self, width: int, device: torch.device) -> None:
         self._width, self._used, self.enough = width, 0, False
         # Set aside at once: what is small and kept amid activations that are freed lets the heap grow.
-        self._kept = torch.empty((2 if kernels.at_hand(device) else AHEAD) * width, dtype=torch.int64, device=device)
+        self._kept = torch.empty((1 if kernels.at_hand(device) else AHEAD) * width, dtype=torch.int64, device=device)
 
     def add(self, prints: Tensor) -> None:
         """Add some rows by their `prints`; adding them again changes nothing, and a GPU is not waited for."""
@@ -42,7 +42,8 @@ class DistinctRows:
             return
         device = self._kept.device
         prints = prints.to(device)
-        if self._used + len(prints) > len(self._kept):
+        # Where they may be enough a CPU looks at once: then no more need to be made.
+        if self._used + len(prints) >= len(self._kept):
             prints, self._used = torch.cat((self._kept[: self._used], prints)), 0
             if kernels.at_hand(device):
                 prints = _unique(prints)
