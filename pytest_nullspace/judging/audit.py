@@ -229,7 +229,8 @@ def audit(
     else:
         decided = "as --nullspace-variant says"
     others, compared = _others(now, before)
-    both_name_one = peft.GGUF not in (trained.format, initial.format)
+    # A LoRA for llama.cpp names none, nor does a model in memory whose base was never saved.
+    both_name_one = peft.GGUF not in (trained.format, initial.format) and trained.base and initial.base
     if both_name_one and trained_base is None and initial_base is None and trained.base != initial.base:
         others.insert(0, Moved(_BASE_NAMED, math.nan, f"{trained.base}, was {initial.base}"))
     return Audit(str(initial.directory), variant, decided, tuple(audited), tuple(others), compared)

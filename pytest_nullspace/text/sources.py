@@ -176,7 +176,7 @@ def _split_path(spec: str, folder: Path, option: str) -> tuple[Path, list[str]]:
     for path, selectors in candidates:
         if _exists(path):
             return path, selectors
-    looked_for = " and ".join(str(path.absolute()) for path, _ in candidates)
+    looked_for = " and ".join(printable(path.absolute(), 400) for path, _ in candidates)
     raise _refusal(option, spec, f"no such file or folder (looked for {looked_for}){near(candidates[0][0])}")
 
 

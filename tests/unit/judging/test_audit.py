@@ -189,6 +189,13 @@ def test_a_peft_adapter_is_held_against_its_start(tmp_path: Path) -> None:
     assert changes.moved(found) == f"{found.others[0]}; 0 of 0 tensors outside the layers moved"
 
 
+def test_who_names_no_base_names_no_other(tmp_path: Path) -> None:
+    """A model in memory whose base was never saved is not told to be trained on another than its start."""
+    start = open_checkpoint(as_peft(tmp_path / "a"))
+    trained = open_checkpoint(as_peft(tmp_path / "b", lambda _, config: config.pop("base_model_name_or_path")))
+    assert audit(trained, start, layers={Q0}).others == ()
+
+
 def test_a_start_that_is_no_number_is_no_start(tmp_path: Path) -> None:
     """NaN in the matrices of a start is told of its file; the trained layers are not called broken for it."""
     key = f"base_model.model.{Q0}.lora_A.weight"

@@ -210,7 +210,9 @@ class TestSource:
 
     def test_a_text_given_in_place_of_a_path_is_refused(self) -> None:
         """A name longer than any file system takes is as missing as any other."""
-        assert "no such file or folder" in refused(lambda: parse_source("word " * 2000))
+        told = refused(lambda: parse_source("word " * 2000))
+        assert "no such file or folder" in told
+        assert len(told) < 1500, "a text is not repeated as where a path was looked for"
 
 
 class TestFiles:
