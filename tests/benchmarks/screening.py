@@ -25,7 +25,7 @@ from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.judging.screening import FIGURES, Screening
 from pytest_nullspace.measuring.memory import keep_freed_memory
 from pytest_nullspace.measuring.pipeline import measure_checkpoint
-from pytest_nullspace.measuring.screen import places, screen
+from pytest_nullspace.measuring.screen import Place, places, screen
 from pytest_nullspace.measuring.screening import screen_checkpoints
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel
 from pytest_nullspace.settings import Settings
@@ -68,21 +68,23 @@ def differences(directories: Sequence[Path], text: Path, **options: Any) -> Diff
     return found
 
 
-def screening_of(base: Any, held: Sequence[dict[str, AdaptedLayer]]) -> object:
-    """Screen these adapters on 16 windows."""
-    return screen(AdaptedModel(base, held[0], torch.device("cpu")), places(held), windows_of(4096, 256, VOCABULARY))
+def screening_of(base: Any, layers: dict[str, AdaptedLayer], held: Sequence[Place]) -> object:
+    """Screen adapters on 16 windows."""
+    return screen(AdaptedModel(base, layers, torch.device("cpu")), held, windows_of(4096, 256, VOCABULARY))
 
 
 def times(directories: Sequence[Path], text: Path, **options: Any) -> dict[str, float]:
-    """Eight adapters over one, in the pass alone and with all that is loaded; and one gate over that of one."""
+    """Eight adapters over one: in the pass, with what weights give, with all that is loaded; and over a gate of one."""
     checkpoints = [open_checkpoint(directory) for directory in directories]
     settings = settings_of(directories[0], text, **options)
     base, held = adapters.on_the_base(directories, options.get("base"))
+    known = {count: places(held[:count]) for count in (1, MANY)}
     works = {
-        "pass": lambda count: screening_of(base, held[:count]),
+        "pass": lambda count: screening_of(base, held[0], known[count]),
+        "weights": lambda count: screening_of(base, held[0], places(held[:count])),
         "whole": lambda count: screen_checkpoints([(of, _names(of)) for of in checkpoints[:count]], settings),
     }
-    told: dict[str, list[float]] = {"pass": [], "whole": [], "gate": [], "command": []}
+    told: dict[str, list[float]] = {name: [] for name in (*works, "gate", "command")}
     for _ in range(ROUNDS):
         for name, work in works.items():
             one, many = (_seconds(lambda count=count, work=work: work(count)) for count in (1, MANY))
@@ -161,11 +163,14 @@ def tables(found: Mapping[str, Any]) -> str:
         ]
     lines += ["", f"Eight adapters over one ({found['machine']}, medians of {ROUNDS} alternations):", ""]
     lines += [
-        "| base | the pass | with base, text and adapters loaded | the whole command | eight screened over one gated |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| base | the pass over 16 windows | with what weights give | with base, text and adapters loaded | "
+        "the whole command | eight screened over one gated |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
-        f"| {name} | {of['pass']:.2f} | {of['whole']:.2f} | {of['command']:.2f} | {of['gate']:.2f} |"
+        f"| {name} | "
+        + " | ".join(f"{of[what]:.2f}" for what in ("pass", "weights", "whole", "command", "gate"))
+        + " |"
         for name, of in found["cost"].items()
     ]
     return "\n".join(lines) + "\n"
