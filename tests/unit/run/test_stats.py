@@ -22,23 +22,8 @@ from pytest_nullspace.run.figures import of_layers
 from pytest_nullspace.run.saved import from_json, to_json, write, write_atomically
 from pytest_nullspace.run.stats import LayerStats, RunStats
 from tests import saved
+from tests.saved import LAYER
 
-LAYER = LayerStats(
-    name="model.layers.0.self_attn.q_proj",
-    rows=100,
-    in_features=64,
-    rank=4,
-    out_features=32,
-    input_norm=8.0,
-    down_norm=0.25,
-    update_norm=0.5,
-    base_norm=7.5,
-    output_norm=10.0,
-    mean_leakage=0.001,
-    down_weight_norm=2.0,
-    up_weight_norm=3.0,
-    base_weight_norm=40.0,
-)
 RUN = RunStats(
     "models/ft", "wikitext2", (LAYER, dataclasses.replace(LAYER, name="model.layers.10.mlp.up_proj")), 3, {"k": [1]}
 )
