@@ -49,6 +49,7 @@ _OF_PARTS = ("AutoModelForMultimodalLM", _LAST)
 """What the part is that reads text of a model that only generates."""
 _ENCODER = "AutoModelForTextEncoding"
 """What an encoder is that is adapted without the decoder beside it, as T5's."""
+_WHOLE_NUMBERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 _QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """The packages that read a base quantised so; of others transformers' message tells."""
 
@@ -348,7 +349,19 @@ def _from_directory(kind: Kind, base: Path) -> tuple[Any, list[TensorInfo], dict
     """A saved base's config, its tensors, and what else ``from_pretrained`` is told."""
     tensors = tensors_of(base)
     require_unwrapped(base, (tensor.name for tensor in tensors))
+    if _quantiser(base) is None and (of := next(filter(_is_quantised, tensors), None)) is not None:
+        raise CheckpointError(
+            f"{of.file}: tensor {quoted(of.name)} ({of.dtype}) is of quantised weights, and config.json has no "
+            "quantization_config that says how they are computed with; copy both from one save, or give another base "
+            "by --nullspace-base=DIR"
+        )
     return kind.config, tensors, {"use_safetensors": True}
+
+
+def _is_quantised(tensor: TensorInfo) -> bool:
+    """Whether it is of weights whose numbers are not those that a plain layer computes with."""
+    is_whole = tensor.dtype in _WHOLE_NUMBERS and tensor.name.endswith(".weight")
+    return is_whole or tensor.name.endswith((".weight_scale", ".weight_scale_inv"))
 
 
 def _from_gguf(file: Path) -> tuple[Any, list[TensorInfo], dict[str, Any]]:

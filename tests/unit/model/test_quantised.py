@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pytest_nullspace.errors import CheckpointError
@@ -126,4 +127,19 @@ def test_a_missing_library_is_named(library: str, options: dict[str, Any], tmp_p
     config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": library, **options}}
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=f"quantised by {library}, .* not installed: .*; pip install {library}$"):
+        opened(directory)
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_scale"])
+def test_quantised_weights_without_their_config_are_an_error(part: str, tmp_path: Path) -> None:
+    """Where nothing says how they are computed with, no other model is measured in their place."""
+    directory = adapter(tmp_path, tiny.llama(), r=2, target_modules=["q_proj"])
+    file, name = tmp_path / "base/model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    if part == "weight":
+        tensors[name] = (tensors[name] * 100).to(torch.int8)
+    else:
+        tensors[f"{name}_scale"] = torch.ones(1)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"up_proj\.{part}' .* is of quantised weights, and config\.json has no"):
         opened(directory)
