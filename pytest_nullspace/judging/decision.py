@@ -11,6 +11,7 @@ from typing import Any
 
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage, verdicts_of
+from pytest_nullspace.judging.scarce import few_rows
 from pytest_nullspace.judging.spoken import PLAIN, said
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
 from pytest_nullspace.run.figures import OF_DOWN
@@ -321,6 +322,10 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
         yield Reason("what it forgot was not judged (--nullspace-drift)", Tier.WARN)
     elif expectations.stage is Stage.TRAINED and (run.drift is None or run.drift.task is None):
         yield Reason("what it learned was not judged (--nullspace-task-dataset)", Tier.WARN)
+    quiet = {v.subject for v in verdicts for f in v.findings if f.threshold.figure == "leakage" and f.tier is Tier.PASS}
+    few = [layer for layer in few_rows(run) if layer.name in quiet]
+    if 2 * len(few) > len(quiet - {MODEL}):
+        yield Reason(f"too few rows to show a null space in {len(few):,} of {len(run.layers):,} layers", Tier.WARN)
     for verdict in verdicts:
         for finding in verdict.findings if is_drift(verdict.subject) else ():
             if finding.uncertain and finding.threshold.figure not in _FLOORS:

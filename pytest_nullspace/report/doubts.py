@@ -6,6 +6,7 @@ from dataclasses import replace
 from statistics import median
 
 from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.judging import scarce
 from pytest_nullspace.judging.invariants import MODEL, Expectations, judge_averages, judge_drifts
 from pytest_nullspace.judging.verdicts import Verdict
 from pytest_nullspace.report import model, notes
@@ -222,7 +223,7 @@ def no_first_token(run: RunStats) -> str | None:
 
 def repeated(run: RunStats) -> str | None:
     """How much of the preserved text repeats, where that is a tenth or more; None if it is less, or nobody told."""
-    tokens, distinct = _tokens(run)
+    tokens, distinct = scarce.tokens_of(run)
     if 10 * (tokens - distinct) < tokens or not tokens:
         return None
     return (
@@ -233,33 +234,24 @@ def repeated(run: RunStats) -> str | None:
 
 def few_rows(run: RunStats) -> str | None:
     """How many layers are wider than their rows are many, and what would be enough; None if there are none."""
-    if run.has_no_down:  # the figure that few rows blur is none of it
-        return None
-    tokens, distinct = _tokens(run)
-    new = distinct / tokens if tokens else 1.0
-    rows = {layer.name: _distinct(layer, new) for layer in run.layers}
-    short = [layer for layer in run.layers if 0 < rows[layer.name] < layer.in_features]
+    short = scarce.few_rows(run)
     if not short:
         return None
+    rows = {layer.name: scarce.distinct_rows(run, layer) for layer in short}
     layer = min(short, key=lambda layer: rows[layer.name] / layer.in_features)
     return (
         f"{FEW_ROWS}: leakage proves little in {len(short):,} of {len(run.layers):,} layers, such as "
         f"{printable(layer.name)} ({rows[layer.name]:,.0f} distinct rows in a width of {layer.in_features:,}): fewer "
         "different rows than a layer is wide leave some space of it quiet by themselves, whatever the adapter does; "
-        f"{_enough(run, layer, new)}"
+        f"{_enough(run, layer)}"
     )
 
 
-def _distinct(layer: LayerStats, new: float) -> float:
-    """How many rows of ``layer`` are not, or almost, another one again; ``new`` is the share of such tokens."""
-    apart = layer.rows * new
-    return apart if layer.distinct_rows is None else min(apart, layer.distinct_rows)
-
-
-def _enough(run: RunStats, layer: LayerStats, new: float) -> str:
-    """What would give ``layer`` as many distinct rows as it is wide, where the share ``new`` of tokens is."""
-    settings, text, rows = run.about.get("settings"), run.about.get("text"), _distinct(layer, new)
-    if 2 * rows < layer.rows * new:
+def _enough(run: RunStats, layer: LayerStats) -> str:
+    """What would give ``layer`` as many distinct rows as it is wide."""
+    settings, text, rows = run.about.get("settings"), run.about.get("text"), scarce.distinct_rows(run, layer)
+    tokens, distinct = scarce.tokens_of(run)
+    if 2 * rows < layer.rows * (distinct / tokens if tokens else 1.0):
         return (
             "its rows repeat, as those do that hold a token without its context: give a text of more different tokens"
         )
@@ -271,11 +263,3 @@ def _enough(run: RunStats, layer: LayerStats, new: float) -> str:
         return "measure on more text"
     needed = math.ceil(windows * layer.in_features / rows)
     return f"about {needed:,} such windows would be enough (--nullspace-calib-size={needed})"
-
-
-def _tokens(run: RunStats) -> tuple[int, int]:
-    """How many tokens the preserved text had, and how many of them were new; zeros where nobody told."""
-    text = run.about.get("text")  # a file of another making may hold anything
-    counts = [text.get(what) for what in ("tokens", "distinct")] if isinstance(text, dict) else []
-    known = [count for count in counts if isinstance(count, int) and count > 0]
-    return (known[0], known[1]) if len(known) == 2 else (0, 0)

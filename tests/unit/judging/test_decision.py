@@ -8,6 +8,7 @@ import pytest
 
 from pytest_nullspace.judging.decision import DECIDING, Call, Decision, decide, not_gated
 from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage
+from pytest_nullspace.judging.profiles import Chosen, Profile
 from pytest_nullspace.judging.sanity import insane
 from pytest_nullspace.judging.spoken import plain
 from pytest_nullspace.run.figures import FIGURES
@@ -78,6 +79,21 @@ def test_what_was_not_measured_or_not_judged_is_never_safe() -> None:
         good(), layers=tuple(dataclasses.replace(x, mean_leakage=None) for x in good().layers)
     )
     assert (verdict(lacking).call, verdict(lacking).sentence) == (Call.LOOK, "not measured: leakage")
+
+
+def test_a_null_space_that_so_few_rows_could_not_show_is_no_reason_to_call_it_safe() -> None:
+    """Where fewer rows than a layer is wide reached most layers their leakage proves little; of a few it is a note."""
+
+    def scarce(count: int) -> RunStats:
+        run = good()
+        few = [dataclasses.replace(layer, distinct_rows=layer.in_features - 1) for layer in run.layers[:count]]
+        return dataclasses.replace(run, layers=(*few, *run.layers[count:]))
+
+    assert verdict(scarce(4)).call is Call.SAFE
+    told = verdict(scarce(5))
+    assert (told.call, told.sentence) == (Call.LOOK, "too few rows to show a null space in 5 of 9 layers")
+    ordinary = Expectations(chosen=Chosen(Profile.LORA, "asked for"), drift_judged=True)
+    assert decide(scarce(9), ordinary).call is Call.SAFE
 
 
 def test_a_failure_weighs_more_than_a_gap() -> None:
