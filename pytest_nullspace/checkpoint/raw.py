@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from io import FileIO
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +120,9 @@ class Early:
         self._files.close()
 
     def _read(self, run: Run) -> Bytes:
-        values = np.empty(sum(info.nbytes for info in run), dtype=np.uint8)
+        size = sum(info.nbytes for info in run)
+        # Not from the heap of this thread, which nothing would give back once it is freed.
+        values = np.frombuffer(mmap(-1, max(1, size)), dtype=np.uint8, count=size)
         self._files.read(run, values.data)
         return values
 
