@@ -253,7 +253,7 @@ def load_base(
     """
     with _told_of(base):
         config, tensors, how = _from_gguf(base) if base.is_file() else _from_directory(kind, base)
-        with held_to(tensors, base if base.is_file() else base / "config.json"):
+        with _misfit_named(kind, base, tensors), held_to(tensors, base if base.is_file() else base / "config.json"):
             model, report = _loading(kind.build)(
                 str(base.parent if base.is_file() else base),
                 config=config,
@@ -270,6 +270,25 @@ def load_base(
     wrong = [key for key in (*missing, *mismatched) if not any(part in replaced for part in key.split("."))]
     assert isinstance(model, nn.Module)
     return model, tuple(wrong)
+
+
+@contextmanager
+def _misfit_named(kind: Kind, base: Path, tensors: Collection[TensorInfo]) -> Iterator[None]:
+    """Name the tensor of another shape than the config's, which transformers only prints."""
+    try:
+        yield
+    except RuntimeError as error:
+        if kind.config is None or "ignore_mismatched_sizes" not in str(error):
+            raise
+        places = {name: tuple(value.shape) for name, value in kind.empty().state_dict().items()}
+        wrong = next((of for of in tensors if places.get(of.name, of.shape) != of.shape), None)
+        if wrong is None:
+            raise
+        raise CheckpointError(
+            f"{wrong.file}: tensor {printable(wrong.name)} has shape {list(wrong.shape)}, but config.json makes it "
+            f"{list(places[wrong.name])}{own_code(base)}; copy both from one save, or give another base by "
+            "--nullspace-base=DIR"
+        ) from error
 
 
 def shelve_base(kind: Kind, base: Path, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Shelf]:
