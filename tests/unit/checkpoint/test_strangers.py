@@ -209,7 +209,7 @@ def test_an_adapter_beside_the_base_is_refused(saved: Path, tmp_path: Path) -> N
         ({"model_type": "mine"}, "no model_type 'mine' of its own; take a newer transformers"),
         (
             {"hidden_size": 64, "auto_map": {"AutoModel": "a.B"}},
-            r"tensor \S+weight has shape \[.*\], but config\.json makes it \[.*\]; its auto_map names code of its own, ",
+            r"tensor \S+weight has shape \[.*\], but config\.json makes it \[.*\]; its auto_map names code of its own",
         ),
         (
             {"num_hidden_layers": 5, "auto_map": {"AutoModel": "a.B"}},
