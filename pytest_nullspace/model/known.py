@@ -1,7 +1,8 @@
-"""What transformers can build with its own code; code that a config names is never run."""
+"""What transformers can build with its own code, and what it cannot load; code that a config names is never run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from pytest_nullspace.checkpoint.header import printable, quoted, read_json_obje
 from pytest_nullspace.errors import CheckpointError
 
 _FLOATS = ("Infinity", "-Infinity", "NaN")
+_QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
+"""The packages that read a base quantised so; of others transformers' message tells."""
 
 
 def require_known(config: Mapping[str, Any], config_file: Path) -> None:
@@ -58,3 +61,33 @@ def own_code(base: Path) -> str:
     if base.is_file() or not known_config(base).get("auto_map"):
         return ""
     return "; its auto_map names code of its own, which is never run, and that may be of another architecture"
+
+
+@contextmanager
+def told_of(base: Path) -> Iterator[None]:
+    """Say in one sentence what transformers, which raises many kinds of errors, cannot load of ``base``."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ImportError as error:
+        method = None if base.is_file() else quantiser(base)
+        if method is None:
+            raise CheckpointError(
+                f"{base}: transformers builds this model with a package that is not installed: {printable(error, 300)}"
+            ) from error
+        raise CheckpointError(
+            f"{base}: its weights are quantised by {printable(method)}, and what reads them is not installed: "
+            f"{printable(error, 300)}; pip install {_QUANTISERS.get(method, 'what it names')}"
+        ) from error
+    except Exception as error:
+        raise CheckpointError(
+            f"{base}: transformers cannot load the base model: {printable(error, 300)}{own_code(base)}; save it "
+            "again with safe_serialization=True, or give another by --nullspace-base=DIR"
+        ) from error
+
+
+def quantiser(base: Path) -> str | None:
+    """By which method the weights of ``base`` are quantised, as its config says; None where they are not."""
+    config = read_json_object(base / "config.json", "the base model's config").get("quantization_config")
+    return str(config.get("quant_method")) if isinstance(config, dict) else None

@@ -35,9 +35,9 @@ from pytest_nullspace.checkpoint.hub import at_hand
 from pytest_nullspace.checkpoint.peft import CONFIG_FILE, PREFIX, writes_into_base
 from pytest_nullspace.errors import CheckpointError, OptionError, first_line, printable, some
 from pytest_nullspace.model import device_named
-from pytest_nullspace.model.bases import reading
+from pytest_nullspace.model.kinds import reading
 from pytest_nullspace.model.layers import AdaptedModel
-from pytest_nullspace.model.peft import require_changed
+from pytest_nullspace.model.matching import require_changed
 from pytest_nullspace.model.views import view
 
 SMALL = 1 << 20

@@ -3,19 +3,16 @@
 PEFT itself only warns about tensors that match nothing; here that is an error, for the base would be measured.
 """
 
-import math
 import re
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Hashable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -28,10 +25,12 @@ from pytest_nullspace.checkpoint.patterns import require_quick
 from pytest_nullspace.checkpoint.peft import FIELDS
 from pytest_nullspace.errors import CheckpointError, some
 from pytest_nullspace.model.absent import not_whole, told_behind
-from pytest_nullspace.model.bases import Kind, kind_of, load_base, reading, shelve_base
+from pytest_nullspace.model.bases import load_base, shelve_base
 from pytest_nullspace.model.ends import ends_of
-from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
-from pytest_nullspace.model.names import OLDER, Placed, are_older, placed
+from pytest_nullspace.model.kinds import Kind, kind_of, reading
+from pytest_nullspace.model.layers import AdaptedModel
+from pytest_nullspace.model.matching import require_blocks, require_changed, require_scales, require_targets
+from pytest_nullspace.model.names import OLDER, are_older, placed
 from pytest_nullspace.model.shelf import Shelf, UnfitError
 from pytest_nullspace.model.shelved import shelved
 from pytest_nullspace.model.views import view
@@ -72,8 +71,8 @@ def load(
         ) from error
     found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     at = placed(wrapped, checkpoint)
-    _check_targets(checkpoint, base, found, model, at)
-    _check_blocks(checkpoint, base, model, set(at.layers.values()))
+    require_targets(checkpoint, base, found, model, at)
+    require_blocks(checkpoint, base, model, set(at.layers.values()))
     _fill(wrapped, checkpoint, base)
     is_written = untouched.is_written()
     model.to(where).eval()
@@ -81,7 +80,7 @@ def load(
     views = views if shelf is None else shelved(views, shelf)
     behind = told_behind(model, absent, [layer.layer for layer in views.values()], base)
     if at.remarks:
-        _require_scales(checkpoint, views)
+        require_scales(checkpoint, views)
     if checkpoint.changed_base is not None:
         require_changed(checkpoint, base, views.values())
     read = reading(model)
@@ -285,111 +284,3 @@ def _lost_biases(wrapped: Any, tensors: Collection[str]) -> list[str]:
         and not re.search(r"\.(lora_\w+|modules_to_save)\.", name)
         and name not in tensors
     ]
-
-
-def _check_targets(
-    checkpoint: Checkpoint, base: Path, found: dict[str, LoraLayer], model: nn.Module, at: Placed
-) -> None:
-    saved = set(at.layers.values())
-    modules = {name for name, _ in model.named_modules()}
-    missing = sorted(saved - set(found))
-    strange = [name for name in missing if name not in modules]
-    astray = [old for old, new in at.layers.items() if new in strange and old in modules]
-    if astray:
-        raise CheckpointError(
-            f"{checkpoint.directory}: {len(astray)} of its layers, such as {printable(astray[0])}, are in the base "
-            f"model {base}, but PEFT takes them for an older transformers' and looks for "
-            f"{printable(at.layers[astray[0]])}, so it would leave them out; take a newer peft"
-        )
-    if strange and are_older(model, strange):
-        raise CheckpointError(
-            f"{checkpoint.directory}: {len(strange)} of its layers, such as {printable(strange[0])}, are not in the "
-            f"base model {base} under these names, and PEFT does not map them: {OLDER}"
-        )
-    if strange:
-        raise CheckpointError(
-            f"{checkpoint.directory}: {len(strange)} of its layers, such as {printable(strange[0])}, are not in the "
-            f"base model {base}, whose own are named like {printable(min(found))}: that is of another architecture, or "
-            "the adapter's tensors have a prefix too many or too few; give the base by --nullspace-base=DIR, or save "
-            "the adapter with save_pretrained"
-        )
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.config_file}: the adapter holds {some(missing)}, but its target_modules do not name them "
-            f"in the base model {base}, so PEFT would leave them out; add them to target_modules"
-        )
-    bare = {name: module.parameter_name for name in saved if isinstance(module := found[name], ParamWrapper)}
-    if bare:
-        name, parameter = min(bare.items())
-        raise CheckpointError(
-            f"{checkpoint.config_file}: target_parameters put LoRA on the bare parameter {printable(parameter)} of "
-            f"{printable(name)}, which no layer test covers, and without its module's name it looks like a linear "
-            f"layer's; call it {printable(name.rpartition('.')[2])}.{printable(parameter)} there"
-        )
-    unsaved = sorted(name for name in found if name not in saved and name not in at.modules)
-    if unsaved:
-        raise CheckpointError(
-            f"{checkpoint.config_file}: target_modules name {some(unsaved)}, but the adapter holds no weights for "
-            "them, so they would be measured with random ones; save it again, or give its own base by --nullspace-base"
-        )
-
-
-def _check_blocks(checkpoint: Checkpoint, base: Path, model: nn.Module, saved: set[str]) -> None:
-    """Refuse an adapter of mlx-lm that holds fewer layers than its config says, or others, which mlx-lm leaves out."""
-    if (asked := checkpoint.last_blocks) is None:
-        return
-    blocks, wanted = asked.of([name for name, _ in model.named_modules() if ".base_layer" not in name], saved)
-    where = f"{checkpoint.config_file}: num_layers {asked.count}" + (" and lora_parameters.keys" if asked.keys else "")
-    if asked.count > blocks:
-        raise CheckpointError(
-            f"{checkpoint.config_file}: num_layers is {asked.count}, but the base model {base} has {blocks} blocks: "
-            "config and base are of different runs; give the base that it was trained on by --nullspace-base=DIR, or "
-            "write back what it was trained with"
-        )
-    if lost := sorted(wanted - saved):
-        raise CheckpointError(
-            f"{where} name {some(lost)}, but the adapter holds no weights for them: it is incomplete; save or copy it "
-            "again"
-        )
-    if stray := sorted(saved - wanted):
-        raise CheckpointError(
-            f"{where} leave out {some(stray)}, which the adapter holds, so mlx-lm would run it without them; write "
-            "back what it was trained with"
-        )
-
-
-def _require_scales(checkpoint: Checkpoint, views: Mapping[str, AdaptedLayer]) -> None:
-    """Refuse layers whose own ``alpha_pattern`` was lost when their names were mapped: PEFT maps no names there."""
-    for spec in checkpoint.layers:
-        if spec.scale is not None and not math.isclose(spec.scale.value, views[spec.name].scale):
-            raise CheckpointError(
-                f"{checkpoint.config_file}: the lora_alpha of {printable(spec.name)} is told under that name, {OLDER}"
-            )
-
-
-def require_changed(checkpoint: Checkpoint, base: Path | str, layers: Iterable[AdaptedLayer]) -> None:
-    """Refuse a base that still holds what the adapter's initialisation took out of it.
-
-    PiSSA, CorDA and OLoRA start from ``s·A₀B₀``, take it out of W, and make it orthogonal to what is left. So the share
-    of the update that W holds, ``⟨W, s·A B⟩ / ‖s·A B‖²``, is 1 on the untouched base and 0 on the changed one. Training
-    blurs it: for PiSSA and OLoRA, which start from much of W, not by half; for CorDA, which starts from little, wholly.
-    """
-    start, shares = str(checkpoint.config.get("init_lora_weights", "")).lower(), []
-    for layer in layers:
-        weight = layer.base_matrix()
-        if weight is None:
-            continue
-        weight = weight.detach().float()
-        if getattr(layer.layer, "fan_in_fan_out", False):
-            weight = weight.mT
-        down, up = layer.down_matrix().to(weight), layer.up_matrix.detach().to(weight)
-        held = float((up * (weight @ down.mT)).sum() / ((up.mT @ up) * (down @ down.mT)).sum())
-        # OLoRA alone does not divide A₀B₀ by the scale, so it takes s times the share that W holds.
-        shares.append((held - (1 - layer.scale if start == "olora" else 0)) / layer.scale)
-    share = median(shares) if shares and all(map(math.isfinite, shares)) else 0.0
-    if 0.5 < share < 1.5:
-        raise CheckpointError(
-            f"{base}: is not the base that the initialisation of {checkpoint.directory} changed, for it still holds "
-            f"{share:.0%} of what that takes out, and every figure would be wrong; give the base as PEFT left it by "
-            "--nullspace-base=DIR"
-        )

@@ -24,7 +24,8 @@ from pytest_nullspace.checkpoint.header import TensorInfo, printable, read_tenso
 from pytest_nullspace.checkpoint.whole import WEIGHT
 from pytest_nullspace.errors import CheckpointError, some
 from pytest_nullspace.model.absent import not_whole
-from pytest_nullspace.model.bases import Kind, kind_as_saved, load_base
+from pytest_nullspace.model.bases import load_base
+from pytest_nullspace.model.kinds import Kind, kind_as_saved
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.names import of_today
 from pytest_nullspace.model.stored import stored

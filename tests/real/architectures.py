@@ -251,7 +251,7 @@ def of_peft(directory: Path, kind: Any, rows: Sequence[Sequence[int]]) -> tuple[
     from peft.tuners.lora.layer import ParamWrapper
 
     from pytest_nullspace.measuring.forward import run
-    from pytest_nullspace.model.bases import reading
+    from pytest_nullspace.model.kinds import reading
 
     # Past what a class looks for beside its weights, as Qwen2.5-Omni for the voices of its talker.
     load = MethodType(transformers.PreTrainedModel.from_pretrained.__func__, kind)

@@ -17,10 +17,10 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "
 TENSORS = {
     "callback", "fused", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.digits",
     "measuring.distinct", "measuring.drift", "measuring.factors", "measuring.figuring", "measuring.forward",
-    "measuring.halfway",
-    "measuring.moved", "measuring.recorder", "measuring.rows", "measuring.sampled", "measuring.scaling",
-    "measuring.screen", "measuring.spectrum", "measuring.stowed", "measuring.streamed", "measuring.streaming",
-    "measuring.summing", "measuring.tiles", "measuring.waiting", "measuring.writing", "model", "spectra",
+    "measuring.halfway", "measuring.moved", "measuring.recorder", "measuring.rows", "measuring.sampled",
+    "measuring.scaling", "measuring.screen", "measuring.spectrum", "measuring.stowed", "measuring.streamed",
+    "measuring.streaming", "measuring.summing", "measuring.tiles", "measuring.waiting", "measuring.writing", "model",
+    "spectra",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {
@@ -111,7 +111,7 @@ ORDERS = {
         "recorder streaming screen spectrum sampled scaling waiting stowed halfway streamed blockwise writing loading "
         "fitting measurement reading screening pipeline"
     ),
-    "model": "stored shelf layers shelved weights bases lora_null peft",
+    "model": "stored shelf layers shelved weights kinds bases matching lora_null peft",
     "shell": (
         "values options declared asked shared together once served against runs replayed opening outputs progress "
         "collect gate"

@@ -12,8 +12,8 @@ from torch import Tensor
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model import load_model
+from pytest_nullspace.model.matching import require_targets
 from pytest_nullspace.model.names import Placed
-from pytest_nullspace.model.peft import _check_targets
 from pytest_nullspace.report.notes import outside
 from tests import tiny
 from tests.adapters import adapter, change
@@ -159,4 +159,4 @@ def test_a_name_of_today_that_peft_maps_elsewhere_is_told_as_that(tmp_path: Path
     found = {module: part for module, part in adapted.model.named_modules() if module.endswith("o_proj")}
     at = Placed({name: f"{name}.again"}, frozenset())
     with pytest.raises(CheckpointError, match=r"PEFT takes them for an older transformers' and looks for \S+again, so"):
-        _check_targets(checkpoint, tmp_path / "base", found, adapted.model, at)
+        require_targets(checkpoint, tmp_path / "base", found, adapted.model, at)
