@@ -24,9 +24,7 @@ from pytest_nullspace.model.kinds import Kind, runs
 from pytest_nullspace.model.known import own_code, quantiser, told_of
 from pytest_nullspace.model.shelf import Shelf, UnfitError, stack_of
 from pytest_nullspace.model.sizes import NOT_FITTED
-from pytest_nullspace.model.weights import fill
-
-_WHOLE_NUMBERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
+from pytest_nullspace.model.weights import WHOLE_NUMBERS, fill
 
 
 def load_base(
@@ -147,7 +145,7 @@ def _from_directory(kind: Kind, base: Path) -> tuple[Any, list[TensorInfo], dict
 
 def _is_quantised(tensor: TensorInfo) -> bool:
     """Whether it is of weights whose numbers are not those that a plain layer computes with."""
-    is_whole = tensor.dtype in _WHOLE_NUMBERS and tensor.name.endswith(".weight")
+    is_whole = tensor.dtype in WHOLE_NUMBERS and tensor.name.endswith(".weight")
     return is_whole or tensor.name.endswith((".weight_scale", ".weight_scale_inv"))
 
 

@@ -13,6 +13,8 @@ from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.shelf import Shelf
 
 _SHOWN = 5
+WHOLE_NUMBERS = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
+"""Types of tensors that are no weights as they are computed with: what quantised ones mean is told elsewhere."""
 
 
 def fill(
@@ -34,8 +36,8 @@ def fill(
         shelf: Takes those of its blocks that are not tied.
 
     Raises:
-        CheckpointError: A tensor has no parameter or not its shape, a parameter has no tensor, or two tensors of one
-            tied parameter differ.
+        CheckpointError: A tensor has no parameter or not its shape, or is quantised, a parameter has no tensor, or two
+            tensors of one tied parameter differ.
     """
     tie_weights = getattr(model, "tie_weights", None)
     if tie_weights is not None:
@@ -46,7 +48,7 @@ def fill(
     empty = sorted(names[0] for names in places if not any(name in tensors for name in names))
     if unused or empty:
         raise CheckpointError(_mismatch(tensors, unused, empty))
-    _check_shapes(model, tensors)
+    _check_forms(model, tensors)
     files: defaultdict[Path, list[tuple[str, ...]]] = defaultdict(list)
     for names in places:
         if shelf is not None and len(names) == 1 and shelf.takes(model, names[0], tensors[names[0]]):
@@ -80,12 +82,17 @@ def _mismatch(tensors: Mapping[str, TensorInfo], unused: list[str], empty: list[
     )
 
 
-def _check_shapes(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
+def _check_forms(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
     for name, value in model.state_dict(keep_vars=True).items():
         if name in tensors and tensors[name].shape != tuple(value.shape):
             raise CheckpointError(
                 f"{tensors[name].file}: tensor {printable(tensors[name].name)} has shape {list(tensors[name].shape)}, "
                 f"but config.json makes it {list(value.shape)}; copy both from one save"
+            )
+        if name in tensors and tensors[name].dtype in WHOLE_NUMBERS and value.is_floating_point():
+            raise CheckpointError(
+                f"{tensors[name].file}: tensor {printable(tensors[name].name)} is {tensors[name].dtype}, quantised, "
+                "and nothing says how it is computed with; save it in 16 or 32 bits"
             )
 
 

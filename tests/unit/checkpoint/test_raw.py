@@ -97,6 +97,20 @@ def test_what_cannot_be_read_early_is_told_by_who_reads_it(tmp_path: Path) -> No
         read(run)
 
 
+def test_a_block_for_which_there_is_no_room_yet_is_read_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stops the early reader ends no run: it has nothing of that block."""
+
+    def full(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("pytest_nullspace.checkpoint.raw.mmap", full)
+    tensors = infos(tmp_path / "a.safetensors", h_0_a=torch.float32)
+    early = Early(lambda: tensors)
+    early.begin()
+    assert early.taken(tensors) is None
+    early.end()
+
+
 def test_reading_ends_amid_a_block_that_nobody_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes after the piece that is under way is not read, and its file is closed."""
     file = tmp_path / "a.safetensors"

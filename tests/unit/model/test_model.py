@@ -312,6 +312,20 @@ def test_widths_that_differ_from_the_config_are_refused(tmp_path: Path) -> None:
     assert "tensor model.norm.weight has shape [1, 32], but config.json makes it [32]" in message
 
 
+@pytest.mark.parametrize("shelve", [False, True])
+def test_quantised_weights_are_refused(tmp_path: Path, shelve: bool) -> None:
+    """Whole numbers in the place of a weight are none that the model computes with, be it streamed or loaded whole."""
+
+    def change(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        tensors["model.layers.1.input_layernorm.weight"] = torch.full((32,), 100, dtype=torch.int8)
+
+    checkpoint = open_checkpoint(tiny.lora_null(tmp_path, change=change))
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.1\.input_layernorm\.weight is I8, quantised, and nothing"
+    ):
+        load_model(checkpoint, CPU, torch.float32, shelve=shelve)
+
+
 def test_a_bias_that_the_weights_lack_is_refused(tmp_path: Path) -> None:
     """Where the architecture's layer has a bias and the checkpoint has none, the model would be another one."""
     message = refused(tmp_path, lambda tensors, _: tensors.__delitem__(f"{Q}.ALinear.bias"), tiny.qwen2())
