@@ -1,6 +1,6 @@
 """Sizes that training changed: the labels of a head, and the rows of a vocabulary."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,9 @@ def sizes_of(model: Any, checkpoint: Checkpoint, weights: Collection[str]) -> Fi
         if place in places and shape and shape[0] != places[place][0] and shape[1:] == places[place][1:]:
             other[place] = shape[0]
     ends = _ends(model)
-    vocabulary = {name: rows for name, rows in other.items() if name in ends}
+    vocabulary, tokens = {name: rows for name, rows in other.items() if name in ends}, _tokens(model, checkpoint, ends)
     if not vocabulary:
-        vocabulary = _of_trained_tokens(model, checkpoint, {name: places[name][0] for name in ends})
+        vocabulary = _of_trained_tokens(checkpoint, tokens, {name: places[name][0] for name in ends})
     labels = {
         name: rows for name, rows in other.items() if name not in ends and places[name][0] == model.config.num_labels
     }
@@ -57,7 +57,8 @@ def sizes_of(model: Any, checkpoint: Checkpoint, weights: Collection[str]) -> Fi
         )
     if vocabulary:
         name = min(vocabulary)
-        is_whole = vocabulary.keys() == ends or vocabulary[name] < places[name][0] or _is_tied(model, ends)
+        is_one = _is_tied(model, ends) and tokens.keys() <= {_embeddings(model)}  # else PEFT holds the head's apart
+        is_whole = vocabulary.keys() == ends or vocabulary[name] < places[name][0] or is_one
         if len(set(vocabulary.values())) > 1 or not is_whole:
             lost = ", ".join(map(printable, sorted(ends - vocabulary.keys()))) or "another"
             raise CheckpointError(
@@ -76,32 +77,39 @@ def sizes_of(model: Any, checkpoint: Checkpoint, weights: Collection[str]) -> Fi
     )
 
 
-def _of_trained_tokens(model: Any, checkpoint: Checkpoint, known: Mapping[str, int]) -> dict[str, int]:
+def _tokens(model: Any, checkpoint: Checkpoint, ends: Collection[str]) -> dict[str, Sequence[int]]:
+    """The tokens that alone were trained of each of the ``ends`` of which the adapter's config names some."""
+    told = checkpoint.config.get("trainable_token_indices") or {}
+    if not isinstance(told, Mapping):
+        return {end: told for end in ends if end == _embeddings(model)}
+    named = {path: [end for end in ends if f".{end}".endswith(f".{path}.weight")] for path in told}
+    return {end: told[path] for path, found in named.items() for end in found}
+
+
+def _of_trained_tokens(
+    checkpoint: Checkpoint, tokens: Mapping[str, Sequence[int]], known: Mapping[str, int]
+) -> dict[str, int]:
     """How many rows each weight has whose trained tokens are new ones, all of which the adapter must hold.
 
     Args:
-        model: The base.
         checkpoint: The adapter.
+        tokens: Those that were trained of each.
         known: How many rows the base has of each weight.
 
     Raises:
         CheckpointError: A token is beyond the vocabulary, and the rows up to it are not the adapter's.
     """
-    told, embeds = checkpoint.config.get("trainable_token_indices") or {}, ends_of(model).embeds
-    named = {name.removesuffix(".weight"): name for name in known}
-    first = next((path for path in named if model.get_submodule(path) is embeds), "")
     found = {}
-    for path, tokens in (told if isinstance(told, Mapping) else {first: told}).items():
-        end = next((name for whole, name in named.items() if f".{whole}".endswith(f".{path}")), None)
-        if end is None or not tokens or max(tokens) < known[end]:
+    for end, trained in tokens.items():
+        if not trained or max(trained) < known[end]:
             continue
-        if not set(tokens).issuperset(range(known[end], max(tokens))):
+        if not set(trained).issuperset(range(known[end], max(trained))):
             raise CheckpointError(
-                f"{checkpoint.config_file}: trainable_token_indices name token {max(tokens)}, and {printable(end)} of "
+                f"{checkpoint.config_file}: trainable_token_indices name token {max(trained)}, and {printable(end)} of "
                 f"the base has {known[end]} rows: those that training added are lost; save the adapter with "
                 "save_embedding_layers=True, or give the base with its rows by --nullspace-base=DIR"
             )
-        found[end] = max(tokens) + 1
+        found[end] = max(trained) + 1
     return found
 
 
@@ -114,6 +122,12 @@ def _ends(model: Any) -> frozenset[str]:
     """The names of the weights that have a row for each token."""
     ends = {id(end) for end in ends_of(model) if end is not None}
     return frozenset(f"{name}.weight" for name, module in model.named_modules() if id(module) in ends)
+
+
+def _embeddings(model: Any) -> str:
+    """The name of the weight that has the embedding of each token; empty where there is none."""
+    embeds = ends_of(model).embeds
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is embeds), "")
 
 
 def _is_tied(model: Any, ends: Collection[str]) -> bool:

@@ -166,6 +166,23 @@ def test_a_trained_token_beyond_rows_that_were_not_saved_is_an_error(tmp_path: P
         load_model(directory)
 
 
+@pytest.mark.parametrize("tokens", [{"lm_head": NEW}, {"embed_tokens": NEW, "lm_head": [3]}], ids=["head", "both"])
+def test_new_tokens_of_one_end_of_a_tied_vocabulary_are_not_those_of_the_other(tokens: Any, tmp_path: Path) -> None:
+    """A head that is named itself PEFT holds apart, so the rows that the adapter lacks of either would be random."""
+
+    def resized(folder: Path) -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model.resize_token_embeddings(131)
+        return model
+
+    directory, wrapped = trained(
+        tmp_path, tiny.llama(), resized, "CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=tokens
+    )
+    wrapped.save_pretrained(directory, save_embedding_layers=False)
+    with pytest.raises(CheckpointError, match="vocabulary of 131, the base has 128; but .* is not: the rows that"):
+        load_model(directory)
+
+
 def test_another_base_is_still_refused(tmp_path: Path) -> None:
     """An embedding of another width is no vocabulary that grew."""
     directory = adapter(tmp_path, tiny.llama(), r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
