@@ -179,7 +179,7 @@ def test_new_tokens_of_one_end_of_a_tied_vocabulary_are_not_those_of_the_other(t
         tmp_path, tiny.llama(), resized, "CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=tokens
     )
     wrapped.save_pretrained(directory, save_embedding_layers=False)
-    with pytest.raises(CheckpointError, match="vocabulary of 131, the base has 128; but .* is not: the rows that"):
+    with pytest.raises(CheckpointError, match=r"vocabulary of 131, the base has 128; but .* is not: the rows that"):
         load_model(directory)
 
 
