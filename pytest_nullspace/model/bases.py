@@ -23,7 +23,7 @@ from pytest_nullspace.model.bounds import held_to
 from pytest_nullspace.model.kinds import Kind, runs
 from pytest_nullspace.model.known import own_code, quantiser, told_of
 from pytest_nullspace.model.shelf import Shelf, UnfitError, stack_of
-from pytest_nullspace.model.sizes import NOT_FITTED
+from pytest_nullspace.model.sizes import NOT_FITTED, resize
 from pytest_nullspace.model.weights import WHOLE_NUMBERS, fill
 
 
@@ -54,8 +54,7 @@ def load_base(
                 ignore_mismatched_sizes=kind.fitted.labels is not None,
                 **how,
             )
-            if kind.fitted.vocabulary is not None:  # of whose rows each comes from the adapter
-                model.resize_token_embeddings(kind.fitted.vocabulary, mean_resizing=False)
+            resize(model, kind.fitted)
     missing, mismatched = sorted(report["missing_keys"]), [key for key, *_ in report["mismatched_keys"]]
     wrong = [key for key in (*missing, *mismatched) if not any(part in replaced for part in key.split("."))]
     assert isinstance(model, nn.Module)

@@ -33,6 +33,7 @@ from pytest_nullspace.model.matching import require_blocks, require_changed, req
 from pytest_nullspace.model.names import OLDER, are_older, placed
 from pytest_nullspace.model.shelf import Shelf, UnfitError
 from pytest_nullspace.model.shelved import shelved
+from pytest_nullspace.model.sizes import require_rows
 from pytest_nullspace.model.views import view
 
 
@@ -76,6 +77,7 @@ def load(
     _fill(wrapped, checkpoint, base)
     is_written = untouched.is_written()
     model.to(where).eval()
+    require_rows(model, kind.fitted, checkpoint)
     views = {name: view(name, found[place], *found[place].lora_A) for name, place in at.layers.items()}
     views = views if shelf is None else shelved(views, shelf)
     behind = told_behind(model, absent, [layer.layer for layer in views.values()], base)

@@ -166,20 +166,28 @@ def test_a_trained_token_beyond_rows_that_were_not_saved_is_an_error(tmp_path: P
         load_model(directory)
 
 
-@pytest.mark.parametrize("tokens", [{"lm_head": NEW}, {"embed_tokens": NEW, "lm_head": [3]}], ids=["head", "both"])
-def test_new_tokens_of_one_end_of_a_tied_vocabulary_are_not_those_of_the_other(tokens: Any, tmp_path: Path) -> None:
-    """A head that is named itself PEFT holds apart, so the rows that the adapter lacks of either would be random."""
+@pytest.mark.parametrize(
+    ("how", "lost"),
+    [
+        ({"trainable_token_indices": {"lm_head": NEW}}, "embeddings"),
+        ({"trainable_token_indices": {"embed_tokens": NEW, "lm_head": [3]}}, "head"),
+        ({"modules_to_save": ["lm_head"]}, "embeddings"),
+        ({"modules_to_save": ["embed_tokens"]}, "head"),
+    ],
+)
+def test_rows_that_only_one_end_of_a_tied_vocabulary_has_are_an_error(
+    how: dict[str, Any], lost: str, tmp_path: Path
+) -> None:
+    """What PEFT trains of one end it holds apart from the other, whose new rows would be random and measured."""
 
     def resized(folder: Path) -> Any:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
         model.resize_token_embeddings(131)
         return model
 
-    directory, wrapped = trained(
-        tmp_path, tiny.llama(), resized, "CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=tokens
-    )
+    directory, wrapped = trained(tmp_path, tiny.llama(), resized, "CAUSAL_LM", target_modules=["q_proj"], **how)
     wrapped.save_pretrained(directory, save_embedding_layers=False)
-    with pytest.raises(CheckpointError, match=r"vocabulary of 131, the base has 128; but .* is not: the rows that"):
+    with pytest.raises(CheckpointError, match=f"131 has 3 rows that the base lacks, .* not hold those of the {lost}:"):
         load_model(directory)
 
 
