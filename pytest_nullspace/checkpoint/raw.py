@@ -17,10 +17,10 @@ from pytest_nullspace.errors import CheckpointError
 
 Bytes = NDArray[np.uint8]
 
-Run = Sequence[TensorInfo]
+Span = Sequence[TensorInfo]
 """Tensors of one type, one of which lies behind the other, so that they can be read as one."""
 AT_ONCE = 1 << 24
-"""Bytes of one read, and of a run of several tensors at most."""
+"""Bytes of one read, and of a span of several tensors at most."""
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 """Of the name of a tensor the outermost list in which it lies, and in which of its elements."""
 
@@ -40,19 +40,19 @@ class RawFiles:
         self._files: dict[Path, tuple[FileIO, int]] = {}
         self._open = ExitStack()
 
-    def begin(self, run: Run) -> int:
-        """From which byte of its file on a run lies."""
-        return self._opened(run[0].file)[1] + run[0].begin
+    def offset(self, span: Span) -> int:
+        """From which byte of its file on a span lies."""
+        return self._opened(span[0].file)[1] + span[0].begin
 
-    def read(self, run: Run, place: memoryview) -> None:
-        """Read a run into a ``place`` of its size.
+    def read(self, span: Span, place: memoryview) -> None:
+        """Read a span into a ``place`` of its size.
 
         Raises:
             CheckpointError: It cannot be read.
         """
-        file, done = run[0].file, 0
+        file, done = span[0].file, 0
         try:
-            begin, stream = self.begin(run), self._opened(file)[0]
+            begin, stream = self.offset(span), self._opened(file)[0]
             stream.seek(begin)
             while done < len(place) and (got := stream.readinto(place[done : done + AT_ONCE])):
                 self.read_by(file, begin + done, place[done : done + got])
@@ -61,7 +61,7 @@ class RawFiles:
         except OSError as error:
             raise CheckpointError(f"{file}: the weights cannot be read: {error.strerror}; {AGAIN}") from None
         if done < len(place):
-            cut = next(info for info in run if info.begin + info.nbytes > run[0].begin + done)
+            cut = next(info for info in span if info.begin + info.nbytes > span[0].begin + done)
             raise CheckpointError(f"{file}: ends before its tensor {printable(cut.name)} does; {AGAIN}")
 
     def close(self) -> None:
@@ -101,12 +101,12 @@ class Early:
         """Begin, unless that was done."""
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, "nullspace-early")
-            for run in runs(first_block(self._tensors())):
-                self._coming[_place(run)] = self._reader.submit(self._read, run)
+            for span in spans(first_block(self._tensors())):
+                self._coming[_place(span)] = self._reader.submit(self._read, span)
 
-    def taken(self, run: Run) -> Bytes | None:
-        """The bytes of a run, waited for; None where it is not among them, or could not be read."""
-        coming = self._coming.get(_place(run))
+    def taken(self, span: Span) -> Bytes | None:
+        """The bytes of a span, waited for; None where it is not among them, or could not be read."""
+        coming = self._coming.get(_place(span))
         with suppress(Exception):  # were it too little memory: who reads it in the place of this tells what is wrong
             return None if coming is None else coming.result()
         return None
@@ -119,11 +119,11 @@ class Early:
         self._coming.clear()
         self._files.close()
 
-    def _read(self, run: Run) -> Bytes:
-        size = sum(info.nbytes for info in run)
+    def _read(self, span: Span) -> Bytes:
+        size = sum(info.nbytes for info in span)
         # Not from the heap of this thread, which nothing would give back once it is freed.
         values = np.frombuffer(mmap(-1, max(1, size)), dtype=np.uint8, count=size)
-        self._files.read(run, values.data)
+        self._files.read(span, values.data)
         return values
 
     def _require_asked(self, *_: object) -> None:
@@ -132,11 +132,11 @@ class Early:
             raise CancelledError
 
 
-def _place(run: Run) -> tuple[Path, int, int]:
-    return run[0].file, run[0].begin, run[-1].begin + run[-1].nbytes
+def _place(span: Span) -> tuple[Path, int, int]:
+    return span[0].file, span[0].begin, span[-1].begin + span[-1].nbytes
 
 
-def runs(tensors: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
+def spans(tensors: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
     """All of them in the order of their files, those together that can be read as one: few large reads for a block."""
     found = list[list[TensorInfo]]()
     for info in sorted(tensors, key=lambda info: (info.file, info.begin)):

@@ -223,10 +223,11 @@ def _found(verdicts: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]
     drift = [(v, f) for v in verdicts if is_drift(v.subject) for f in v.findings if f.tier is tier]
     yield from (_of(v, f, tier) for v, f in sorted(drift, key=lambda pair: _WEIGHT.index(pair[1].threshold.figure)))
     layers = [verdict for verdict in verdicts if verdict.subject != MODEL and not is_drift(verdict.subject)]
-    unread = [Reason(fault, tier, None, v.subject) for v in verdicts if is_drift(v.subject) for fault in v.faults]
-    doubted = unread if tier is Tier.FAIL else []
-    idle = _holds_no_update(layers)  # then no text is to blame that nobody learned to read
-    yield from () if idle else doubted
+    read = [v for v in verdicts if is_drift(v.subject)] if tier is Tier.FAIL else []
+    faults = [Reason(fault, tier, None, v.subject) for v in read for fault in v.faults]
+    is_base = _holds_no_update(layers)  # then no text is to blame that nobody learned to read
+    if not is_base:
+        yield from faults
     yield from _said(layers, tier, of)
     found: dict[str, list[tuple[Verdict, Finding]]] = {}
     for verdict in layers:
@@ -243,7 +244,8 @@ def _found(verdicts: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]
             yield from (
                 _of(verdict, f, tier) for f in verdict.findings if f.tier is tier and f.threshold.figure not in found
             )
-    yield from doubted if idle else ()
+    if is_base:
+        yield from faults
 
 
 def _holds_no_update(layers: Sequence[Verdict]) -> bool:

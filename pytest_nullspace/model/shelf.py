@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint.arrays import not_finite
 from pytest_nullspace.checkpoint.header import TensorInfo
-from pytest_nullspace.checkpoint.raw import Early, RawFiles, Run, runs
+from pytest_nullspace.checkpoint.raw import Early, RawFiles, Span, spans
 from pytest_nullspace.errors import CheckpointError
 
 _TYPES = {
@@ -96,28 +96,28 @@ class Shelf:
         return self._taken([info])[0]
 
     def pieces(self) -> Iterator[tuple[Path, int]]:
-        """Of which file, and from which byte on, each of the pieces is in which the blocks are read."""
-        for run in (run for pieces in self._pieces for run in runs(piece.info for piece in pieces)):
-            yield run[0].file, self.files.begin(run)
+        """Of which file, and from which byte on, each span is in which the blocks are read."""
+        for span in (span for pieces in self._pieces for span in spans(piece.info for piece in pieces)):
+            yield span[0].file, self.files.offset(span)
 
     def read(self, number: int) -> list[Tensor]:
         """The weights of a block from their files; nothing of the model is changed, so a thread may do it."""
         values = dict[str, Tensor]()
-        for run in runs(piece.info for piece in self._pieces[number]):
-            values |= zip((info.name for info in run), self._taken(run), strict=True)
+        for span in spans(piece.info for piece in self._pieces[number]):
+            values |= zip((info.name for info in span), self._taken(span), strict=True)
         return [values[piece.info.name] for piece in self._pieces[number]]
 
-    def _taken(self, run: Run) -> list[Tensor]:
-        sizes = [info.nbytes for info in run]
-        early = self.early.taken(run)
+    def _taken(self, span: Span) -> list[Tensor]:
+        sizes = [info.nbytes for info in span]
+        early = self.early.taken(span)
         if early is None:
             held = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-            self.files.read(run, held.numpy().data)
+            self.files.read(span, held.numpy().data)
         else:
             held = torch.from_numpy(early)
-            self.files.read_by(run[0].file, self.files.begin(run), early.data)
+            self.files.read_by(span[0].file, self.files.offset(span), early.data)
         values = []
-        for info, of in zip(run, torch.split(held, sizes), strict=True):
+        for info, of in zip(span, torch.split(held, sizes), strict=True):
             value = of.view(_TYPES[info.dtype]).view(info.shape)
             if info.name in self._finite and not _is_finite(value):
                 raise not_finite(info)

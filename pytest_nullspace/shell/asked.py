@@ -6,14 +6,14 @@ pytest was started, paths in an ini file to that file.
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.errors import OptionError, quoted
 from pytest_nullspace.settings import DEFAULT_TEXT, PREFIX, STREAM, GivenText, Settings, model_name, stats_file
 from pytest_nullspace.shell import values
-from pytest_nullspace.shell.options import OPTIONS, REQUIRE, Option, meant
+from pytest_nullspace.shell.options import OPTIONS, REQUIRE, Option
 
 if TYPE_CHECKING:
     import pytest
@@ -317,6 +317,18 @@ def mistyped(argument: str) -> str | None:
     elif not alike:
         return None
     return f"{name}: no such option{f'; did you mean {alike[0]}?' if alike else ''} (pytest --help lists all)"
+
+
+def meant(word: str, options: Iterable[Option], *more: str) -> str | None:
+    """The name that ``word`` means: of an option that others call so, or one that is nearly so; None if none is."""
+    from difflib import get_close_matches
+
+    word = word.replace("_", "-")
+    here = list(options)
+    others = {other: option.name for option in here for other in option.also}
+    names = [name for option in here for name in (option.name, option.off) if name] + [*more]
+    begun = [name for name in names if name.startswith(f"{word}-") or word.startswith(f"{name}-")]
+    return others.get(word) or next(iter([*begun, *get_close_matches(word, names, 1, cutoff=0.7)]), None)
 
 
 def holds_model(path: Path) -> bool:

@@ -21,11 +21,11 @@ from pytest_nullspace.run import saved
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.settings import PREFIX, Settings
 from pytest_nullspace.shell import reports, values
-from pytest_nullspace.shell.asked import settings_of
+from pytest_nullspace.shell.asked import meant, settings_of
 from pytest_nullspace.shell.collect import FROZEN
 from pytest_nullspace.shell.decided import decided, merge_failed
 from pytest_nullspace.shell.opening import check_inputs, open_runs
-from pytest_nullspace.shell.options import OPTIONS, Option, meant
+from pytest_nullspace.shell.options import OPTIONS, Option
 from pytest_nullspace.shell.runs import GatedRun
 from pytest_nullspace.text.readers import Text
 

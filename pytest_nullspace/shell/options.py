@@ -1,6 +1,6 @@
 """Every option in one table; `declared` tells pytest of them, and `asked` reads what was given."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pytest_nullspace.settings import AUTO_MOST, DEFAULT_TEXT, PREFIX
@@ -385,15 +385,3 @@ OPTIONS = (
         switch=True,
     ),
 )
-
-
-def meant(word: str, options: Iterable[Option], *more: str) -> str | None:
-    """The name that ``word`` means: of an option that others call so, or one that is nearly so; None if none is."""
-    from difflib import get_close_matches
-
-    word = word.replace("_", "-")
-    here = list(options)
-    others = {other: option.name for option in here for other in option.also}
-    names = [name for option in here for name in (option.name, option.off) if name] + [*more]
-    begun = [name for name in names if name.startswith(f"{word}-") or word.startswith(f"{name}-")]
-    return others.get(word) or next(iter([*begun, *get_close_matches(word, names, 1, cutoff=0.7)]), None)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from pytest_nullspace.checkpoint.header import TensorInfo, read_header
-from pytest_nullspace.checkpoint.raw import AT_ONCE, Early, RawFiles, first_block, runs
+from pytest_nullspace.checkpoint.raw import AT_ONCE, Early, RawFiles, first_block, spans
 from pytest_nullspace.errors import CheckpointError
 
 
@@ -25,17 +25,17 @@ def of(name: str, begin: int, nbytes: int, dtype: str = "F32", file: str = "a") 
     return TensorInfo(name, dtype, (nbytes,), Path(file), begin, nbytes)
 
 
-def read(run: Sequence[TensorInfo]) -> bytes:
+def read(span: Sequence[TensorInfo]) -> bytes:
     """What lies there."""
-    place = bytearray(sum(info.nbytes for info in run))
+    place = bytearray(sum(info.nbytes for info in span))
     with closing(RawFiles()) as files:
-        files.read(run, memoryview(place))
+        files.read(span, memoryview(place))
     return bytes(place)
 
 
 def named(found: Sequence[Sequence[TensorInfo]]) -> list[str]:
-    """The names of each run."""
-    return ["".join(info.name for info in run) for run in found]
+    """The names of each span."""
+    return ["".join(info.name for info in span) for span in found]
 
 
 def test_what_lies_together_is_read_as_one() -> None:
@@ -45,9 +45,9 @@ def test_what_lies_together_is_read_as_one() -> None:
         of("e", 20, AT_ONCE - 4), of("f", 16 + AT_ONCE, 4), of("g", 20 + AT_ONCE, 4), of("x", 0, 2 * AT_ONCE, file="b"),
         of("y", 2 * AT_ONCE, 4, file="b"), of("z", 0, 4, file="c"),
     ]  # fmt: skip
-    assert named(runs(given)) == ["abn", "cd", "ef", "g", "x", "y", "z"]
-    assert runs([]) == []
-    assert named(runs([of("n", 0, 0), of("a", 0, 4)])) == ["na"]
+    assert named(spans(given)) == ["abn", "cd", "ef", "g", "x", "y", "z"]
+    assert spans([]) == []
+    assert named(spans([of("n", 0, 0), of("a", 0, 4)])) == ["na"]
 
 
 def test_the_first_block_is_known_by_names() -> None:
@@ -61,18 +61,18 @@ def test_the_first_block_is_known_by_names() -> None:
 
 
 def test_a_first_block_is_read_early_once(tmp_path: Path) -> None:
-    """As it lies in the file, each run of it; of what is no part of it, was cut off or let go of there is nothing."""
+    """As it lies in the file, each span of it; of what is no part of it, was cut off or let go of there is nothing."""
     file = tmp_path / "a.safetensors"
     tensors = infos(file, h_0_a=torch.float32, h_0_b=torch.float32, h_0_c=torch.bfloat16, h_1_a=torch.float32)
     early = Early(lambda: tensors)
-    first = runs(first_block(tensors))
+    first = spans(first_block(tensors))
     assert early.taken(first[0]) is None
     early.begin()
     early.begin()
-    for run in first:
-        found = early.taken(run)
+    for span in first:
+        found = early.taken(span)
         assert found is not None
-        assert found.tobytes() == read(run)
+        assert found.tobytes() == read(span)
     assert early.bytes_read == 12 + 12 + 6
     (other,) = (info for info in tensors if info.name == "h.1.a")
     assert early.taken([other]) is None
@@ -84,17 +84,17 @@ def test_what_cannot_be_read_early_is_told_by_who_reads_it(tmp_path: Path) -> No
     """A file that lost its end or is gone: the early reader says nothing, and the other one which tensor it is."""
     file = tmp_path / "a.safetensors"
     tensors = infos(file, h_0_a=torch.float32, h_0_b=torch.float32)
-    (run,) = runs(tensors)
+    (span,) = spans(tensors)
     file.write_bytes(file.read_bytes()[:-1])
     early = Early(lambda: tensors)
     early.begin()
-    assert early.taken(run) is None
+    assert early.taken(span) is None
     early.end()
-    with pytest.raises(CheckpointError, match=rf"a\.safetensors: ends before its tensor {run[1].name} does"):
-        read(run)
+    with pytest.raises(CheckpointError, match=rf"a\.safetensors: ends before its tensor {span[1].name} does"):
+        read(span)
     file.unlink()
     with pytest.raises(CheckpointError, match=r"a\.safetensors: the weights cannot be read: No such file"):
-        read(run)
+        read(span)
 
 
 def test_a_block_for_which_there_is_no_room_yet_is_read_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_reading_ends_amid_a_block_that_nobody_waits_for(tmp_path: Path, monkeyp
 
     early._files.read_by = ended
     early.begin()
-    assert [early.taken(run) for run in runs(tensors)] == [None, None]
+    assert [early.taken(span) for span in spans(tensors)] == [None, None]
     early.end()
     assert early.bytes_read == 0
     assert not early._files._files
