@@ -189,7 +189,7 @@ def _lacking(told: Screening, subject: str, expectations: Expectations) -> tuple
 def _defect(of: Sequence[ScreenedLayer], stage: Stage) -> str | None:
     found = next((one.defect for one in of if one.defect is not None), None)
     if found is None and stage is Stage.TRAINED and not any(one.update_norm for one in of):
-        return "its update is zero: nothing was trained"
+        return "its update is zero: nothing was trained, or its scale is 0"
     return found
 
 
