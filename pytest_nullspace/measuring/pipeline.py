@@ -45,7 +45,7 @@ from pytest_nullspace.measuring.loading import (
     true_base,
 )
 from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement
-from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory, uncollected
+from pytest_nullspace.measuring.memory import free_earlier_models, imported, keep_freed_memory
 from pytest_nullspace.measuring.reading import Reading
 from pytest_nullspace.measuring.written import Request, Written, had, require_base
 from pytest_nullspace.run.predictions import Headroom
@@ -95,8 +95,8 @@ def measure_checkpoint(
     with (
         hashed_meanwhile(checkpoint, read.base, at_once=settings.device_map != STREAM) as hashed,
         first_read(checkpoint, settings, read.base, initial, is_live=live is not None) as early,
+        imported(checkpoint),  # only now torch, for what is wrong with the text need not wait for it
     ):
-        _import_libraries(checkpoint)  # only now torch, for what is wrong with the text need not wait for it
         clock.on("imports")
         load = partial(_loaded, checkpoint, settings, read, bases, initial, live, hashed, early)
         loaded = load()
@@ -135,13 +135,6 @@ def measure_checkpoint(
             "measured": about.of_machine(device_name(adapted.device), passed.batches, load_seconds, clock),
         },
     )
-
-
-def _import_libraries(checkpoint: Checkpoint) -> None:
-    with uncollected():
-        from pytest_nullspace.model import import_libraries
-
-        import_libraries(checkpoint)
 
 
 def _require_known(

@@ -30,7 +30,7 @@ from pytest_nullspace.measuring.loading import (
     shortage_told,
 )
 from pytest_nullspace.measuring.measurement import CPU_TOKENS, GPU_TOKENS
-from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory, uncollected
+from pytest_nullspace.measuring.memory import free_earlier_models, imported, keep_freed_memory
 from pytest_nullspace.measuring.reading import Reading
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import FIRST, name_of
@@ -120,31 +120,28 @@ def screen_checkpoints(
     if read.images:
         raise OptionError(f"{OPTION}: reads text alone, and {settings.calib_dataset} holds images; gate without it")
     clock.on("text")
-    with uncollected():
-        from pytest_nullspace.model import import_libraries
-
-        import_libraries(first)
-    clock.on("imports")
-    device = device_of(settings)
-    dtype: Any = dtype_of(settings.dtype, first, device, read.base)
-    precision = str(dtype).removeprefix("torch.")
-    running = f"{precision} on {device}"
-    with shortage_told(lambda: _short(first, f"to load the base in {running}", half_precision(running, "take"))):
-        base = _base(asked, settings, read, device, dtype)
-    clock.on("model")
-    seqlen = window_length(settings.seqlen, base.model.model)
-    read = read.with_chats(settings, seqlen)
-    drawn = read.windows(settings, seqlen)
-    require_known_tokens(drawn.values(), base.model.model, first)
-    _require_read_alike(asked, drawn, read, settings, seqlen)
-    clock.on("windows")
-    load_seconds = sum(clock.seconds.values())
-    lower = f"lower {PREFIX}seqlen or {PREFIX}batch-size"
-    with shortage_told(
-        lambda: _short(first, f"in the screen, in {running}", (lower, *half_precision(running, "take")))
-    ):
-        found = _screened(base, drawn, settings, first, progress)
-    clock.on("pass")
+    with imported(first):
+        clock.on("imports")
+        device = device_of(settings)
+        dtype: Any = dtype_of(settings.dtype, first, device, read.base)
+        precision = str(dtype).removeprefix("torch.")
+        running = f"{precision} on {device}"
+        with shortage_told(lambda: _short(first, f"to load the base in {running}", half_precision(running, "take"))):
+            base = _base(asked, settings, read, device, dtype)
+        clock.on("model")
+        seqlen = window_length(settings.seqlen, base.model.model)
+        read = read.with_chats(settings, seqlen)
+        drawn = read.windows(settings, seqlen)
+        require_known_tokens(drawn.values(), base.model.model, first)
+        _require_read_alike(asked, drawn, read, settings, seqlen)
+        clock.on("windows")
+        load_seconds = sum(clock.seconds.values())
+        lower = f"lower {PREFIX}seqlen or {PREFIX}batch-size"
+        with shortage_told(
+            lambda: _short(first, f"in the screen, in {running}", (lower, *half_precision(running, "take")))
+        ):
+            found = _screened(base, drawn, settings, first, progress)
+        clock.on("pass")
     require_unchanged(read.stamps.union(*(checkpoint.stamps for checkpoint, _ in asked)))
     told = {
         **about.of_texts(read.texts, drawn, seqlen, {}, None, settings.preserved, read.chats),

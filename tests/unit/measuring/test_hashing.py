@@ -1,11 +1,9 @@
 """The hashes of the weights, taken beside the pass."""
 
-import gc
 import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import CancelledError
-from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from threading import Event
@@ -18,7 +16,6 @@ from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.measuring.digests import PrefixOf, file_sha256, of_base
 from pytest_nullspace.measuring.followed import Followed
 from pytest_nullspace.measuring.hashing import Hashed, Hashes, hashed_meanwhile, hashes
-from pytest_nullspace.measuring.memory import uncollected
 from tests import tiny
 
 
@@ -103,17 +100,3 @@ def test_a_digest_of_what_others_read_is_that_of_the_file(
         assert file_sha256(file, None, followed.prefix) == hashlib.sha256(file.read_bytes()).hexdigest()
     finally:
         followed.end()
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_the_collector_is_left_as_it_was(enabled: bool) -> None:
-    """Cycles are not looked for inside, and afterwards as the user has it, also where an import failed."""
-    before = gc.isenabled()
-    try:
-        (gc.enable if enabled else gc.disable)()
-        with suppress(ImportError), uncollected():
-            assert not gc.isenabled()
-            raise ImportError
-        assert gc.isenabled() == enabled
-    finally:
-        (gc.enable if before else gc.disable)()

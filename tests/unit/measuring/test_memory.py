@@ -1,10 +1,18 @@
-"""What a forward frees is kept for the next, where the C library can."""
+"""What a forward frees is kept for the next, where the C library can; what stays is not looked through for cycles."""
 
+import gc
 import platform
 import subprocess
 import sys
+import weakref
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+
+from pytest_nullspace.checkpoint import open_checkpoint
+from pytest_nullspace.measuring.memory import imported, uncollected
+from tests import tiny
 
 FREED = """
 import ctypes
@@ -79,3 +87,44 @@ def test_what_was_freed_amid_what_is_used_is_given_back_on_demand() -> None:
     kept, after = map(int, done.stdout.split())
     assert kept >= 78
     assert after < 4
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_left_as_it_was(enabled: bool) -> None:
+    """Cycles are not looked for inside, and afterwards as the user has it, also where an import failed."""
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with suppress(ImportError), uncollected():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_what_was_there_before_is_not_looked_through_until_the_end(tmp_path: Path, others: bool) -> None:
+    """Cycles made inside go as ever, those of before at the end; what somebody else set aside stays so."""
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.own = self
+
+    checkpoint, before = open_checkpoint(tiny.lora_null(tmp_path)), Cycle()
+    if others:
+        gc.freeze()
+    try:
+        held = gc.get_freeze_count()
+        with imported(checkpoint):
+            old, new = weakref.ref(before), weakref.ref(Cycle())
+            del before
+            gc.collect()
+            assert new() is None
+            assert old() is not None
+        assert (gc.get_freeze_count() > 0) == others
+        assert not others or abs(gc.get_freeze_count() - held) < held / 2
+        gc.collect()
+        assert (old() is None) != others
+    finally:
+        gc.unfreeze()
