@@ -6,7 +6,7 @@ Torch is imported only inside functions.
 import platform
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +14,7 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import read_json_object
 from pytest_nullspace.checkpoint.hub import base_of, tensors_of
 from pytest_nullspace.errors import MeasurementError, OptionError
+from pytest_nullspace.measuring.memory import set_aside
 from pytest_nullspace.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
@@ -98,6 +99,17 @@ def device_name(device: Any) -> str:
     import torch
 
     return str(getattr(torch, device.type).get_device_name(device)) if device.type != "cpu" else platform.machine()
+
+
+def imported(checkpoint: Checkpoint) -> AbstractContextManager[None]:
+    """The context in which the libraries are there that ``checkpoint`` takes, and are `set_aside`."""
+
+    def libraries() -> None:
+        from pytest_nullspace.model import import_libraries
+
+        import_libraries(checkpoint)
+
+    return set_aside(libraries)
 
 
 def load(

@@ -5,10 +5,8 @@ import gc
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from pytest_nullspace.checkpoint import Checkpoint
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_KEPT = 32 << 20
@@ -92,16 +90,14 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def imported(checkpoint: Checkpoint) -> Iterator[None]:
-    """Within this context the libraries are there that ``checkpoint`` takes, and what is there is not looked through.
+def set_aside(import_libraries: Callable[[], object]) -> Iterator[None]:
+    """Within this context what is there once libraries were imported is not looked through for cycles.
 
-    Their objects came while Python looked for no cycles, so it would look through them now, thrice: as new ones, as
-    older ones, with all. That takes a fifth of a second each time. What is made from here on it looks through as ever.
+    Their objects came while Python looked for none, so it would look through them now, thrice: as new ones, as older
+    ones, with all. That takes a fifth of a second each time. What is made from here on it looks through as ever.
     """
     with uncollected():
-        from pytest_nullspace.model import import_libraries
-
-        import_libraries(checkpoint)
+        import_libraries()
         is_ours = not gc.get_freeze_count()  # else somebody has set aside what is to stay so
         if is_ours:
             gc.freeze()

@@ -40,12 +40,13 @@ from pytest_nullspace.measuring.loading import (
     device_of,
     dtype_of,
     half_precision,
+    imported,
     one_of,
     shortage_told,
     true_base,
 )
 from pytest_nullspace.measuring.measurement import HeldAgainst, Measurement
-from pytest_nullspace.measuring.memory import free_earlier_models, imported, keep_freed_memory
+from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory
 from pytest_nullspace.measuring.reading import Reading
 from pytest_nullspace.measuring.written import Request, Written, had, require_base
 from pytest_nullspace.run.predictions import Headroom

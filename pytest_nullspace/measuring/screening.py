@@ -25,12 +25,13 @@ from pytest_nullspace.measuring.loading import (
     device_of,
     dtype_of,
     half_precision,
+    imported,
     load,
     one_of,
     shortage_told,
 )
 from pytest_nullspace.measuring.measurement import CPU_TOKENS, GPU_TOKENS
-from pytest_nullspace.measuring.memory import free_earlier_models, imported, keep_freed_memory
+from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory
 from pytest_nullspace.measuring.reading import Reading
 from pytest_nullspace.run.stats import RunStats
 from pytest_nullspace.run.texts import FIRST, name_of
