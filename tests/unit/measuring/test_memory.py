@@ -57,6 +57,7 @@ def test_where_memory_is_scarce_large_blocks_are_given_back() -> None:
 
 HELD = """
 import ctypes
+from pathlib import Path
 from pytest_nullspace.measuring.memory import give_back_freed_memory, keep_freed_memory
 keep_freed_memory()
 libc = ctypes.CDLL(None)
