@@ -24,7 +24,7 @@ from pytest_nullspace.model.kinds import Kind, runs
 from pytest_nullspace.model.known import own_code, quantiser, told_of
 from pytest_nullspace.model.shelf import Shelf, UnfitError, stack_of
 from pytest_nullspace.model.sizes import NOT_FITTED, resize
-from pytest_nullspace.model.weights import WHOLE_NUMBERS, fill
+from pytest_nullspace.model.weights import WHOLE_NUMBERS, fill, misshapen
 
 
 def load_base(
@@ -74,8 +74,7 @@ def _misfit_named(kind: Kind, base: Path, tensors: Collection[TensorInfo]) -> It
         if wrong is None:
             raise
         raise CheckpointError(
-            f"{wrong.file}: tensor {printable(wrong.name)} has shape {list(wrong.shape)}, but config.json makes it "
-            f"{list(places[wrong.name])}{own_code(base)}; copy both from one save, or give another base by "
+            f"{misshapen(wrong, places[wrong.name])}{own_code(base)}; copy both from one save, or give another base by "
             "--nullspace-base=DIR"
         ) from error
 

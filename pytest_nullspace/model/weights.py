@@ -1,7 +1,7 @@
 """Weights from safetensors files straight into a model's parameters: each tensor used, each parameter filled."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -82,13 +82,18 @@ def _mismatch(tensors: Mapping[str, TensorInfo], unused: list[str], empty: list[
     )
 
 
+def misshapen(info: TensorInfo, shape: Iterable[int]) -> str:
+    """That a tensor has another shape than its model's config gives it."""
+    return (
+        f"{info.file}: tensor {printable(info.name)} has shape {list(info.shape)}, but config.json makes it "
+        f"{list(shape)}"
+    )
+
+
 def _check_forms(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
     for name, value in model.state_dict(keep_vars=True).items():
         if name in tensors and tensors[name].shape != tuple(value.shape):
-            raise CheckpointError(
-                f"{tensors[name].file}: tensor {printable(tensors[name].name)} has shape {list(tensors[name].shape)}, "
-                f"but config.json makes it {list(value.shape)}; copy both from one save"
-            )
+            raise CheckpointError(f"{misshapen(tensors[name], value.shape)}; copy both from one save")
         if name in tensors and tensors[name].dtype in WHOLE_NUMBERS and value.is_floating_point():
             raise CheckpointError(
                 f"{tensors[name].file}: tensor {printable(tensors[name].name)} is {tensors[name].dtype}, quantised, "
