@@ -5,6 +5,7 @@ that begins later together with what lies between, if that is not still to come;
 """
 
 from collections.abc import Iterable
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -37,11 +38,16 @@ class Followed:
         Thread(target=self._run, name="nullspace-hashes", daemon=True).start()
 
     def add(self, file: Path, begin: int, piece: memoryview) -> None:
-        """Take a piece of a file, that begins with that byte and is not changed any more."""
+        """Take a piece of a file, that begins with that byte and is not changed any more.
+
+        Raises:
+            CancelledError: It is over, so that who reads ahead reads no more either: pytest would wait for it.
+        """
         while not self._ended:
             with suppress(Full):
                 self._pieces.put((file, begin, piece), timeout=_PATIENCE)
                 return
+        raise CancelledError
 
     def prefix(self, file: Path) -> PrefixDigest:
         """The digest of a file as far as it has come, once all pieces are added."""

@@ -9,6 +9,7 @@ from itertools import accumulate
 from threading import Event
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.measuring.digests import PrefixOf, file_sha256, of_base
 from pytest_nullspace.measuring.followed import Followed
 from pytest_nullspace.measuring.hashing import Hashed, Hashes, hashed_meanwhile, hashes
+from pytest_nullspace.model.shelf import Shelf
 from tests import tiny
 
 
@@ -100,3 +102,15 @@ def test_a_digest_of_what_others_read_is_that_of_the_file(
         assert file_sha256(file, None, followed.prefix) == hashlib.sha256(file.read_bytes()).hexdigest()
     finally:
         followed.end()
+
+
+def test_where_it_is_over_nothing_is_read_ahead_any_more(sharded: Checkpoint) -> None:
+    """After an error or Ctrl-C the reader of a streamed block ends at its next piece, however slow the disk is."""
+    with hashed_meanwhile(sharded, at_once=False) as hashed:
+        shelf = Shelf([], torch.device("cpu"), torch.float32)
+        shelf.files.read_by = hashed.follow([])
+        info = sharded.tensors["model.norm.weight"]
+        assert shelf.taken(info).shape == info.shape
+    with pytest.raises(CancelledError):
+        shelf.taken(info)
+    shelf.close()
