@@ -9,13 +9,8 @@ from io import FileIO
 from mmap import mmap
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from pytest_nullspace.checkpoint.header import AGAIN, TensorInfo, printable
 from pytest_nullspace.errors import CheckpointError
-
-Bytes = NDArray[np.uint8]
 
 Span = Sequence[TensorInfo]
 """Tensors of one type, one of which lies behind the other, so that they can be read as one."""
@@ -88,7 +83,7 @@ class Early:
         self._tensors = tensors
         self._files = RawFiles()
         self._files.read_by = self._require_asked
-        self._coming: dict[tuple[Path, int, int], Future[Bytes]] = {}
+        self._coming: dict[tuple[Path, int, int], Future[memoryview]] = {}
         self._reader: ThreadPoolExecutor | None = None
         self._is_over = False
 
@@ -101,10 +96,10 @@ class Early:
         """Begin, unless that was done."""
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, "nullspace-early")
-            for span in spans(first_block(self._tensors())):
+            for span in spans(info for info in first_block(self._tensors()) if info.nbytes):
                 self._coming[_place(span)] = self._reader.submit(self._read, span)
 
-    def taken(self, span: Span) -> Bytes | None:
+    def taken(self, span: Span) -> memoryview | None:
         """The bytes of a span, waited for; None where it is not among them, or could not be read."""
         coming = self._coming.get(_place(span))
         with suppress(Exception):  # were it too little memory: who reads it in the place of this tells what is wrong
@@ -119,11 +114,10 @@ class Early:
         self._coming.clear()
         self._files.close()
 
-    def _read(self, span: Span) -> Bytes:
-        size = sum(info.nbytes for info in span)
+    def _read(self, span: Span) -> memoryview:
         # Not from the heap of this thread, which nothing would give back once it is freed.
-        values = np.frombuffer(mmap(-1, max(1, size)), dtype=np.uint8, count=size)
-        self._files.read(span, values.data)
+        values = memoryview(mmap(-1, sum(info.nbytes for info in span)))
+        self._files.read(span, values)
         return values
 
     def _require_asked(self, *_: object) -> None:

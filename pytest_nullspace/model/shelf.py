@@ -114,8 +114,8 @@ class Shelf:
             held = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
             self.files.read(span, held.numpy().data)
         else:
-            held = torch.from_numpy(early)
-            self.files.read_by(span[0].file, self.files.offset(span), early.data)
+            held = torch.frombuffer(early, dtype=torch.uint8)
+            self.files.read_by(span[0].file, self.files.offset(span), early)
         values = []
         for info, of in zip(span, torch.split(held, sizes), strict=True):
             value = of.view(_TYPES[info.dtype]).view(info.shape)

@@ -13,7 +13,7 @@ from tests import structure
 from tests.structure import imports, own, sources, wing, wings
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
+HEAVY = ("torch", "numpy", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
     "callback", "fused", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.digits",
     "measuring.distinct", "measuring.drift", "measuring.factors", "measuring.figuring", "measuring.forward",
