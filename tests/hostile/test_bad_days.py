@@ -248,9 +248,9 @@ from pytest_nullspace.measuring import pipeline, streaming as measure
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 def limit(): resource.setrlimit(resource.RLIMIT_AS, (used + {room}, resource.RLIM_INFINITY))
 """
-IN_THE_LOAD = SHORT + "limit()\n"
+SHORT_IN_THE_LOAD = SHORT + "limit()\n"
 # Only in the pass: what pytest's other plugins import at the end takes memory as well.
-IN_THE_PASS = (
+SHORT_IN_THE_PASS = (
     SHORT
     + """
 real, no_limit = measure.measure, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
@@ -274,7 +274,7 @@ def test_too_little_memory_is_told_with_what_to_lower(pytester: pytest.Pytester,
     wide = tiny.llama(max_position_embeddings=16_384, vocab_size=128 if where == "pass" else 4_000_000)
     # Stored in half precision, so that loading has to convert it and cannot map the file.
     tiny.lora_null(pytester.path / "wide", wide.to(torch.bfloat16) if where == "load" else wide)
-    pytester.makeconftest((IN_THE_LOAD if where == "load" else IN_THE_PASS).format(room=300_000_000))
+    pytester.makeconftest((SHORT_IN_THE_LOAD if where == "load" else SHORT_IN_THE_PASS).format(room=300_000_000))
     options = ("--nullspace-seqlen=16000", "--nullspace-batch-size=40", "--nullspace-calib-size=40")
     result = gate(*LOOSE, *options, model="wide")
     assert result.ret == 1
