@@ -29,7 +29,7 @@ from pytest_nullspace.checkpoint.patterns import require_quick, table
 from pytest_nullspace.checkpoint.strangers import require_unwrapped
 from pytest_nullspace.errors import CheckpointError
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FORMAT, MLX, GGUF = "PEFT LoRA", "MLX LoRA", "GGUF LoRA"
 FORMATS = (FORMAT, MLX, GGUF)
 """What is read as PEFT saves it, whoever saved it."""

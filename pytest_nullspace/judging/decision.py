@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from pytest_nullspace.checkpoint import peft
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage, verdicts_of
-from pytest_nullspace.judging.scarce import few_rows
+from pytest_nullspace.judging.scarce import short_texts
 from pytest_nullspace.judging.spoken import PLAIN, said
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
 from pytest_nullspace.run.figures import OF_DOWN
@@ -325,9 +326,17 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
     elif expectations.stage is Stage.TRAINED and (run.drift is None or run.drift.task is None):
         yield Reason("what it learned was not judged (--nullspace-task-dataset)", Tier.WARN)
     quiet = {v.subject for v in verdicts for f in v.findings if f.threshold.figure == "leakage" and f.tier is Tier.PASS}
-    few = [layer for layer in few_rows(run) if layer.name in quiet]
-    if 2 * len(few) > len(quiet - {MODEL}):
-        yield Reason(f"too few rows to show a null space in {len(few):,} of {len(run.layers):,} layers", Tier.WARN)
+    short = {text: few for text, of in short_texts(run).items() if (few := {layer.name for layer in of} & quiet)}
+    lacking = frozenset[str]().union(*short.values())
+    if 2 * len(lacking) > len(quiet - {MODEL}):
+        named = run.on_further and all(short)  # else all of it is of the first one too, which nobody named
+        which = f" of the text{'s' * (len(short) > 1)} {' and '.join(short)}" if named else ""
+        yield Reason(
+            f"too few rows{which} to show a null space in {len(few):,} of {len(run.layers):,} layers", Tier.WARN
+        )
+    files = run.about.get("weights_sha256") if run.about.get("format") == peft.FORMAT else None
+    if isinstance(files, dict) and (others := len(files.keys() - {peft.WEIGHTS_FILE})):
+        yield Reason(f"PEFT loads {peft.WEIGHTS_FILE} alone, and its weights lie in {others} other files", Tier.WARN)
     for verdict in verdicts:
         for finding in verdict.findings if is_drift(verdict.subject) else ():
             if finding.uncertain and finding.threshold.figure not in _FLOORS:

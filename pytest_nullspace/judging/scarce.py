@@ -1,6 +1,9 @@
 """Which layers too few rows reached for their leakage to prove a quiet space. Pure."""
 
+from collections.abc import Mapping, Sequence
+
 from pytest_nullspace.run.stats import LayerStats, RunStats
+from pytest_nullspace.run.texts import FIRST
 
 
 def tokens_of(run: RunStats) -> tuple[int, int]:
@@ -25,4 +28,12 @@ def few_rows(run: RunStats) -> list[LayerStats]:
     """
     if run.has_no_down:  # there is no leakage that they could blur
         return []
-    return [layer for layer in run.layers if 0 < distinct_rows(run, layer) < layer.in_features]
+    return [layer for layer in run.layers if layer.rows and distinct_rows(run, layer) < layer.in_features]
+
+
+def short_texts(run: RunStats) -> Mapping[str, Sequence[LayerStats]]:
+    """Those layers on each preserved text that has some, by its name; that of the first may be empty."""
+    first = run.about.get(FIRST)
+    name = first.get("name") if isinstance(first, dict) else None
+    texts = {name if isinstance(name, str) else "": run, **run.on_further}
+    return {name: few for name, of in texts.items() if (few := few_rows(of))}

@@ -11,7 +11,7 @@ from threading import Event
 from typing import Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.header import AGAIN, TensorInfo, opened, read_json_object, stamp_of
+from pytest_nullspace.checkpoint.header import AGAIN, TensorInfo, opened, read_json_object
 from pytest_nullspace.checkpoint.hub import weight_files
 from pytest_nullspace.checkpoint.lora_null import DOWN, PROTECT_DOWN, PROTECT_UP, UP
 from pytest_nullspace.errors import CheckpointError
@@ -119,15 +119,25 @@ def file_sha256(file: Path, until: Event | None = None, prefix_of: PrefixOf = no
     return str(digest.hexdigest())
 
 
-_KNOWN: dict[tuple[Path, tuple[int, int]], str] = {}
+_KNOWN: dict[tuple[Path, tuple[int, ...]], str] = {}
 """The digests of files of bases, as long as they stay what they are: several adapters have one."""
 
 
 def _once(file: Path, until: Event | None, prefix_of: PrefixOf) -> str:
-    key = file.absolute(), stamp_of(file.stat())
-    if key not in _KNOWN:
-        _KNOWN[key] = file_sha256(file, until, prefix_of)
-    return _KNOWN[key]
+    before = _known_by(file)
+    if before not in _KNOWN:
+        prefix = prefix_of(file)
+        digest = file_sha256(file, until, lambda _: prefix)
+        # Of two files, one of which replaced the other meanwhile, it is the digest of neither.
+        if prefix.size or _known_by(file) != before:
+            return digest
+        _KNOWN[before] = digest
+    return _KNOWN[before]
+
+
+def _known_by(file: Path) -> tuple[Path, tuple[int, ...]]:
+    with opened(file, "the file of the weights") as (_, status):
+        return file.absolute(), times_of(status)
 
 
 def _add_tensors(digest: Any, tensors: Iterable[TensorInfo], until: Event | None = None) -> None:

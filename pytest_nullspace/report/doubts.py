@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from statistics import median
 
 from pytest_nullspace.checkpoint.header import printable
@@ -26,7 +25,7 @@ def sinks(verdicts: Sequence[Verdict], run: RunStats) -> str | None:
     if any(layer.without_sinks is None for layer in run.layers):
         return "sink rows: this run does not tell of them, so a few rows may decide its ratios"
     texts = [("", run.layers), (" on the task text", [layer.task for layer in run.layers])]
-    texts += [(f" on the text {name}", of.layers) for name, of in _further(run).items()]
+    texts += [(f" on the text {name}", of.layers) for name, of in run.on_further.items()]
     found = [(on, layer) for on, of in texts for layer in of if layer is not None and layer.sinks]
     decided = [(v.subject, f) for v in verdicts if v.unjudged is None for f in v.findings if f.decided_by_sinks]
     where, most = max(found, key=lambda pair: pair[1].sink_share, default=("", None))
@@ -155,21 +154,8 @@ def all_of(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectation
     of_text = other_tokenizer(run), no_first_token(run)
     first = without_drift(run), without_scale(run), *of_text, sinks(verdicts, run)
     yield from (doubt for doubt in (*first, *told) if doubt is not None)
-    for name, of in _further(run).items():
+    for name, of in run.on_further.items():
         yield from (f"on the text {name}: {doubt}" for doubt in (few(of), repeated(of)) if doubt is not None)
-
-
-def _further(run: RunStats) -> dict[str, RunStats]:
-    """The run as if each further preserved text had been the first, by that text's name."""
-    names = dict.fromkeys(name for layer in run.layers for name in layer.further)
-    return {
-        name: replace(
-            run,
-            layers=tuple(layer.further[name] for layer in run.layers if name in layer.further),
-            about={**run.about, FIRST: run.about.get(key_of(name))},
-        )
-        for name in names
-    }
 
 
 def without_drift(run: RunStats) -> str | None:

@@ -16,6 +16,7 @@ from pytest_nullspace.run.norms import Ratios, ratio
 from pytest_nullspace.run.norms import WithoutSinks as WithoutSinks
 from pytest_nullspace.run.predictions import Drift as Drift
 from pytest_nullspace.run.predictions import TextDrift as TextDrift
+from pytest_nullspace.run.texts import FIRST, key_of
 from pytest_nullspace.run.windows import ByWindow
 
 ORTHONORMAL = 1e-3
@@ -297,6 +298,19 @@ class RunStats:
     @cached_property
     def _by_name(self) -> Mapping[str, LayerStats]:
         return {layer.name: layer for layer in self.layers}
+
+    @property
+    def on_further(self) -> "Mapping[str, RunStats]":
+        """The run as if each further preserved text had been the first, by that text's name."""
+        names = dict.fromkeys(name for layer in self.layers for name in layer.further)
+        return {
+            name: replace(
+                self,
+                layers=tuple(layer.further[name] for layer in self.layers if name in layer.further),
+                about={**self.about, FIRST: self.about.get(key_of(name))},
+            )
+            for name in names
+        }
 
     @property
     def complete(self) -> bool:

@@ -13,7 +13,7 @@ from pytest_nullspace.judging.sanity import insane
 from pytest_nullspace.judging.spoken import plain
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.predictions import Headroom
-from pytest_nullspace.run.stats import Drift, RunStats, TextDrift
+from pytest_nullspace.run.stats import Drift, LayerStats, RunStats, TextDrift
 from pytest_nullspace.run.texts import DRIFT
 from tests import saved
 
@@ -94,6 +94,53 @@ def test_a_null_space_that_so_few_rows_could_not_show_is_no_reason_to_call_it_sa
     assert (told.call, told.sentence) == (Call.LOOK, "too few rows to show a null space in 5 of 9 layers")
     ordinary = Expectations(chosen=Chosen(Profile.LORA, "asked for"), drift_judged=True)
     assert decide(scarce(9), ordinary).call is Call.SAFE
+
+
+def test_a_null_space_is_shown_on_every_preserved_text_or_it_is_one_to_look_at() -> None:
+    """Rows are counted of each text apart: many of the first show nothing of another, by whose name that is told."""
+
+    def read(first: int, other: int, name: str = "", of: str = "code") -> RunStats:
+        def few(layer: LayerStats, place: int, count: int) -> LayerStats:
+            return dataclasses.replace(layer, distinct_rows=layer.in_features - 1) if place < count else layer
+
+        run = good()
+        layers = tuple(
+            dataclasses.replace(
+                few(layer, place, first), further={of: few(dataclasses.replace(layer, task=None), 8 - place, other)}
+            )
+            for place, layer in enumerate(run.layers)
+        )
+        return dataclasses.replace(run, layers=layers, about={**run.about, "text": {"name": name} if name else {}})
+
+    assert verdict(read(0, 4)).call is Call.SAFE
+    told = verdict(read(0, 5))
+    assert (told.call, told.sentence) == (
+        Call.LOOK,
+        "too few rows of the text code to show a null space in 5 of 9 layers",
+    )
+    assert verdict(read(5, 0)).sentence == "too few rows to show a null space in 5 of 9 layers"
+    both = verdict(read(3, 3, "prose"))  # neither lacks most layers alone, and yet most lack one of them
+    assert both.sentence == "too few rows of the texts prose and code to show a null space in 6 of 9 layers"
+    counted = read(0, 0)
+    about = {**counted.about, "text[code]": {"tokens": 1000, "distinct": 1}}
+    assert verdict(dataclasses.replace(counted, about=about)).call is Call.LOOK
+
+
+def test_an_adapter_in_files_that_peft_does_not_load_is_one_to_look_at() -> None:
+    """PEFT opens one file by its name, so one in shards may be right and still not be what is deployed."""
+
+    def of(*files: str, form: str) -> Decision:
+        about = {"weights_sha256": dict.fromkeys(files, "0"), "format": form}
+        return verdict(dataclasses.replace(good(), about=about))
+
+    shards = [f"adapter_model-0000{part}-of-00002.safetensors" for part in (1, 2)]
+    told = of(*shards, form="PEFT LoRA")
+    assert (told.call, told.sentence) == (
+        Call.LOOK,
+        "PEFT loads adapter_model.safetensors alone, and its weights lie in 2 other files",
+    )
+    assert of("adapter_model.safetensors", form="PEFT LoRA").call is Call.SAFE
+    assert of(*shards, form="LoRA-Null").call is Call.SAFE
 
 
 def test_a_failure_weighs_more_than_a_gap() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from itertools import accumulate
+from pathlib import Path
 from threading import Event
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
-from pytest_nullspace.measuring.digests import PrefixOf, file_sha256, of_base
+from pytest_nullspace.measuring.digests import PrefixDigest, PrefixOf, file_sha256, no_prefix, of_base
 from pytest_nullspace.measuring.followed import Followed
 from pytest_nullspace.measuring.hashing import Hashed, Hashes, hashed_meanwhile, hashes
 from pytest_nullspace.model.shelf import Shelf
@@ -54,6 +55,31 @@ def test_a_base_is_known_by_its_files_or_by_what_lies_beside_the_layers(sharded:
     assert of_base(trained, None)["base_model"] == carried
     told = of_base(replace(sharded, base="elsewhere"), sharded.directory)["base_model"]["files"]
     assert told == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.parametrize("is_followed", [False, True])
+def test_a_base_that_is_replaced_while_it_is_read_leaves_no_digest_to_the_next_model(
+    tmp_path: Path, sharded: Checkpoint, is_followed: bool
+) -> None:
+    """A digest of two files, as what was read of one and the rest of another give, is kept for neither of them."""
+    file, other = tmp_path / "model.safetensors", tmp_path / "other"
+    whole = os.urandom(99)
+    file.write_bytes(whole)
+    adapter = replace(sharded, base="elsewhere")
+
+    def told(prefix_of: PrefixOf = no_prefix) -> str:
+        digest: str = of_base(adapter, tmp_path, None, prefix_of)["base_model"]["files"][file.name]
+        return digest
+
+    def replaced(_: Path) -> PrefixDigest:
+        file.rename(other)
+        file.write_bytes(whole[::-1])
+        return PrefixDigest(hashlib.sha256(whole[:64]), 64) if is_followed else no_prefix(file)
+
+    told(replaced)
+    assert told() == hashlib.sha256(file.read_bytes()).hexdigest()
+    other.rename(file)
+    assert told() == hashlib.sha256(whole).hexdigest()
 
 
 def test_hashes_that_were_cut_short_are_none(sharded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
