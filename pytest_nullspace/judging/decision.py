@@ -331,9 +331,8 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
     if 2 * len(lacking) > len(quiet - {MODEL}):
         named = run.on_further and all(short)  # else all of it is of the first one too, which nobody named
         which = f" of the text{'s' * (len(short) > 1)} {' and '.join(short)}" if named else ""
-        yield Reason(
-            f"too few rows{which} to show a null space in {len(few):,} of {len(run.layers):,} layers", Tier.WARN
-        )
+        layers = f"{len(lacking):,} of {len(run.layers):,} layers"
+        yield Reason(f"too few rows{which} to show a null space in {layers}", Tier.WARN)
     files = run.about.get("weights_sha256") if run.about.get("format") == peft.FORMAT else None
     if isinstance(files, dict) and (others := len(files.keys() - {peft.WEIGHTS_FILE})):
         yield Reason(f"PEFT loads {peft.WEIGHTS_FILE} alone, and its weights lie in {others} other files", Tier.WARN)
