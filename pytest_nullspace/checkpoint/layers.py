@@ -140,10 +140,9 @@ class Checkpoint:
 
     def beside(self, layers: Collection[str]) -> list[TensorInfo]:
         """What training may have written, and is of none of ``layers``; of a whole model what differs from its base."""
-        own = {f"{prefix}{name}" for name in layers for prefix in ("", PREFIX)}
         weights = (f"{layer.name}.weight" for layer in self.layers)
         names = sorted({*self.outside, *weights}) if self.is_whole else self.tensors
-        return [self.tensors[name] for name in names if own.isdisjoint(accumulate(name.split("."), "{}.{}".format))]
+        return of_none((self.tensors[name] for name in names), layers)
 
     @property
     def has_no_down(self) -> bool:
@@ -162,6 +161,12 @@ class Checkpoint:
         if ranks == {0}:
             return "no down projection"
         return f"rank {min(ranks)}" if len(ranks) == 1 else f"ranks {min(ranks)}-{max(ranks)}"
+
+
+def of_none(tensors: Iterable[TensorInfo], layers: Collection[str]) -> list[TensorInfo]:
+    """Those of ``tensors`` that lie in none of ``layers``, by their names here or as PEFT has them."""
+    own = {f"{prefix}{name}" for name in layers for prefix in ("", PREFIX)}
+    return [info for info in tensors if own.isdisjoint(accumulate(info.name.split("."), "{}.{}".format))]
 
 
 def model_order(name: str) -> tuple[tuple[int, int, str], ...]:

@@ -12,13 +12,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_nullspace.checkpoint import Checkpoint
-from pytest_nullspace.checkpoint.arrays import require_finite
 from pytest_nullspace.checkpoint.header import require_unchanged
 from pytest_nullspace.checkpoint.raw import Early
 from pytest_nullspace.errors import OptionError, TextError
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
 from pytest_nullspace.measuring.digests import base_sha256, program_sha256, times_of
+from pytest_nullspace.measuring.finite import require_numbers
 from pytest_nullspace.measuring.fitting import first_read, load_fitting
 from pytest_nullspace.measuring.hashing import Hashing, hashed_meanwhile
 from pytest_nullspace.measuring.inmemory import InMemory
@@ -301,14 +301,12 @@ def _loaded(
             if live is None
             else live.adapted
         )
-    beside = checkpoint.beside(adapted.layers)
+    require_numbers(adapted, checkpoint, base)
     if adapted.shelf is not None:
-        beside = adapted.shelf.require_finite(beside)
         adapted.shelf.files.read_by = hashed.follow(adapted.shelf.pieces())
         adapted.shelf.ahead(0)  # while all else is made ready
     else:
         hashed.begin()
-    require_finite(beside)  # a token's row that the text never asks for shows in no figure
     if read.has_text(settings):
         require_tokens_read(adapted, checkpoint)
     if settings.profile != "reference":  # whose formulas know of no start

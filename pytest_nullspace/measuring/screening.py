@@ -16,6 +16,7 @@ from pytest_nullspace.errors import CheckpointError, OptionError
 from pytest_nullspace.judging.screening import CURE, KEY, STATEMENT, ScreenedLayer, Screening
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
+from pytest_nullspace.measuring.finite import require_numbers
 from pytest_nullspace.measuring.hashing import hashes
 from pytest_nullspace.measuring.inputs import Texts, sources
 from pytest_nullspace.measuring.limits import require_known_tokens, window_length
@@ -194,6 +195,7 @@ def _base(asked: Asked, settings: Settings, read: Reading, device: Any, dtype: A
         adapted = load(checkpoint, settings, device, dtype, read.base, bases)
         require_finite(checkpoint.beside(adapted.layers))
         if not held:
+            require_numbers(adapted, checkpoint, read.base)
             require_tokens_read(adapted, checkpoint)
         odd = next((name for name, layer in adapted.layers.items() if _is_more(layer)), None)
         model = model or adapted.model

@@ -186,6 +186,11 @@ def _nothing(dtype: torch.dtype) -> Tensor:
     return torch.full((1,), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
 
 
+def is_shelved(value: Tensor) -> bool:
+    """Whether this is what stands in a place whose numbers lie in their files."""
+    return not value.is_meta and value.data_ptr() == _nothing(value.dtype).data_ptr()
+
+
 def _is_finite(value: Tensor) -> bool:
     """Whether all of it is, in one read and with no memory beside."""
     return not value.is_floating_point() or not value.numel() or bool(torch.stack(value.aminmax()).isfinite().all())

@@ -199,6 +199,25 @@ def test_a_row_that_no_text_asks_for_is_finite_or_refused(
         gate(directory, tmp_path / "text.txt", seqlen=64, calib_size=2, **options)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("how", ["loaded", "streamed", "in memory"])
+@pytest.mark.parametrize("part", ["embed_tokens.weight", "lm_head.weight", "layers.1.mlp.down_proj.weight"])
+def test_a_base_that_is_not_finite_where_no_text_looks_is_refused_by_the_name_of_its_tensor(
+    how: str, part: str, tmp_path: Path
+) -> None:
+    """What an adapter leaves as it was is deployed with it: one NaN in a row or weight that no test is of is told."""
+    adapter(tmp_path, tiny.llama(tie_word_embeddings=False), r=4, target_modules=["q_proj"])
+    edit(tmp_path / "base", spoilt(part, math.nan))
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    directory: Any = tmp_path / "adapter"
+    if how == "in memory":
+        directory = in_memory(tmp_path / "base", directory)
+    options = {"device_map": "stream"} if how == "streamed" else {}
+    with pytest.raises(CheckpointError, match=rf"tensor \S*{part}( of its base \S+)? holds NaN or infinity") as told:
+        gate(directory, tmp_path / "text.txt", seqlen=64, calib_size=2, drift=False, **options)
+    assert how == "in memory" or str(tmp_path / "base") in str(told.value)
+
+
 def in_memory(base: Path, directory: Path) -> Any:
     import peft
     import transformers

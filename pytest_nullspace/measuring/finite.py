@@ -1,0 +1,94 @@
+"""Whether all that the model holds outside the tested layers is numbers, also what no text asks for.
+
+A layer's own weights are told by its test. A token's row that the text never holds, or an expert to which it is never
+routed, shows in no figure, and answers somebody later. Torch is imported only inside functions.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_nullspace.checkpoint import Checkpoint
+from pytest_nullspace.checkpoint.arrays import require_finite
+from pytest_nullspace.checkpoint.header import printable
+from pytest_nullspace.checkpoint.hub import tensors_of
+from pytest_nullspace.checkpoint.layers import of_none
+from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.settings import PREFIX
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pytest_nullspace.model import AdaptedModel
+
+
+def require_numbers(adapted: "AdaptedModel", checkpoint: Checkpoint, base: Path | None) -> None:
+    """Refuse NaN and infinity beside the tested layers, in the files of the adapter and in the model as it runs.
+
+    What of a streamed model is not in memory yet is looked at when it is read.
+
+    Args:
+        adapted: The model.
+        checkpoint: Of which it is.
+        base: Its base, a directory or a GGUF file; None where it is not known, or ``checkpoint`` carries it.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    from pytest_nullspace.model.known import quantiser
+
+    beside, is_alone = checkpoint.beside(adapted.layers), checkpoint.carries_base or checkpoint.is_whole
+    if base is not None and base.is_dir() and not is_alone:
+        of_base = of_none(tensors_of(base), adapted.layers)
+        if adapted.shelf is not None:
+            adapted.shelf.require_finite([*beside, *of_base])
+        elif quantiser(base) is not None:  # what its numbers are made of is no parameter
+            beside += of_base
+    elif adapted.shelf is not None:
+        beside = adapted.shelf.require_finite(beside)
+    require_finite(beside)
+    for name, dtype in _broken(adapted):
+        of = "" if base is None or is_alone else f" of its base {base}"
+        raise CheckpointError(
+            f"{checkpoint.directory}: tensor {printable(name)}{of} holds NaN or infinity as the model runs in {dtype}, "
+            f"and no layer test covers it; save or download it again, give another base by {PREFIX}base=DIR, or, where "
+            f"{dtype} cannot hold its numbers, {PREFIX}dtype=float32"
+        )
+
+
+def _broken(adapted: "AdaptedModel") -> Iterator[tuple[str, str]]:
+    """The name and type of what in memory is not finite, by one look at the numbers of each device."""
+    import torch
+
+    found: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
+    with torch.no_grad():
+        for name, value, is_buffer in _beside(adapted):
+            if value.is_floating_point() and value.numel():
+                least, most = (value if value.dtype.itemsize > 1 else value.float()).aminmax()
+                # A buffer may be a mask, whose infinities are meant.
+                whole = ~least.isnan() if is_buffer else least.isfinite() & most.isfinite()
+                found.setdefault(value.device, []).append((name, value, whole))
+    for told in found.values():
+        are_whole = torch.stack([whole for *_, whole in told]).tolist()
+        for (name, value, _), is_whole in zip(told, are_whole, strict=True):
+            if not is_whole:
+                yield name.replace(".base_layer.", "."), str(value.dtype).removeprefix("torch.")
+
+
+def _beside(adapted: "AdaptedModel") -> Iterator[tuple[str, "Tensor", bool]]:
+    """Each parameter and saved buffer outside the tested layers, by its name, and whether it is a buffer."""
+    from torch import nn
+
+    from pytest_nullspace.model.shelf import is_shelved
+    from pytest_nullspace.model.stored import stored
+
+    met = {id(value) for layer in adapted.layers.values() for value in layer.layer.parameters()}
+    for name, module in adapted.model.named_modules():
+        for attribute, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is None or id(value) in met or attribute in module._non_persistent_buffers_set:
+                continue
+            met.add(id(value))
+            if adapted.shelf is None or not is_shelved(value):
+                held = stored(module, attribute) if value.is_meta else value.detach()
+                whole: Tensor = held.dequantize() if type(held).__module__.startswith("torchao.") else held
+                yield f"{name}.{attribute}".lstrip("."), whole, not isinstance(value, nn.Parameter)
