@@ -1,12 +1,14 @@
 """Whether all that the model holds outside the tested layers is numbers, also what no text asks for.
 
 A layer's own weights are told by its test. A token's row that the text never holds, or an expert to which it is never
-routed, shows in no figure, and answers somebody later. Torch is imported only inside functions.
+routed, shows in no figure, and answers somebody later.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.arrays import require_finite
@@ -14,15 +16,14 @@ from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.checkpoint.hub import tensors_of
 from pytest_nullspace.checkpoint.layers import of_none
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.model.known import quantiser
+from pytest_nullspace.model.layers import AdaptedModel
+from pytest_nullspace.model.shelf import is_shelved
+from pytest_nullspace.model.stored import stored
 from pytest_nullspace.settings import PREFIX
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-    from pytest_nullspace.model import AdaptedModel
-
-
-def require_numbers(adapted: "AdaptedModel", checkpoint: Checkpoint, base: Path | None) -> None:
+def require_numbers(adapted: AdaptedModel, checkpoint: Checkpoint, base: Path | None) -> None:
     """Refuse NaN and infinity beside the tested layers, in the files of the adapter and in the model as it runs.
 
     What of a streamed model is not in memory yet is looked at when it is read.
@@ -35,8 +36,6 @@ def require_numbers(adapted: "AdaptedModel", checkpoint: Checkpoint, base: Path 
     Raises:
         CheckpointError: There is one.
     """
-    from pytest_nullspace.model.known import quantiser
-
     beside, is_alone = checkpoint.beside(adapted.layers), checkpoint.carries_base or checkpoint.is_whole
     if base is not None and base.is_dir() and not is_alone:
         of_base = of_none(tensors_of(base), adapted.layers)
@@ -56,10 +55,8 @@ def require_numbers(adapted: "AdaptedModel", checkpoint: Checkpoint, base: Path 
         )
 
 
-def _broken(adapted: "AdaptedModel") -> Iterator[tuple[str, str]]:
+def _broken(adapted: AdaptedModel) -> Iterator[tuple[str, str]]:
     """The name and type of what in memory is not finite, by one look at the numbers of each device."""
-    import torch
-
     found: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
     with torch.no_grad():
         for name, value, is_buffer in _beside(adapted):
@@ -75,13 +72,8 @@ def _broken(adapted: "AdaptedModel") -> Iterator[tuple[str, str]]:
                 yield name.replace(".base_layer.", "."), str(value.dtype).removeprefix("torch.")
 
 
-def _beside(adapted: "AdaptedModel") -> Iterator[tuple[str, "Tensor", bool]]:
+def _beside(adapted: AdaptedModel) -> Iterator[tuple[str, Tensor, bool]]:
     """Each parameter and saved buffer outside the tested layers, by its name, and whether it is a buffer."""
-    from torch import nn
-
-    from pytest_nullspace.model.shelf import is_shelved
-    from pytest_nullspace.model.stored import stored
-
     met = {id(value) for layer in adapted.layers.values() for value in layer.layer.parameters()}
     for name, module in adapted.model.named_modules():
         for attribute, value in (*module._parameters.items(), *module._buffers.items()):

@@ -55,6 +55,16 @@ def device_of(settings: Settings) -> Any:
     return device_named(name, f"{PREFIX}device")
 
 
+def require_device(settings: Settings) -> None:
+    """Refuse a device that was named and that this machine does not have; where none was, torch is not imported.
+
+    Raises:
+        OptionError: There is one.
+    """
+    if settings.device not in ("auto", "cpu") or {*(_spread_over(settings) or ())} - {"cpu"}:
+        device_of(settings)
+
+
 def dtype_of(name: str, checkpoint: Checkpoint, device: Any, base: Path | None = None) -> Any:
     """The precision of that ``name``; for ``auto`` float32 on a CPU, elsewhere that in which the base is stored.
 

@@ -18,7 +18,6 @@ from pytest_nullspace.errors import OptionError, TextError
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
 from pytest_nullspace.measuring.digests import base_sha256, program_sha256, times_of
-from pytest_nullspace.measuring.finite import require_numbers
 from pytest_nullspace.measuring.fitting import first_read, load_fitting
 from pytest_nullspace.measuring.hashing import Hashing, hashed_meanwhile
 from pytest_nullspace.measuring.inmemory import InMemory
@@ -282,6 +281,7 @@ def _loaded(
 
     Where it was tried to stream it, ``unfit`` says why it could not be.
     """
+    from pytest_nullspace.measuring.finite import require_numbers
     from pytest_nullspace.measuring.forward import require_tokens_read
     from pytest_nullspace.measuring.moved import with_base, with_start
 

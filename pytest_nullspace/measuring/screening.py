@@ -16,7 +16,6 @@ from pytest_nullspace.errors import CheckpointError, OptionError
 from pytest_nullspace.judging.screening import CURE, KEY, STATEMENT, ScreenedLayer, Screening
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
-from pytest_nullspace.measuring.finite import require_numbers
 from pytest_nullspace.measuring.hashing import hashes
 from pytest_nullspace.measuring.inputs import Texts, sources
 from pytest_nullspace.measuring.limits import require_known_tokens, window_length
@@ -186,6 +185,7 @@ def _base(asked: Asked, settings: Settings, read: Reading, device: Any, dtype: A
     Raises:
         CheckpointError: One does not fit, or would leave another base behind than it found.
     """
+    from pytest_nullspace.measuring.finite import require_numbers
     from pytest_nullspace.measuring.forward import require_tokens_read
     from pytest_nullspace.measuring.screen import on_base
 

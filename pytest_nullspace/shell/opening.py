@@ -11,7 +11,7 @@ from pytest_nullspace.checkpoint.hub import downloaded
 from pytest_nullspace.errors import OptionError
 from pytest_nullspace.measuring import inputs
 from pytest_nullspace.measuring.inmemory import InMemory
-from pytest_nullspace.measuring.loading import Bases
+from pytest_nullspace.measuring.loading import Bases, require_device
 from pytest_nullspace.measuring.screening import require_plain, require_sharing
 from pytest_nullspace.run.figures import FIGURES, OF_DOWN
 from pytest_nullspace.settings import PREFIX, Settings, model_name
@@ -78,6 +78,8 @@ def check_inputs(runs: Sequence[GatedRun], settings: Settings, texts: dict[str, 
     if not measured or settings.weights_only or settings.ranks.size > 1:
         return
     inputs.sources(settings)
+    if not look:
+        require_device(settings)
     for run in measured:
         run.check_models(look=look)
     if not look:  # last, for it may take a while to have a text of the hub, or to learn that there is no network

@@ -154,9 +154,18 @@ def test_a_map_that_says_nothing_is_a_usage_error(options: list[str], told: str,
     result.stderr.fnmatch_lines([f"ERROR: --nullspace-device-map: {told}"])
 
 
-def test_a_card_that_is_not_there_is_named(folder: Path, gate: Gate) -> None:
-    """A map over a card that torch does not see is an error that names it."""
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--nullspace-device-map=99=1GiB,cpu=1GiB", "--nullspace-device-map: torch sees no card 99 on this machine*"),
+        ("--nullspace-device=cuda:99", "--nullspace-device: torch sees no cuda:99 on this machine; choose another, *"),
+    ],
+)
+def test_a_card_that_is_not_there_is_named_before_tests_are_collected(
+    option: str, told: str, folder: Path, gate: Gate
+) -> None:
+    """A device that torch does not see, alone or in a map, is one usage error, as every other bad option is."""
     tiny.lora_null(folder / "whole")
-    result = gate("--nullspace-device-map=99=1GiB,cpu=1GiB", model="whole")
-    assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stdout.fnmatch_lines(["*--nullspace-device-map: torch sees no card 99 on this machine*"])
+    result = gate(option, model="whole")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: {told}"])

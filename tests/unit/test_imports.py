@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "numpy", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
     "callback", "fused", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.digits",
-    "measuring.distinct", "measuring.drift", "measuring.factors", "measuring.figuring", "measuring.forward",
+    "measuring.distinct", "measuring.drift", "measuring.factors", "measuring.figuring", "measuring.finite",
+    "measuring.forward",
     "measuring.halfway", "measuring.moved", "measuring.recorder", "measuring.rows", "measuring.sampled",
     "measuring.scaling", "measuring.screen", "measuring.spectrum", "measuring.stowed", "measuring.streamed",
     "measuring.streaming", "measuring.summing", "measuring.tiles", "measuring.waiting", "measuring.writing", "model",
