@@ -5,7 +5,7 @@ to the same answer. Norms are taken in at least float32, on a GPU without copyin
 Leading dimensions, of layers or windows, are carried along.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -90,23 +90,6 @@ def _fused(values: Tensor) -> Any:
 def at_hand(device: torch.device) -> bool:
     """Whether a number that lies there can be looked at without waiting for all work that was given to the device."""
     return device.type == "cpu"
-
-
-def sent(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """The whole ``numbers``, also nested, as a tensor on the ``device``, which nobody waits for."""
-    made = torch.tensor(numbers, dtype=torch.int64)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
-
-
-def fetched(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The numbers of ``parts``, wherever they lie, on the CPU and in float64, in one transfer from each device."""
-    found = dict[int, Tensor]()
-    for device in {part.device: None for part in parts}:
-        there = {place: part for place, part in enumerate(parts) if part.device == device}
-        flat = torch.cat([part.flatten().double() for part in there.values()]).cpu()
-        split = torch.split(flat, [part.numel() for part in there.values()])
-        found |= {place: of.view(part.shape) for (place, part), of in zip(there.items(), split, strict=True)}
-    return [found[place] for place in range(len(parts))]
 
 
 def row_norms(values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pytest_nullspace import kernels
+from pytest_nullspace.measuring.transfer import fetched
 
 COLUMNS = 32
 """Of the numbers of a row, how many it is known by."""
@@ -76,7 +77,7 @@ def all_found(stores: Iterable[DistinctRows]) -> Mapping[DistinctRows, Tensor | 
     for store in stores:
         alike.setdefault(len(store.first()), []).append(store)
     parts = [of[first : first + TOGETHER] for of in alike.values() for first in range(0, len(of), TOGETHER)]
-    counts = kernels.fetched([_distinct(torch.stack([store.first() for store in part])) for part in parts])
+    counts = fetched([_distinct(torch.stack([store.first() for store in part])) for part in parts])
     return {
         store: None if store.suffices(int(count)) else store.found()
         for part, of in zip(parts, counts, strict=True)

@@ -8,13 +8,14 @@ not finite, is taken by `kernels.factors`, which does not.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pytest_nullspace import kernels
 from pytest_nullspace.kernels import Factors
+from pytest_nullspace.measuring.transfer import fetched, fetching
 from pytest_nullspace.model import AdaptedLayer
 
 CONDITION = 1e4
@@ -39,28 +40,41 @@ WeightNorms = tuple[float | None, float, float | None]
 """What `AdaptedLayer.weight_norms` gives, as numbers."""
 
 
-def of_layers(layers: Sequence[AdaptedLayer]) -> Callable[[], list[Factors]]:
-    """Begin with `kernels.factors` of each of ``layers``; what is returned waits for them, in one transfer.
+class Begun(NamedTuple):
+    """`kernels.factors` of layers, begun with; the matrices are left where a layer's weights lie.
 
-    The matrices are left where the layer's weights lie.
+    Attributes:
+        presumed: Of each, as if it were well conditioned and the rows of its B of length one.
+        told: Waits for what they are, in one transfer: with the same matrices where that was right.
     """
+
+    presumed: list[Factors]
+    told: Callable[[], list[Factors]]
+
+
+def of_layers(layers: Sequence[AdaptedLayer]) -> Begun:
+    """Begin with `kernels.factors` of each of ``layers``."""
     alike = list(_alike(layers))
     quickly = quick(_stacked([layers[number] for number in numbers]) for numbers in alike)
+    arrived = fetching([figures for _, figures in quickly])
+    none = torch.empty(0, 0)
+    presumed = [kernels.factors(none, none, 1.0)] * len(layers)
+    for numbers, (matrices, _) in zip(alike, quickly, strict=True):
+        for number, of in zip(numbers, matrices.unbind(), strict=True):
+            presumed[number] = Factors(of, layers[number].rank, 1.0, 1.0, 1.0)
 
-    def found() -> list[Factors]:
-        none = torch.empty(0, 0)
-        found = [kernels.factors(none, none, 1.0)] * len(layers)
-        told = kernels.fetched([figures for _, figures in quickly])
-        for numbers, (matrices, _), figures in zip(alike, quickly, told, strict=True):
-            for number, of, (mixing, condition, *lengths) in zip(numbers, matrices, figures.tolist(), strict=True):
-                layer = layers[number]
+    def told() -> list[Factors]:
+        found = list(presumed)
+        for numbers, figures in zip(alike, arrived(), strict=True):
+            for number, (mixing, condition, *lengths) in zip(numbers, figures.tolist(), strict=True):
+                layer, of = layers[number], presumed[number]
                 if mixing <= CONDITION and condition <= CONDITION:
-                    found[number] = Factors(of, layer.rank, mixing, *lengths)
+                    found[number] = Factors(of.matrices, of.rank, mixing, *lengths)
                 else:
                     found[number] = kernels.factors(layer.down_matrix(), layer.up_matrix, layer.scale)
         return found
 
-    return found
+    return Begun(presumed, told)
 
 
 Pair = tuple[Tensor, Tensor, float]
@@ -142,7 +156,7 @@ def weight_norms(layers: Sequence[AdaptedLayer]) -> Callable[[], list[WeightNorm
     norms = [layer.weight_norms() for layer in layers]
 
     def found() -> list[WeightNorms]:
-        flat = iter(kernels.fetched([norm for of in norms for norm in of if norm is not None]))
+        flat = iter(fetched([norm for of in norms for norm in of if norm is not None]))
         found: list[Any] = [tuple(None if norm is None else float(next(flat)) for norm in of) for of in norms]
         low, high = kernels.FLOAT32_SAFE
         for number, of in enumerate(found):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pytest_nullspace import kernels
 from pytest_nullspace.measuring.digits import blurs, cancels, has_bias, norms_of, product, weight_of
 from pytest_nullspace.measuring.distinct import DistinctRows, all_found, prints
-from pytest_nullspace.measuring.factors import of_layers
+from pytest_nullspace.measuring.factors import Begun, of_layers
 from pytest_nullspace.measuring.moved import Moved
 from pytest_nullspace.measuring.rows import Batch, Layout, Rows, is_routed
 from pytest_nullspace.measuring.summing import Summing, Taken
@@ -79,6 +79,8 @@ class Recorder:
         self._watched: list[Watched] = []
         self._factors: list[kernels.Factors] = []
         self._rounded: list[Tensor] = []
+        self._begun: Begun | None = None
+        self._down_types: set[torch.dtype] = set()
         self._input: Tensor | None = None
         self._input_norms = torch.empty(0)
         self._input_rows: DistinctRows | None = None
@@ -98,17 +100,25 @@ class Recorder:
         for watched in self._watched:
             watched.seen.clear()
 
-    def end(self) -> bool:
-        """Count the batch; False, and nothing counted, where `alone` the rows of one window could be told apart."""
+    def end(self) -> int | None:
+        """Count the batch; where it cannot be, of how many windows it is to be run anew, and nothing is counted.
+
+        Of one where `alone` its rows can be told apart; of as many as it has where on a card something was presumed of
+        the weights that is not so.
+        """
         self.sums.sum_held()
+        if not self._presumed_rightly():
+            self.forget()
+            return len(self._batch.tokens)
         of_tokens = {self._watched[number].layer.name for number in self.sums.of_tokens()}
         if unplaced := self._unclear - of_tokens:  # other rows may have been told, but not those of the tokens
             if len(self._batch.tokens) > 1:
                 self.alone = True
-                return False
+                self.forget()
+                return 1
             self.unplaced.update(unplaced)
         self.sums.count(self._batch.first)
-        return True
+        return None
 
     def taken(self, windows: range) -> tuple[Tensor, Tensor]:
         """What `Summing.taken` gives."""
@@ -132,7 +142,7 @@ class Recorder:
     def watching(self, layers: Sequence[AdaptedLayer]) -> Iterator[None]:
         """Hooks on every layer of ``layers``, removed at the end whatever happens."""
         with ExitStack() as hooks:
-            found = of_layers(layers)
+            begun = of_layers(layers)
             for layer in layers:
                 watched = self._met(layer)
                 self._watched.append(watched)
@@ -145,16 +155,36 @@ class Recorder:
                     hooks.enter_context(layer.joined(partial(self._join, watched.seen)))
                 handle = layer.layer.register_forward_hook(partial(self._take, watched))
                 hooks.callback(handle.remove)
-            # On a card they were computed meanwhile.
-            self._factors = [of._replace(matrices=of.matrices.to(self._device)) for of in found()]
-            self.down_ranks |= {layer.name: of.rank for layer, of in zip(layers, self._factors, strict=True)}
-            self._rounded = [] if kernels.at_hand(self._device) else [of.matrices.float() for of in self._factors]
-            self.sums.start([of.matrices for of in self._factors])
+            self.sums.start(len(layers))
+            self._begun = begun
+            if kernels.at_hand(self._device):
+                self._presumed_rightly()
+            else:
+                self._use(begun.presumed)
             try:
                 yield
             finally:
-                self._input = None
+                self._input = self._begun = None
                 self.sums.forget_held()
+
+    def _use(self, factors: Sequence[kernels.Factors]) -> None:
+        """Take these for what stands for the layers' weights."""
+        self._factors = [of._replace(matrices=of.matrices.to(self._device)) for of in factors]
+        self._rounded = [] if kernels.at_hand(self._device) else [of.matrices.float() for of in self._factors]
+        self.sums.factors = [of.matrices for of in self._factors]
+
+    def _presumed_rightly(self) -> bool:
+        """Learn of the weights what was presumed of them, so that a card need not be waited for; False if wrongly."""
+        if self._begun is None:
+            return True
+        (presumed, told), self._begun = self._begun, None
+        found = told()
+        self._use(found)
+        self.down_ranks |= {of.layer.name: known.rank for of, known in zip(self._watched, found, strict=True)}
+        return all(
+            known.matrices is of.matrices and not any(blurs(known, dtype) for dtype in self._down_types)
+            for known, of in zip(found, presumed, strict=True)
+        )
 
     def _met(self, layer: AdaptedLayer) -> Watched:
         moved = None if layer.start is None else Moved(layer, layer.start, self._device)
@@ -207,6 +237,7 @@ class Recorder:
             self._input, self._input_norms, self._input_rows = x, self._norms(x), None
         self._tell_apart(layer, self._layout, x)
         factors = self._factors[watched.number]
+        self._down_types.add(down.dtype)
         cancelled = kernels.at_hand(self._device) and _loses_digits(down, self._input_norms, factors, x.shape[-1])
         if cancelled or blurs(factors, down.dtype):
             down = self._counted(x).double() @ layer.down_matrix().to(x.device).mT
@@ -226,16 +257,16 @@ class Recorder:
             base, output = watched.seen["base"], self._norms(output)
         watched.seen.clear()
         # An input may be seen before accelerate brings it to where its layer runs.
-        norms = [part.to(self._device) for part in (self._input_norms, base, output, *change)]
+        norms = [part.to(self._device)[None] for part in (self._input_norms, base, output, *change)]
         kept: Tensor | None = down
         if not kernels.at_hand(self._device):  # few operations on many rows: there is nothing to be put together
             exact = down.dtype == torch.float64
             matrices = factors.matrices if exact else self._rounded[watched.number]
-            norms += kernels.narrow_norms(down.to(self._device), matrices)
+            norms.append(kernels.narrow_norms(down.to(self._device), matrices))
             kept = None
         if len({part.dtype for part in norms}) > 1:
             norms = [part.double() for part in norms]
-        self.sums.hold(Taken(watched.number, self._layout, torch.stack(norms), kept))
+        self.sums.hold(Taken(watched.number, self._layout, norms, kept))
 
     def _tell_apart(self, layer: AdaptedLayer, layout: Layout, x: Tensor) -> None:
         """Add the rows of the layer's input to those that it had, once for the layers that share it."""

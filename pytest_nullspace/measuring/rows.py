@@ -6,10 +6,11 @@ distances besides.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,13 @@ class Layout:
         return values.index_select(0, self.index.to(values.device))
 
 
+class _Parts(NamedTuple):
+    """Of a model that sees images: the modules that read tokens, by id, and how many patches a tile has."""
+
+    readers: frozenset[int]
+    patches: int | None
+
+
 class Rows:
     """Tells the layouts of a batch."""
 
@@ -99,8 +107,7 @@ class Rows:
         self._batch = Batch(torch.empty(0, 0), 0, None, [])
         self._lengths: list[int] = []
         self._known: dict[tuple[tuple[int, ...], bool, bool | None], Layout | None] = {}
-        self._readers: frozenset[int] = frozenset()
-        self._patches: int | None = None
+        self._parts: Callable[[], _Parts] = lambda: _Parts(frozenset(), None)
 
     def start(self, batch: Batch) -> None:
         """From here on tell of ``batch``; if it is the one that is told of, nothing known of it is forgotten."""
@@ -112,7 +119,7 @@ class Rows:
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Within this context it is known what of ``model`` reads tokens, and, by what is embedded, its padding."""
-        self._readers, self._patches = _readers(model), tiles.patches_of(model)
+        self._parts = cache(lambda: _Parts(_readers(model), tiles.patches_of(model)))
         with ExitStack() as hooks:
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
@@ -127,7 +134,9 @@ class Rows:
             routed: Whether the layer reads only what is routed to it.
             layer: It, where it may read parts of images.
         """
-        sees = id(layer) not in self._readers if self._batch.beside and self._readers and layer is not None else None
+        sees = None
+        if self._batch.beside and layer is not None and (readers := self._parts().readers):
+            sees = id(layer) not in readers
         key = tuple(shape[:-1]), routed, sees
         if key not in self._known:
             self._known[key] = self._layout(*key)
@@ -178,7 +187,7 @@ class Rows:
     def _of_tiles(self, rows: int) -> Layout | None:
         """Of windows with images in tiles, without the padding; of drawn rows the same share of them."""
         batch = self._batch
-        numbers = tiles.counted(batch.beside[tiles.MASK], rows, self._patches)
+        numbers = tiles.counted(batch.beside[tiles.MASK], rows, self._parts().patches)
         if numbers is None:
             return None
         if batch.rows is not None and not batch.chosen:

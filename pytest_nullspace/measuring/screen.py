@@ -158,7 +158,7 @@ def places(adapters: Sequence[Mapping[str, AdaptedLayer]]) -> list[Place]:
     """Each layer that one of the ``adapters`` adapts, in the order in which they name them."""
     flat = [(owner, name, layer) for owner, layers in enumerate(adapters) for name, layer in layers.items()]
     held: dict[str, list[tuple[int, AdaptedLayer, kernels.Factors]]] = {}
-    for (owner, name, layer), of in zip(flat, of_layers([layer for *_, layer in flat])(), strict=True):
+    for (owner, name, layer), of in zip(flat, of_layers([layer for *_, layer in flat]).told(), strict=True):
         held.setdefault(name, []).append((owner, layer, of))
     return [Place.of(name, *zip(*of, strict=True)) for name, of in held.items()]
 

@@ -302,11 +302,13 @@ class Streaming:
     def _recorded(self, forward: _Forward, recorder: Recorder) -> Any:
         """What the block gives to a forward, its norms counted."""
         recorder.rows = forward.rows
-        recorder.start(forward.batch)
-        output = self._called(forward)
-        if not recorder.end():
-            raise _SmallerError
-        return output
+        while True:
+            recorder.start(forward.batch)
+            output = self._called(forward)
+            if (anew := recorder.end()) is None:
+                return output
+            if anew < len(forward.batch.tokens):
+                raise _SmallerError
 
     def _called(self, forward: _Forward) -> Any:
         """What the module for which a forward waits gives; a block's is brought back to where the forward is."""

@@ -95,10 +95,12 @@ def measure(
             share, done, told = ranks.share(part), 0, part.start
             while done < len(share):
                 batch = batch_of(windows, share[done : done + batch_size], drawn, adapted.device, counted is not None)
-                if not _fits(recorder, forward, batch, predictions):
-                    batch_size = 1 if recorder.alone else len(batch.tokens) // 2
-                    if shrunk is not None and not recorder.alone:
-                        shrunk(batch_size)
+                anew = _run(recorder, forward, batch, predictions)
+                if anew is not None:
+                    if anew < len(batch.tokens):
+                        batch_size = anew
+                        if shrunk is not None and not recorder.alone:
+                            shrunk(anew)
                     continue
                 done += len(batch.tokens)
                 told = min(part.start + ranks.size * done, part.stop)
@@ -185,8 +187,10 @@ def first_round(windows: int, early: bool) -> range:
     return next(_rounds(windows, early))
 
 
-def _fits(recorder: Recorder, forward: Callable[[Batch], Any], batch: Batch, predictions: Predictions | None) -> bool:
-    """Run and count ``batch``; False, nothing counted and its memory given back, where it must be a smaller one."""
+def _run(
+    recorder: Recorder, forward: Callable[[Batch], Any], batch: Batch, predictions: Predictions | None
+) -> int | None:
+    """Run and count ``batch``; where nothing is counted, of how many windows it is to be run anew, its memory freed."""
     compared = None
     try:
         recorder.start(batch)
@@ -194,9 +198,8 @@ def _fits(recorder: Recorder, forward: Callable[[Batch], Any], batch: Batch, pre
             forward(batch)
         else:
             compared = _compared(recorder, forward, batch, predictions)
-        if not recorder.end():
-            recorder.forget()
-            return False
+        if (anew := recorder.end()) is not None:
+            return anew
         if predictions is not None and compared is not None:
             predictions.add(batch.first, compared)
     except torch.OutOfMemoryError:
@@ -204,10 +207,10 @@ def _fits(recorder: Recorder, forward: Callable[[Batch], Any], batch: Batch, pre
             raise
         recorder.forget()
     else:
-        return True
+        return None
     if batch.tokens.device.type != "cpu":  # only now that the exception, and the frames that it held, are gone
         getattr(torch, batch.tokens.device.type).empty_cache()
-    return False
+    return len(batch.tokens) // 2
 
 
 def _compared(recorder: Recorder, forward: Callable[[Batch], Any], batch: Batch, predictions: Predictions) -> Tensor:

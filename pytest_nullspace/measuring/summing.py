@@ -7,7 +7,6 @@ rows)``, so how many there are does not grow with the windows of a batch, and no
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pytest_nullspace import kernels
 from pytest_nullspace.measuring.rows import Layout
+from pytest_nullspace.measuring.transfer import sent
 
 HELD_BYTES = 1 << 22
 """What may be kept of norms and narrow activations before they are summed."""
@@ -34,14 +34,14 @@ class Taken:
     Attributes:
         number: Of the layer.
         layout: Which rows it read.
-        norms: Of ``x``, ``W_res x``, the output and, where it is more than ``scale · A B x``, the update; shape
-            ``(3 or 4, n)``; where there is no ``down``, after them those of `kernels.narrow_norms`.
+        norms: Of ``x``, ``W_res x``, the output and, where it is more than ``scale · A B x``, the update, and, where
+            there is no ``down``, those of `kernels.narrow_norms`; shape ``(k, n)`` each, together ``(3 to 7, n)``.
         down: ``Bx``, shape ``(n, r)``, whose norms are yet to be taken, of many layers at once.
     """
 
     number: int
     layout: Layout
-    norms: Tensor
+    norms: Sequence[Tensor]
     down: Tensor | None
 
     @property
@@ -49,12 +49,17 @@ class Taken:
         """What those have in common that can be summed together."""
         told = self.layout.counts, self.layout.whole
         down = () if self.down is None else (self.down.shape, self.down.dtype)
-        return self.norms.shape, self.norms.dtype, down, *told
+        return sum(map(len, self.norms)), self.norms[0].shape[1:], self.norms[0].dtype, down, *told
 
     @property
-    def parts(self) -> list[Tensor]:
+    def parts(self) -> list[Sequence[Tensor]]:
         """What takes memory."""
-        return [self.norms] if self.down is None else [self.norms, self.down]
+        return [self.norms] if self.down is None else [self.norms, [self.down]]
+
+    @property
+    def whole(self) -> Tensor:
+        """All the norms, shape ``(3 to 7, n)``."""
+        return self.norms[0] if len(self.norms) == 1 else torch.cat(list(self.norms))
 
 
 class _Summed(NamedTuple):
@@ -74,22 +79,25 @@ class _Summed(NamedTuple):
 
 
 class Summing:
-    """The sums of all layers, and what is not yet added to them of the batch that is under way."""
+    """The sums of all layers, and what is not yet added to them of the batch that is under way.
+
+    Attributes:
+        factors: The `kernels.Factors.matrices` of the layers, in the order of their numbers.
+    """
 
     def __init__(self, device: torch.device, windows: int) -> None:
         self._device, self._windows = device, windows
-        self._factors: Sequence[Tensor] = ()
+        self.factors: Sequence[Tensor] = ()
         self._by_window = self._by_octave = torch.empty(0)
         self._held: list[Taken] = []
         self._memory = _Held(HELD_BYTES if kernels.at_hand(device) else HELD_ELSEWHERE, device)
         self._of_batch: list[_Summed] = []
 
-    def start(self, factors: Sequence[Tensor]) -> None:
-        """From here on sum up layers whose `kernels.Factors.matrices` these are, in the order of their numbers."""
-        self._factors = factors
-        shape = len(factors), self._windows, len(kernels.Sums._fields)
+    def start(self, layers: int) -> None:
+        """From here on sum up so many layers."""
+        shape = layers, self._windows, len(kernels.Sums._fields)
         self._by_window = torch.zeros(shape, dtype=torch.float64, device=self._device)
-        self._by_octave = self._by_window.new_zeros(len(factors), *OCTAVES)
+        self._by_octave = self._by_window.new_zeros(layers, *OCTAVES)
 
     def hold(self, taken: Taken) -> None:
         """Keep a copy of what was taken, or sum it up at once where there is no room for it."""
@@ -99,12 +107,15 @@ class Summing:
             self._sum([taken])
             return
         norms, *down = map(self._memory.keep, taken.parts)
-        self._held.append(replace(taken, norms=norms, down=down[0] if down else None))
+        self._held.append(replace(taken, norms=[norms], down=down[0] if down else None))
 
     def sum_held(self) -> None:
         """Sum up what is kept, the layers of one shape at once."""
-        for _, alike in groupby(sorted(self._held, key=lambda taken: repr(taken.shape)), key=lambda taken: taken.shape):
-            self._sum(list(alike))
+        alike: dict[tuple[Any, ...], list[Taken]] = {}
+        for taken in self._held:
+            alike.setdefault(taken.shape, []).append(taken)
+        for of_shape in alike.values():
+            self._sum(of_shape)
         self.forget_held()
 
     def forget_held(self) -> None:
@@ -128,7 +139,7 @@ class Summing:
             # An expert may run more than once a forward. Beside the tokens a layer may read what is none: distances.
             part = of if of.whole else of.only(set(of.numbers) - of_tokens)
             if part.numbers:
-                index, windows = kernels.sent(part.numbers, self._device), part.by_window.shape[1]
+                index, windows = sent(part.numbers, self._device), part.by_window.shape[1]
                 self._by_window[:, first : first + windows].index_add_(0, index, part.by_window)
                 self._by_octave.index_add_(0, index, part.by_octave)
 
@@ -141,10 +152,10 @@ class Summing:
         return split[0].reshape(sums.shape).contiguous(), split[1].reshape(apart.shape).contiguous()
 
     def _sum(self, taken: list[Taken]) -> None:
-        norms = torch.stack([t.norms for t in taken], dim=1).to(self._device)
+        norms = torch.stack([t.whole for t in taken], dim=1).to(self._device)
         if downs := [t.down for t in taken if t.down is not None]:
             down = torch.stack(downs).to(self._device)
-            factors = torch.stack([self._factors[t.number] for t in taken])
+            factors = torch.stack([self.factors[t.number] for t in taken])
             narrow = kernels.narrow_norms(down, factors)
             if not kernels.safe(narrow):
                 narrow = kernels.narrow_norms(down.double(), factors)
@@ -188,7 +199,7 @@ def _places(counts: tuple[int, ...], device: torch.device) -> Tensor:
     for count in counts:
         places.append([*range(before, before + count), *[total] * (most - count)])
         before += count
-    return kernels.sent(places, device)
+    return sent(places, device)
 
 
 class _Held:
@@ -201,20 +212,22 @@ class _Held:
     def __init__(self, size: int, device: torch.device) -> None:
         self._memory, self._used = torch.empty(size, dtype=torch.uint8, device=device), 0
 
-    def has_room(self, *parts: Tensor) -> bool:
-        """Whether copies of ``parts`` fit beside what is kept."""
-        return self._used + sum(map(_padded, parts)) <= len(self._memory)
+    def has_room(self, *wholes: Sequence[Tensor]) -> bool:
+        """Whether copies of the ``wholes``, each of parts of one width, fit beside what is kept."""
+        return self._used + sum(map(_padded, wholes)) <= len(self._memory)
 
-    def keep(self, part: Tensor) -> Tensor:
-        """A copy of ``part``, for which there `has_room`."""
-        kept = self._memory[self._used : self._used + part.nbytes].view(part.dtype).view(part.shape)
-        self._used += _padded(part)
-        return kept.copy_(part)
+    def keep(self, parts: Sequence[Tensor]) -> Tensor:
+        """The rows of ``parts`` one below the other, for which there `has_room`."""
+        size, rows = sum(part.nbytes for part in parts), sum(map(len, parts))
+        free = self._memory[self._used : self._used + size]
+        kept = free.view(parts[0].dtype).view(rows, *parts[0].shape[1:])
+        self._used += _padded(parts)
+        return torch.cat(list(parts), out=kept)
 
     def clear(self) -> None:
         """Forget all that is kept."""
         self._used = 0
 
 
-def _padded(part: Tensor) -> int:
-    return -(-part.nbytes // 64) * 64
+def _padded(parts: Sequence[Tensor]) -> int:
+    return -(-sum(part.nbytes for part in parts) // 64) * 64

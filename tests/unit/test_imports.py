@@ -20,8 +20,8 @@ TENSORS = {
     "measuring.forward",
     "measuring.halfway", "measuring.moved", "measuring.recorder", "measuring.rows", "measuring.sampled",
     "measuring.scaling", "measuring.screen", "measuring.spectrum", "measuring.stowed", "measuring.streamed",
-    "measuring.streaming", "measuring.summing", "measuring.tiles", "measuring.waiting", "measuring.writing", "model",
-    "spectra",
+    "measuring.streaming", "measuring.summing", "measuring.tiles", "measuring.transfer", "measuring.waiting",
+    "measuring.writing", "model", "spectra",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {

@@ -234,7 +234,7 @@ def test_norms_from_several_devices_are_put_together(llama: AdaptedModel) -> Non
     recorder._meet(watched, layer.layer, x)
     recorder._take(watched, layer.layer, x, torch.ones(1, 3, 32, device="meta"))
     (taken,) = recorder.sums._held
-    assert (taken.norms.device.type, taken.norms.shape) == ("meta", (6, 3))
+    assert (taken.whole.device.type, taken.whole.shape) == ("meta", (6, 3))
 
 
 def no_memory_for_more_than(most: int) -> Callable[[Any, Any, Any], None]:

@@ -111,7 +111,7 @@ def operations(
                 with counting:
                     recorder.start(batch)
                     run(layers, size, dtype, routed)
-                    assert recorder.end()
+                    assert recorder.end() is None
                 counted += counting.seen
                 first += size
             with recorder.silent():
@@ -205,6 +205,36 @@ def test_a_forward_of_somebody_else_is_left_in_its_place(
         assert [getattr(a, n) for n in FIGURES] == pytest.approx([getattr(b, n) for n in FIGURES], rel=1e-6)
 
 
+@pytest.mark.parametrize("spoil", ["one row twice", "two rows nearly alike", "a row too short for float32"])
+def test_a_batch_is_run_anew_where_weights_are_not_as_presumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
+) -> None:
+    """A card does not wait to know of B what decides how Bx is taken: the first batch is taken back where it must."""
+    adapted, exact = load(tmp_path / "a", "PEFT"), load(tmp_path / "b", "PEFT", torch.float64)
+    for model in adapted, exact:
+        rows = next(iter(model.layers.values())).down.get_parameter("weight").data
+        match spoil:
+            case "one row twice":
+                rows[1] = rows[0]
+            case "two rows nearly alike":
+                rows[1] = rows[0] + 2.0**-8 * rows[1]
+            case _:
+                rows[1] *= 2.0**-110
+    want, batches = measure(exact, UNEQUAL), list[int]()
+
+    def start(recorder: Recorder, batch: Batch, own: Any = Recorder.start) -> None:
+        batches.append(batch.first)
+        own(recorder, batch)
+
+    monkeypatch.setattr(Recorder, "start", start)
+    with without_a_look(monkeypatch):
+        got = measure(adapted, UNEQUAL, batch_size=4)
+    assert batches[:2] == [0, 0] != batches[1:3]
+    for a, b in zip(got, want, strict=True):
+        assert [getattr(a, name) for name in FIGURES] == pytest.approx([getattr(b, name) for name in FIGURES], rel=1e-4)
+        assert (a.rows, a.down_rank) == (b.rows, b.down_rank)
+
+
 def test_weights_beyond_float32_are_told_without_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms that float32 cannot hold are taken again in float64 also where they were not looked at."""
     adapted = load(tmp_path, "LoRA-Null")
@@ -240,7 +270,7 @@ def test_factors_of_many_layers_are_those_of_each(rank: int, wide: int, out: int
     rows = 2.0 ** random(rank, 1, seed=seed).mul(power).round()
     pairs = [(rows * random(rank, wide, seed=seed + n), random(out, rank, seed=seed - n - 1)) for n in range(3)]
     pairs.append((pairs[0][0], torch.zeros(out, rank, dtype=torch.float64)))
-    for (down, up), got in zip(pairs, factors.of_layers([layer_of(*pair, -0.5) for pair in pairs])(), strict=True):
+    for (down, up), got in zip(pairs, factors.of_layers([layer_of(*pair, -0.5) for pair in pairs]).told(), strict=True):
         want, bx = kernels.factors(down, up, -0.5), random(7, wide, seed=seed + 9) @ down.mT
         norms = (kernels.inner_norms(bx, of.matrices) for of in (got, want))
         for ours, theirs in zip(*norms, strict=True):
@@ -273,7 +303,7 @@ def test_what_is_not_well_conditioned_is_decomposed(spoil: str) -> None:
         case "long":
             down[1] *= 1e145
     good = layer_of(random(4, 20, seed=2), random(9, 4, seed=3), 1.0)
-    _, got = factors.of_layers([good, layer_of(down, up, 2.0)])()
+    _, got = factors.of_layers([good, layer_of(down, up, 2.0)]).told()
     want = kernels.factors(down, up, 2.0)
     torch.testing.assert_close(got.matrices, want.matrices, equal_nan=True, rtol=0, atol=0)
     assert repr(got[1:]) == repr(want[1:])

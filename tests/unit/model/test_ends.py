@@ -55,4 +55,4 @@ def test_what_sees_and_cannot_name_its_embeddings_is_watched(monkeypatch: pytest
         monkeypatch.setattr(type(model), get, getattr(Unhandled, get))
     rows = Rows()
     with rows.watching(model):
-        assert rows._readers == set(map(id, model.get_decoder().modules()))
+        assert rows._parts().readers == set(map(id, model.get_decoder().modules()))
