@@ -6,7 +6,7 @@ predictions of one batch are all that is kept.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import MappingProxyType
@@ -15,16 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, nll_loss
 
+from pytest_nullspace import kernels
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.forward import run
 from pytest_nullspace.measuring.passages import Spot
 from pytest_nullspace.measuring.rows import Batch
+from pytest_nullspace.measuring.transfer import sent
 from pytest_nullspace.run.stats import TextDrift
 from pytest_nullspace.run.uncertainty import jackknife
 from pytest_nullspace.run.windows import OF_PREDICTIONS, ByWindow
 
-CHUNK = 64
-"""Rows whose predictions are compared at once, so that no second copy of a batch's is made."""
+CHUNK, CHUNK_BYTES = 64, 1 << 26
+"""Rows whose predictions are compared at once, so that no second copy of a batch's is made: so many, and on a card,
+where each operation costs its start, as many more as take these bytes in float64."""
 
 IGNORED = -100
 """The target of what is not scored."""
@@ -184,8 +187,7 @@ def compared(adapted: Tensor, before: Tensor, tokens: Tensor, counted: Sequence[
     sums = torch.zeros(3, dtype=torch.float64, device=tokens.device)
     targets = targets_of(tokens, counted)
     left_out = torch.zeros_like(targets, dtype=torch.bool) if counted is None else targets == IGNORED
-    for first in range(0, len(tokens), CHUNK):
-        rows = slice(first, first + CHUNK)
+    for rows in chunks(targets, adapted.shape[-1]):
         # In float32 what is left of a small divergence once its parts cancel is rounding.
         q, p = (log_softmax(logits[rows].to(tokens.device).double(), dim=-1) for logits in (adapted, before))
         q = q[:, : p.shape[-1]]  # to tokens that training added the base gives nothing, so they add nothing
@@ -204,17 +206,28 @@ def targets_of(tokens: Tensor, counted: Sequence[int] | None) -> Tensor:
     if counted is None:
         return targets
     kept = torch.zeros_like(tokens, dtype=torch.bool)
-    kept[[place - 1 for place in counted if place]] = True
-    return targets.masked_fill(~kept, IGNORED)
+    places = sent([place - 1 for place in counted if place], tokens.device)
+    return targets.masked_fill(~kept.index_fill(0, places, True), IGNORED)
+
+
+def chunks(targets: Tensor, vocabulary: int) -> Iterator[slice]:
+    """The rows of the ``targets`` in parts, of which each is compared at once."""
+    size = rows_at_once(targets.device, vocabulary)
+    return (slice(first, first + size) for first in range(0, len(targets), size))
+
+
+def rows_at_once(device: torch.device, vocabulary: int) -> int:
+    """How many rows of predictions of so many tokens are compared at once on the ``device``."""
+    return CHUNK if kernels.at_hand(device) else max(CHUNK, CHUNK_BYTES // (8 * vocabulary))
 
 
 def _most_changed(divergences: Tensor, adapted: Tensor, before: Tensor, tokens: Tensor) -> Tensor:
     """The spots of one window as numbers, one after the other, −1 where there are no more."""
     found = divergences.new_full((SPOTS, _OF_SPOT), -1.0)
-    blocks = range(0, len(divergences), APART)
-    firsts = [first + int(divergences[first : first + APART].argmax()) for first in blocks]
-    if firsts:
-        places = torch.tensor(firsts, device=tokens.device)
+    if len(divergences):
+        lacking = -len(divergences) % APART
+        blocks = torch.nn.functional.pad(divergences, (0, lacking), value=-math.inf).view(-1, APART)
+        places = blocks.argmax(dim=1) + APART * torch.arange(len(blocks), device=tokens.device)
         places = places[divergences[places].topk(min(SPOTS, len(places))).indices]
         q, p = (logits[places].to(tokens.device).double().softmax(dim=-1) for logits in (adapted, before))
         targets = tokens[places + 1][:, None]
@@ -227,8 +240,8 @@ def _most_changed(divergences: Tensor, adapted: Tensor, before: Tensor, tokens: 
             q.argmax(dim=-1),
         )
         rows = torch.stack([column.double() for column in told], dim=-1)
-        rows[~(rows.isfinite().all(dim=-1) & divergences[places].isfinite())] = -1
-        found[: len(places)] = rows
+        are_numbers = rows.isfinite().all(dim=-1) & divergences[places].isfinite()
+        found[: len(places)] = rows.where(are_numbers[:, None], -1.0)
     return found.flatten()
 
 

@@ -162,15 +162,16 @@ def needed(adapted: "AdaptedModel", tokens: int, *, is_compared: bool) -> dict[s
     import psutil
     import torch
 
-    from pytest_nullspace.measuring.drift import CHUNK
+    from pytest_nullspace.measuring.drift import rows_at_once
 
     shelf = adapted.shelf
     assert shelf is not None
     widths = [(layer.in_features, layer.out_features) for layer in adapted.layers.values()]
     wide, out = (max(of, default=0) for of in zip(*widths, strict=True)) if widths else (0, 0)
     on_the_way = tokens * shelf.dtype.itemsize * (_OF_INPUT * wide + _OF_OUTPUT * out)
-    each = 2 * tokens * shelf.dtype.itemsize + _OF_CHUNK * CHUNK * 8
-    predicted = each * (vocabulary(adapted.model) or 0) if is_compared else 0
+    known = vocabulary(adapted.model) or 0
+    each = 2 * tokens * shelf.dtype.itemsize + _OF_CHUNK * rows_at_once(shelf.device, max(1, known)) * 8
+    predicted = each * known if is_compared else 0
     here: int = psutil.Process().memory_info().rss + _AT_FIRST
     if shelf.device.type == "cpu":
         return {"memory": here + max(shelf.largest + on_the_way, predicted - shelf.largest)}

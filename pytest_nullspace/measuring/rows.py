@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_nullspace.measuring import tiles
+from pytest_nullspace.measuring.transfer import sent
 from pytest_nullspace.model.ends import ends_of
 from pytest_nullspace.text.windows import Shown
 
@@ -58,15 +59,14 @@ class Batch:
             rows: The places in each of the counted rows, or None for all.
             chosen: Whether these are meant and no others.
         """
-        tokens = torch.tensor([list(window) for window in windows], device=device)
+        tokens = sent([list(window) for window in windows], device)
         length = tokens.shape[1]
         parts = [window.beside() for window in windows if isinstance(window, Shown)]
         beside = {name: torch.cat([part[name] for part in parts]).to(device) for name in (parts[0] if parts else ())}
         if rows is None:
             return cls(tokens, first, None, [length] * len(windows), beside=beside)
         counted = [position * length + row for position, of in enumerate(rows) for row in of]
-        numbers = torch.tensor(counted, dtype=torch.long, device=device)
-        return cls(tokens, first, numbers, list(map(len, rows)), chosen, beside)
+        return cls(tokens, first, sent(counted, device), list(map(len, rows)), chosen, beside)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pytest_nullspace.errors import printable
 from pytest_nullspace.judging.invariants import Expectations
 from pytest_nullspace.judging.remedy import Remedy, guess, largest, passes
 from pytest_nullspace.measuring.distributed import Ranks
-from pytest_nullspace.measuring.drift import CHUNK, IGNORED, Base, Predictions, compared
+from pytest_nullspace.measuring.drift import IGNORED, Base, Predictions, chunks, compared
 from pytest_nullspace.measuring.forward import run
 from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.model import AdaptedModel
@@ -109,11 +109,11 @@ def few_of(windows: int) -> int:
 
 def loss_on(logits: Tensor, targets: Tensor) -> float:
     """The summed loss of the predictions of one window, in nats."""
-    loss = 0.0
-    for first in range(0, len(targets), CHUNK):
-        rows = logits[first : first + CHUNK].to(targets.device).double()
-        loss += float(cross_entropy(rows, targets[first : first + CHUNK], reduction="sum", ignore_index=IGNORED))
-    return loss
+    loss = torch.zeros((), dtype=torch.float64, device=targets.device)
+    for rows in chunks(targets, logits.shape[-1]):
+        predicted = logits[rows].to(targets.device).double()
+        loss += cross_entropy(predicted, targets[rows], reduction="sum", ignore_index=IGNORED)
+    return float(loss)
 
 
 def headroom(

@@ -30,7 +30,7 @@ from tests.benchmarks.reference import wait_for
 
 COUNTED = (
     "aten::sum", "aten::copy_", "aten::item", "cudaLaunchKernel", "cudaMemcpyAsync", "cudaStreamSynchronize",
-    "cudaDeviceSynchronize",
+    "cudaDeviceSynchronize", "cudaEventSynchronize",
 )  # fmt: skip
 """What is counted one by one; all that torch dispatches is counted together."""
 ROUNDS = 3

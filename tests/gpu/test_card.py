@@ -21,6 +21,7 @@ from pytest_nullspace.model import AdaptedModel, load_model
 from pytest_nullspace.run.stats import LayerStats
 from tests import tiny
 from tests.adapters import adapter
+from tests.gpu.table import counts
 
 pytestmark = pytest.mark.gpu
 
@@ -113,6 +114,21 @@ def test_the_model_computes_what_it_computes_unwatched(directory: Path, device: 
             recorder.start(Batch(tokens, 0, None, [48] * 4))
             assert torch.equal(adapted.model(input_ids=tokens).logits, bare)
         assert torch.equal(adapted.model(input_ids=tokens).logits, bare)
+
+
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+
+
+def test_the_card_is_waited_for_as_often_however_much_is_read(directory: Path, device: str) -> None:
+    """Whatever waits for it is outside the batches: twice as many of them are waited for no more often."""
+    if device != "cuda":
+        pytest.skip(f"CUDA alone tells by its events what waits for it, not {device}")
+    adapted = load_model(directory, device, "bfloat16")
+    waits = []
+    for windows in (WINDOWS[:1], WINDOWS[:4], WINDOWS):
+        seen = counts(partial(measure, adapted, windows, batch_size=1), device)
+        waits.append(sum(seen.get(name, 0) for name in WAITS))
+    assert waits[1] == waits[2], waits  # what is loaded once is loaded for the first
 
 
 def gate(folder: Path, name: str, *options: str) -> dict[str, Any]:

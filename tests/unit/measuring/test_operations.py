@@ -25,6 +25,7 @@ from pytest_nullspace import kernels
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measuring import factors
 from pytest_nullspace.measuring.distinct import AHEAD, DistinctRows, all_found
+from pytest_nullspace.measuring.drift import compared
 from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.measuring.streaming import measure
@@ -143,6 +144,18 @@ def test_on_the_meta_device_a_look_at_a_number_is_an_error() -> None:
     for look in (lambda: there.sum().item(), lambda: bool(there.sum() > 0), there.cpu, there.tolist, there.nonzero):
         with pytest.raises((RuntimeError, NotImplementedError)):
             look()
+
+
+@pytest.mark.parametrize("places", [None, [0, 3, 4]])
+def test_predictions_are_compared_without_a_look(places: list[int] | None) -> None:
+    """What both models predict in a window is held against each other on a card, and nothing of it is waited for."""
+    logits, counting = torch.empty(300, 50, device=META), [Counting(), Counting()]
+    for many, seen in zip((6, 30), counting, strict=True):
+        tokens = torch.empty(10 * many, dtype=torch.long, device=META)
+        with seen:
+            found = compared(logits[: 10 * many], logits[: 10 * many], tokens, places)
+    assert found.device == META
+    assert counting[0].seen.total() == counting[1].seen.total()
 
 
 @pytest.mark.parametrize("max_rows", [None, 33])
