@@ -170,17 +170,14 @@ class Blockwise:
             figures, lost = in_rounds(self._layers, told, windows, read, self._ranks, text.predictions, settled)
         if lost:
             raise UnfitError(f"no row came to {lost[0].name}")
-        return with_rows(figures, self._ranks, [of.seen for blocks in text.read.values() for of in blocks], ())
+        return with_rows(figures, self._ranks, [of.seen for of in text.read.values()], ())
 
     def _taken(self, text: Text, part: range) -> Read:
         """What was taken of all layers, in their order."""
-        share, blocks = self._ranks.share(part), text.read[part]
+        share, of = self._ranks.share(part), text.read[part]
         if not self._layers:
             return share, *NOTHING
-        for block in blocks:
-            self._down_ranks |= block.down_ranks
-        places = {name: place for place, name in enumerate(name for block in blocks for name in block.names)}
+        self._down_ranks |= of.down_ranks
+        places = {name: place for place, name in enumerate(of.names)}
         order = [places[layer.name] for layer in self._layers]
-        sums = torch.cat([block.sums for block in blocks])[order]
-        apart = [whole(len(block.names), block.by_octave) for block in blocks]
-        return share, sums, torch.cat(apart)[order]
+        return share, of.sums[order], whole(len(of.names), of.by_octave)[order]

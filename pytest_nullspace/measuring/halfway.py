@@ -11,15 +11,16 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from pytest_nullspace.measuring.distributed import HeardError
+from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.stowed import SUFFIX, OddError, stow, stowed
 from pytest_nullspace.measuring.streaming import Seen
 from pytest_nullspace.measuring.summing import OCTAVES
@@ -50,22 +51,44 @@ def whole(layers: int, of: Filled) -> Tensor:
     return values
 
 
-class OfBlock(NamedTuple):
-    """What was taken of the layers of one block on a part of a text.
+@dataclass
+class OfPart:
+    """What was taken of the layers on a part of a text, in few tensors that grow with each block.
+
+    What is small and kept apart for each block would lie amid activations that are freed, and let the heap grow.
 
     Attributes:
-        names: The layers.
+        names: The layers, as they came.
         sums: What `Recorder.taken` gives.
         by_octave: Likewise, of which `filled` gives what is kept: the most octaves have no row.
-        seen: What their rows were.
+        distinct: What `Recorder.distinct` gives.
+        unplaced: Of each layer, in how many windows its rows had no place.
         down_ranks: How many directions the rows of their B span.
     """
 
-    names: list[str]
-    sums: Tensor
-    by_octave: Filled
-    seen: Seen
-    down_ranks: Mapping[str, int]
+    names: list[str] = field(default_factory=list)
+    sums: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    by_octave: Filled = field(default_factory=lambda: filled(torch.empty(0, *OCTAVES, dtype=torch.float64)))
+    distinct: dict[str, Tensor | None] = field(default_factory=dict)
+    unplaced: dict[str, int] = field(default_factory=dict)
+    down_ranks: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> Seen:
+        """What their rows were."""
+        return self.distinct, self.unplaced
+
+    def add(self, layers: Sequence[str], recorder: Recorder, windows: range) -> None:
+        """Add what ``recorder`` took of these ``layers`` on these ``windows``."""
+        sums, by_octave = recorder.taken(windows)
+        places, rows = filled(by_octave)
+        places[:, 0] += len(self.names)
+        self.by_octave = torch.cat((self.by_octave[0], places)), torch.cat((self.by_octave[1], rows))
+        self.sums = torch.cat((self.sums, sums))
+        self.names += layers
+        self.distinct |= recorder.distinct()
+        self.unplaced |= recorder.unplaced
+        self.down_ranks |= recorder.down_ranks
 
 
 @dataclass
@@ -76,7 +99,7 @@ class Pass:
         parts: The windows of each text that it reads.
         extras: How many forwards are beside them.
         batches: The batch sizes so far.
-        read: Of each part what was taken of each block.
+        read: What was taken on each part.
         norms: Those of the weights of each layer.
         blocks: How many blocks are done.
         answers: Of each forward what the last of them gave.
@@ -89,7 +112,7 @@ class Pass:
     parts: list[tuple[int, int]]
     extras: int
     batches: list[int]
-    read: list[list[OfBlock]]
+    read: list[OfPart]
     norms: dict[str, Norms] = field(default_factory=dict)
     blocks: int = 0
     answers: list[Any] = field(default_factory=list)
@@ -138,7 +161,7 @@ class Halfway:
                 of_pass = f" of pass {len(self._passes) + 1}" if self._passes else ""
                 self.told.append(f"{_ENDED}, so it goes on after block {found.blocks} of {blocks}{of_pass}")
         else:
-            found = Pass(spans, extras, batches, [[] for _ in parts])
+            found = Pass(spans, extras, batches, [OfPart() for _ in parts])
         self._passes.append(found)
         return found
 
@@ -286,11 +309,7 @@ def holds_stand_in(value: Any) -> bool:
 
 def _plain(of: Pass) -> dict[str, Any]:
     """A pass as what can be stowed."""
-    read = [
-        [(*block[:3], (dict(block.seen[0]), dict(block.seen[1])), dict(block.down_ranks)) for block in part]
-        for part in of.read
-    ]
-    return {part.name: getattr(of, part.name) for part in fields(of)} | {"read": read}
+    return {**vars(of), "read": [dict(vars(part)) for part in of.read]}
 
 
 def _pass(told: dict[str, Any]) -> Pass:
@@ -298,11 +317,11 @@ def _pass(told: dict[str, Any]) -> Pass:
     found = Pass(**told)
     if told.keys() != vars(found).keys() or len(found.read) != len(found.parts):
         raise ValueError
-    found.read = [[OfBlock(*block) for block in part] for part in found.read]
-    for block in (block for part in found.read for block in part):
-        if len(block.sums) != len(block.names) or len(block.seen) != 2 or block.sums.dtype != torch.float64:
+    found.read = [OfPart(**part) for part in told["read"]]
+    for part, of in zip(found.read, told["read"], strict=True):
+        if of.keys() != vars(part).keys() or len(part.sums) != len(part.names) or part.sums.dtype != torch.float64:
             raise ValueError
-        whole(len(block.names), block.by_octave)
+        whole(len(part.names), part.by_octave)
     return found
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.drift import Predictions
 from pytest_nullspace.measuring.forward import run
-from pytest_nullspace.measuring.halfway import Halfway, OfBlock, Pass, filled, holds_stand_in, stand_ins, told_of
+from pytest_nullspace.measuring.halfway import Halfway, OfPart, Pass, holds_stand_in, stand_ins, told_of
 from pytest_nullspace.measuring.memory import give_back_freed_memory, keeping_little
 from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.rows import Batch, Rows
@@ -42,13 +42,13 @@ class Text:
         windows: How many it has.
         batches: Gives the batches of some of its windows, of at most so many each.
         predictions: Takes the predictions, where they are compared.
-        read: Of each part that was read what a recorder took of each block.
+        read: Of each part that was read what was taken on it.
     """
 
     windows: int
     batches: Callable[[range, int], Iterator[Batch]]
     predictions: Predictions | None
-    read: dict[range, list[OfBlock]] = field(default_factory=dict)
+    read: dict[range, OfPart] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Streaming:
         for (text, part), read in zip(chosen, done.read, strict=True):
             text.read[part] = read
         for layer in (layer for layers in self._layers for layer in layers if layer.name in done.norms):
-            layer.keep_norms(done.norms[layer.name], self._shelf.device)
+            layer.kept[:] = [done.norms[layer.name]]
         if not done.ended:
             self._run(chosen, extras, done)
             done.ended = True
@@ -276,7 +276,7 @@ class Streaming:
     ) -> None:
         """Run all of them through the one block that is there."""
         for layer in layers:
-            done.norms[layer.name] = layer.weight_norms()
+            done.norms[layer.name] = layer.norms()
         for (text, part), read in zip(chosen, done.read, strict=True):
             recorder = Recorder(self._shelf.device, text.windows)
             with recorder.watching(layers):
@@ -284,9 +284,7 @@ class Streaming:
                     if forward.of is text:
                         forward.waiting.go_on(self._recorded(forward, recorder))
                 if layers:
-                    seen, names = (recorder.distinct(), recorder.unplaced), [layer.name for layer in layers]
-                    sums, by_octave = recorder.taken(part)
-                    read.append(OfBlock(names, sums, filled(by_octave), seen, recorder.down_ranks))
+                    read.add([layer.name for layer in layers], recorder, part)
         states: dict[State, list[_Forward]] = {}
         for forward in forwards:
             if forward.of is None:

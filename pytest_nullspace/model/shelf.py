@@ -74,7 +74,7 @@ class Shelf:
         if number is None or value is None or info.dtype not in _TYPES or info.transposed:
             self.beside += info.nbytes
             return False
-        empty = _empty(value)
+        empty = _empty(value.dtype, value.shape)
         self._pieces[number].append(_Piece(module, attribute, info, empty))
         module.register_parameter(attribute, empty)
         size = sum(piece.empty.numel() * piece.empty.element_size() for piece in self._pieces[number])
@@ -175,15 +175,11 @@ class Shelf:
         return self.beside + self.files.bytes_read + self.early.bytes_read
 
 
-def _empty(value: Tensor) -> nn.Parameter:
-    """One NaN, or zero where there is none, seen everywhere."""
-    return nn.Parameter(_nothing(value.dtype).expand(value.shape), requires_grad=False)
-
-
 @cache
-def _nothing(dtype: torch.dtype) -> Tensor:
-    """It: one in all of memory."""
-    return torch.full((1,), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
+def _empty(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
+    """One NaN, or zero where there is none, seen everywhere: the same in the place of all weights of that shape."""
+    nothing = torch.full((1,), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
+    return nn.Parameter(nothing.expand(shape), requires_grad=False)
 
 
 def is_shelved(value: Tensor) -> bool:

@@ -9,26 +9,32 @@ from torch import Tensor
 from pytest_nullspace.model.layers import AdaptedLayer
 from pytest_nullspace.model.shelf import Shelf, UnfitError
 
-Norms = tuple[Tensor | None, Tensor, Tensor | None]
-"""What `AdaptedLayer.weight_norms` gives."""
+Norms = tuple[float | None, float, float | None]
+"""What `AdaptedLayer.weight_norms` gives, as numbers."""
 
 
 @dataclass(frozen=True)
 class ShelvedLayer(AdaptedLayer):
-    """An adapted layer in a block that comes and goes; the norms of its weights are kept from when it was there."""
+    """An adapted layer in a block that comes and goes.
+
+    Attributes:
+        kept: The norms of its weights, once they were taken.
+    """
 
     kept: list[Norms] = field(default_factory=list)
 
-    def keep_norms(self, norms: Norms, device: torch.device) -> None:
-        """Have these norms, which were taken before, on ``device``."""
-        down, up, base = norms
-        self.kept[:] = [(_on(down, device), up.to(device), _on(base, device))]
-
-    def weight_norms(self, exact: bool = False) -> Norms:
+    def norms(self) -> Norms:
         """The norms, which are exact; they are taken once, while the weights are there."""
         if not self.kept:
-            self.kept.append(super().weight_norms(exact=True))
+            down, up, base = super().weight_norms(exact=True)
+            self.kept.append((None if down is None else float(down), float(up), None if base is None else float(base)))
         return self.kept[0]
+
+    def weight_norms(self, exact: bool = False) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The same, on the CPU."""
+        down, up, base = (None if norm is None else torch.tensor(norm, dtype=torch.float64) for norm in self.norms())
+        assert up is not None
+        return down, up, base
 
 
 def shelved(layers: Mapping[str, AdaptedLayer], shelf: Shelf) -> dict[str, AdaptedLayer]:
@@ -47,7 +53,3 @@ def shelved(layers: Mapping[str, AdaptedLayer], shelf: Shelf) -> dict[str, Adapt
         name: ShelvedLayer(**{of.name: getattr(layer, of.name) for of in fields(layer)})
         for name, layer in layers.items()
     }
-
-
-def _on(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device)

@@ -206,13 +206,13 @@ def other_form(kept: dict[str, Any], how: str) -> Any:
         case "nothing of what it follows from":
             return {"passes": [told]}
         case "octaves that are all there":
-            part[0] = (*part[0][:2], torch.zeros(len(part[0][0]), *OCTAVES), *part[0][3:])
+            part["by_octave"] = torch.zeros(len(part["names"]), *OCTAVES)
         case "a layer less":
-            part[0] = (part[0][0][1:], *part[0][1:])
-        case "another block":
-            part[0] = part[0][:-1]
+            del part["names"][0]
+        case "another part":
+            del part["down_ranks"]
         case "words for sums":
-            part[0] = (part[0][0], "none", *part[0][2:])
+            part["sums"] = "none"
         case "a text less":
             del told["read"][0]
     return kept
@@ -220,7 +220,7 @@ def other_form(kept: dict[str, Any], how: str) -> Any:
 
 FORMS = (
     "a key less", "no passes", "a list", "nothing of what it follows from", "octaves that are all there",
-    "a layer less", "another block", "words for sums", "a text less", "an unknown key",
+    "a layer less", "another part", "words for sums", "a text less", "an unknown key",
 )  # fmt: skip
 
 
