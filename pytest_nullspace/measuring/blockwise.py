@@ -14,7 +14,7 @@ from pytest_nullspace.measuring.figuring import weighed
 from pytest_nullspace.measuring.halfway import Halfway, whole
 from pytest_nullspace.measuring.rows import Batch
 from pytest_nullspace.measuring.scaling import by_scale, few_of, loss_on, scaled
-from pytest_nullspace.measuring.streamed import CPU, Extra, Streaming, Text
+from pytest_nullspace.measuring.streamed import CPU, Extra, Streaming, Text, switched_off
 from pytest_nullspace.measuring.streaming import (
     NOTHING,
     Read,
@@ -76,7 +76,7 @@ class Blockwise:
             raise UnfitError("its text holds images")
         self._adapted, self._layers, self._drawn, self._ranks = adapted, layers, drawn, ranks
         self.streaming = Streaming(adapted, layers, ranks, batches, halfway)
-        self._early, self._twice = early, partial(scaled, adapted, 2.0)
+        self._early, self._twice = early, partial(scaled, by=2.0)
         self._texts = {what: self._text(what, predictions.get(what), max_rows, seed) for what in drawn}
         self.predictions = dict(predictions)
         self._extras: list[Extra] = []
@@ -105,7 +105,7 @@ class Blockwise:
                 self._begun[more] = loss
 
             take = partial(loss_of_last, tokens=tokens)
-            self._extras.append(Extra(self.streaming.switched_off, (*before, *tokens), take, keep))
+            self._extras.append(Extra(switched_off, (*before, *tokens), take, keep))
 
     @property
     def begun(self) -> tuple[float, float]:

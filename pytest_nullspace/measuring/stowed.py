@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _AT_ONCE = 1 << 24
 """Bytes that are written, or read, at once."""
 _TENSOR, _TUPLE, _DICTIONARY = "tensor", "tuple", "dictionary"
 """Under which key JSON tells what it has no word for."""
+_PLAIN = frozenset({type(None), bool, int, float, str})
+"""For what it has one: a list of these alone is not looked through."""
 
 
 class OddError(Exception):
@@ -82,17 +85,18 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _told(value: Any, tensors: list[Tensor], known: dict[int, int]) -> Any:
     """It as JSON; ``tensors`` get each tensor once, by whose id its number is ``known``."""
 
-    def each(parts: Any) -> list[Any]:
-        return [_told(part, tensors, known) for part in parts]
+    def each(parts: Iterable[Any]) -> list[Any]:
+        found = list(parts)
+        return found if _PLAIN.issuperset(map(type, found)) else [_told(part, tensors, known) for part in found]
 
-    if value is None or type(value) in (bool, int, float, str):
+    if type(value) in _PLAIN:
         return value
     if type(value) is list:
         return each(value)
     if type(value) is tuple:
         return {_TUPLE: each(value)}
     if type(value) is dict:
-        return {_DICTIONARY: each(map(list, value.items()))}
+        return {_DICTIONARY: [each(value), each(value.values())]}
     if type(value) is not Tensor:
         raise OddError(f"it holds a {type(value).__name__}")
     if id(value) not in known:
@@ -110,4 +114,5 @@ def _had(told: Any, tensors: list[Tensor]) -> Any:
     ((kind, of),) = told.items()
     if kind == _TENSOR:
         return tensors[of]
-    return {_TUPLE: tuple, _DICTIONARY: dict}[kind](_had(of, tensors))
+    parts = _had(of, tensors)
+    return tuple(parts) if kind == _TUPLE else dict(zip(*{_DICTIONARY: parts}[kind], strict=True))

@@ -7,7 +7,7 @@ through it: with the adapter, and beside them those of the base model, which is 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,14 +24,15 @@ from pytest_nullspace.measuring.rows import Batch, Rows
 from pytest_nullspace.measuring.waiting import Waiting, asking
 from pytest_nullspace.model import AdaptedModel
 from pytest_nullspace.model.ends import ends_of
+from pytest_nullspace.model.light import lighten
 from pytest_nullspace.model.shelf import UnfitError
 from pytest_nullspace.model.shelved import ShelvedLayer
 
 CPU = torch.device("cpu")
 """Where all but the blocks and the head is, and where hidden states wait."""
 
-State = Callable[[], AbstractContextManager[object]]
-"""Within the context the model is in that state."""
+State = Callable[[AdaptedModel], AbstractContextManager[object]]
+"""Within the context a block is in that state, given the model with the layers of that block alone."""
 
 
 @dataclass
@@ -92,6 +93,12 @@ class _Forward:
 _ORDER = "its blocks do not run once each, one after the other"
 
 
+def switched_off(adapted: AdaptedModel) -> AbstractContextManager[object]:
+    """Within the context the model is its base."""
+    assert adapted.switched_off is not None
+    return adapted.switched_off()
+
+
 class _SmallerError(Exception):
     """Raised where the rows of a batch cannot be told apart."""
 
@@ -134,6 +141,12 @@ class Streaming:
         self.expecting: Callable[[], None] = lambda: None
         inside = [set(map(id, block.modules())) for block in self._shelf.blocks]
         self._layers = [[layer for layer in layers if id(layer.layer) in block] for block in inside]
+        self._parts = [
+            replace(adapted, layers={name: of for name, of in adapted.layers.items() if id(of.layer) in block})
+            for block in inside
+        ]
+        for block in self._shelf.blocks:
+            lighten(block)
         self._head = ends_of(adapted.model).predicts
         if self._head is not None and self._shelf.device != CPU:  # embeddings that it is tied to stay where they are
             for name, value in list(self._head.named_parameters(recurse=False)):
@@ -162,11 +175,6 @@ class Streaming:
                     # Where rows cannot be told apart one window alone can; what has no room may have in half.
                     self.batches.append(1 if isinstance(error, _SmallerError) else self.batches[-1] // 2)
             self._halfway.again(went_on=goes_on)
-
-    def switched_off(self) -> AbstractContextManager[object]:
-        """Within the context the model is its base."""
-        assert self._adapted.switched_off is not None
-        return self._adapted.switched_off()
 
     def _once(self, chosen: Sequence[tuple[Text, range]], extras: Sequence[Extra], done: Pass) -> None:
         for (text, part), read in zip(chosen, done.read, strict=True):
@@ -213,7 +221,7 @@ class Streaming:
         for batch in text.batches(self._ranks.share(part), self.batches[-1]):
             pair = [self._forward(batch, of=text, predictions=text.predictions)]
             if text.predictions is not None:
-                pair.append(self._forward(batch, state=self.switched_off, predictions=text.predictions))
+                pair.append(self._forward(batch, state=switched_off, predictions=text.predictions))
             yield pair
 
     def _forward(self, batch: Batch, **of: Any) -> _Forward:
@@ -254,7 +262,7 @@ class Streaming:
                 shelf.put(number, values)
                 del values
                 try:
-                    self._block(forwards, chosen, self._layers[number], done)
+                    self._block(forwards, chosen, number, done)
                 finally:
                     shelf.clear(number)
                     give_back_freed_memory()
@@ -271,10 +279,11 @@ class Streaming:
         self,
         forwards: Sequence[_Forward],
         chosen: Sequence[tuple[Text, range]],
-        layers: Sequence[ShelvedLayer],
+        number: int,
         done: Pass,
     ) -> None:
-        """Run all of them through the one block that is there."""
+        """Run all of them through the one block that is there, that of this ``number``."""
+        layers = self._layers[number]
         for layer in layers:
             done.norms[layer.name] = layer.norms()
         for (text, part), read in zip(chosen, done.read, strict=True):
@@ -290,7 +299,7 @@ class Streaming:
             if forward.of is None:
                 states.setdefault(forward.state, []).append(forward)
         for state, alike in states.items():
-            with state():
+            with state(self._parts[number]):
                 for forward in alike:
                     began = time.perf_counter()
                     forward.waiting.go_on(self._called(forward))

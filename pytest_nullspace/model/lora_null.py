@@ -20,6 +20,7 @@ from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.bounds import LEADS_TO_CODE, check_counts, held_to, without
 from pytest_nullspace.model.known import require_known
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel, Join
+from pytest_nullspace.model.light import Light, lighten
 from pytest_nullspace.model.shelf import Shelf, stack_of
 from pytest_nullspace.model.shelved import shelved
 from pytest_nullspace.model.stored import stored
@@ -33,14 +34,14 @@ _NOT_ARCHITECTURE = LEADS_TO_CODE | {
 plain architecture."""
 
 
-class _Linear(nn.Linear):
+class _Linear(Light, nn.Linear):
     """A linear layer whose weight comes from a file: it is never filled with random numbers before."""
 
     def reset_parameters(self) -> None:
         """Leave the weight as it is."""
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(Light):
     """``y = A B x + W_res x [+ bias]``, with ``x − P_A P_B x`` in place of B's input in the protecting variant.
 
     The names of its parameters are those in the files.
@@ -168,7 +169,9 @@ def _plain_model(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
 
 def _empty(kind: type[AdaptedLinear], *args: int, bias: bool, protected: int | None) -> AdaptedLinear:
     with torch.device("meta"):
-        return kind(*args, bias=bias, protected=protected)
+        adapted = kind(*args, bias=bias, protected=protected)
+    lighten(adapted)
+    return adapted
 
 
 def _replace(model: nn.Module, name: str, adapted: AdaptedLinear, checkpoint: Checkpoint) -> None:

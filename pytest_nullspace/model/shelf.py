@@ -17,6 +17,7 @@ from pytest_nullspace.checkpoint.arrays import not_finite
 from pytest_nullspace.checkpoint.header import TensorInfo
 from pytest_nullspace.checkpoint.raw import Early, RawFiles, Span, spans
 from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.model.light import lighten
 
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -160,6 +161,7 @@ class Shelf:
         """Let go of a block's weights."""
         for piece in self._pieces[number]:
             piece.module.register_parameter(piece.attribute, piece.empty)
+        lighten(self.blocks[number])
 
     def close(self) -> None:
         """Close its files, which are opened again when they are read, and end the thread that reads ahead."""
@@ -178,8 +180,13 @@ class Shelf:
 @cache
 def _empty(dtype: torch.dtype, shape: torch.Size) -> nn.Parameter:
     """One NaN, or zero where there is none, seen everywhere: the same in the place of all weights of that shape."""
-    nothing = torch.full((1,), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
-    return nn.Parameter(nothing.expand(shape), requires_grad=False)
+    return nn.Parameter(_nothing(dtype).expand(shape), requires_grad=False)
+
+
+@cache
+def _nothing(dtype: torch.dtype) -> Tensor:
+    """It: one in all of memory."""
+    return torch.full((1,), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
 
 
 def is_shelved(value: Tensor) -> bool:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from torch import nn
 
 from pytest_nullspace.checkpoint import header
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring import digests
+from pytest_nullspace.model.light import SELDOM, Light, lighten
 from pytest_nullspace.model.shelf import Shelf
 from pytest_nullspace.settings import STREAM
 from tests import tiny
@@ -154,6 +157,47 @@ def test_freed_memory_is_given_back_after_each_block_and_nothing_is_set_aside_fo
     monkeypatch.setattr("pytest_nullspace.measuring.streamed.give_back_freed_memory", lambda: done.append("given back"))
     measured(tiny.lora_null(tmp_path / "whole"), device_map=STREAM)
     assert done == ["cleared", "given back"] * 3
+
+
+def test_a_block_that_is_not_there_takes_little_memory(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one dictionary of hooks stays in its layers, and one tensor is in the place of all weights of a shape."""
+    shelves, clear = list[Shelf](), Shelf.clear
+
+    def cleared(shelf: Shelf, number: int) -> None:
+        shelves.append(shelf)
+        assert any(set(SELDOM) & set(vars(of)) for of in shelf.blocks[number].modules() if isinstance(of, Light))
+        clear(shelf, number)
+        light = [of for block in shelf.blocks for of in block.modules() if isinstance(of, Light)]
+        assert len(light) == 7 * 7 * 4
+        assert not {name for of in light for name in set(SELDOM) & set(vars(of))}
+
+    monkeypatch.setattr(Shelf, "clear", cleared)
+    measured(tiny.lora_null(tmp_path / "deep", tiny.llama(num_hidden_layers=7)), device_map=STREAM)
+    assert len(shelves) == 7
+    held = [of for block in shelves[0].blocks for of in block.parameters()]
+    assert len(set(map(id, held))) == len({(of.dtype, of.shape) for of in held})
+
+
+def test_a_light_module_keeps_the_hooks_that_it_has() -> None:
+    """What it lacks it has once it is asked for it, and what is not empty stays."""
+    called = list[str]()
+
+    class Layer(Light, nn.Linear):
+        """One such."""
+
+    layer = Layer(2, 2)
+    layer.register_forward_hook(lambda *_: called.append("hook"))
+    lighten(layer)
+    assert [name for name in SELDOM if name in vars(layer)] == ["_forward_hooks"]
+    layer(torch.zeros(1, 2))
+    layer.register_forward_pre_hook(lambda *_: called.append("before"))
+    layer(torch.zeros(1, 2))
+    assert called == ["hook", "before", "hook"]
+    assert layer.state_dict().keys() == {"weight", "bias"}
+    with pytest.raises(AttributeError, match="'Layer' object has no attribute 'other'"):
+        _ = layer.other
 
 
 def test_each_process_streams_its_own_windows(measured: Measured, tmp_path: Path) -> None:
