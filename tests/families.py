@@ -173,11 +173,24 @@ def llama4() -> Any:
     )
 
 
+def blip_2() -> Any:
+    text = {
+        "model_type": "opt", "vocab_size": 128, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": 32,
+    }  # fmt: skip
+    between = {**EYE, "vocab_size": 128, "encoder_hidden_size": 32, "cross_attention_frequency": 1}
+    return hf.Blip2ForConditionalGeneration(
+        hf.Blip2Config(
+            text_config=text, vision_config=PATCHES, qformer_config=between, num_query_tokens=4, image_token_index=120
+        )
+    )
+
+
 MAKERS: dict[str, Callable[[], Any]] = {
     make.__name__: make
     for make in (
         qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, llava, llava_next, mistral3, idefics3, smolvlm, internvl, paligemma,
-        glm4v, lfm2_vl, qwen2_audio, gemma3, mllama, llama4,
+        glm4v, lfm2_vl, qwen2_audio, gemma3, mllama, llama4, blip_2,
     )
 }  # fmt: skip
 """By name, each family."""

@@ -58,6 +58,11 @@ KINDS: Mapping[str, Kind] = {
         {"image_seq_length": 4, "processor_class": "Gemma3Processor"},
         {"image_token": IMAGE, "boi_token": START, "eoi_token": END},
     ),
+    "blip_2": Kind(
+        {IMAGE: "<image>"},
+        {**_SQUARE, "image_processor_type": "BlipImageProcessor"},
+        {"num_query_tokens": 4, "processor_class": "Blip2Processor"},
+    ),
     "llava": Kind(
         {IMAGE: "<image>"},
         {

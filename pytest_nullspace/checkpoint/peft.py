@@ -3,8 +3,8 @@
 Per adapted layer: ``base_model.model.<layer>.lora_A.weight (r, in)`` and ``….lora_B.weight (out, r)``, with DoRA also
 ``….lora_magnitude_vector (out)``, with ``lora_bias`` also ``….lora_B.bias (out)``. Whatever else the file holds was
 trained too, and no layer test covers it: LoRA on embeddings (``lora_embedding_A``), on convolutions (matrices of more
-than two dimensions), on bare parameters (``target_parameters``) and one LoRA for each expert, trained tokens, biases,
-whole modules.
+than two dimensions), on ``torch.nn.MultiheadAttention`` (computed in one piece, with its ``out_proj``), on bare
+parameters (``target_parameters``) and one LoRA for each expert, trained tokens, biases, whole modules.
 """
 
 import re
@@ -222,11 +222,14 @@ def _layers(directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[
             f"{directory}: tensor {quoted(named)} carries the adapter's name, which PEFT takes out when it saves, "
             "and would not find again; save the adapter with save_pretrained"
         )
+    in_one_piece = {name for name in names if f"{name}{_OUT_PROJ}" in names}
+    names -= in_one_piece | {f"{name}{_OUT_PROJ}" for name in in_one_piece}
     names = {name for name in names if not _is_parameter(name, tensors, config) and not _EXPERT.search(name)}
     if not names:
         held = f", only others such as {printable(min(tensors))}" if tensors else ""
         cure = (
-            "its LoRA is on embeddings, convolutions, experts or bare parameters alone"
+            "its LoRA is on embeddings, convolutions, experts, attention in one piece or bare parameters alone; adapt "
+            "linear layers as well"
             if any(".lora_" in name for name in tensors)
             else "give the directory that save_pretrained wrote"
         )
@@ -237,6 +240,8 @@ def _layers(directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[
     return sorted(names)
 
 
+_OUT_PROJ = ".base_layer.out_proj"
+"""Behind the name of a ``torch.nn.MultiheadAttention``: PEFT adapts its ``in_proj`` and this always together."""
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 """In the name of one expert's layer: transformers 5 fuses the experts of a block, and PEFT their LoRAs."""
 

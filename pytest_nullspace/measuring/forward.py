@@ -75,6 +75,12 @@ def require_tokens_read(adapted: AdaptedModel, checkpoint: Checkpoint) -> None:
         raise CheckpointError(_not_on_text(adapted, checkpoint, reads, why)) from error
 
 
+def requires_more(model: nn.Module) -> bool:
+    """Whether a model cannot be called without what it sees or hears, as BLIP-2."""
+    taken = signature(model.forward).parameters.values()
+    return any(of.default is of.empty and of.name.startswith(_OTHER_INPUTS) for of in taken)
+
+
 @contextmanager
 def model_told(adapted: AdaptedModel, checkpoint: Checkpoint, tokens: Sequence[int]) -> Iterator[None]:
     """Within this context say in one sentence what the model complains of, if it does not run on ``tokens`` by itself.

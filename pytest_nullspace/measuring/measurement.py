@@ -308,6 +308,8 @@ class Measurement:
     @property
     def _beginning(self) -> tuple[Sequence[int], int] | None:
         """Of the preserved text what the base is to read with and without the token that begins one, and that token."""
+        from pytest_nullspace.measuring.forward import requires_more
+
         window, first = self.drawn[FIRST][0], of_text(self.adapted.model.config, "bos_token_id")
         # Of a row of images its text, which alone is asked about.
         of_row = tuple(window.tokens[place] for place in window.places) if isinstance(window.tokens, Shown) else None
@@ -316,6 +318,8 @@ class Measurement:
         is_id = isinstance(first, int) and 0 <= first < (vocabulary(self.adapted.model) or 0)
         is_first = window.within is None or not window.within.before
         if self.held_against is None or not is_id or not is_first or len(tokens) < 2 or tokens[0] == first:
+            return None
+        if of_row is not None and requires_more(self.adapted.model):
             return None
         return tokens, first
 

@@ -67,7 +67,7 @@ class Moved:
 def with_start(adapted: AdaptedModel, checkpoint: Checkpoint, initial: Checkpoint) -> AdaptedModel:
     """The model, its layers told from where training started where that held a part of W.
 
-    Of a DoRA layer and of one with a bias of its own the update is more than ``AB``, and is left as it is.
+    Of a DoRA layer and of one with a bias of its own the update is more than ``AB``, and is left as it is, and said.
 
     Raises:
         CheckpointError: A tensor of the start cannot be read.
@@ -80,6 +80,14 @@ def with_start(adapted: AdaptedModel, checkpoint: Checkpoint, initial: Checkpoin
         f"update against the start {printable(initial.directory, 1000)}: that held a part of W in {told} of "
         f"{len(starts)} layers, so what is told of them is AB - A0B0 beside W x"
     )
+    more = [name for name, layer in adapted.layers.items() if _is_more(layer, initial) and _is_held(layer, initial)]
+    if more:
+        whole = (
+            f"update as a whole in {len(more)} of {len(starts)} layers, such as {printable(more[0])}, though the start "
+            "held a part of W there: norms (DoRA) or biases are more than AB, so what is told of these layers is not "
+            "since the start"
+        )
+        adapted = replace(adapted, remarks=(*adapted.remarks, whole))
     return _since(adapted, starts, remark, initial.directory)
 
 
@@ -91,9 +99,7 @@ def _since(adapted: AdaptedModel, starts: Mapping[str, Start | None], remark: st
 
 
 def _start(layer: AdaptedLayer, initial: Checkpoint) -> Start | None:
-    is_peft = initial.format in peft.FORMATS
-    prefix, parts = (peft.PREFIX, (peft.DOWN, peft.UP)) if is_peft else ("", (lora_null.DOWN, lora_null.UP))
-    held = [initial.tensors.get(f"{prefix}{layer.name}.{part}") for part in parts]
+    held = _parts(layer, initial)
     if _is_more(layer, initial) or any(info is None for info in held):
         return None
     # As the model rounds its own, so that what did not move is what it was.
@@ -108,6 +114,19 @@ def _start(layer: AdaptedLayer, initial: Checkpoint) -> Start | None:
     if (down.shape, up.shape) != tuple(part.shape for part in own) or not bool(up.any()):
         return None
     return Start(down, (1.0 if scale is None else scale.value) * up)
+
+
+def _parts(layer: AdaptedLayer, initial: Checkpoint) -> list[TensorInfo | None]:
+    """B₀ and A₀ of a layer."""
+    is_peft = initial.format in peft.FORMATS
+    prefix, parts = (peft.PREFIX, (peft.DOWN, peft.UP)) if is_peft else ("", (lora_null.DOWN, lora_null.UP))
+    return [initial.tensors.get(f"{prefix}{layer.name}.{part}") for part in parts]
+
+
+def _is_held(layer: AdaptedLayer, initial: Checkpoint) -> bool:
+    """Whether the start's product is anything: its A₀ is not zero."""
+    up = _parts(layer, initial)[1]
+    return up is not None and bool(read_tensor(up).any())
 
 
 def _is_more(layer: AdaptedLayer, checkpoint: Checkpoint) -> bool:

@@ -10,6 +10,9 @@ from torch import Tensor
 from pytest_nullspace.model.layers import AdaptedLayer, Join
 from pytest_nullspace.model.stored import stored, weight_of
 
+_OF_ADAPTERS = frozenset({"adapter_names", "alora_offsets"})
+"""Arguments of a forward that PEFT takes for itself; it gives its base layer all others."""
+
 
 def view(name: str, layer: Any, adapter: str) -> AdaptedLayer:
     """One layer of PEFT's under one of its adapters."""
@@ -44,10 +47,11 @@ def _joined(layer: Any, adapter: str) -> Callable[[Join], AbstractContextManager
         own = layer.forward
 
         def forward(x: Tensor, *args: Any, **more: Any) -> Tensor:
-            if args or more or layer.disable_adapters or layer.merged or layer.active_adapters != [adapter]:
+            is_other = layer.disable_adapters or layer.merged or layer.active_adapters != [adapter]
+            if is_other or not _OF_ADAPTERS.isdisjoint(more):
                 result: Tensor = own(x, *args, **more)
                 return result
-            base = layer.base_layer(x)
+            base = layer.base_layer(x, *args, **more)
             down = layer.lora_A[adapter]
             x = layer.lora_dropout[adapter](layer._cast_input_dtype(x, down.weight.dtype))
             return join(base, layer.lora_B[adapter](down(x)), layer.scaling[adapter])

@@ -193,7 +193,8 @@ class Processor:
                     )
                 return row.text.replace(mark, self.mark)
         before, behind = self.about
-        return (before + self.mark + behind) * count + row.text
+        by_itself = hasattr(self.call, "num_query_tokens")  # as BLIP-2's, which writes them before all text
+        return row.text if by_itself else (before + self.mark + behind) * count + row.text
 
 
 def processor_of(checkpoint: Checkpoint, base: Path | None, tokenizer: Path) -> Processor:

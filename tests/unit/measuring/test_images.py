@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from pytest_nullspace import gate
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError, TextError
 from pytest_nullspace.measuring import drift
@@ -74,7 +75,8 @@ class Case:
         if self.processor.kind == "PaliGemmaProcessor":
             made = own(text=[own.image_token], images=[image], suffix=[row.text], return_tensors="pt")
             return {name: value for name, value in made.items() if name != "labels"}
-        mark = getattr(own, "boi_token", own.image_token)
+        # BLIP-2's puts them before the text by itself.
+        mark = "" if hasattr(own, "num_query_tokens") else getattr(own, "boi_token", own.image_token)
         return dict(own(text=[mark + row.text], images=[image], return_tensors="pt"))
 
 
@@ -93,7 +95,7 @@ AND_TILES = pytest.mark.parametrize("case", [ON_TORCHVISION, "gemma3", "mllama"]
 
 
 @pytest.mark.parametrize(
-    "case", [ON_TORCHVISION, "gemma3", "llava", "llava_next", "paligemma", "idefics3"], indirect=True
+    "case", [ON_TORCHVISION, "gemma3", "llava", "llava_next", "paligemma", "idefics3", "blip_2"], indirect=True
 )
 def test_every_layer_is_measured_as_pefts_own_forward_has_it(case: Case) -> None:
     """Tower, projector and text path: each mean agrees with float64 arithmetic on hooks on PEFT's model to 1e-6."""
@@ -124,6 +126,13 @@ def inputs_of(model: Any, case: Case) -> dict[str, list[Tensor]]:
         for number in range(len(case.windows)):
             model(**case.given(number))
     return caught
+
+
+def test_a_model_that_reads_no_text_without_an_image_is_gated_whole_on_images(tmp_path: Path) -> None:
+    """No part of a gate asks BLIP-2 for text alone, such as whether a token begins one: its drift is measured too."""
+    report = gate(seeing(tmp_path, "blip_2"), str(gallery(tmp_path / "gallery")), calib_size=2)
+    assert report.run.drift is not None
+    assert all(layer.defect is None for layer in report.run.layers)
 
 
 def _wing(name: str) -> str:

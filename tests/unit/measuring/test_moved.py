@@ -68,11 +68,16 @@ def of_lora_null(initialise: Callable[..., None], folder: Path, train: Trained) 
     return Pair(folder / "start", folder / "ft", None)
 
 
-def of_peft(start: str, folder: Path, train: Trained) -> Pair:
+def of_peft(start: str, folder: Path, train: Trained, **more: Any) -> Pair:
     """A pair of PEFT adapters, on the base that their initialisation changed."""
     model: Any = tiny.llama(initializer_range=0.2)
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=RANK, lora_alpha=12, target_modules=["q_proj", "down_proj"], init_lora_weights=start
+        task_type="CAUSAL_LM",
+        r=RANK,
+        lora_alpha=12,
+        target_modules=["q_proj", "down_proj"],
+        init_lora_weights=start,
+        **more,
     )
     with warnings.catch_warnings(action="ignore"):
         wrapped: Any = peft.get_peft_model(model, config)
@@ -160,6 +165,15 @@ def test_an_untrained_start_has_no_update(start: str, tmp_path: Path) -> None:
             assert (layer.update_norm, layer.forgetting, layer.contribution) == (0, 0, 0), layer.name
             assert layer.base_norm > 0
     assert all(layer.update_norm > 1e-3 for layer in measure(pair.adapted, WINDOWS)), "which without its start is told"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_layer_whose_update_is_more_than_a_product_is_said_to_be_measured_as_a_whole(tmp_path: Path) -> None:
+    """Of DoRA nothing is told since the start: then that is said, by a layer's name, also where all layers are."""
+    pair = of_peft("pissa", tmp_path, nudged, use_dora=True)
+    adapted = with_start(pair.adapted, pair.checkpoint, pair.start)
+    assert adapted.remarks[-1].startswith("update as a whole in 6 of 6 layers, such as model.layers.0.self_attn.q_proj")
+    assert all(layer.start is None for layer in adapted.layers.values())
 
 
 def test_a_start_that_held_nothing_of_w_changes_nothing(tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ from pytest_nullspace.checkpoint.hub import base_of
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model import AdaptedModel, load_model
+from pytest_nullspace.model.views import view as view_of
 from pytest_nullspace.report import notes
 from pytest_nullspace.run.stats import LayerStats
 from tests import tiny
 from tests.adapters import adapter, change, switch
+from tests.families import PATCHES
 
 # PEFT's own, while the tests make adapters with it.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -587,7 +589,7 @@ def test_an_adapter_that_lies_outside_altogether_is_an_error(
     directory = adapter(tmp_path, make(), r=4, **config)
     with pytest.raises(
         CheckpointError,
-        match=r"no adapted layer: none of its .* its LoRA is on embeddings, convolutions, experts or bare",
+        match=r"no adapted layer: none of its .* its LoRA is on embeddings, .* in one piece or bare",
     ):
         open_checkpoint(directory)
 
@@ -744,3 +746,58 @@ def test_regexes_are_counted_again_on_the_names_of_the_base(tmp_path: Path, monk
     open_checkpoint(saved)
     with pytest.raises(CheckpointError, match=r"target_modules: the regex .* could take too long on 46 names of up to"):
         load_model(checkpoint, torch.device("cpu"), torch.float32, tmp_path / "base")
+
+
+class Scaled(nn.Linear):
+    """A linear layer whose forward takes more than its input."""
+
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """``factor · W x``."""
+        return factor * super().forward(x)
+
+
+def test_a_layer_that_is_called_with_more_than_its_input_is_joined_as_peft_adds_it() -> None:
+    """On a card its output is added by us whatever else its model calls it with; it was a KeyError in the pass."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules=["layer"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(nn.ModuleDict({"layer": Scaled(8, 6, bias=False)}), config)
+    layer, x, seen = wrapped.base_model.model.layer, torch.randn(3, 8), []
+    joined = view_of("layer", layer, "default").joined
+    assert joined is not None
+
+    def join(base: Tensor, up: Tensor, scale: float) -> Tensor:
+        seen.append(base)
+        return base + scale * up
+
+    with torch.no_grad():
+        expected = layer(x, factor=3.0)
+        with joined(join):
+            assert torch.equal(layer(x, factor=3.0), expected)
+            assert torch.equal(layer(x, 3.0), expected)
+    assert len(seen) == 2
+    assert torch.allclose(seen[0], 3 * x @ layer.base_layer.weight.mT)
+
+
+def aria() -> Any:
+    """A tiny model whose projector of images computes attention in one piece."""
+    text = {**SMALL, "intermediate_size": 48, "moe_num_experts": 2, "moe_topk": 1, "pad_token_id": 0}
+    return transformers.AriaForConditionalGeneration(
+        transformers.AriaConfig(
+            text_config=text,
+            vision_config={**PATCHES, "model_type": "idefics3_vision"},
+            image_token_index=120,
+            projector_patch_to_query_dict={16: 4},
+        )
+    )
+
+
+def test_attention_that_is_computed_in_one_piece_is_outside_the_layers(tmp_path: Path) -> None:
+    """PEFT adapts ``torch.nn.MultiheadAttention`` without calling its matrices: told as trained, with no test of it."""
+    directory = adapter(tmp_path, aria(), r=4, target_modules=["v_proj", "multihead_attn"])
+    checkpoint, adapted = opened(directory)
+    assert all(layer.name.endswith("v_proj") for layer in checkpoint.layers)
+    assert len([name for name in checkpoint.outside if ".multihead_attn." in name]) == 4
+    assert adapted.layers.keys() == {layer.name for layer in checkpoint.layers}
+    alone = adapter(tmp_path, aria(), name="alone", r=4, target_modules=["multihead_attn"])
+    with pytest.raises(CheckpointError, match=r"attention in one piece or .*; adapt linear layers as well"):
+        open_checkpoint(alone)
