@@ -13,6 +13,7 @@ from pytest_nullspace.judging.invariants import Expectations, Stage, judge, judg
 from pytest_nullspace.judging.profiles import choose
 from pytest_nullspace.judging.remedy import KEY as SUGGESTION
 from pytest_nullspace.measuring.about import of_format
+from pytest_nullspace.measuring.batching import Batching, suiting
 from pytest_nullspace.measuring.fitting import told_needed
 from pytest_nullspace.measuring.limits import of_text, vocabulary, window_length
 from pytest_nullspace.measuring.loading import TrueBase, half_precision, one_of, shortage_told
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
     from pytest_nullspace.measuring.left import Sampled
     from pytest_nullspace.model import AdaptedModel
     from pytest_nullspace.run.predictions import Headroom
-
-CPU_TOKENS, GPU_TOKENS = 256, 16384
-"""Tokens of the windows that share a forward. Below so many a CPU spends its time between the matrix products, beyond
-them little is gained (docs/cost.md); a GPU wants more, as far as they fit."""
-PREDICTED = 1 << 28
-"""Numbers that the predictions of a forward may be, where the base's are held against them."""
 
 BEGUN, UNBEGUN = 256, 0.5
 """Tokens that are read with and without the one that begins a text, and by how many nats a token these must differ."""
@@ -123,7 +118,11 @@ class Measurement:
 
     def figures(self, layers: Collection[str]) -> tuple[Figures, list[int]]:
         """Measure ``layers`` on each text; with the batch sizes, of which each but the first did not fit before it."""
-        batches = [self.settings.batch_size or self._batch_size]
+        predicted = 0 if self.held_against is None else vocabulary(self.adapted.model) or 0
+        batches = [self.settings.batch_size or suiting(self.adapted.device, self.seqlen, predicted)]
+        tries = self.settings.batch_size is None
+        batching = Batching.trying(batches[0], self.adapted.device) if tries else Batching(batches[0])
+        of = partial(self._of, layers=layers, batches=batches, batching=batching)
 
         def short() -> str:
             together = min(batches[-1], max(map(len, self.drawn.values())))
@@ -145,26 +144,16 @@ class Measurement:
             if self.adapted.shelf is not None:
                 self.streamed.append(self._blockwise(layers, batches))
             name = self.settings.text_name
-            own = self._of(FIRST, layers, batches, lambda own: settled(own, name))
+            own = of(FIRST, settled=lambda own: settled(own, name))
             further = {
-                text.name: self._of(key_of(text.name), layers, batches, partial(settled, name=text.name))
+                text.name: of(key_of(text.name), settled=partial(settled, name=text.name))
                 for text in self.settings.further
             }
             own = with_further(own, further)
             if not has_task:
                 return own, batches
-            task = self._of(
-                "task_text", layers, batches, lambda task: self._settled(with_task(own, task), on_the_task(), name)
-            )
+            task = of("task_text", settled=lambda task: self._settled(with_task(own, task), on_the_task(), name))
             return with_task(own, task), batches
-
-    @property
-    def _batch_size(self) -> int:
-        """Windows a forward that suit the device; how many fit is found out by trying."""
-        tokens = CPU_TOKENS if self.adapted.device.type == "cpu" else GPU_TOKENS
-        if self.held_against is not None:
-            tokens = min(tokens, PREDICTED // (vocabulary(self.adapted.model) or 1))
-        return max(1, tokens // self.seqlen)
 
     def _predictions(self, what: str) -> "Predictions":
         from pytest_nullspace.measuring.drift import Predictions
@@ -209,7 +198,13 @@ class Measurement:
             say(told_needed(self.adapted, tokens, is_compared=self.held_against is not None))
 
     def _of(
-        self, what: str, layers: Collection[str], batches: list[int], settled: Callable[[Figures], bool]
+        self,
+        what: str,
+        *,
+        layers: Collection[str],
+        batches: list[int],
+        batching: Batching,
+        settled: Callable[[Figures], bool],
     ) -> Figures:
         from pytest_nullspace.measuring.streaming import measure
 
@@ -236,7 +231,7 @@ class Measurement:
             self.adapted,
             [window.tokens for window in self.drawn[what]],
             layers=layers,
-            batch_size=batches[-1],
+            batch_size=batching,
             shrunk=batches.append,
             max_rows=self.settings.max_activation_samples,
             seed=self.settings.seed,

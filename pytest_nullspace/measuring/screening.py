@@ -16,6 +16,7 @@ from pytest_nullspace.errors import CheckpointError, OptionError
 from pytest_nullspace.judging.screening import CURE, KEY, STATEMENT, ScreenedLayer, Screening
 from pytest_nullspace.measuring import about
 from pytest_nullspace.measuring.about import Clock
+from pytest_nullspace.measuring.batching import suiting
 from pytest_nullspace.measuring.hashing import hashes
 from pytest_nullspace.measuring.inputs import Texts, sources
 from pytest_nullspace.measuring.limits import require_known_tokens, window_length
@@ -30,7 +31,6 @@ from pytest_nullspace.measuring.loading import (
     one_of,
     shortage_told,
 )
-from pytest_nullspace.measuring.measurement import CPU_TOKENS, GPU_TOKENS
 from pytest_nullspace.measuring.memory import free_earlier_models, keep_freed_memory
 from pytest_nullspace.measuring.reading import Reading
 from pytest_nullspace.run.stats import RunStats
@@ -247,8 +247,7 @@ def _require_read_alike(
 
 
 def _batch_size(settings: Settings, device: Any, seqlen: int) -> int:
-    tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
-    return settings.batch_size or max(1, tokens // seqlen)
+    return settings.batch_size or suiting(device, seqlen, 0)
 
 
 def _screened(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pytest_nullspace import kernels
 from pytest_nullspace.errors import MeasurementError
+from pytest_nullspace.measuring.batching import Batching
 from pytest_nullspace.measuring.bypassed import bypassed
 from pytest_nullspace.measuring.distinct import together
 from pytest_nullspace.measuring.distributed import ALONE, Ranks
@@ -44,7 +45,7 @@ def measure(
     windows: Sequence[Sequence[int]],
     *,
     layers: Collection[str] | None = None,
-    batch_size: int = 1,
+    batch_size: int | Batching = 1,
     max_rows: int | None = None,
     seed: int = 42,
     progress: Progress | None = None,
@@ -60,14 +61,14 @@ def measure(
         adapted: The model; it is left as it was, hooks removed.
         windows: Token ids; windows of equal length that follow one another share a batch, so nothing is padded.
         layers: The names of the layers to measure; all if None.
-        batch_size: Windows a forward; halved for the rest of the pass whenever a device has no memory for so many, and
-            one where a layer reads what only then can be told to be a window's.
+        batch_size: Windows a forward, or what finds out how many; halved for the rest of the pass whenever a device has
+            no memory for so many, and one where a layer reads what only then can be told to be a window's.
         max_rows: At most so many rows a layer, drawn evenly and seeded from all windows; all rows if None.
         seed: Of that draw.
         progress: Called after each batch, as if every process were as far.
         settled: Asked after `FIRST_ROUND` windows, and whenever they have doubled, whether the figures suffice.
         ranks: The processes that share the windows; each gets the figures of all.
-        shrunk: Told the batch size after each halving.
+        shrunk: Told the batch size after each halving below the first.
         predictions: Takes the predictions of each forward, which then goes to its end, beside the base model's.
         counted: The places in each window of the tokens whose rows alone count; None where all do.
 
@@ -85,24 +86,27 @@ def measure(
     if not chosen and predictions is None:
         return ()
     drawn = counted_rows(windows, counted, max_rows, seed)
+    batching = Batching(batch_size) if isinstance(batch_size, int) else batch_size
     recorder, weights = Recorder(adapted.device, len(windows)), cache(partial(weight_norms, chosen))
     watching = recorder.rows.watching(adapted.model), recorder.watching(chosen)
     running = forwards(adapted, chosen, windows, whole=predictions is not None)
     with running as forward, watching[0], watching[1]:
 
         def read(part: range) -> Read:
-            nonlocal batch_size
             share, done, told = ranks.share(part), 0, part.start
             while done < len(share):
-                batch = batch_of(windows, share[done : done + batch_size], drawn, adapted.device, counted is not None)
+                ahead = share[done : done + batching.size]
+                batch = batch_of(windows, ahead, drawn, adapted.device, counted is not None)
+                count, began = len(batch.tokens), batching.begin(len(batch.tokens))
                 anew = _run(recorder, forward, batch, predictions)
                 if anew is not None:
-                    if anew < len(batch.tokens):
-                        batch_size = anew
-                        if shrunk is not None and not recorder.alone:
+                    if anew < count:
+                        batching.settle(anew)
+                        if shrunk is not None and not recorder.alone and anew < batching.first:
                             shrunk(anew)
                     continue
-                done += len(batch.tokens)
+                batching.counted(count, batch.tokens.numel(), began)
+                done += count
                 told = min(part.start + ranks.size * done, part.stop)
                 if progress is not None:
                     progress(told, len(windows))

@@ -148,7 +148,7 @@ OPTIONS = (
         "Windows per forward (default auto: as many as suit the device); a GPU that has no memory for so many is given "
         "half.",
         values.batch_size,
-        more="On a CPU 256 tokens go together, on a GPU 16,384.",
+        more="On a CPU 256 tokens go together; a GPU begins with up to 16,384, and takes as many more as gain and fit.",
     ),
     Option("device", "DEVICE", "auto, cpu, cuda, cuda:N, xpu or xpu:N.", values.device, default="auto"),
     Option(

@@ -15,18 +15,17 @@ from tests.structure import imports, own, sources, wing, wings
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "numpy", "transformers", "datasets", "accelerate", "peft", "pyarrow", "safetensors")
 TENSORS = {
-    "callback", "fused", "kernels", "measuring.blockwise", "measuring.bypassed", "measuring.digits",
-    "measuring.distinct", "measuring.drift", "measuring.factors", "measuring.figuring", "measuring.finite",
-    "measuring.forward",
-    "measuring.halfway", "measuring.moved", "measuring.recorder", "measuring.rows", "measuring.sampled",
-    "measuring.scaling", "measuring.screen", "measuring.spectrum", "measuring.stowed", "measuring.streamed",
-    "measuring.streaming", "measuring.summing", "measuring.tiles", "measuring.transfer", "measuring.waiting",
-    "measuring.writing", "model", "spectra",
+    "callback", "fused", "kernels", "measuring.blockwise", "measuring.bypassed",
+    "measuring.digits", "measuring.distinct", "measuring.drift", "measuring.factors", "measuring.figuring",
+    "measuring.finite", "measuring.forward", "measuring.halfway", "measuring.moved", "measuring.recorder",
+    "measuring.rows", "measuring.sampled", "measuring.scaling", "measuring.screen", "measuring.spectrum",
+    "measuring.stowed", "measuring.streamed", "measuring.streaming", "measuring.summing", "measuring.tiles",
+    "measuring.transfer", "measuring.waiting", "measuring.writing", "model", "spectra",
 }  # fmt: skip
 """The wings and modules that hold tensors, and so import torch as they are imported."""
 DOORS = {
     "measuring.pipeline", "measuring.loading", "measuring.measurement", "measuring.distributed", "measuring.inmemory",
-    "measuring.fitting", "measuring.screening",
+    "measuring.batching", "measuring.fitting", "measuring.screening",
 }  # fmt: skip
 """Those that reach them, inside functions only."""
 PYTEST = {"plugin", "shell.gate", "shell.last", "shell.extras", "shell.collect", "shell.fixtures", "shell.progress"}
