@@ -19,6 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from pytest_nullspace.measuring.batching import Batching
 from pytest_nullspace.measuring.loading import device_name
 from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.streaming import measure
@@ -193,6 +194,10 @@ def rows(adapted: AdaptedModel, of: Size, device: str) -> Iterator[tuple[str, st
         other = partial(measure, adapted, drawn, batch_size=batch)
         other()
         yield f"{len(drawn)} windows of {of.seqlen}, {batch} a forward: pass, s", f"{seconds(other, device):.3f}"
+    batching = Batching.trying(1, torch.device(device))
+    found = seconds(partial(measure, adapted, 2 * drawn, batch_size=batching), device)
+    yield f"{2 * len(drawn)} windows of {of.seqlen}, from 1 a forward as many as gain: pass, s", f"{found:.3f}"
+    yield "how many that is", str(batching.size)
     for batch in dict.fromkeys((1, of.batch)):
         two = counts(partial(measure, adapted, drawn[: 2 * batch], batch_size=batch), device)
         alone = counts(partial(bare, adapted, drawn[: 2 * batch], batch), device)
