@@ -41,6 +41,16 @@ def some(names: Iterable[object], shown: int = 2) -> str:
     return ", ".join(listed[:shown]) + (f" … ({len(listed)} in all)" if len(listed) > shown else "")
 
 
+def twice(pairs: Iterable[tuple[str, object]]) -> str | None:
+    """The first key of the pairs of an object that stands there twice, of which readers take one value or the other."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    return None
+
+
 def first_line(error: BaseException) -> str:
     """What an exception of another library says, short enough to stand within a message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pytest_nullspace.errors import StatsError, printable, quoted
+from pytest_nullspace.errors import StatsError, printable, quoted, twice
 from pytest_nullspace.run.entries import (
     AGAIN,
     BY_WINDOW,
@@ -295,16 +295,13 @@ def _passages(told: object, where: str) -> tuple[Passage, ...]:
 
 def _unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     """The object of ``pairs``, of which no two have one key: other readers would take the other value."""
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise StatsError(f"{where}: names {quoted(twice)} twice; {AGAIN}")
+    if (key := twice(pairs)) is not None:
+        raise StatsError(f"{where}: names {quoted(key)} twice; {AGAIN}")
     if len(pairs) > MAX_KEYS:
         raise StatsError(
             f"{where}: has an object of more than {MAX_KEYS:,} keys, which no statistics file has; {AGAIN}"
         )
-    return entries
+    return dict(pairs)
 
 
 def read(file: Path) -> RunStats:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_nullspace.checkpoint.header import POINTER
+from pytest_nullspace.checkpoint.files import POINTER
 from pytest_nullspace.errors import TextError, first_line, printable
 from pytest_nullspace.text.conversations import AUTO, FORMS, OFF, TOOLS, Conversations, conversations
 from pytest_nullspace.text.gallery import Table, from_folder, from_table, is_gallery, media_of_columns, media_of_schema

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_nullspace.checkpoint import header
+from pytest_nullspace.checkpoint import files
 from pytest_nullspace.checkpoint.header import read_header, read_json_object, require_unchanged, stamps
 from pytest_nullspace.errors import CheckpointError, NullspaceError, printable, quoted
 from tests import fuzz
@@ -385,7 +385,7 @@ def test_what_a_statistics_file_says_of_itself_is_shown_plainly(
 
 def test_the_memory_of_a_header_is_bounded_by_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a million small lists are counted before one of them is made, in headers and in other JSON files."""
-    monkeypatch.setattr(header, "MAX_JSON_VALUES", 1000)
+    monkeypatch.setattr(files, "MAX_JSON_VALUES", 1000)
     text = b'{"a":[' + b"[]," * 999 + b"[]]}"
     (tmp_path / "c.json").write_bytes(text)
     (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
