@@ -4,7 +4,8 @@ What holds tensors is imported inside functions.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,10 @@ from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import TensorInfo
 from pytest_nullspace.checkpoint.hub import tensors_of
 from pytest_nullspace.checkpoint.raw import Early
-from pytest_nullspace.errors import PREFIX
+from pytest_nullspace.errors import PREFIX, MeasurementError
 from pytest_nullspace.measuring.inputs import sources
 from pytest_nullspace.measuring.limits import vocabulary
-from pytest_nullspace.measuring.loading import Bases, load
+from pytest_nullspace.measuring.loading import Bases, load, one_of
 from pytest_nullspace.settings import STREAM, Settings
 from pytest_nullspace.text.sources import SelfText
 
@@ -177,6 +178,49 @@ def needed(adapted: "AdaptedModel", tokens: int, *, is_compared: bool) -> dict[s
         return {"memory": here + max(shelf.largest + on_the_way, predicted - shelf.largest)}
     there = torch.accelerator.memory_allocated(shelf.device) + max(shelf.largest + on_the_way, predicted)
     return {"memory": here + shelf.largest, str(shelf.device): there}
+
+
+def require_room(
+    adapted: "AdaptedModel",
+    checkpoint: Checkpoint,
+    windows: Collection[int],
+    is_compared: bool,
+    tokens: int,
+    held: int,
+    extra: int,
+) -> None:
+    """Refuse a streamed pass whose hidden states do not fit into what is free of memory, before a block is run.
+
+    Args:
+        adapted: The model, which has a shelf.
+        checkpoint: Of which it is.
+        windows: How many each text has.
+        is_compared: Whether its predictions are held against the base's.
+        tokens: How many all forwards read, the base's and others beside them.
+        held: The bytes that those will be between two blocks.
+        extra: How many of these are no windows of a text.
+
+    Raises:
+        MeasurementError: They do not fit.
+    """
+    import torch
+
+    assert adapted.shelf is not None
+    free, blocks = _free(torch.device("cpu")), 2 * adapted.shelf.largest
+    together = os.environ.get("LOCAL_WORLD_SIZE", "1")  # how many processes of a launcher share this memory
+    free = None if free is None else free // max(1, int(together) if together.isdecimal() else 1)
+    if free is None or held + blocks <= free:
+        return
+    fewer = min(int(max(windows) * max(0, free - blocks - extra) / max(1, held - extra)), max(windows) - 1)
+    cures = [f"give {PREFIX}calib-size={fewer}" if fewer else f"lower {PREFIX}calib-size", f"lower {PREFIX}seqlen"]
+    cures += [f"give {PREFIX}no-drift"] if is_compared else []
+    cures += ["gate on one text at a time"] if len(windows) > 1 else []
+    raise MeasurementError(
+        f"{checkpoint.directory}: too little memory to read its blocks one after the other: between two blocks all "
+        f"windows wait, and their hidden states ({tokens} tokens, with what is read beside them) take {size(held)} "
+        f"beside two blocks of {size(adapted.shelf.largest)}, but {size(free)} are free; "
+        + one_of(*cures, "take a machine with more")
+    )
 
 
 def told_needed(adapted: "AdaptedModel", tokens: int, *, is_compared: bool) -> str:

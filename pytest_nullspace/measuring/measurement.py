@@ -14,7 +14,7 @@ from pytest_nullspace.judging.profiles import choose
 from pytest_nullspace.judging.remedy import KEY as SUGGESTION
 from pytest_nullspace.measuring.about import of_format
 from pytest_nullspace.measuring.batching import Batching, suiting
-from pytest_nullspace.measuring.fitting import told_needed
+from pytest_nullspace.measuring.fitting import require_room, told_needed
 from pytest_nullspace.measuring.limits import of_text, vocabulary, window_length
 from pytest_nullspace.measuring.loading import TrueBase, half_precision, one_of, shortage_told
 from pytest_nullspace.run.figures import FIGURES, on_the_task
@@ -183,6 +183,8 @@ class Measurement:
             seed=self.settings.seed,
             early=self.settings.calib_size is None,
         )
+        sizes = list(map(len, self.drawn.values()))
+        streamed.streaming.starting = partial(require_room, self.adapted, self.checkpoint, sizes, against)
         streamed.streaming.expecting = partial(self._tell_memory, batches)
         if (begin := self._beginning) is not None:
             streamed.also_begun(*begin)

@@ -109,6 +109,8 @@ class Streaming:
     Attributes:
         batches: The batch sizes, of which each but the first did not fit before it.
         progress: Told which share of a pass is done.
+        starting: Told, once the first forward of a pass waits for a block, how many tokens all of them read, how many
+            bytes they will be between two blocks, and how many of these are no windows of a text.
         expecting: Called once all that the first pass needs is in memory, but for one of two blocks.
     """
 
@@ -138,6 +140,7 @@ class Streaming:
         self._adapted, self._shelf, self._ranks, self.batches = adapted, adapted.shelf, ranks, batches
         self._halfway = halfway
         self.progress: Callable[[float], None] = lambda _: None
+        self.starting: Callable[[int, int, int], None] = lambda *_: None
         self.expecting: Callable[[], None] = lambda: None
         inside = [set(map(id, block.modules())) for block in self._shelf.blocks]
         self._layers = [[layer for layer in layers if id(layer.layer) in block] for block in inside]
@@ -203,6 +206,7 @@ class Streaming:
         forwards = [forward for of in pairs for pair in of for forward in pair] + beside
         with ExitStack() as stack:
             stack.enter_context(asking([*self._shelf.blocks, *([] if self._head is None else [self._head])]))
+            stack.enter_context(closing(self._shelf))
             for forward in forwards:
                 stack.callback(forward.waiting.leave)
             if done.blocks < len(self._shelf.blocks):
@@ -241,6 +245,11 @@ class Streaming:
                 forward.rows.start(forward.batch)
                 with forward.rows.watching(self._adapted.model) if forward.of is not None else nullcontext():
                     forward.waiting.go_on()
+                if forward is forwards[0] and forward.waiting.call is not None:
+                    each = forward.waiting.call.nbytes / forward.batch.tokens.numel()
+                    tokens = sum(of.batch.tokens.numel() for of in forwards)
+                    extra = sum(of.batch.tokens.numel() for of in forwards if of.of is None and of.predictions is None)
+                    self.starting(tokens, int(each * tokens), int(each * extra))
                 for number in range(done.blocks):
                     _require_waiting([forward], self._shelf.blocks[number])
                     forward.waiting.go_on(answer if number == done.blocks - 1 else stand_ins(answer))
@@ -252,7 +261,7 @@ class Streaming:
     def _through(self, forwards: Sequence[_Forward], chosen: Sequence[tuple[Text, range]], done: Pass) -> None:
         """Run all of them through all blocks: what comes back to one could not be known of before the last."""
         shelf, last = self._shelf, len(self._shelf.blocks) - 1
-        with keeping_little(), closing(shelf):
+        with keeping_little():
             for number in range(done.blocks, last + 1):
                 _require_waiting(forwards, shelf.blocks[number])
                 values = shelf.ready(number)

@@ -6,12 +6,12 @@ runs there is all but the blocks; these, and the head, run where the forward is 
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import Context, copy_context
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 _here = threading.local()
 
@@ -32,6 +32,22 @@ class Call(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     context: Context
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that the module is given, and once more of the first of it: what it gives is as large."""
+        given = list(_tensors([self.args, self.kwargs]))
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in given}
+        return sum(held.values()) + (given[0].nbytes if given else 0)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All in it, whatever lists and dictionaries they lie in."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
 
 
 class _LeftError(BaseException):

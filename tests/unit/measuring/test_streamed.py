@@ -2,8 +2,10 @@
 
 import hashlib
 import operator
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import transformers
 from torch import nn
 
 from pytest_nullspace.checkpoint import header
-from pytest_nullspace.errors import CheckpointError
+from pytest_nullspace.errors import CheckpointError, MeasurementError
 from pytest_nullspace.measuring import digests
 from pytest_nullspace.model.light import SELDOM, Light, lighten
 from pytest_nullspace.model.shelf import Shelf
@@ -256,10 +258,10 @@ def test_what_cannot_be_streamed_is_measured_as_before_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its figures are those of the model in memory; here it did not fit by itself, and no map was asked for."""
-    monkeypatch.setattr("pytest_nullspace.measuring.fitting._free", lambda _: None)
+    monkeypatch.setattr("pytest_nullspace.measuring.fitting._too_large", lambda *_: "")
     directory = adapter(tmp_path, model(), **{"r": 4, "target_modules": ["q_proj"], **asks})
     whole = measured(directory, **changes)
-    monkeypatch.setattr("pytest_nullspace.measuring.fitting._free", lambda _: 1)
+    monkeypatch.setattr("pytest_nullspace.measuring.fitting._too_large", lambda *_: "it does not fit: ")
     streamed = measured(directory, **changes)
     assert streamed.layers == whole.layers
     assert streamed.drift == whole.drift
@@ -272,11 +274,49 @@ def test_a_model_that_does_not_fit_is_streamed_by_itself(
     measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where less is free than its weights take, and says so in one line."""
-    monkeypatch.setattr("pytest_nullspace.measuring.fitting._free", lambda _: 100_000)
-    run = measured(tiny.lora_null(tmp_path / "whole"))
+    monkeypatch.setattr("pytest_nullspace.measuring.fitting._free", lambda _: 130_000)
+    run = measured(tiny.lora_null(tmp_path / "whole"), calib_size=1, drift=False)
     assert run.about["model"]["remarks"] == [
-        "its weights take 132 kB, and 100 kB are free on cpu: its blocks are read one after the other"
+        "its weights take 132 kB, and 130 kB are free on cpu: its blocks are read one after the other"
     ]
+
+
+def test_hidden_states_that_do_not_fit_are_told_before_a_block_is_run(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they take, what is free, and what to do; as many windows as are named then fit, each process having a share.
+
+    Held to what they are: of each token its embedding and what the block before gave, with the base's beside them.
+    """
+    directory = tiny.lora_null(tmp_path / "whole")
+    run, blocks, put = partial(measured, directory, device_map=STREAM), list[int](), Shelf.put
+
+    def counted(shelf: Shelf, number: int, values: Any) -> None:
+        blocks.append(number)
+        put(shelf, number, values)
+
+    monkeypatch.setattr(Shelf, "put", counted)
+    monkeypatch.setattr("pytest_nullspace.measuring.fitting._free", lambda _: 250_000)
+    with pytest.raises(MeasurementError) as refused:
+        run(calib_size=8)
+    told = str(refused.value)
+    assert not blocks
+    found = re.search(r"\((\d+) tokens, .*\) take (\d+) kB beside two blocks of (\S+) kB, but 250 kB are free", told)
+    assert found, told
+    tokens, hidden, block = map(float, found.groups())
+    assert tokens == 2 * 2 * 8 * 32 + 32 + 33 + 4 * 32  # two texts, with the base; how it begins; at twice the update
+    assert hidden == pytest.approx(tokens * 4 * 2 * 32 / 1e3, rel=0.05)
+    of_extra = hidden / tokens * (32 + 33 + 4 * 32)
+    fewer = int((250 - 2 * block - of_extra) / (hidden - of_extra) * 8)
+    assert fewer == 3
+    assert told.endswith(
+        f"; give --nullspace-calib-size={fewer}, lower --nullspace-seqlen, give --nullspace-no-drift, gate on one text "
+        "at a time, or take a machine with more"
+    )
+    assert run(calib_size=fewer).drift
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(MeasurementError, match="but 125 kB are free; "):
+        run(calib_size=fewer)
 
 
 def test_nan_beside_the_layers_is_refused_as_in_memory(measured: Measured, tmp_path: Path) -> None:
