@@ -1,6 +1,6 @@
-"""Whether all that the model holds outside the tested layers is numbers, also what no text asks for.
+"""Whether all that the model holds beside the weights of tested layers is numbers, also what no text asks for.
 
-A layer's own weights are told by its test. A token's row that the text never holds, or an expert to which it is never
+The weights of a layer are told by its test. A token's row that the text never holds, or an expert to which it is never
 routed, shows in no figure, and answers somebody later.
 """
 
@@ -17,7 +17,7 @@ from pytest_nullspace.checkpoint.hub import tensors_of
 from pytest_nullspace.checkpoint.layers import of_none
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.model.known import quantiser
-from pytest_nullspace.model.layers import AdaptedModel
+from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.shelf import is_shelved
 from pytest_nullspace.model.stored import stored
 from pytest_nullspace.settings import PREFIX
@@ -47,7 +47,7 @@ def require_numbers(adapted: AdaptedModel, checkpoint: Checkpoint, base: Path | 
         beside = adapted.shelf.require_finite(beside)
     require_finite(beside)
     for name, dtype in _broken(adapted):
-        of = "" if base is None or is_alone else f" of its base {base}"
+        of = "" if base is None or is_alone else f", on the base {base},"
         raise CheckpointError(
             f"{checkpoint.directory}: tensor {printable(name)}{of} holds NaN or infinity as the model runs in {dtype}, "
             f"and no layer test covers it; save or download it again, give another base by {PREFIX}base=DIR, or, where "
@@ -73,8 +73,8 @@ def _broken(adapted: AdaptedModel) -> Iterator[tuple[str, str]]:
 
 
 def _beside(adapted: AdaptedModel) -> Iterator[tuple[str, Tensor, bool]]:
-    """Each parameter and saved buffer outside the tested layers, by its name, and whether it is a buffer."""
-    met = {id(value) for layer in adapted.layers.values() for value in layer.layer.parameters()}
+    """Each parameter and saved buffer whose norm no layer's test takes, by its name, and whether it is a buffer."""
+    met = {id(value) for layer in adapted.layers.values() for value in _weights(layer)}
     for name, module in adapted.model.named_modules():
         for attribute, value in (*module._parameters.items(), *module._buffers.items()):
             if value is None or id(value) in met or attribute in module._non_persistent_buffers_set:
@@ -84,3 +84,9 @@ def _beside(adapted: AdaptedModel) -> Iterator[tuple[str, Tensor, bool]]:
                 held = stored(module, attribute) if value.is_meta else value.detach()
                 whole: Tensor = held.dequantize() if type(held).__module__.startswith("torchao.") else held
                 yield f"{name}.{attribute}".lstrip("."), whole, not isinstance(value, nn.Parameter)
+
+
+def _weights(layer: AdaptedLayer) -> Iterator[object]:
+    """What a layer's defects are told of, whether or not a row reaches it: not its biases, nor the norms of DoRA."""
+    for part in (layer.down, layer.up, layer.base, layer.update if layer.is_whole else None):
+        yield None if part is None else part._parameters.get("weight")

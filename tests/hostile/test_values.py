@@ -29,6 +29,7 @@ from pytest_nullspace.model.bounds import LEADS_TO_CODE, without
 from pytest_nullspace.run.stats import LayerStats, RunStats
 from tests import saved, tiny
 from tests.adapters import adapter, change, edit, merged
+from tests.families import MAKERS
 
 Q = "model.layers.1.self_attn.q_proj"
 WINDOWS = [[token % 128 for token in range(start, start + 24)] for start in (3, 40)]
@@ -213,9 +214,29 @@ def test_a_base_that_is_not_finite_where_no_text_looks_is_refused_by_the_name_of
     if how == "in memory":
         directory = in_memory(tmp_path / "base", directory)
     options = {"device_map": "stream"} if how == "streamed" else {}
-    with pytest.raises(CheckpointError, match=rf"tensor \S*{part}( of its base \S+)? holds NaN or infinity") as told:
+    with pytest.raises(CheckpointError, match=rf"tensor \S*{part}(, on the base \S+,)? holds NaN or infinity") as told:
         gate(directory, tmp_path / "text.txt", seqlen=64, calib_size=2, drift=False, **options)
     assert how == "in memory" or str(tmp_path / "base") in str(told.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("part", "config"), [("lora_B.bias", {"lora_bias": True}), ("lora_magnitude_vector", {"use_dora": True})]
+)
+def test_a_part_of_a_layer_that_no_norm_is_of_is_finite_also_where_the_layer_may_be_left_out(
+    part: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where no row has to reach a layer, as in a tower that sees, NaN in its bias or DoRA's norms is told by name."""
+    directory = adapter(tmp_path, MAKERS["llava"](), r=4, target_modules=["q_proj"], **config)
+
+    def spoil(tensors: dict[str, Tensor], _: dict[str, Any]) -> None:
+        (name,) = [name for name in tensors if part in name and "vision" in name]
+        tensors[name][0] = math.nan
+
+    change(directory, spoil)
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    with pytest.raises(CheckpointError, match=r"tensor \S*vision_tower\S*" + part.replace("lora_B", r"lora_B\S*")):
+        gate(directory, tmp_path / "text.txt", seqlen=32, calib_size=2, allow_unreached="*vision*")
 
 
 def in_memory(base: Path, directory: Path) -> Any:
