@@ -182,8 +182,9 @@ def _length(model: Any) -> int:
 
 def _wait() -> None:
     """Wait for what the device was given before, whose time is not that of what follows."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    kind = getattr(torch.accelerator.current_accelerator(check_available=True), "type", None)
+    if kind in ("cuda", "xpu"):  # on an Apple GPU is not measured
+        getattr(torch, kind).synchronize()
 
 
 def _agreed(decided: tuple[bool, int, str | None]) -> tuple[bool, int, str | None]:

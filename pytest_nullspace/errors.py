@@ -13,6 +13,9 @@ it a stranger's tensor name or the name of a file, no control character of it re
 
 from collections.abc import Iterable
 
+NO_APPLE = ": an Apple GPU has no float64, in which sums are taken; choose cpu"
+"""What is added where ``mps`` is refused as a device."""
+
 PREFIX = "--nullspace-"
 """Of every option that a message names."""
 

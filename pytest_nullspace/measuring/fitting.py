@@ -176,7 +176,9 @@ def needed(adapted: "AdaptedModel", tokens: int, *, is_compared: bool) -> dict[s
     here: int = psutil.Process().memory_info().rss + _AT_FIRST
     if shelf.device.type == "cpu":
         return {"memory": here + max(shelf.largest + on_the_way, predicted - shelf.largest)}
-    there = torch.accelerator.memory_allocated(shelf.device) + max(shelf.largest + on_the_way, predicted)
+    there = getattr(torch, shelf.device.type).memory_allocated(shelf.device) + max(
+        shelf.largest + on_the_way, predicted
+    )
     return {"memory": here + shelf.largest, str(shelf.device): there}
 
 

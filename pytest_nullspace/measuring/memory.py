@@ -68,8 +68,9 @@ def free_earlier_models() -> None:
     if torch is None:  # then none was measured
         return
     gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+    kind = getattr(torch.accelerator.current_accelerator(check_available=True), "type", None)
+    if kind in ("cuda", "xpu"):  # on an Apple GPU is not measured
+        getattr(torch, kind).empty_cache()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import nn
 
 from pytest_nullspace.checkpoint import Checkpoint, open_checkpoint
 from pytest_nullspace.checkpoint.hub import base_of
-from pytest_nullspace.errors import OptionError, quoted
+from pytest_nullspace.errors import NO_APPLE, OptionError, quoted
 from pytest_nullspace.model.layers import AdaptedLayer, AdaptedModel
 from pytest_nullspace.model.shelf import UnfitError
 
@@ -79,8 +79,9 @@ def device_named(given: torch.device | str, option: str) -> torch.device:
         device = torch.device(given)
     except (RuntimeError, TypeError):
         device = None
-    if device is None or device.type not in ("cpu", "cuda", "xpu"):  # an Apple GPU takes no sums in float64
-        raise OptionError(f"{option}: takes cpu, cuda, cuda:N, xpu or xpu:N, not {quoted(given)}")
+    if device is None or device.type not in ("cpu", "cuda", "xpu"):
+        why = NO_APPLE if device is not None and device.type == "mps" else ""
+        raise OptionError(f"{option}: takes cpu, cuda, cuda:N, xpu or xpu:N, not {quoted(given)}{why}")
     if device.type != "cpu":
         module = getattr(torch, device.type)
         if not module.is_available() or (device.index or 0) >= module.device_count():

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from pytest_nullspace.errors import CheckpointError
 _FLOATS = ("Infinity", "-Infinity", "NaN")
 _QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao"}
 """The packages that read a base quantised so; of others transformers' message tells."""
+_POSITIONS = "rope_parameters"
+"""What transformers 5 calls how positions are told; before, ``rope_theta`` and ``rope_scaling`` stood for it."""
 
 
 def require_known(config: Mapping[str, Any], config_file: Path) -> None:
@@ -25,6 +27,7 @@ def require_known(config: Mapping[str, Any], config_file: Path) -> None:
     """
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        _require_positions_read(config, config_file, CONFIG_MAPPING[kind])
         return
     unknown = f"{config_file}: transformers {transformers.__version__} has no model_type {quoted(kind)} of its own"
     if code := config.get("auto_map"):
@@ -34,6 +37,35 @@ def require_known(config: Mapping[str, Any], config_file: Path) -> None:
             "a newer transformers where that has it"
         )
     raise CheckpointError(f"{unknown}; take a newer transformers where that has it, or mend the config")
+
+
+def _require_positions_read(config: Mapping[str, Any], config_file: Path, build: Any) -> None:
+    """Refuse how a model tells positions in the words of transformers 5 where an older one would pass over them.
+
+    Raises:
+        CheckpointError: It is so, and they differ from what that takes where nothing is said.
+    """
+    told = [*_positions(config)]
+    if not told or int(transformers.__version__.partition(".")[0]) >= 5:
+        return
+    usual = None
+    with suppress(Exception):  # of a kind that is made of others
+        usual = {"rope_type": "default", "rope_theta": build().rope_theta}
+    if told != [usual] or config.get(_POSITIONS) != usual:
+        raise CheckpointError(
+            f"{config_file}: was written by transformers 5, whose {_POSITIONS} transformers "
+            f"{transformers.__version__} does not read, so it would compute another model; pip install "
+            "'transformers>=5.0'"
+        )
+
+
+def _positions(value: Any) -> Iterator[Any]:
+    """Every value under that key, however deep."""
+    if isinstance(value, Mapping):
+        if value.get(_POSITIONS):
+            yield value[_POSITIONS]
+        for inner in value.values():
+            yield from _positions(inner)
 
 
 def known_config(base: Path) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """Names of layers and tensors from one version of transformers to another, by the libraries' own tables."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import printable
@@ -17,8 +16,23 @@ from pytest_nullspace.errors import CheckpointError
 
 def of_today(model: nn.Module, names: Collection[str]) -> Mapping[str, str]:
     """What transformers makes of the ``names`` of layers when it loads weights that an older one saved."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # before 5.0 a model held its own table
+        return {name: _by_its_own_table(model, f"{name}.weight").removesuffix(".weight") for name in names}
     tables = [table for table in get_model_conversion_mapping(model) if isinstance(table, WeightRenaming)]
     return {name: str(rename_source_key(f"{name}.weight", tables, [])[0]).removesuffix(".weight") for name in names}
+
+
+def _by_its_own_table(model: nn.Module, name: str) -> str:
+    """As `PreTrainedModel._get_key_renaming_mapping` of transformers 4.57 has it: the first pattern that is found."""
+    table: Mapping[str, str] = getattr(model, "_checkpoint_conversion_mapping", None) or {}
+    for pattern, new in table.items():
+        renamed, times = re.subn(pattern, re.sub(r"\(.*\)", "", new.lstrip("^")), name)
+        if times:
+            return renamed
+    return name
 
 
 def are_older(model: nn.Module, names: Collection[str]) -> bool:

@@ -80,9 +80,11 @@ def _dispatch(model: nn.Module, memory: Memory) -> tuple[Callable[[], object], t
         folder = mkdtemp(prefix="nullspace-offload-")
         remove = weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
         try:
-            if "" in device_map and device_map[""] == "disk":  # accelerate finds no weights under an empty name
+            is_away = set(device_map.values()) == {"disk"}  # which accelerate brings back by itself since 1.11 alone
+            if is_away and "" in device_map:  # accelerate finds no weights under an empty name
                 device_map = dict.fromkeys((name for name, _ in model.named_children()), "disk")
-            dispatch_model(model, device_map, offload_dir=folder)
+            main = "cpu" if is_away else None
+            dispatch_model(model, device_map, main, offload_dir=folder, force_hooks=is_away)
         except OSError as error:
             remove()
             raise CheckpointError(

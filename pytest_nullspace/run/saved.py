@@ -358,14 +358,17 @@ def write_atomically(file: Path, text: str, mode: int | None = None) -> None:
             prefix=f".{file.name}.",
             delete=False,
         ) as new:
+            place = Path(new.name)
             try:
                 new.write(text)
                 new.flush()
                 os.fsync(new.fileno())
-                Path(new.name).chmod(0o644 if mode is None else mode)
-                Path(new.name).replace(file)
+                place.chmod(0o644 if mode is None else mode)
+                new.close()  # Windows moves and removes no file that is open
+                place.replace(file)
             except BaseException:
-                Path(new.name).unlink(missing_ok=True)
+                new.close()
+                place.unlink(missing_ok=True)
                 raise
     except OSError as error:
         raise StatsError(f"{file}: cannot be written: {error.strerror}; mend that or give another place") from None

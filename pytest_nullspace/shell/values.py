@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_nullspace.errors import OptionError, TextError, quoted
+from pytest_nullspace.errors import NO_APPLE, OptionError, TextError, quoted
 from pytest_nullspace.settings import AUTO_MOST, STREAM, GivenText
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ def one_of(*choices: str) -> Callable[[Given], str]:
 def device(given: Given) -> str:
     """A device of torch, or ``auto``."""
     if not re.fullmatch(r"auto|cpu|(cuda|xpu)(:\d+)?", given.text):
-        raise OptionError(f"takes auto, cpu, cuda, cuda:N, xpu or xpu:N, not {quoted(given.text)}")
+        why = NO_APPLE if given.text.startswith("mps") else ""
+        raise OptionError(f"takes auto, cpu, cuda, cuda:N, xpu or xpu:N, not {quoted(given.text)}{why}")
     return given.text
 
 

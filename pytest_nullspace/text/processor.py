@@ -18,6 +18,7 @@ from typing import Any
 from pytest_nullspace.checkpoint import Checkpoint
 from pytest_nullspace.checkpoint.header import opened, printable, read_json_object
 from pytest_nullspace.errors import CheckpointError, TextError, first_line
+from pytest_nullspace.text.classes import classes
 from pytest_nullspace.text.images import MOST_PIXELS, Images, Row, bounded
 from pytest_nullspace.text.pictured import MARK
 from pytest_nullspace.text.tokenizer import Spans, backend
@@ -242,7 +243,7 @@ def load_processor(directory: Path, base: Path, tokenizer: Path) -> Processor:
     """
     fields, of_image = _configs(directory)
     model = read_json_object(base / "config.json", "the base model's config").get("model_type")
-    kind, image_kind = _classes(fields, of_image, model, directory)
+    kind, image_kind = classes(fields, of_image, model, directory)
     try:
         image_processor = image_kind.from_dict(_plain(of_image))
         held = {"image_processor": image_processor, "tokenizer": backend(tokenizer)}
@@ -334,47 +335,6 @@ def _most(name: str) -> int:
     if any(part in name for part in _FINE) and "max" not in name:
         return MOST_FINE
     return isqrt(MOST_PIXELS) if "size" in name else MOST_COUNT
-
-
-def _classes(fields: Mapping[str, Any], of_image: Mapping[str, Any], model: object, directory: Path) -> tuple[Any, Any]:
-    """The processor's class, and that of its part that reads images: both of transformers itself, by Pillow if any."""
-    import transformers
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-
-    def known(names: Sequence[object], parent: str) -> tuple[Any, str]:
-        """The first that there is; of one that wants what is not installed its name, and that."""
-        for name in names:
-            found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-            if isinstance(found, type) and issubclass(found, getattr(transformers, parent)):
-                return found, ""
-            if found is not None and (packages := getattr(found, "_backends", None)):  # what stands for it without them
-                return None, f"{name} with {' and '.join(packages)}"
-        return None, ""
-
-    model = model if isinstance(model, str) else ""
-    kind, wants = known(
-        [fields.get("processor_class"), of_image.get("processor_class"), PROCESSOR_MAPPING_NAMES.get(model)],
-        "ProcessorMixin",
-    )
-    said = str(of_image.get("image_processor_type") or of_image.get("feature_extractor_type") or "")
-    said = said.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
-    usual = IMAGE_PROCESSOR_MAPPING_NAMES.get(model, {})
-    image_kind, image_wants = known(
-        [f"{said}Pil", said, usual.get("pil"), usual.get("torchvision")], "ImageProcessingMixin"
-    )
-    if kind is not None and image_kind is not None and hasattr(kind, "get_attributes"):
-        return kind, image_kind
-    lacking = image_wants or wants
-    if lacking and (kind or wants) and (image_kind or image_wants):
-        raise CheckpointError(
-            f"{directory}: transformers builds {printable(lacking)}, which is not installed; install that, or gate the "
-            "model on text"
-        )
-    raise CheckpointError(
-        f"{directory}: transformers {transformers.__version__} has no processor of its own that reads images for "
-        f"model_type {printable(model)}; gate the model on text"
-    )
 
 
 def _sha256(beside: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,8 @@ def _slow(directory: Path) -> LoadedTokenizer:
     place: dict[str, Any] = {"pretrained_model_name_or_path": str(directory)}
     if directory.suffix == gguf.SUFFIX:
         place = {"pretrained_model_name_or_path": str(directory.parent), "gguf_file": str(directory.absolute())}
-    tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
+    with warnings.catch_warnings(action="ignore"):  # of how transformers itself builds it, under a user's -W error
+        tokenizer = AutoTokenizer.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
 
     def encode(text: str) -> list[int]:
         # Quiet, because a text longer than the model's context is cut to a window afterwards.

@@ -8,6 +8,7 @@ import pytest
 from tests import tiny
 from tests.adapters import adapter
 from tests.plugin.conftest import LOOSE, Gate
+from tests.releases import sees
 from tests.seeing import CHATS, gallery, png, said, seeing
 
 HEAD = r".*(vision_tower\.head|lm_head).*"
@@ -22,6 +23,7 @@ def folder(folder: Path) -> Path:
     return folder
 
 
+@sees
 def test_an_adapter_is_gated_whole(folder: Path, gate: Gate) -> None:
     """Every layer of tower, merger and text path has its verdict, with the drift; saved, replayed and compared."""
     seeing(folder, "qwen2_5_vl", exclude_modules=HEAD)
@@ -59,6 +61,7 @@ def test_text_alone_reaches_the_text_path_and_says_so(folder: Path, gate: Gate) 
     assert "are reached by images only" not in both.stdout.str()
 
 
+@sees
 def test_conversations_with_images_are_written_by_the_processors_template(folder: Path, gate: Gate) -> None:
     """The assistant's tokens and all patches are gated; without a template, or with an image too few, one error."""
     seeing(folder, "gemma3", exclude_modules=HEAD)
@@ -112,6 +115,7 @@ def test_what_cannot_be_read_is_one_usage_error(given: str, message: str, folder
         text.stderr.fnmatch_lines(["*the text has 1 characters*"])
 
 
+@sees
 def test_an_image_that_is_cut_short_is_named_with_its_row(folder: Path, gate: Gate) -> None:
     """It fails every test by one sentence."""
     seeing(folder, "llava", target_modules=["q_proj"])

@@ -120,6 +120,7 @@ def test_paths_devices_and_precisions_are_taken_as_strings_and_as_objects(ft: Pa
         ({"dtype": ""}, "dtype: takes .*, not ''"),
         ({"device": "gpu"}, "device: takes cpu, cuda, cuda:N, xpu or xpu:N, not 'gpu'"),
         ({"device": "meta"}, "device: takes .*, not 'meta'"),
+        ({"device": "mps"}, "device: takes .*, not 'mps': an Apple GPU has no float64, .*; choose cpu"),
         ({"device": ""}, "device: takes .*, not ''"),
         ({"device": "cuda:99"}, "device: torch sees no cuda:99 on this machine"),
     ],

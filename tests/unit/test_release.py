@@ -1,12 +1,14 @@
 """What a release must be: its wheel, its sdist, its changelog and the workflows that publish it."""
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from pytest_nullspace.measuring.inputs import PEFT_LEAST
 from tests import release
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +21,19 @@ def test_wheel_and_sdist_hold_what_they_must(tmp_path: Path) -> None:
     assert list(release.wheel_faults(wheel)) == []
     if (ROOT / ".git").exists():
         assert list(release.sdist_faults(sdist)) == []
+
+
+def test_the_oldest_releases_that_are_tested_are_those_that_are_declared() -> None:
+    """Each lower bound is a pin of ``constraints-oldest.txt``; torch's, which PyPI has with CUDA alone, is not."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["peft"]]
+    lines = (ROOT / "constraints-oldest.txt").read_text("utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    least = dict(of.split(">=") for of in declared)
+    assert pinned.keys() == least.keys()
+    others = [name for name, of in least.items() if not f"{pinned[name]}.0.".startswith(f"{of}.")]
+    assert others == ["torch"]
+    assert ".".join(map(str, PEFT_LEAST)) == least["peft"]
 
 
 def test_the_changelog_begins_with_this_version() -> None:

@@ -18,6 +18,7 @@ from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring.streaming import measure
 from tests import tiny
 from tests.adapters import adapter, change
+from tests.releases import FIVE
 from tests.unit.model.test_peft import WINDOWS, check_figures, figures, opened
 
 gguf = pytest.importorskip("gguf", reason="gguf, which reads GGUF files, is not installed")
@@ -40,7 +41,7 @@ def write(file: Path, model: Any, kind: str = "Q8_0") -> Path:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"] if FIVE else config.rope_theta)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}

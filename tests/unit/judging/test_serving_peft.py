@@ -19,6 +19,7 @@ from pytest_nullspace.judging.serving import hold
 from pytest_nullspace.judging.verdicts import Tier
 from tests import tiny
 from tests.adapters import adapter, change
+from tests.releases import newest_peft
 
 PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
 SHARD = "adapter_model-00001-of-00001.safetensors"
@@ -71,6 +72,7 @@ def elsewhere(directory: Path) -> None:
     (directory / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+@newest_peft
 @pytest.mark.parametrize(
     ("config", "edit"),
     [
@@ -99,6 +101,7 @@ def test_what_the_installed_peft_does_is_what_the_table_says(
     assert is_taken is (edit is None)
 
 
+@newest_peft
 def test_peft_opens_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies in shards is not found by the PEFT that is installed either."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # where PEFT looks on

@@ -20,6 +20,7 @@ from pytest_nullspace.run.saved import from_json, to_json
 from pytest_nullspace.run.stats import BYPASSED, UNREACHED, RunStats
 from tests import tiny
 from tests.adapters import adapter, switch
+from tests.releases import five
 from tests.unit.model.test_peft import ARCHITECTURES, EXACT, WINDOWS, check_figures, figures, opened
 
 # PEFT's own, while the tests make adapters with it.
@@ -113,6 +114,7 @@ def test_a_lora_null_model_gives_the_same_bits_under_the_hooks(protected: int | 
     check_untouched(load_model(open_checkpoint(folder), torch.device("cpu"), torch.float32))
 
 
+@five
 def test_what_reads_a_bias_by_itself_finds_it_during_the_pass(tmp_path: Path) -> None:
     """Mamba reads dt_proj without its forward: that is told, and the layers behind have a plain forward's figures."""
     adapted = loaded("mamba, whose dt_proj.bias is read without its forward", tmp_path)
@@ -206,6 +208,7 @@ CALLS_AGAIN = {
 }  # fmt: skip
 
 
+@five
 def test_no_head_calls_its_decoder_twice() -> None:
     """A forward may end where the decoder returns because no class of transformers goes on to call it once more."""
     found = set()

@@ -26,11 +26,15 @@ from pytest_nullspace.text.sources import FolderText
 from pytest_nullspace.text.windows import Shown, Window, distinct_rows, predicted_places, windows_hash
 from tests import tiny
 from tests.adapters import adapter
+from tests.releases import sees
 from tests.seeing import CAPTIONS, IMAGE, KINDS, gallery, png, rows, seeing
 from tests.unit.model.test_peft import EXACT, figures, naive, opened
 
 # PEFT's own, while the tests make adapters with it.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    sees,
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 CPU = torch.device("cpu")
 NO_HEAD = {"exclude_modules": r".*(vision_tower\.head|lm_head).*"}

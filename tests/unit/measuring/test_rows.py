@@ -23,7 +23,7 @@ from tests.adapters import adapter, switch
 from tests.unit.model.test_peft import EXACT, SMALL, figures, opened
 
 # PEFT's own, while the tests make adapters with it.
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 LENGTH, WINDOW = 20, 16
 TEXT = torch.randint(3, 120, (6, LENGTH), generator=torch.Generator().manual_seed(5)).tolist()

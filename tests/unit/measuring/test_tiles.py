@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pytest_nullspace.measuring import tiles
 from pytest_nullspace.measuring.streaming import measure
+from tests.releases import sees
 from tests.unit.measuring.test_images import Case, inputs_of
 from tests.unit.model.test_peft import EXACT, figures, naive
 
@@ -37,6 +38,7 @@ def wanted(case: Case, held: list[int], counted: list[list[int]] | None) -> dict
     return found
 
 
+@sees
 @pytest.mark.parametrize("chosen", [False, True], ids=["all tokens", "some tokens"])
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_padding_counts_for_nothing(case: Case, chosen: bool, batch_size: int) -> None:
@@ -60,6 +62,7 @@ def test_padding_counts_for_nothing(case: Case, chosen: bool, batch_size: int) -
         assert not layer.unplaced
 
 
+@sees
 def test_of_drawn_rows_every_window_has_some_of_its_images(case: Case) -> None:
     """With fewer rows a layer the tower counts a share of its own, and none of them is padding."""
     most = sum(map(len, case.shown)) // 2

@@ -10,6 +10,7 @@ from pytest_nullspace.measuring.rows import Rows
 from pytest_nullspace.model.absent import told_behind
 from pytest_nullspace.model.ends import ends_of
 from tests import families, tiny
+from tests.releases import five
 from tests.unit.model.test_peft import SMALL
 
 
@@ -31,6 +32,7 @@ def canine() -> Any:
     )
 
 
+@five
 def test_a_model_has_its_two_ends_or_none_or_one() -> None:
     """Llama has both, a classifier of bytes and a plain module none: no question for them raises."""
     model: Any = tiny.llama()
@@ -48,6 +50,7 @@ def test_what_has_no_table_of_tokens_is_probed_all_the_same() -> None:
     assert told.startswith("1 weights that the base does not hold are random, such as lm_head.weight")
 
 
+@five
 def test_what_sees_and_cannot_name_its_embeddings_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The modules that read tokens are those of its decoder then, and nothing raises."""
     model: Any = families.llava()

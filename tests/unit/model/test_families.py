@@ -25,6 +25,7 @@ from tests import tiny
 from tests.adapters import adapter, change
 from tests.families import MAKERS, PATCHES
 from tests.real.architectures import Family, built
+from tests.releases import five
 from tests.unit.model.test_peft import SMALL, WINDOWS, check_figures, opened
 
 # PEFT's own, while the tests make adapters with it.
@@ -49,6 +50,7 @@ def same_logits(directory: Path, adapted: Any, kind: type) -> None:
     assert (want - plain).abs().max() > 1e-3, "the adapter does something"
 
 
+@five
 @pytest.mark.parametrize("family", QUICK)
 def test_an_adapter_is_put_on_the_class_that_has_its_layers(family: str, tmp_path: Path) -> None:
     """Saved as CAUSAL_LM, for which there is no class or one of another shape: figures and logits are PEFT's own."""
@@ -63,6 +65,7 @@ def test_an_adapter_is_put_on_the_class_that_has_its_layers(family: str, tmp_pat
     assert _writes_text(adapted.model)
 
 
+@five
 @pytest.mark.parametrize(
     ("family", "inside", "targets"),
     [
@@ -162,6 +165,7 @@ def test_the_half_of_clip_that_reads_is_gated_on_the_files_of_the_whole(tmp_path
     check_figures(adapted)
 
 
+@five
 def test_a_base_that_sees_and_names_no_class_is_what_its_type_is(tmp_path: Path) -> None:
     """Where neither task, config nor adapter name a class that transformers has, the one of its type is taken."""
     torch.manual_seed(0)
@@ -197,6 +201,7 @@ def test_a_package_that_a_model_wants_is_named(tmp_path: Path, monkeypatch: pyte
         load_model(directory)
 
 
+@five
 def test_a_float_that_json_cannot_write_is_read(tmp_path: Path) -> None:
     """Mamba-2's limit of its time steps is infinite, which transformers writes in a way of its own."""
     torch.manual_seed(0)
@@ -304,6 +309,7 @@ def test_a_part_that_text_does_not_reach_is_told_in_one_line() -> None:
     assert line.startswith("2 layers of model.mlp are reached by no row of this text")
 
 
+@five
 def test_a_model_that_only_generates_is_gated_by_its_part_that_runs(tmp_path: Path) -> None:
     """Qwen-Omni adapted whole, in memory or as thinker, with equal figures and drift; the pickle beside stays shut."""
     family = Family("qwen2_5_omni", "Qwen2_5OmniForConditionalGeneration", None)

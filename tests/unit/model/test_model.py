@@ -3,20 +3,24 @@
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.errors import CheckpointError
 from pytest_nullspace.measuring.factors import weight_norms
 from pytest_nullspace.model import AdaptedLayer, AdaptedModel, load_model
+from pytest_nullspace.model.known import require_known
 from tests import tiny
+from tests.releases import FIVE
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 43).reshape(2, 20)
@@ -394,4 +398,31 @@ def test_the_config_read_is_the_one_on_disk(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": 17.0}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    if not FIVE:  # which passes over that field, and would compute another model
+        with pytest.raises(CheckpointError, match=r"whose rope_parameters transformers \S+ does not read"):
+            load(tmp_path)
+        return
     assert not torch.allclose(logits(load(tmp_path).model), before)
+
+
+@pytest.mark.parametrize(
+    ("field", "refused"),
+    [
+        ({"rope_type": "default", "rope_theta": 10000.0}, False),
+        ({"rope_type": "default", "rope_theta": 17.0}, True),
+        ({"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, True),
+        ({"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}, True),
+    ],
+)
+def test_positions_that_an_older_transformers_passes_over_are_refused(
+    field: dict[str, Any], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What transformers 4 would compute otherwise is not measured, at the top of a config or in a part of it."""
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, "llama", lambda: SimpleNamespace(rope_theta=10000.0))
+    of_part = {"model_type": "llama", "text_config": {"rope_parameters": field}}
+    for config, is_wrong in (({"model_type": "llama", "rope_parameters": field}, refused), (of_part, True)):
+        with pytest.raises(CheckpointError, match="rope_parameters") if is_wrong else nullcontext():
+            require_known(config, Path("config.json"))
+    monkeypatch.setattr("transformers.__version__", "5.0.0")
+    require_known({"model_type": "llama", "rope_parameters": field}, Path("config.json"))

@@ -18,6 +18,7 @@ from pytest_nullspace.report.notes import outside
 from tests import tiny
 from tests.adapters import adapter, change
 from tests.families import llava, qwen2_5_vl
+from tests.releases import maps
 from tests.unit.model.test_peft import WINDOWS, check_figures, opened
 
 # PEFT's own, while the tests make adapters with it.
@@ -45,6 +46,7 @@ def logits(model: Any) -> Tensor:
     return given
 
 
+@maps
 def test_names_that_peft_maps_are_mapped_and_told(tmp_path: Path) -> None:
     """LLaVA's language model lay elsewhere once: layers keep the adapter's names, figures and logits are PEFT's own."""
     torch.manual_seed(0)
@@ -67,6 +69,7 @@ def test_names_that_peft_maps_are_mapped_and_told(tmp_path: Path) -> None:
     )
 
 
+@maps
 def test_an_alpha_under_a_name_that_was_mapped_is_not_lost(tmp_path: Path) -> None:
     """PEFT maps names of tensors, not of ``alpha_pattern``, and would take another scale; that is refused."""
     torch.manual_seed(0)
@@ -137,6 +140,7 @@ def test_attention_is_measured_where_each_expert_has_a_lora_of_its_own(tmp_path:
     assert (logits(adapted.model) - without).abs().max() > 1e-2, "the experts' LoRAs are on"
 
 
+@maps
 def test_an_expert_without_its_lora_is_an_error(tmp_path: Path) -> None:
     """What PEFT cannot merge, for a part is missing, is refused before anything is measured."""
     torch.manual_seed(0)

@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 import transformers
-from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from pytest_nullspace.run.stats import LayerStats
 from tests import tiny
 from tests.adapters import adapter, change, switch
 from tests.families import PATCHES
+from tests.releases import five, leave_out_older
 
 # PEFT's own, while the tests make adapters with it.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -126,9 +126,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "lora_bias": {"r": 4, "lora_bias": True, "target_modules": ["q_proj"]},
     "dora": {"r": 4, "use_dora": True, "target_modules": ["q_proj", "up_proj"]},
     "modules_to_save": {"r": 4, "target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
-    "monteclora": {"r": 4, "target_modules": ["q_proj"], "monteclora_config": MontecloraConfig(buffer_size=2)},
-    "velora": {"r": 4, "target_modules": ["q_proj"], "velora_config": VeloraConfig(num_groups=8)},
 }
+for way, settings in {"Monteclora": {"buffer_size": 2}, "Velora": {"num_groups": 8}}.items():
+    if made := getattr(peft.tuners.lora.config, f"{way}Config", None):  # newer than the oldest that is supported
+        CONFIGS[way.lower()] = {"r": 4, "target_modules": ["q_proj"], f"{way.lower()}_config": made(**settings)}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -530,6 +531,7 @@ OUTSIDE: dict[str, tuple[Callable[[], Any], dict[str, Any], set[str], str]] = {
 def test_what_no_layer_test_covers_is_applied_and_listed(kind: str, tmp_path: Path) -> None:
     """Whatever else PEFT trains is named as outside, told by kind, and applied as PEFT applies it."""
     make, config, names, told = OUTSIDE[kind]
+    leave_out_older(kind)
     directory = adapter(tmp_path, make(), **{"r": 4, "target_modules": ["q_proj"], **config})
     checkpoint, adapted = opened(directory)
     short = {name.removeprefix("base_model.model.").removeprefix("model.") for name in checkpoint.outside}
@@ -574,6 +576,7 @@ def test_a_matrix_among_the_parameters_is_an_error_until_its_module_is_named(tmp
     check_figures(adapted)
 
 
+@five
 @pytest.mark.parametrize(
     ("make", "config"),
     [
@@ -672,6 +675,7 @@ def test_adapters_of_one_base_share_it_and_leave_it_untouched(
 ) -> None:
     """The next adapter of the same base gets it without a load, exactly as it was; a base written to is not kept."""
     config, leaves_it_untouched = ON_ONE_BASE[kind]
+    leave_out_older(kind)
     directory = adapter(tmp_path, mixtral(), r=4, **config)
     checkpoint, base = open_checkpoint(directory), tmp_path / "base"
     fresh = transformers.MixtralForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()

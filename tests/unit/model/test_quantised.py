@@ -18,6 +18,7 @@ from pytest_nullspace.measuring.streaming import measure
 from pytest_nullspace.model.stored import weight_of
 from tests import tiny
 from tests.adapters import adapter
+from tests.releases import five
 from tests.unit.model.test_peft import EXACT, WINDOWS, inputs_of, opened
 
 # The libraries' own, while the tests quantise with them.
@@ -117,6 +118,7 @@ def test_a_weight_that_does_not_tell_its_numbers_has_no_norm(weight: torch.Tenso
     assert weight_of(module, {4, 8}) is None
 
 
+@five
 @pytest.mark.parametrize(("library", "options"), [("bitsandbytes", {"load_in_8bit": True}), ("torchao", {})])
 def test_a_missing_library_is_named(library: str, options: dict[str, Any], tmp_path: Path) -> None:
     """A base whose quantisation cannot be read here is an error that says what to install."""

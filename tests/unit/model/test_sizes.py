@@ -18,6 +18,7 @@ from pytest_nullspace.model import load_model, load_plain
 from pytest_nullspace.text.windows import Window
 from tests import tiny
 from tests.adapters import adapter, change
+from tests.releases import newest_peft
 from tests.unit.model.test_peft import SMALL, WINDOWS, check_figures, opened
 
 # PEFT's own, while the tests make adapters with it.
@@ -191,6 +192,7 @@ def test_rows_that_only_one_end_of_a_tied_vocabulary_has_are_an_error(
         load_model(directory)
 
 
+@newest_peft
 def test_another_base_is_still_refused(tmp_path: Path) -> None:
     """An embedding of another width is no vocabulary that grew."""
     directory = adapter(tmp_path, tiny.llama(), r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])

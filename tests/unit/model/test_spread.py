@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_nullspace import gate
+from pytest_nullspace import callback, gate
 from pytest_nullspace.errors import CheckpointError, OptionError
-from pytest_nullspace.measuring import loading
+from pytest_nullspace.measuring import loading, memory
 from pytest_nullspace.model import spread
 from tests import tiny
 from tests.adapters import adapter
@@ -50,6 +50,18 @@ def test_auto_spreads_over_what_can_take_the_sums(
     monkeypatch.setattr("accelerate.infer_auto_device_map", infer)
     spread.spread_plain(torch.nn.Linear(2, 2), {})
     assert given == [used]
+
+
+def test_an_apple_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of itself the gate takes the CPU there, and neither empties nor waits for what torch may not know to."""
+    machine(monkeypatch, "mps", {"mps": GIB})
+    for name in ("empty_cache", "synchronize"):
+        monkeypatch.setattr(f"torch.accelerator.{name}", lambda *_: pytest.fail("of an Apple GPU"))
+        monkeypatch.setattr(f"torch.mps.{name}", lambda: pytest.fail("of an Apple GPU"))
+    settings: Any = SimpleNamespace(device="auto", ranks=SimpleNamespace(size=1), device_map=None)
+    assert loading.device_of(settings) == torch.device("cpu")
+    memory.free_earlier_models()
+    callback._wait()
 
 
 def test_an_apple_gpu_is_no_card_of_a_map(monkeypatch: pytest.MonkeyPatch) -> None:

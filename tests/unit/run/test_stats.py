@@ -546,6 +546,34 @@ def test_a_link_is_replaced_by_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "link").read_text() == "new"
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not list what is open")
+def test_a_file_is_closed_before_it_is_moved_or_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows moves and removes no file that is open: written or not, none is."""
+    there = tmp_path.resolve()
+
+    def held() -> list[str]:
+        open_now = (os.path.realpath(link) for link in Path("/proc/self/fd").iterdir())
+        return [name for name in open_now if name.startswith(str(there))]
+
+    seen: list[list[str]] = []
+
+    def looking(of: Any) -> Any:
+        def look(*args: Any, **how: Any) -> Any:
+            seen.append(held())
+            return of(*args, **how)
+
+        return look
+
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(Path, name, looking(getattr(Path, name)))
+    write_atomically(there / "new", "text")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "no room")))
+    with pytest.raises(StatsError, match="cannot be written"):
+        write_atomically(there / "other", "text")
+    assert seen == [[], []]
+    assert [file.name for file in there.iterdir()] == ["new"]
+
+
 def test_a_path_that_is_not_utf8_can_be_saved(tmp_path: Path) -> None:
     """A model's path may hold bytes that are no text; the file is still written, and read back the same."""
     run = dataclasses.replace(RUN, model_path=os.fsdecode(b"models/\xff"))

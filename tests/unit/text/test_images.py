@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pytest
+import transformers
 from PIL import Image, ImageFile
 from pyarrow import parquet
 
@@ -29,6 +30,7 @@ from pytest_nullspace.text.tokenizer import load_tokenizer
 from tests import tiny
 from tests.adapters import adapter
 from tests.plain import read_text
+from tests.releases import sees
 from tests.seeing import CAPTIONS, KINDS, START, gallery, image, png, processor, rows, tokenizer
 
 # PEFT's own, while the tests make adapters with it.
@@ -267,6 +269,16 @@ def of(made: Path, family: str, edit: Edit = lambda _: None, name: str = "prepro
     return processor_of(open_checkpoint(made / "adapter"), made / "base", made / "base")
 
 
+def test_an_older_transformers_is_named(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not tell which tokens stand for an image is refused by its version, and not as a bad file."""
+    monkeypatch.delattr(transformers.ProcessorMixin, "image_token_ids", raising=False)
+    with pytest.raises(
+        CheckpointError, match=r"5\.11 or later, and \S+ is installed; pip install 'transformers>=5\.11', or gate"
+    ):
+        of(made, "llava")
+
+
+@sees
 class TestProcessor:
     """What lies beside a model is data."""
 

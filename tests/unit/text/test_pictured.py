@@ -21,6 +21,7 @@ from pytest_nullspace.text.sources import FileText, FolderText
 from pytest_nullspace.text.templates import Template, require_template_of_images
 from tests import tiny
 from tests.adapters import adapter
+from tests.releases import sees
 from tests.seeing import CHATS, KINDS, gallery, png, processor, said, tokenizer
 
 # PEFT's own, while the tests make adapters with it.
@@ -193,6 +194,7 @@ TALKS = [
 ]
 
 
+@sees
 class TestTheModelsOwnForm:
     """What the processor makes of what its template writes."""
 
