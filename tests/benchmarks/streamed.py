@@ -3,7 +3,8 @@
 For each number of layers a LoRA-Null directory of that width is made, of blocks of 12.8 MB where it is 512, and
 measured, each time in a process of its own: on four windows of 128 tokens with drift, libraries imported before. First
 with what reads as fast as it goes, then with what sleeps after each read, so that reading takes as long as that pass
-took, and twice as long. This is done `ROUNDS` times over, of which medians are printed; of memory the most.
+took, and, of up to 28 blocks, twice as long. Of these all is done `ROUNDS` times over, of which medians are printed; of
+memory the most.
 
 ``reading`` is what the reads took, which is bytes by rate where they sleep; ``pass`` is from the first window on, and
 ``whole`` from the text to the last hash. Both are told as multiples too: of the longer of reading and the same with
@@ -133,11 +134,12 @@ def main(*given: str) -> None:
     )
     for name in given or ("7", "28", "112"):
         layers, width = map(int, f"{name}x512".split("x")[:2])
-        slower = (1, 2) if layers <= 28 and width <= 512 else ()
+        few = layers <= 28
+        slower = () if width > 512 else (1, 2) if few else (1,)
         runs: dict[int, list[dict[str, Any]]] = {times: [] for times in (0, *slower)}
         with TemporaryDirectory() as folder:
             _apart("make", layers, width, folder)
-            for _ in range(ROUNDS if slower else 1):
+            for _ in range(ROUNDS if slower and few else 1):
                 free = _apart("run", folder, 0)
                 runs[0].append(free)
                 for times in slower:
