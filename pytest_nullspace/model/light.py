@@ -5,7 +5,11 @@ from typing import Any
 
 from torch import nn
 
-SELDOM = {name: type(value) for name, value in vars(nn.Module()).items() if isinstance(value, OrderedDict | set)}
+SELDOM = {
+    name: type(value)
+    for name, value in vars(nn.Module()).items()
+    if isinstance(value, OrderedDict | set) and name not in ("_parameters", "_buffers", "_modules")
+}
 """What each module has and hardly one needs, such as a dictionary for each kind of hook."""
 
 

@@ -142,7 +142,7 @@ def killed(shelf, number):
         os.kill(os.getpid(), signal.SIGKILL)
 Shelf.clear = killed
 """
-"""A plugin that kills the processes that ``KILLED`` names at the end of that block of theirs, once both have kept one."""
+"""A plugin that kills the processes that ``KILLED`` names at the end of that block, once both have kept one."""
 
 
 def test_a_job_whose_process_is_killed_at_a_block_ends_and_the_next_goes_on(run: Run, tmp_path: Path) -> None:
