@@ -36,7 +36,9 @@ def _row_norms(values, out, rows, width, stride, ROWS: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def _joined(base, up, output, out, rows, width, scale, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _joined(  # type: ignore[no-untyped-def]
+    base, up, bias, output, out, rows, width, scale, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, BLOCK)
     of_base, of_output = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
@@ -50,6 +52,10 @@ def _joined(base, up, output, out, rows, width, scale, ROWS: tl.constexpr, BLOCK
         both = (left.to(tl.float32) + right).to(left.dtype)
         tl.store(output + place, both, mask=there)
         left, both = left.to(tl.float32), both.to(tl.float32)
+        if HAS_BIAS:
+            columns = first + at
+            left -= tl.load(bias + columns, mask=columns < width, other=0.0).to(tl.float32)[None, :]
+            both = left + right
         of_base += left * left
         of_output += both * both
     tl.store(out + row, tl.sqrt(tl.sum(of_base, axis=1)), mask=row < rows)
@@ -118,15 +124,16 @@ def row_norms(values: Tensor) -> Tensor:
     return out.view(values.shape[:-1])
 
 
-def joined(base: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """`kernels.joined` of ``base`` and ``up (…, d)``."""
+def joined(base: Tensor, up: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`kernels.joined` of ``base`` and ``up (…, d)``, and of a ``bias (d,)``."""
     left, right = base.contiguous(), up.contiguous()
     output, width = torch.empty_like(left), left.shape[-1]
     out = torch.empty(2, left.numel() // width, dtype=torch.float32, device=left.device)
     (tile, warps), rows = _tile(width), out.shape[1]
     # A product that is added unrounded would not be what torch computes.
-    options = {**tile, **warps, "enable_fp_fusion": False}
-    _launch(_joined, out[0], (tile["ROWS"],), left, right, output, out, rows, width, scale, **options)
+    options = {"HAS_BIAS": bias is not None, **tile, **warps, "enable_fp_fusion": False}
+    given = left, right, left if bias is None else bias.contiguous(), output, out, rows, width, scale
+    _launch(_joined, out[0], (tile["ROWS"],), *given, **options)
     return output, out
 
 

@@ -256,15 +256,16 @@ def narrow_norms(down: Tensor, factors: Tensor) -> Tensor:
     return torch.stack((row_norms(down), *inner_norms(down, factors.to(down.dtype))))
 
 
-def joined(base: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """A layer's output from its two parts, and the norms of the base's rows and of its own.
+def joined(base: Tensor, up: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A layer's output from its two parts, and the norms of the base's rows and of its own, both without the bias.
 
     On a card both are taken by the very addition, which so costs no more than it did.
 
     Args:
-        base: ``W_res x``, shape ``(…, out)``.
+        base: ``W_res x [+ bias]``, shape ``(…, out)``.
         up: ``ABx`` before the ``scale``, likewise.
         scale: What it is multiplied with.
+        bias: Where the base has added one, shape ``(out,)``.
 
     Returns:
         ``base + scale · up`` in the type of ``base``, to the last bit what torch gives, and the norms, shape
@@ -272,10 +273,14 @@ def joined(base: Tensor, up: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """
     quick = _fused(base)
     if quick is not None and up.dtype in (base.dtype, torch.float32) and up.shape == base.shape and base.numel():
-        found: tuple[Tensor, Tensor] = quick.joined(base, up, scale)
+        found: tuple[Tensor, Tensor] = quick.joined(base, up, scale, bias)
         return found
-    output = (base + (up if scale == 1 else up * scale)).to(base.dtype)
-    return output, torch.stack((row_norms(base).flatten(), row_norms(output).flatten()))
+    update = up if scale == 1 else up * scale
+    whole = output = (base + update).to(base.dtype)
+    if bias is not None:
+        base = base.to(torch.promote_types(base.dtype, torch.float32)) - bias
+        whole = base + update
+    return output, torch.stack((row_norms(base).flatten(), row_norms(whole).flatten()))
 
 
 def sums(

@@ -56,6 +56,11 @@ def cancels(weight: _Numbers, inputs: _Numbers, down: _Numbers) -> _Numbers:
     return weight * inputs > CANCELLATION * down
 
 
+def outweighs(bias: Tensor, norms: Tensor) -> Tensor:
+    """Whether a ``bias`` drowns the digits of rows that have these ``norms`` without it; nobody waits for it."""
+    return kernels.row_norms(bias) > OUTWEIGHS * norms.mean()
+
+
 def has_bias(module: nn.Module) -> bool:
     """Whether the module adds a bias of its own."""
     return isinstance(getattr(module, "bias", None), Tensor)
@@ -77,7 +82,7 @@ def product(base: nn.Module, x: Callable[[], Tensor], output: Tensor, outweighed
     values = values - bias
     drowned = outweighed.get(base)
     if drowned is None:
-        drowned = bool(kernels.row_norms(bias) > OUTWEIGHS * kernels.row_norms(values).mean())
+        drowned = bool(outweighs(bias, kernels.row_norms(values)))
         if not kernels.at_hand(values.device):
             outweighed[base] = drowned
     return without_bias(base, x().to(values.device)) if drowned else values

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from pytest_nullspace import kernels
-from pytest_nullspace.measuring.digits import blurs, cancels, has_bias, norms_of, product, weight_of
+from pytest_nullspace.measuring.digits import blurs, cancels, has_bias, norms_of, outweighs, product, weight_of
 from pytest_nullspace.measuring.distinct import DistinctRows, all_found, prints
 from pytest_nullspace.measuring.factors import Begun, of_layers
 from pytest_nullspace.measuring.moved import Moved
 from pytest_nullspace.measuring.rows import Batch, Layout, Rows, is_routed
 from pytest_nullspace.measuring.summing import Summing, Taken
+from pytest_nullspace.measuring.transfer import fetched
 from pytest_nullspace.model import AdaptedLayer
+from pytest_nullspace.model.stored import stored, without_bias
 
 _Take = Callable[[nn.Module, Any, Tensor], Tensor]
 """What is taken of a module's output, in a forward hook on it."""
@@ -85,6 +87,7 @@ class Recorder:
         self._input_norms = torch.empty(0)
         self._input_rows: DistinctRows | None = None
         self._outweighed: dict[nn.Module, bool] = {}
+        self._weighing: dict[nn.Module, Tensor] = {}
 
     def start(self, batch: Batch) -> None:
         """From here on count the rows of ``batch``."""
@@ -152,7 +155,7 @@ class Recorder:
                     handle = getattr(layer, part).register_forward_hook(partial(self._keep, watched.seen, part, take))
                     hooks.callback(handle.remove)
                 if watched.is_joined and layer.joined is not None:
-                    hooks.enter_context(layer.joined(partial(self._join, watched.seen)))
+                    hooks.enter_context(layer.joined(partial(self._join, watched)))
                 handle = layer.layer.register_forward_hook(partial(self._take, watched))
                 hooks.callback(handle.remove)
             self.sums.start(len(layers))
@@ -175,13 +178,16 @@ class Recorder:
 
     def _presumed_rightly(self) -> bool:
         """Learn of the weights what was presumed of them, so that a card need not be waited for; False if wrongly."""
+        weighed = dict(zip(self._weighing, (bool(of) for of in fetched([*self._weighing.values()])), strict=True))
+        self._weighing.clear()
+        self._outweighed |= weighed
         if self._begun is None:
-            return True
+            return not any(weighed.values())
         (presumed, told), self._begun = self._begun, None
         found = told()
         self._use(found)
         self.down_ranks |= {of.layer.name: known.rank for of, known in zip(self._watched, found, strict=True)}
-        return all(
+        return not any(weighed.values()) and all(
             known.matrices is of.matrices and not any(blurs(known, dtype) for dtype in self._down_types)
             for known, of in zip(found, presumed, strict=True)
         )
@@ -205,11 +211,15 @@ class Recorder:
             return {"down": self._output, "base": self._product, up: self._output}
         return {"down": self._output, "base": self._output_norms}
 
-    def _join(self, seen: dict[str, Tensor], base: Tensor, up: Tensor, scale: float) -> Tensor:
+    def _join(self, watched: Watched, base: Tensor, up: Tensor, scale: float) -> Tensor:
         """The output of a layer, whose norms and those of ``base`` are taken by the very addition."""
-        output, norms = kernels.joined(base, up, scale)
+        module = watched.layer.base
+        bias = stored(module, "bias").to(base.device) if has_bias(module) else None
+        output, norms = kernels.joined(base, up, scale, bias)
         if not self._is_silent:
-            seen["joined"] = self._counted(norms.mT).mT
+            watched.seen["joined"] = norms = self._counted(norms.mT).mT
+            if bias is not None and module not in self._outweighed and norms.numel():
+                self._weighing[module] = outweighs(bias, norms[0])
         return output
 
     def _keep(
@@ -241,7 +251,10 @@ class Recorder:
         cancelled = kernels.at_hand(self._device) and _loses_digits(down, self._input_norms, factors, x.shape[-1])
         if cancelled or blurs(factors, down.dtype):
             down = self._counted(x).double() @ layer.down_matrix().to(x.device).mT
-        if watched.is_joined:
+        if watched.is_joined and self._outweighed.get(layer.base, False):
+            alone = without_bias(layer.base, self._counted(x))
+            base, output = norms_of(alone), norms_of(alone + layer.scale * layer.up(watched.seen["down"]))
+        elif watched.is_joined:
             base, output = watched.seen["joined"]
         elif watched.in_parts:
             # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.

@@ -59,8 +59,8 @@ class AdaptedLayer:
             since, and ``W x`` what that is added to.
         effective_rank: Of an update that is a whole matrix, gives its effective rank; B has as many rows as were asked
             for then, or none.
-        joined: Within this context a function makes the layer's output, before a bias, of what its two parts gave; None
-            where the layer does more than add them.
+        joined: Within this context a function makes the layer's output, before a bias of the layer's own, of what its
+            two parts gave; None where the layer does more than add them.
     """
 
     name: str

@@ -39,8 +39,6 @@ def _joined(layer: Any, adapter: str) -> Callable[[Join], AbstractContextManager
     """
     if type(layer) is not Linear or adapter in layer.lora_variant:
         return None
-    if getattr(layer.get_base_layer(), "bias", None) is not None:
-        return None
 
     @contextmanager
     def joined(join: Join) -> Iterator[None]:

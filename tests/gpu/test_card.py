@@ -89,6 +89,12 @@ def test_what_one_read_gives_is_what_torch_gives(
         assert torch.equal(output, (values + up * 0.7).to(dtype))
         want = [norm(part.double()).flatten() for part in (values, output)]
         torch.testing.assert_close(norms.double(), torch.stack(want), rtol=1e-6, atol=0)
+        bias = torch.randn(shape[-1], device=there).to(dtype)
+        output, norms = fused.joined(values, up, 0.7, bias)
+        assert torch.equal(output, (values + up * 0.7).to(dtype))
+        alone = values.float() - bias
+        want = [norm(part.double()).flatten() for part in (alone, alone + up * 0.7)]
+        torch.testing.assert_close(norms.double(), torch.stack(want), rtol=2e-6, atol=1e-6)
     rows = values.flatten(0, -2)
     got = distinct.prints(rows, fused.row_norms(rows))
     assert torch.equal(got.cpu(), distinct.prints(rows.cpu(), fused.row_norms(rows).cpu()))

@@ -218,15 +218,19 @@ def test_a_forward_of_somebody_else_is_left_in_its_place(
         assert [getattr(a, n) for n in FIGURES] == pytest.approx([getattr(b, n) for n in FIGURES], rel=1e-6)
 
 
-@pytest.mark.parametrize("spoil", ["one row twice", "two rows nearly alike", "a row too short for float32"])
+@pytest.mark.parametrize("spoil", ["one row twice", "two rows nearly alike", "a row too short for float32", "a bias"])
 def test_a_batch_is_run_anew_where_weights_are_not_as_presumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: str
 ) -> None:
-    """A card does not wait to know of B what decides how Bx is taken: the first batch is taken back where it must."""
-    adapted, exact = load(tmp_path / "a", "PEFT"), load(tmp_path / "b", "PEFT", torch.float64)
+    """A card does not wait to know what of B or a bias decides how Bx and W x are taken: a wrong batch is run anew."""
+    kind = "PEFT with biases" if spoil == "a bias" else "PEFT"
+    adapted, exact = load(tmp_path / "a", kind), load(tmp_path / "b", kind, torch.float64)
     for model in adapted, exact:
-        rows = next(iter(model.layers.values())).down.get_parameter("weight").data
+        layer = next(iter(model.layers.values()))
+        rows = layer.down.get_parameter("weight").data
         match spoil:
+            case "a bias":
+                layer.base.get_parameter("bias").data.fill_(1e5)
             case "one row twice":
                 rows[1] = rows[0]
             case "two rows nearly alike":
