@@ -39,10 +39,7 @@ def read(directory: Path) -> Checkpoint:
     require_unwrapped(directory, tensors)
     names = sorted({name for name in map(_layer_of, tensors) if name is not None})
     if not names:
-        raise CheckpointError(
-            f"{directory}: no adapted layer: none of its {len(tensors)} tensors is named <layer>.{DOWN}; "
-            + whole_model(directory, tensors)
-        )
+        raise CheckpointError(f"{directory}: no adapted layer: {whole_model(directory, tensors)}")
     layers = in_model_order(directory, (_layer(directory, name, tensors) for name in names))
     _check_rank(config_file, config.get("lora_r"), layers)
     return Checkpoint(directory, FORMAT, config_file, config, layers, tensors)

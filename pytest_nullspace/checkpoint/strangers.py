@@ -161,8 +161,8 @@ def whole_model(directory: Path, tensors: Iterable[str]) -> str:
     if any(".lora_A." in name for name in tensors):
         return f"it is a whole model with PEFT's layers inside, as a training state holds it; {_SAVE}"
     return (
-        "was the plain model saved instead of the adapted one? After a full fine-tune, and in a merged model, there is "
-        "no adapter left to gate: give its base by --nullspace-base=DIR, and what differs from that is gated, or "
+        "was the plain model saved instead of the adapted one? If it is merged or fully fine-tuned, give its base by "
+        "--nullspace-base=DIR, and what differs from that is gated, or "
         f"{_below(directory) or 'give the directory of the adapter before it was merged'}"
     )
 

@@ -131,7 +131,7 @@ class Decision:
         doubted = first.finding is not None and first.finding.uncertain
         doubt = f", {MORE_TEXT}" if self.call is Call.STOP and doubted else ""
         if self.call is Call.SAFE:
-            return ", ".join(reason.words.removeprefix("the ").replace(" is ", " ") for reason in self.reasons[:2])
+            return ", ".join(_bare(reason.words) for reason in self.reasons[:2])
         return (f"{first.headline}: {first.words}" if first.headline else first.words) + doubt
 
     @property
@@ -322,9 +322,10 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
     if absent:
         yield Reason(f"not measured: {', '.join(absent)}", Tier.WARN)
     if expectations.stage is Stage.TRAINED and not any(is_drift(verdict.subject) for verdict in verdicts):
-        yield Reason("what it forgot was not judged (--nullspace-drift)", Tier.WARN)
+        why = " (--nullspace-drift)" if run.without_drift is None else f": {run.without_drift}"
+        yield Reason(f"what it forgot was not judged{why}", Tier.WARN)
     elif expectations.stage is Stage.TRAINED and (run.drift is None or run.drift.task is None):
-        yield Reason("what it learned was not judged (--nullspace-task-dataset)", Tier.WARN)
+        yield Reason(f"{_kept_so_far(verdicts)}what it learned was not judged (--nullspace-task-dataset)", Tier.WARN)
     quiet = {v.subject for v in verdicts for f in v.findings if f.threshold.figure == "leakage" and f.tier is Tier.PASS}
     short = {text: few for text, of in short_texts(run).items() if (few := {layer.name for layer in of} & quiet)}
     lacking = frozenset[str]().union(*short.values())
@@ -338,9 +339,22 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
         yield Reason(f"PEFT loads {peft.WEIGHTS_FILE} alone, and its weights lie in {others} other files", Tier.WARN)
     for verdict in verdicts:
         for finding in verdict.findings if is_drift(verdict.subject) else ():
-            if finding.uncertain and finding.threshold.figure not in _FLOORS:
+            if finding.uncertain and finding.tier is Tier.PASS and finding.threshold.figure not in _FLOORS:
                 near = _of(verdict, finding, Tier.WARN)
                 yield Reason(f"{near.words}, {MORE_TEXT}", Tier.WARN, finding, verdict.subject)
+
+
+def _kept_so_far(verdicts: Sequence[Verdict]) -> str:
+    """What the preserved text lost, the worst of several, to stand before what was not judged; empty where unsure."""
+    lost = [(v, f) for v in verdicts if is_drift(v.subject) for f in v.findings if f.threshold.figure == "loss-rise"]
+    if not lost or any(finding.uncertain or finding.tier is not Tier.PASS for _, finding in lost):
+        return ""
+    return f"{_bare(said(*max(lost, key=lambda pair: pair[1].value)))}; "
+
+
+def _bare(words: str) -> str:
+    """What a figure says, as a heading."""
+    return words.removeprefix("the ").replace(" is ", " ")
 
 
 def _kept(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, Finding]]:

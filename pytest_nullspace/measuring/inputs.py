@@ -25,7 +25,16 @@ from pytest_nullspace.text.conversations import ASSISTANT, AUTO, OFF, Conversati
 from pytest_nullspace.text.images import Images, require_pillow
 from pytest_nullspace.text.processor import require_processor
 from pytest_nullspace.text.readers import Text, read
-from pytest_nullspace.text.sources import NAMED_SETS, OPTION, TASK_OPTION, FileText, SelfText, Source, parse_source
+from pytest_nullspace.text.sources import (
+    NAMED_SETS,
+    OPTION,
+    PLAIN,
+    TASK_OPTION,
+    FileText,
+    SelfText,
+    Source,
+    parse_source,
+)
 from pytest_nullspace.text.templates import Template, require_template, require_template_of_images
 from pytest_nullspace.text.tokenizer import check_tokenizer, require_tokenizer
 from pytest_nullspace.text.windows import require_length
@@ -123,7 +132,7 @@ def may_be_rows(settings: Settings) -> bool:
     except TextError:  # which is told where it is read, after all that is wrong without it
         return False
     return any(
-        source.path.suffix.lower() != ".txt" if isinstance(source, FileText) else not isinstance(source, SelfText)
+        source.path.suffix.lower() not in PLAIN if isinstance(source, FileText) else not isinstance(source, SelfText)
         for source in given
         if source not in NAMED_SETS.values()
     )

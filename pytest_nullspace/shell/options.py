@@ -81,8 +81,8 @@ OPTIONS = (
     Option(
         "calib-dataset",
         "[NAME=]TEXT",
-        "The text whose knowledge must survive: wikitext2, c4, ptb, triviaqa, nqopen, a .txt, .jsonl, .json, .csv or "
-        ".parquet file, a folder saved by datasets or of images, hub:owner/name[:config[:split[:column]]], or self: "
+        "The text whose knowledge must survive: wikitext2, c4, ptb, triviaqa, nqopen, a .txt, .md, .jsonl, .json, .csv "
+        "or .parquet file, a folder saved by datasets or of images, hub:owner/name[:config[:split[:column]]], or self: "
         "what the base writes.",
         values.preserved,
         default=DEFAULT_TEXT,

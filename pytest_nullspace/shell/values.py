@@ -242,4 +242,4 @@ def allowed(given: Given) -> str:
 
 def form_example(in_ini: bool) -> str:
     """A threshold as one writes it in ini or on the command line."""
-    return "*.down_proj preservation 0.2 0.6" if in_ini else "preservation:0.2:0.6"
+    return "* loss-rise 0.02 0.1" if in_ini else "loss-rise:0.02:0.1"

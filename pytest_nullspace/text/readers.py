@@ -18,7 +18,7 @@ from pytest_nullspace.errors import TextError, first_line, printable
 from pytest_nullspace.text.conversations import AUTO, FORMS, OFF, TOOLS, Conversations, conversations
 from pytest_nullspace.text.gallery import Table, from_folder, from_table, is_gallery, media_of_columns, media_of_schema
 from pytest_nullspace.text.images import Images
-from pytest_nullspace.text.sources import OPTION, FileText, FolderText, HubText, Source
+from pytest_nullspace.text.sources import OPTION, PLAIN, FileText, FolderText, HubText, Source
 
 if TYPE_CHECKING:
     import pyarrow
@@ -381,7 +381,7 @@ def _read_file(path: Path) -> _Table:
 
 
 _READERS: Mapping[str, Callable[[Path], _Table]] = {
-    ".txt": _read_txt,
+    **dict.fromkeys(PLAIN, _read_txt),
     ".jsonl": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,

@@ -12,7 +12,9 @@ from pytest_nullspace.run.texts import RESERVED, is_name
 OPTION, TASK_OPTION = "--nullspace-calib-dataset", "--nullspace-task-dataset"
 SELF = "self"
 """What stands for a text that the base model writes itself."""
-SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+PLAIN = (".txt", ".md")
+"""Suffixes of files that are one text as they are."""
+SUFFIXES = (*PLAIN, ".jsonl", ".json", ".csv", ".parquet")
 """The kinds of files that can be read."""
 _HUB_SPEC = re.compile(
     r"hub:(?P<repo>\w[\w.-]*/\w[\w.-]*)"

@@ -89,7 +89,7 @@ def test_what_no_test_runs_says_why(document: str) -> None:
 
 
 def test_the_ini_file_of_the_document_gates(place: Path, pytester: pytest.Pytester) -> None:
-    """The pytest.ini of docs/ci.md gates the adapter beside it, thresholds by layer and all, with no option given."""
+    """The pytest.ini of docs/ci.md gates the adapter beside it, thresholds and all, with no option given."""
     (ini,) = (code for _, kind, code in blocks("docs/ci.md") if kind == "ini")
     (place / "pytest.ini").write_text(f"{ini}nullspace_model = runs/ft\nnullspace_seqlen = 256\n")
     result = pytester.runpytest_subprocess("runs/ft")

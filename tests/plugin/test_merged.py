@@ -135,7 +135,7 @@ def test_the_base_again_without_one_and_a_rank_of_an_adapter_are_errors(folder: 
     (folder / "merged" / "model.safetensors").write_bytes((folder / "base" / "model.safetensors").read_bytes())
     for options, model, told in (
         ((BASE,), "merged", "*merged: is byte for byte its base *base, *; merge or save it again, *"),
-        ((), "merged", "*there is no adapter left to gate: give its base by --nullspace-base=DIR, *"),
+        ((), "merged", "*If it is merged or fully fine-tuned, give its base by --nullspace-base=DIR, *"),
         (("--nullspace-rank=4",), "adapter", "--nullspace-rank: *adapter has down projections of its own; *"),
     ):
         result = gate(*options, model=model)

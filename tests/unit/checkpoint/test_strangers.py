@@ -130,14 +130,10 @@ def test_many_adapters_below_are_counted_and_links_are_not_followed(tmp_path: Pa
 def test_a_whole_model_is_told_from_one_with_layers_of_peft_inside(tmp_path: Path) -> None:
     """A merged or fully tuned model has no adapter left, one with PEFT's layers inside has it in no file of its own."""
     tiny.llama().save_pretrained(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"was the plain model saved .* in a merged model, .* before it was merged$"
-    ):
+    with pytest.raises(CheckpointError, match=r"was the plain model saved .* If it is merged .* before it was merged$"):
         open_checkpoint(tmp_path)
     make(tmp_path, {"checkpoint-7/adapter_config.json": PEFT})
-    with pytest.raises(
-        CheckpointError, match=r"no adapter left to gate: give its base by .*, or adapters lie below: give .*-7$"
-    ):
+    with pytest.raises(CheckpointError, match=r"give its base by .*, or adapters lie below: give .*-7$"):
         open_checkpoint(tmp_path)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     save_file(load_file(tmp_path / "model.safetensors") | {key: torch.ones(2, 32)}, tmp_path / "model.safetensors")

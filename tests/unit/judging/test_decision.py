@@ -13,7 +13,7 @@ from pytest_nullspace.judging.sanity import insane
 from pytest_nullspace.judging.spoken import plain
 from pytest_nullspace.run.figures import FIGURES
 from pytest_nullspace.run.predictions import Headroom
-from pytest_nullspace.run.stats import Drift, LayerStats, RunStats, TextDrift
+from pytest_nullspace.run.stats import WITHOUT_DRIFT, Drift, LayerStats, RunStats, TextDrift
 from pytest_nullspace.run.texts import DRIFT
 from tests import saved
 
@@ -67,7 +67,12 @@ def test_what_was_not_measured_or_not_judged_is_never_safe() -> None:
     assert verdict(saved.run()).call is Call.LOOK
     assert "--nullspace-drift" in verdict(saved.run()).sentence
     untold = verdict(good(dataclasses.replace(drift(), task=None)))
-    assert (untold.call, untold.sentence) == (Call.LOOK, "what it learned was not judged (--nullspace-task-dataset)")
+    assert (untold.call, untold.sentence) == (
+        Call.LOOK,
+        "preserved text 0.6 % less likely; what it learned was not judged (--nullspace-task-dataset)",
+    )
+    blind = verdict(dataclasses.replace(saved.run(), about={WITHOUT_DRIFT: "it is no causal language model"}))
+    assert blind.sentence == "what it forgot was not judged: it is no causal language model"
     part = verdict(dataclasses.replace(good(), checkpoint_layers=10))
     assert (part.call, part.sentence) == (Call.NOT_GATED, "only 9 of 10 layers were measured")
     one = verdict(good(), judged={*ALL} - {saved.NAMES[4]}, asked=ALL)
@@ -266,3 +271,10 @@ def test_predictions_that_are_worse_than_an_earlier_run_allows_are_not_to_be_dep
     told = decide(good(), Expectations(drift_faults=["divergence 0.01 → 0.02 is worse by more than 5%"]))
     assert told.call is Call.STOP
     assert told.sentence == "divergence 0.01 → 0.02 is worse by more than 5%"
+
+
+def test_a_figure_between_its_bounds_that_more_text_might_change_is_told_once() -> None:
+    """What warns and is uncertain too takes one of the few lines, so that no other figure is pushed out."""
+    told = verdict(good(drift(divergence=0.06, margin=0.04)))
+    assert told.call is Call.LOOK
+    assert [r.finding.threshold.figure for r in told.reasons if r.finding].count("divergence") == 1

@@ -276,7 +276,7 @@ def test_training_may_have_started_from_one(tmp_path: Path) -> None:
     assert told[0] == told[1] == told[2] == told[3]
     with pytest.raises(CheckpointError, match=r"a\.gguf: is a LoRA of llama\.cpp, which does not tell how many heads"):
         gate(trained[0], tmp_path / "text.txt", init=str(starts[1]))
-    with pytest.raises(CheckpointError, match=r"no adapted layer: .* was the plain model saved instead"):
+    with pytest.raises(CheckpointError, match=r"no adapted layer: was the plain model saved instead"):
         gate(trained[0], tmp_path / "text.txt", base=str(tmp_path / "base"), init=str(tmp_path / "base"))
 
 

@@ -31,7 +31,7 @@ from pytest_nullspace.text.windows import CONTEXT, Window, distinct_rows, draw_w
 from tests.plain import read_text
 
 TAKES = (
-    "It takes wikitext2, c4, ptb, triviaqa, nqopen, self, a file (.txt .jsonl .json .csv .parquet; FILE:column), "
+    "It takes wikitext2, c4, ptb, triviaqa, nqopen, self, a file (.txt .md .jsonl .json .csv .parquet; FILE:column), "
     "a folder of images or saved by datasets (DIR:split:column), or hub:owner/name[:config[:split[:column]]]."
 )
 
@@ -160,13 +160,19 @@ class TestSource:
             f"--nullspace-calib-dataset={spec}: not of the form hub:owner/name[:config[:split[:column]]]. {TAKES}"
         )
 
-    @pytest.mark.parametrize("name", ["a.txt", "b.jsonl", "c.json", "d.csv", "e.parquet", "F.TXT", COLON])
+    @pytest.mark.parametrize("name", ["a.txt", "a.md", "b.jsonl", "c.json", "d.csv", "e.parquet", "F.TXT", COLON])
     def test_a_file_is_known_by_its_suffix(self, name: str, tmp_path: Path) -> None:
         """A file is found relative to the folder, with or without a column, even with a colon in its name."""
         (tmp_path / name).touch()
         assert parse_source(name, tmp_path) == FileText(tmp_path / name)
         assert parse_source(f"{name}:body", tmp_path) == FileText(tmp_path / name, "body")
         assert parse_source(str(tmp_path / name)) == FileText(tmp_path / name)
+
+    def test_a_page_of_markdown_is_the_text_that_it_holds(self, tmp_path: Path) -> None:
+        """A .md file is read as a .txt is, marks and all."""
+        page = tmp_path / "page.md"
+        page.write_bytes(b"# Head\r\n\n*said*")
+        assert read_text(FileText(page)) == "# Head\n\n*said*"
 
     def test_a_folder_takes_a_split_and_a_column(self, tmp_path: Path) -> None:
         """A folder may be followed by a split, by a split and a column, or by a column alone."""
