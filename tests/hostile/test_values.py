@@ -239,6 +239,18 @@ def test_a_part_of_a_layer_that_no_norm_is_of_is_finite_also_where_the_layer_may
         gate(directory, tmp_path / "text.txt", seqlen=32, calib_size=2, allow_unreached="*vision*")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_a_merged_model_and_its_base_may_not_hold_the_same_nan(tmp_path: Path) -> None:
+    """What is alike in both is no change, and is deployed all the same: of the model it is told."""
+    lora = adapter(tmp_path, tiny.llama(tie_word_embeddings=False), r=4, target_modules=["q_proj"])
+    whole = merged(tmp_path, lora)
+    for directory in (whole, tmp_path / "base"):
+        edit(directory, spoilt("embed_tokens.weight", math.nan))
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    with pytest.raises(CheckpointError, match=r"tensor \S*embed_tokens.weight holds NaN or infinity"):
+        gate(whole, tmp_path / "text.txt", seqlen=64, calib_size=2, base=tmp_path / "base")
+
+
 def in_memory(base: Path, directory: Path) -> Any:
     import peft
     import transformers
