@@ -259,8 +259,9 @@ def load_processor(directory: Path, base: Path, tokenizer: Path) -> Processor:
                 "both; gate the model on text"
             )
         mark = str(call.image_token)
-        unscored = frozenset(token for token in call.image_token_ids if isinstance(token, int))
         known = held["tokenizer"].get_vocab()
+        told = [token for token in call.image_token_ids if isinstance(token, int)]
+        unscored = frozenset(told or {known[mark]})  # BLIP-2's processor tells none since transformers 5.24
     except CheckpointError:
         raise
     except Exception as error:
