@@ -89,7 +89,7 @@ def load(
 
     def take_off() -> None:
         wrapped.unload()
-        if untouched.restored() and not absent:
+        if shelf is None and untouched.restored() and not absent:
             bases[key] = model
 
     @contextmanager
@@ -129,6 +129,7 @@ def _base(
     if shelve:
         if checkpoint.outside or checkpoint.changed_base is not None:
             raise UnfitError("its adapter is more than A B beside its base")
+        bases.clear()
         model, shelf = shelve_base(kind, base, device, dtype)
         return _Base(key, kind, model, (), shelf)
     kept, absent = bases.pop(key, None), tuple[str, ...]()

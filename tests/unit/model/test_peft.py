@@ -712,6 +712,16 @@ def test_a_base_into_which_a_plain_weight_was_written_is_not_handed_on(saved: Pa
     assert not bases
 
 
+def test_a_base_whose_blocks_lie_in_their_files_is_kept_for_nobody(tmp_path: Path) -> None:
+    """What a streamed run leaves holds no numbers, so the next adapter of the same base loads it anew."""
+    directory, bases = adapter(tmp_path, tiny.llama(), r=4), dict[Any, nn.Module]()
+    of = open_checkpoint(directory), torch.device("cpu"), torch.float32, tmp_path / "base", bases
+    load_model(*of).take_off()
+    assert len(bases) == 1
+    load_model(*of, shelve=True).take_off()
+    assert not bases
+
+
 def test_a_base_with_trained_biases_is_not_handed_on(tmp_path: Path) -> None:
     """Trained biases are written into the base's own, so the next adapter gets a base of its own."""
     directory = adapter(tmp_path, tiny.qwen2(), r=4, target_modules=["q_proj"], bias="all")
