@@ -57,19 +57,19 @@ def require_numbers(adapted: AdaptedModel, checkpoint: Checkpoint, base: Path | 
 
 def _broken(adapted: AdaptedModel) -> Iterator[tuple[str, str]]:
     """The name and type of what in memory is not finite, by one look at the numbers of each device."""
-    found: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
+    found: dict[torch.device, list[tuple[str, torch.dtype, Tensor]]] = {}  # what is read of a disk is let go of at once
     with torch.no_grad():
         for name, value, is_buffer in _beside(adapted):
             if value.is_floating_point() and value.numel():
                 least, most = (value if value.dtype.itemsize > 1 else value.float()).aminmax()
                 # A buffer may be a mask, whose infinities are meant.
                 whole = ~least.isnan() if is_buffer else least.isfinite() & most.isfinite()
-                found.setdefault(value.device, []).append((name, value, whole))
+                found.setdefault(value.device, []).append((name, value.dtype, whole))
     for told in found.values():
         are_whole = torch.stack([whole for *_, whole in told]).tolist()
-        for (name, value, _), is_whole in zip(told, are_whole, strict=True):
+        for (name, dtype, _), is_whole in zip(told, are_whole, strict=True):
             if not is_whole:
-                yield name.replace(".base_layer.", "."), str(value.dtype).removeprefix("torch.")
+                yield name.replace(".base_layer.", "."), str(dtype).removeprefix("torch.")
 
 
 def _beside(adapted: AdaptedModel) -> Iterator[tuple[str, Tensor, bool]]:

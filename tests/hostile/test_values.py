@@ -201,7 +201,7 @@ def test_a_row_that_no_text_asks_for_is_finite_or_refused(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("how", ["loaded", "streamed", "in memory"])
+@pytest.mark.parametrize("how", ["loaded", "streamed", "on disk", "in memory"])
 @pytest.mark.parametrize("part", ["embed_tokens.weight", "lm_head.weight", "layers.1.mlp.down_proj.weight"])
 def test_a_base_that_is_not_finite_where_no_text_looks_is_refused_by_the_name_of_its_tensor(
     how: str, part: str, tmp_path: Path
@@ -213,7 +213,7 @@ def test_a_base_that_is_not_finite_where_no_text_looks_is_refused_by_the_name_of
     directory: Any = tmp_path / "adapter"
     if how == "in memory":
         directory = in_memory(tmp_path / "base", directory)
-    options = {"device_map": "stream"} if how == "streamed" else {}
+    options = {of: {"device_map": over} for of, over in (("streamed", "stream"), ("on disk", "cpu=1KB"))}.get(how, {})
     with pytest.raises(CheckpointError, match=rf"tensor \S*{part}(, on the base \S+,)? holds NaN or infinity") as told:
         gate(directory, tmp_path / "text.txt", seqlen=64, calib_size=2, drift=False, **options)
     assert how == "in memory" or str(tmp_path / "base") in str(told.value)

@@ -1,16 +1,19 @@
 """Which devices a model is spread over, on machines that this one is not."""
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from pytest_nullspace import callback, gate
 from pytest_nullspace.errors import CheckpointError, OptionError
-from pytest_nullspace.measuring import loading, memory
+from pytest_nullspace.measuring import finite, loading, memory
 from pytest_nullspace.model import spread
+from pytest_nullspace.model.stored import stored
 from tests import tiny
 from tests.adapters import adapter
 
@@ -116,6 +119,26 @@ def test_a_tied_head_is_spread_with_what_was_trained_on_it(
     assert (runs[0].drift is None) == (runs[1].drift is None)
     if runs[0].drift is not None and runs[1].drift is not None:
         assert runs[0].drift.preserved.divergence == runs[1].drift.preserved.divergence
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_lies_on_disk_is_looked_at_one_tensor_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model without room in memory is not read into it whole to see whether all of it is numbers."""
+    directory = adapter(tmp_path, tiny.llama(), r=4, target_modules=["q_proj"])
+    (tmp_path / "text.txt").write_text(tiny.TEXT)
+    read: list[weakref.ref[Tensor]] = []
+
+    def watched(module: nn.Module, name: str) -> Tensor:
+        assert sum(of() is not None for of in read) <= 1  # the one before
+        value = stored(module, name)
+        read.append(weakref.ref(value))
+        return value
+
+    monkeypatch.setattr(finite, "stored", watched)
+    gate(directory, tmp_path / "text.txt", calib_size=2, seqlen=32, drift=False, device_map="cpu=1KB")
+    assert len(read) > 10
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
