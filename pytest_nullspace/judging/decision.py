@@ -13,7 +13,7 @@ from pytest_nullspace.checkpoint import peft
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage, verdicts_of
 from pytest_nullspace.judging.scarce import short_texts
-from pytest_nullspace.judging.spoken import PLAIN, said
+from pytest_nullspace.judging.spoken import PLAIN, place, said
 from pytest_nullspace.judging.verdicts import Finding, Threshold, Tier, Verdict
 from pytest_nullspace.run.figures import OF_DOWN
 from pytest_nullspace.run.stats import RunStats
@@ -204,7 +204,8 @@ def decide(
     def called(call: Call, reasons: Sequence[Reason]) -> Decision:
         told = {reason.finding.threshold.figure for reason in reasons if reason.finding is not None}
         drift = [(v, f) for v in found if v.subject == DRIFT for f in v.findings if f.threshold.figure not in told]
-        return Decision(call, (*reasons, *(_of(v, f, f.tier) for v, f in drift)), tuple(causes), thresholds)
+        others = (_of(v, f, f.tier) for v, f in sorted(drift, key=place))
+        return Decision(call, (*reasons, *others), tuple(causes), thresholds)
 
     if wrong:
         return called(Call.STOP, wrong)
@@ -222,7 +223,7 @@ def decide(
 def _found(verdicts: Sequence[Verdict], tier: Tier, of: int) -> Iterator[Reason]:
     """What lies in ``tier``: a reason for each figure of the predictions, and one for each figure of all layers."""
     drift = [(v, f) for v in verdicts if is_drift(v.subject) for f in v.findings if f.tier is tier]
-    yield from (_of(v, f, tier) for v, f in sorted(drift, key=lambda pair: _WEIGHT.index(pair[1].threshold.figure)))
+    yield from (_of(v, f, tier) for v, f in sorted(drift, key=place))
     layers = [verdict for verdict in verdicts if verdict.subject != MODEL and not is_drift(verdict.subject)]
     read = [v for v in verdicts if is_drift(v.subject)] if tier is Tier.FAIL else []
     faults = [Reason(fault, tier, None, v.subject) for v in read for fault in v.faults]
@@ -337,11 +338,10 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
     files = run.about.get("weights_sha256") if run.about.get("format") == peft.FORMAT else None
     if isinstance(files, dict) and (others := len(files.keys() - {peft.WEIGHTS_FILE})):
         yield Reason(f"PEFT loads {peft.WEIGHTS_FILE} alone, and its weights lie in {others} other files", Tier.WARN)
-    for verdict in verdicts:
-        for finding in verdict.findings if is_drift(verdict.subject) else ():
-            if finding.uncertain and finding.tier is Tier.PASS and finding.threshold.figure not in _FLOORS:
-                near = _of(verdict, finding, Tier.WARN)
-                yield Reason(f"{near.words}, {MORE_TEXT}", Tier.WARN, finding, verdict.subject)
+    passed = [(v, f) for v in verdicts if is_drift(v.subject) for f in v.findings if f.tier is Tier.PASS]
+    for verdict, finding in sorted(passed, key=place):
+        if finding.uncertain and finding.threshold.figure not in _FLOORS:
+            yield Reason(f"{said(verdict, finding)}, {MORE_TEXT}", Tier.WARN, finding, verdict.subject)
 
 
 def _kept_so_far(verdicts: Sequence[Verdict]) -> str:

@@ -133,10 +133,9 @@ def _measured(layers: Sequence[Known]) -> Chosen:
     if not leaks:
         return Chosen(Profile.LORA, "nothing tells of a null space")
     quiet = fmean(leaks) < QUIET
-    return Chosen(
-        Profile.NULLSPACE if quiet else Profile.LORA,
-        f"{'a' if quiet else 'no'} null space was found (leakage {fmean(leaks):.3g} x chance)",
-    )
+    if quiet:
+        return Chosen(Profile.NULLSPACE, f"a null space was found (leakage {fmean(leaks):.3g} x chance)")
+    return Chosen(Profile.LORA, f"an ordinary LoRA by its leakage, {fmean(leaks):.3g} x chance")
 
 
 def decides(figure: str, profile: Profile | None, averages: bool, drift_judged: bool) -> bool:

@@ -63,3 +63,8 @@ PLAIN: Mapping[str, Callable[[float], str]] = {
     "selectivity": lambda value: f"its update is {times(value)} as large on the task text as on the preserved one",
 }
 """By figure."""
+
+
+def place(of: tuple[Verdict, Finding]) -> int:
+    """Where a finding is told among others: the loss before what else moved, whatever the verdict."""
+    return [*PLAIN].index(of[1].threshold.figure)

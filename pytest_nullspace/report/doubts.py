@@ -64,16 +64,15 @@ def uncertain(verdicts: Sequence[Verdict], run: RunStats, expectations: Expectat
     if not findings:
         return None
     told = f"uncertain: more text might change the verdict on {' and '.join(subjects)}"
-    drawn = {finding.threshold.figure: _windows(run, finding.threshold.figure) for _, finding in findings}
-    fewest = min(drawn.values())
+    drawn = [_windows(run, f.threshold.figure, _worst(run, name, f.threshold.figure)) for name, f in findings]
+    fewest = min(drawn)
     if not fewest:
         return told
     if fewest == 1:
         return f"{told}; {_ONE_WINDOW}"
-    needed = [
-        windows_needed(drawn[f.threshold.figure], f.margin, f.distance) for _, f in findings if f.margin is not None
-    ]
-    half = median([n for n in needed if n is not None] or drawn.values())
+    pairs = zip(drawn, findings, strict=True)
+    needed = [windows_needed(windows, f.margin, f.distance) for windows, (_, f) in pairs if f.margin is not None]
+    half = median([n for n in needed if n is not None] or drawn)
     name, finding = max(findings, key=lambda pair: pair[1].badness)
     return (
         f"{told}, such as {printable(name)} ({finding.threshold.figure} {finding.value:.3g} ± {finding.margin:.2g}); "
@@ -102,7 +101,7 @@ def uncertain_drift(run: RunStats, expectations: Expectations) -> str | None:
         for test, f in found
     )
     told = f"{ON_DRIFT} ({figures})"
-    drawn = [_windows(run, finding.threshold.figure, test) for test, finding in found]
+    drawn = [_windows(run, f.threshold.figure, "".join(called(test)[1:])) for test, f in found]
     if not min(drawn):
         return told
     if min(drawn) == 1:
@@ -124,15 +123,20 @@ def _is_auto(run: RunStats) -> bool:
     return isinstance(settings, dict) and settings.get("calib_size", 0) is None
 
 
-def _windows(run: RunStats, figure: str, test: str = "") -> int:
+def _worst(run: RunStats, layer: str, figure: str) -> str:
+    """The further text on which that layer is judged by ``figure``; empty for the first, and for averages."""
+    found = run.layer(layer)
+    return "" if found is None else found.worst_on(figure)
+
+
+def _windows(run: RunStats, figure: str, text: str = "") -> int:
     """How many windows were drawn of the text on which ``figure`` is judged; 0 where no credible number was told.
 
-    Of a figure of the predictions ``test`` tells on which text.
+    Of a preserved text but the first ``text`` is the name.
     """
     has_task = run.has_task or (run.drift is not None and run.drift.task is not None)
-    keys = [key_of(name) for name in called(test)[1:] if key_of(name) in run.about]
-    on_task = has_task and FIGURES[figure].text is not Text.PRESERVED
-    recorded = run.about.get("task_text" if on_task else (keys or [FIRST])[0])
+    key = key_of(text) if key_of(text) in run.about else FIRST
+    recorded = run.about.get("task_text" if has_task and FIGURES[figure].text is not Text.PRESERVED else key)
     windows = recorded.get("windows") if isinstance(recorded, dict) else None
     # A file of another making may hold anything.
     return windows if isinstance(windows, int) and 0 < windows <= MOST_WINDOWS else 0

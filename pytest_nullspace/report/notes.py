@@ -26,7 +26,7 @@ OUTSIDE_SHOWN = 2
 OTHERS_SHOWN = 3
 QUOTED = 400
 """Characters of a text, as they are shown, on either side of a token whose prediction changed."""
-_SELF = "--nullspace-calib-dataset=self=self"
+_SELF = "--nullspace-calib-dataset=self"
 
 
 def header(checkpoint: Checkpoint, gated: int, settings: "Settings", is_base_read: bool = True) -> Iterator[str]:

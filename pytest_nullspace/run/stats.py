@@ -188,15 +188,21 @@ class LayerStats(Ratios):
 
     def _worst(self, name: str, sinks: bool = True) -> "LayerStats":
         """The layer on the preserved text on which that figure is worst; what is no number is worse than any."""
+        text = self.worst_on(name, sinks)
+        return replace(self.further[text], task=self.task) if text else self
+
+    def worst_on(self, name: str, sinks: bool = True) -> str:
+        """The name of the further preserved text on which that figure is worst; empty where it is the first."""
         if not self.further or FIGURES[name].text is Text.TASK:
-            return self
+            return ""
         sign = 1 if FIGURES[name].trained.lower_is_better else -1
 
         def badness(of: LayerStats) -> float:
             value = of._own(name, sinks)
             return math.inf if math.isnan(value) else sign * value
 
-        return max((self, *(replace(of, task=self.task) for of in self.further.values())), key=badness)
+        on = {"": self, **{text: replace(of, task=self.task) for text, of in self.further.items()}}
+        return max(on, key=lambda text: badness(on[text]))
 
     @property
     def _quiet(self) -> Ratios:

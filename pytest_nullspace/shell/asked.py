@@ -7,6 +7,7 @@ pytest was started, paths in an ini file to that file.
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,10 @@ def settings_of(read: Mapping[str, Any], folder: Path) -> Settings:
 
 
 def _preserved(given: Sequence[GivenText], folder: Path) -> Sequence[GivenText]:
-    """The preserved texts, each but the first with a name of its own."""
+    """The preserved texts, each but the first with a name of its own; what the base writes has one already."""
+    from pytest_nullspace.text.sources import SELF
+
+    given = [*given[:1], *(replace(t, name=t.name or SELF) if t.spec == SELF else t for t in given[1:])]
     names = [text.name for text in given]
     if "" in names[1:]:
         nameless = given[names.index("", 1)].spec

@@ -88,8 +88,8 @@ OPTIONS = (
         default=DEFAULT_TEXT,
         repeatable=True,
         more="Given more than once, each text but the first needs a name, such as `code=code.txt`, of letters, "
-        "digits, '_', '.' and '-'; a file whose own name has the equals sign wins over a name. A layer is "
-        "judged by the text on which it is worst, so that nothing is green that is loud on one of ten; the "
+        "digits, '_', '.' and '-' (`self` is called so); a file whose own name has the equals sign wins over a name. "
+        "A layer is judged by the text on which it is worst, so that nothing is green that is loud on one of ten; the "
         "predictions are judged text by text, in the tests `drift[NAME]`, the first of which holds the gain "
         "on the task too. Of a table `FILE:column` names the column, of a folder `DIR:split:column`. A part "
         "left empty is the default one. Rows with images go through the model's own processor; `FILE:image+caption` "

@@ -81,6 +81,10 @@ def test_the_base_of_the_world_writes_what_it_knows(gate: Gate, cache: Path) -> 
     own = ("--nullspace-calib-dataset=self", "--nullspace-calib-size=4", "--nullspace-seqlen=256")
     task = f"--nullspace-task-dataset={WORLD / 'task.txt'}"
     gate(task, "--nullspace-drift", "-k", "drift", model=str(WORLD / "null-v2"), quick=own).assert_outcomes(passed=1)
+    facts = f"--nullspace-calib-dataset={WORLD / 'facts.txt'}"
+    both = gate(task, "--nullspace-drift", "-k", "drift", model=str(WORLD / "null-v2"), quick=(facts, *own))
+    both.assert_outcomes(passed=2)  # a further text, and named by itself
+    both.stdout.fnmatch_lines(["nullspace: text self: self"])
     (kept,) = cache.glob("*.json")
     lines = "\n".join(json.loads(kept.read_text("utf-8"))["text"]).splitlines()
     known = set((WORLD / "facts.txt").read_text("utf-8").splitlines())

@@ -62,6 +62,26 @@ def test_what_forgets_is_not_to_be_deployed_and_the_predictions_are_told_before_
     assert told.reasons[-1].words == "the task text is 49 % more likely"
 
 
+@pytest.mark.parametrize(
+    ("told", "call"),
+    [
+        (drift(0.3, 0.33), Call.STOP),
+        (drift(0.1, 0.1), Call.LOOK),
+        (drift(0.04, 0.04, margin=0.03), Call.LOOK),
+        (dataclasses.replace(drift(), task=None), Call.LOOK),
+        (drift(gain=-0.1), Call.STOP),
+        (drift(), Call.SAFE),
+    ],
+    ids=["red", "between the bounds", "in doubt", "not all judged", "red by another", "safe"],
+)
+def test_the_loss_is_told_before_the_divergence_whatever_the_verdict(told: Drift, call: Call) -> None:
+    """Where both lie in one tier loss-rise, of which the verdict's sentence speaks, stands first."""
+    found = verdict(good(told))
+    assert found.call is call
+    figures = [reason.finding.threshold.figure for reason in found.reasons if reason.finding is not None]
+    assert figures.index("loss-rise") < figures.index("divergence")
+
+
 def test_what_was_not_measured_or_not_judged_is_never_safe() -> None:
     """No predictions is a reason to look; a layer or a test that is lacking leaves the adapter ungated, by its name."""
     assert verdict(saved.run()).call is Call.LOOK

@@ -126,7 +126,7 @@ def test_the_script_is_held_to_the_letter() -> None:
         (run(), "auto", "auto", ("lora", "as lora begins"), "lora", "as lora begins"),
         (run(), "auto", "auto", ("v1", "as v1 begins"), "nullspace", "a null space was found (leakage 0.1 x chance)"),
         (run(), "auto", "auto", None, "nullspace", "a null space was found (leakage 0.1 x chance)"),
-        (run(LOUD), "auto", "auto", None, "lora", "no null space was found (leakage 2 x chance)"),
+        (run(LOUD), "auto", "auto", None, "lora", "an ordinary LoRA by its leakage, 2 x chance"),
         (run(dataclasses.replace(LOUD, down_weight_norm=2.0)), "auto", "auto", None, "nullspace",
          "the rows of B are orthonormal"),
         (run(dataclasses.replace(LOUD, mean_leakage=None)), "auto", "auto", None, "lora",

@@ -136,3 +136,19 @@ def test_averages_within_their_margin_of_a_bound_are_told() -> None:
         )
         is None
     )
+
+
+def test_the_windows_of_the_text_on_which_a_layer_is_worst_are_counted() -> None:
+    """A layer in doubt on a further text needs more of that text, of which another number may have been read."""
+    margins = {"preservation": 0.01}
+    first = dataclasses.replace(saved.full().layers[0], margins=margins, task=None, further={})
+    quiet, near = (dataclasses.replace(first, down_norm=level * first.input_norm) for level in (0.02, 0.095))
+    about = {"text": {"windows": 16}, "text[code]": {"windows": 64}}
+    for layer, windows in (
+        (dataclasses.replace(quiet, further={"code": near}), 256),
+        (dataclasses.replace(near, further={"code": quiet}), 64),
+    ):
+        run = dataclasses.replace(saved.run(), layers=(layer,), checkpoint_layers=2, about=about)
+        found = doubts.uncertain([judge(layer, TRAINED)], run, TRAINED)
+        assert found is not None
+        assert f"; about {windows} windows would settle half of them" in found

@@ -347,11 +347,11 @@ def test_the_markdown_counts_and_reads() -> None:
 
 def test_what_does_not_decide_is_shown_and_does_not_look_green() -> None:
     """Leakage of plain LoRA stays in the tables, has no mark and no reading, and a line says by what it is judged."""
-    lora = Expectations(chosen=Chosen(Profile.LORA, "no null space was found (leakage 16 x chance)"), drift_judged=True)
+    lora = Expectations(chosen=Chosen(Profile.LORA, "an ordinary LoRA by its leakage, 16 x chance"), drift_judged=True)
     lines = summary(run_of(LOST), lora)
     told = (
-        "judged by what it forgets and what it learned, for it promises no null space (profile lora: no null space was "
-        "found (leakage 16 x chance)); if it should have one, use --nullspace-profile=nullspace"
+        "judged by what it forgets and what it learned, for it promises no null space (profile lora: an ordinary "
+        "LoRA by its leakage, 16 x chance); if it should have one, use --nullspace-profile=nullspace"
     )
     assert (told, None) in lines
     assert not any("leakage" in line and "✓" in line for line, _ in lines)
@@ -546,7 +546,7 @@ def test_a_layer_that_no_row_reached_fails_in_a_line() -> None:
 @pytest.mark.parametrize(
     ("about", "gain", "told"),
     [
-        ({}, 2.0, "these texts alone were checked; --nullspace-calib-dataset=self=self adds one"),
+        ({}, 2.0, "these texts alone were checked; --nullspace-calib-dataset=self adds one"),
         ({"update_against": "start"}, 2.0, "these texts alone were checked"),
         ({"text[self]": {"written": {"was_kept": True}}}, 2.0, None),
         ({}, 0.0, None),
