@@ -6,7 +6,7 @@ left float32's range, or ``Bx`` lost its digits to cancellation, and take it in 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,7 +61,6 @@ class Recorder:
 
     Attributes:
         sums: What they add up to.
-        down_ranks: How many directions the rows of its B span.
         rows: Which rows of the batch are whose.
         alone: Whether it takes a batch of one window to know this.
         unplaced: Of each layer whose rows not even that tells apart, in how many windows.
@@ -70,7 +69,7 @@ class Recorder:
     def __init__(self, device: torch.device, windows: int) -> None:
         self._device = device
         self.sums = Summing(device, windows)
-        self.down_ranks: dict[str, int] = {}
+        self._down_ranks: dict[str, int] = {}
         self.rows, self.alone = Rows(), False
         self.unplaced: Counter[str] = Counter()
         self._is_silent = False
@@ -122,6 +121,13 @@ class Recorder:
             self.unplaced.update(unplaced)
         self.sums.count(self._batch.first)
         return None
+
+    @property
+    def down_ranks(self) -> Mapping[str, int]:
+        """How many directions the rows of each layer's B span."""
+        if self._begun is not None:  # of several processes one may have read nothing
+            self._presumed_rightly()
+        return self._down_ranks
 
     def taken(self, windows: range) -> tuple[Tensor, Tensor]:
         """What `Summing.taken` gives."""
@@ -186,7 +192,7 @@ class Recorder:
         (presumed, told), self._begun = self._begun, None
         found = told()
         self._use(found)
-        self.down_ranks |= {of.layer.name: known.rank for of, known in zip(self._watched, found, strict=True)}
+        self._down_ranks |= {of.layer.name: known.rank for of, known in zip(self._watched, found, strict=True)}
         return not any(weighed.values()) and all(
             known.matrices is of.matrices and not any(blurs(known, dtype) for dtype in self._down_types)
             for known, of in zip(found, presumed, strict=True)

@@ -101,6 +101,8 @@ def measure(
                 anew = _run(recorder, forward, batch, predictions)
                 if anew is not None:
                     if anew < count:
+                        if not recorder.alone and count > batching.first:
+                            anew = max(anew, batching.first)  # which fitted
                         batching.settle(anew)
                         if shrunk is not None and not recorder.alone and anew < batching.first:
                             shrunk(anew)

@@ -97,3 +97,20 @@ def test_figures_do_not_depend_on_what_was_tried(tmp_path: Path) -> None:
         agree(got, want, 1e-6)
         assert shrunk == told
         assert max(lengths) == {100: 16, 4: 8, 1: 2}[most]
+
+
+def test_what_fitted_before_is_taken_again(tmp_path: Path) -> None:
+    """Where fewer windows than were to be tried are left, and too many, those of the beginning fit still."""
+    model, shrunk, lengths = load(tiny.lora_null(tmp_path)), list[int](), list[int]()
+
+    def forward(_: object, args: tuple[torch.Tensor], __: object) -> None:
+        lengths.append(len(args[0]))
+        if len(args[0]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = model.model.get_submodule("model.layers.1").register_forward_hook(forward)
+    seconds = iter(range(9))
+    windows = [[n + 1, *range(1, 12)] for n in range(7)]
+    measure(model, windows, batch_size=Batching(2, lambda: next(seconds)), shrunk=shrunk.append)
+    handle.remove()
+    assert (lengths, shrunk) == ([2, 2, 3, 2, 1], [])

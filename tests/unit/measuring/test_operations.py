@@ -25,6 +25,7 @@ from pytest_nullspace import kernels
 from pytest_nullspace.checkpoint import open_checkpoint
 from pytest_nullspace.measuring import factors
 from pytest_nullspace.measuring.distinct import AHEAD, DistinctRows, all_found
+from pytest_nullspace.measuring.distributed import Ranks
 from pytest_nullspace.measuring.drift import compared
 from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.rows import Batch
@@ -250,6 +251,27 @@ def test_a_batch_is_run_anew_where_weights_are_not_as_presumed(
     for a, b in zip(got, want, strict=True):
         assert [getattr(a, name) for name in FIGURES] == pytest.approx([getattr(b, name) for name in FIGURES], rel=1e-4)
         assert (a.rows, a.down_rank) == (b.rows, b.down_rank)
+
+
+class Last(Ranks):
+    """The process of two that gets no window where there is one, which meets nobody."""
+
+    def add(self, step: str, windows: range, read: Sequence[int], *sums: Tensor) -> None:
+        """What the other has read is left out."""
+        assert (len(windows), list(read)) == (1, [])
+
+    def told(self, step: str, found: Any) -> list[Any]:
+        """What this one found."""
+        return [found]
+
+
+def test_a_process_that_reads_nothing_knows_what_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are more processes than windows a card without a batch of its own tells of weights all the same."""
+    adapted = load(tmp_path, "LoRA-Null")
+    want = measure(adapted, UNEQUAL[:1])
+    with without_a_look(monkeypatch):
+        got = measure(adapted, UNEQUAL[:1], ranks=Last(0, 2))
+    assert [(of.down_rank, of.rows) for of in got] == [(of.down_rank, 0) for of in want]
 
 
 def test_weights_beyond_float32_are_told_without_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
