@@ -3,18 +3,26 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from pytest_nullspace.errors import NullspaceError
 from pytest_nullspace.shell.attest import verify
 
+GATE = "to gate an adapter: pytest --nullspace-model=PATH --nullspace-calib-dataset=TEXT --nullspace-task-dataset=TEXT"
 SHOWN = 20
 """Lines about what differs, at most."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {message}\n{GATE}\n")
+
+
 def main() -> int:
     """Verify a statement: 0 where every file is what was gated and did not fail, 1 elsewhere, 2 for usage."""
-    parser = argparse.ArgumentParser(prog="python -m pytest_nullspace")
-    commands = parser.add_subparsers(required=True)
+    parser = _Parser(prog="python -m pytest_nullspace", epilog=GATE)
+    commands = parser.add_subparsers(required=True, parser_class=argparse.ArgumentParser)
     command = commands.add_parser(
         "attest-verify",
         help="hash an adapter's files and hold them against the statement that --nullspace-attest wrote",

@@ -74,12 +74,24 @@ def read_texts(settings: Settings) -> Texts:
                 require_length(text, settings.seqlen or 0)
             except TextError as error:
                 raise TextError(f"{source}: {error}") from None
+    _require_apart(texts, settings)
     if settings.chat not in (AUTO, OFF) and not any(map(_are_talks, texts.values())):
         raise TextError(
             f"{PREFIX}chat: no text holds conversations; give a table with a column messages, or with the columns "
             "prompt and completion, or leave the option out"
         )
     return texts
+
+
+def _require_apart(texts: Texts, settings: Settings) -> None:
+    """Refuse a task text that is a preserved one, be it under another name: what was learned is not what was kept."""
+    task = texts.get("task_text")
+    same = next((text for what, text in texts.items() if what != "task_text" and text == task), None)
+    if task is not None and same is not None:
+        raise TextError(
+            f"{TASK_OPTION}={settings.task_dataset}: the same text as is given to be preserved ({OPTION}), so nothing "
+            "could tell what was kept from what was learned; give the text of the task, or leave it out"
+        )
 
 
 def _read(source: Source, chat: str) -> Text:

@@ -82,8 +82,8 @@ OPTIONS = (
         "calib-dataset",
         "[NAME=]TEXT",
         "The text whose knowledge must survive: wikitext2, c4, ptb, triviaqa, nqopen, a .txt, .md, .jsonl, .json, .csv "
-        "or .parquet file, a folder saved by datasets or of images, hub:owner/name[:config[:split[:column]]], or self: "
-        "what the base writes.",
+        "or .parquet file, a folder of texts or images or saved by datasets, hub:owner/name[:config[:split[:column]]], "
+        "or self: what the base writes.",
         values.preserved,
         default=DEFAULT_TEXT,
         repeatable=True,

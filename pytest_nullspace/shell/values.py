@@ -1,5 +1,6 @@
 """How one value of an option is read: from what the user wrote to what it means, or one sentence on what it takes."""
 
+import glob
 import math
 import os
 import re
@@ -7,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_nullspace.errors import NO_APPLE, OptionError, TextError, quoted
+from pytest_nullspace.errors import NO_APPLE, OptionError, TextError, printable, quoted
 from pytest_nullspace.settings import AUTO_MOST, STREAM, GivenText
 
 if TYPE_CHECKING:
@@ -62,6 +63,13 @@ def path(given: Given) -> Path:
 def model(given: Given) -> Path | str:
     """A checkpoint's directory, or its id on the hub."""
     local = path(given)
+    if not local.exists() and any(sign in given.text for sign in "*?"):
+        found = sorted(glob.glob(str(Path(given.text).expanduser()), root_dir=given.folder))  # noqa: PTH207 - may be absolute
+        which = f"{len(found):,} match, such as {printable(found[0])}" if found else "nothing matches it"
+        raise OptionError(
+            f"{quoted(given.text)} is a pattern, and a path is taken as it stands (no shell replaces one behind '='); "
+            f"give the option once for each directory: {which}"
+        )
     return given.text if not local.exists() and re.fullmatch(_HUB_ID, given.text) else local
 
 

@@ -10,6 +10,8 @@ from pytest_nullspace.errors import TextError, printable, quoted
 from pytest_nullspace.text.conversations import FORMS, TOOLS, holds_images
 from pytest_nullspace.text.images import SUFFIXES, Images, Picture, Row, pictures_of
 from pytest_nullspace.text.pictured import pictured
+from pytest_nullspace.text.sources import PLAIN
+from pytest_nullspace.text.sources import SUFFIXES as READ
 
 if TYPE_CHECKING:
     import pyarrow
@@ -226,9 +228,33 @@ def _held(source: str, rows: Sequence[Row]) -> Images:
     return Images(source, tuple(rows))
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved a folder."""
+    return any((folder / name).is_file() for name in _SAVED)
+
+
+def plain_texts(folder: Path) -> list[Path]:
+    """The files of text in a folder and below, by their paths; none where `datasets` saved it or it holds none.
+
+    Raises:
+        TextError: A file of rows lies beside them, of which it cannot be told whether it is part of the text.
+    """
+    if is_saved(folder):
+        return []
+    seen = [file for file in folder.rglob("*") if not any(p.startswith(".") for p in file.relative_to(folder).parts)]
+    found = sorted(file for file in seen if file.suffix.lower() in PLAIN and file.is_file())
+    rows = sorted(file for file in seen if file.suffix.lower() in {*READ} - {*PLAIN})
+    if found and rows:
+        other, text = (printable(files[0].relative_to(folder)) for files in (rows, found))
+        raise TextError(
+            f"{folder}: holds {other} beside {text}; give that file, or a folder of {' and '.join(PLAIN)} files alone"
+        )
+    return found
+
+
 def is_gallery(folder: Path) -> bool:
     """Whether a folder is one of images, or of sound, and none that `datasets` saved."""
-    if any((folder / name).is_file() for name in _SAVED):
+    if is_saved(folder):
         return False
     return any(name.suffix.lower() in (*SUFFIXES, *_SOUNDS) for name in folder.rglob("*"))
 

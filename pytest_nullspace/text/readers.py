@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_nullspace.checkpoint.files import POINTER
 from pytest_nullspace.errors import TextError, first_line, printable
+from pytest_nullspace.text import gallery
 from pytest_nullspace.text.conversations import AUTO, FORMS, OFF, TOOLS, Conversations, conversations
-from pytest_nullspace.text.gallery import Table, from_folder, from_table, is_gallery, media_of_columns, media_of_schema
 from pytest_nullspace.text.images import Images
 from pytest_nullspace.text.sources import OPTION, PLAIN, FileText, FolderText, HubText, Source
 
@@ -46,16 +46,16 @@ def read(source: Source, chat: str) -> Text:
     folder, talking = None, partial(_conversing, chat=chat)
     match source:
         case FileText():
-            _require_whole(source.path)
             table, folder = _read_file(source.path), source.path.parent
         case FolderText():
             part = source.path / source.split if source.split else source.path
-            if part.is_dir() and is_gallery(part):
-                return from_folder(part, source.column, _read_file, talking)
-            table = _read_folder(source)
+            if part.is_dir() and gallery.is_gallery(part):
+                return gallery.from_folder(part, source.column, _read_file, talking)
+            plain = gallery.plain_texts(part) if part.is_dir() else ()
+            table = _read_plain(plain) if plain else _read_folder(source)
         case HubText():
             table = _read_hub(source)
-    if (images := from_table(table, str(source), source.column, folder, talking)) is not None:
+    if (images := gallery.from_table(table, str(source), source.column, folder, talking)) is not None:
         return images
     if held := talking(table, source.column, ()):
         values = {name: table.values(name) for name in (*held, TOOLS) if name in table.columns}
@@ -96,7 +96,7 @@ class _Table:
     media: Mapping[str, str] = field(default_factory=dict)
 
 
-def _conversing(table: Table, column: str | None, texts: Sequence[str], *, chat: str) -> Sequence[str]:
+def _conversing(table: gallery.Table, column: str | None, texts: Sequence[str], *, chat: str) -> Sequence[str]:
     """The columns of ``table`` that hold conversations and are to be taken; none where a text is.
 
     Args:
@@ -158,7 +158,7 @@ def _texts(table: _Table, column: str, source: Source) -> Iterator[str]:
 def _from_columns(columns: Mapping[str, list[Any]], row: str = "row") -> _Table:
     kinds = {name: {type(value) for value in values if value is not None} for name, values in columns.items()}
     strings = {name: found == {str} for name, found in kinds.items()}
-    return _Table(strings, columns.__getitem__, row, media_of_columns(columns))
+    return _Table(strings, columns.__getitem__, row, gallery.media_of_columns(columns))
 
 
 def _from_rows(rows: list[Any], path: Path, row: str = "row") -> _Table:
@@ -205,6 +205,11 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
 def _read_txt(path: Path) -> _Table:
     # Ends of lines as a checkout on any system would have them, so that the windows are the same everywhere.
     return _from_columns({"text": [_decoded(path).replace("\r\n", "\n")]})
+
+
+def _read_plain(files: Sequence[Path]) -> _Table:
+    """The files of a folder as the rows of one column."""
+    return _from_columns({"text": [text for file in files for text in _read_file(file).values("text")]}, "file")
 
 
 def _read_json(path: Path) -> _Table:
@@ -270,7 +275,7 @@ def _read_parquet(path: Path) -> _Table:
             column: list[object] = file.read(columns=[name]).column(name).to_pylist()
         return column
 
-    return _Table(_string_columns(file.schema_arrow), values, media=media_of_schema(file.schema_arrow))
+    return _Table(_string_columns(file.schema_arrow), values, media=gallery.media_of_schema(file.schema_arrow))
 
 
 @contextmanager
@@ -292,6 +297,11 @@ def _string_columns(schema: "pyarrow.Schema") -> dict[str, bool]:
 def _read_folder(source: FolderText) -> _Table:
     import datasets
 
+    if not gallery.is_saved(source.path):
+        raise TextError(
+            f"{source}: not a folder that save_to_disk of datasets wrote, and without {' and '.join(PLAIN)} files or "
+            "images in it; give a folder of one of these, or a file"
+        )
     try:
         with _without_bars():
             saved = datasets.load_from_disk(str(source.path))
@@ -355,7 +365,7 @@ def _from_dataset(dataset: Any) -> _Table:
         if (closed := _closed(feature)) != feature:  # images, whose bytes are opened here, within bounds
             plain = plain.cast_column(name, closed)
     schema = plain.features.arrow_schema
-    return _Table(_string_columns(schema), lambda name: plain[name][:], media=media_of_schema(schema))
+    return _Table(_string_columns(schema), lambda name: plain[name][:], media=gallery.media_of_schema(schema))
 
 
 def _closed(feature: Any) -> Any:
@@ -377,6 +387,7 @@ def _closed(feature: Any) -> Any:
 
 
 def _read_file(path: Path) -> _Table:
+    _require_whole(path)
     return _READERS[path.suffix.lower()](path)
 
 

@@ -40,11 +40,11 @@ class FileText:
 
 @dataclass(frozen=True)
 class FolderText:
-    """A folder that ``save_to_disk`` of `datasets` wrote, or one of images.
+    """A folder that ``save_to_disk`` of `datasets` wrote, or one of images or of files of text.
 
     Attributes:
         path: The folder.
-        split: The split; None for ``train``, or for all of a set that has no splits. Of images, the folder in it.
+        split: The split; None for ``train``, or for all of a set that has no splits. Of others, the folder in it.
         column: The column that holds the text; None for the default.
     """
 
@@ -201,6 +201,6 @@ def _refusal(option: str, spec: str, reason: str) -> TextError:
     words = ", ".join((*NAMED_SETS, SELF) if option == OPTION else NAMED_SETS)
     return TextError(
         f"{option}={printable(spec)}: {reason}. It takes {words}, a file ({' '.join(SUFFIXES)}; "
-        "FILE:column), a folder of images or saved by datasets (DIR:split:column), or "
+        "FILE:column), a folder of texts, of images or saved by datasets (DIR:split:column), or "
         "hub:owner/name[:config[:split[:column]]]."
     )

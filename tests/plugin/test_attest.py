@@ -238,3 +238,15 @@ def test_what_is_no_statement_is_refused(pytester: pytest.Pytester, text: str, s
     assert (found.returncode, found.stdout) == (1, "")
     assert said in found.stderr
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("given", [(), ("runs/ft",)], ids=["nothing", "a directory"])
+def test_the_command_says_how_to_gate_where_that_was_meant(given: tuple[str, ...]) -> None:
+    """It verifies and does not gate, so what it cannot read ends with the command that does."""
+    command = [sys.executable, "-m", "pytest_nullspace", *given]
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert told.returncode == 2
+    assert "{attest-verify}" in told.stderr
+    *_, last = told.stderr.splitlines()
+    asked = " ".join(f"--nullspace-{name}" for name in ("model=PATH", "calib-dataset=TEXT", "task-dataset=TEXT"))
+    assert last == f"to gate an adapter: pytest {asked}"

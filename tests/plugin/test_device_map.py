@@ -58,7 +58,7 @@ def numbers(value: Any, where: str = "") -> Iterator[tuple[str, float]]:
         yield where, value
 
 
-EVERYTHING = ("--nullspace-spectrum", "--nullspace-drift", "--nullspace-task-dataset=text.txt")
+EVERYTHING = ("--nullspace-spectrum", "--nullspace-drift", "--nullspace-task-dataset=task.txt")
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,7 @@ def test_a_model_on_disk_gives_the_same_figures(
     """With every weight on disk all figures are those of the model in memory, and nothing is left on the disk."""
     model = made(kind, folder)
     quick = {"quick": SHIPPED} if kind == "shipped" else {}
+    (folder / "task.txt").write_text(f"{tiny.TEXT}.")
     (folder / "offload").mkdir()
     monkeypatch.setenv("TMPDIR", str(folder / "offload"))
     whole = gate(*LOOSE, *options, "--nullspace-save-stats=whole.json", model=model, **quick)

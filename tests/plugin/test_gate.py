@@ -349,6 +349,13 @@ def test_what_is_no_checkpoint_is_a_usage_error(checkpoint: Path, gate: Gate, py
     """A missing directory, a file, an empty directory and a plain model are errors, never an empty green run."""
     usage_error(gate(model="nowhere"), "ERROR: *nowhere: no such directory; give the one that training saved")
     usage_error(gate(model="text.txt"), "ERROR: *text.txt: is a file; give the directory that holds it")
+    told = "; give the option once for each directory:"
+    usage_error(
+        gate(model="runs/f*"), f"ERROR: --nullspace-model: 'runs/f*' is a pattern*{told} 1 match, such as runs/ft"
+    )
+    usage_error(
+        gate(model="nowhere-?"), f"ERROR: --nullspace-model: 'nowhere-?' is a pattern*{told} nothing matches it"
+    )
     pytester.mkdir("empty")
     usage_error(
         gate(model="empty"), "ERROR: *empty: not a checkpoint: neither config.json nor adapter_config.json is in it*"

@@ -62,7 +62,8 @@ def test_a_ratio_that_sinks_alone_make_small_is_no_pass(spared: Path, gate: Gate
     again.assert_outcomes(passed=2, warnings=2)
     strict = gate(*LONG, "-W", "error::pytest_nullspace.NullspaceWarning", model="adapter")
     strict.assert_outcomes(failed=2)
-    task = "--nullspace-task-dataset=sinks.txt", "--nullspace-threshold=selectivity:0.9:0.5"
+    (spared / "task.txt").write_text((spared / "sinks.txt").read_text() + ".")
+    task = "--nullspace-task-dataset=task.txt", "--nullspace-threshold=selectivity:0.9:0.5"
     both = gate(*LONG, *task, "-v", model="adapter")
     both.assert_outcomes(passed=2, warnings=2)
     both.stdout.fnmatch_lines(["⚠ forgetting *, * without sink rows (pass < 0.1, fail > 0.125): sink rows *"])

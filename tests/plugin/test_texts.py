@@ -309,6 +309,23 @@ def test_a_missing_task_text_is_told_by_its_option(checkpoint: Path, gate: Gate)
     result.stderr.fnmatch_lines(["*--nullspace-task-dataset=nowhere.txt: no such file or folder*"])
 
 
+def test_a_task_text_that_is_to_be_preserved_too_is_refused(
+    checkpoint: Path, gate: Gate, pytester: pytest.Pytester
+) -> None:
+    """What was learned cannot be told from what was kept on one text, whatever it is called: said before collection."""
+    (pytester.path / "copy.txt").write_text(tiny.TEXT)
+    (pytester.path / "other.txt").write_text(f"{tiny.TEXT}.")
+    (pytester.path / "folder").mkdir()
+    (pytester.path / "folder" / "copy.md").write_text(tiny.TEXT)
+    further = "--nullspace-calib-dataset=other.txt", "--nullspace-calib-dataset=code=text.txt"
+    for task, preserved in (("text.txt", ()), ("copy.txt", ()), ("folder", ()), ("text.txt", further)):
+        result = gate(f"--nullspace-task-dataset={task}", *preserved)
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines(
+            [f"ERROR: --nullspace-task-dataset={task}: the same text as is given to be preserved (*), *; give *"]
+        )
+
+
 def test_windows_are_drawn_until_every_verdict_is_settled(gate: Gate, pytester: pytest.Pytester) -> None:
     """``auto`` ends as soon as no margin reaches over a bound, and at the stated maximum at the latest."""
     quick = (FACTS, "--nullspace-seqlen=64", "--nullspace-save-stats=s.json", "--nullspace-calib-size=auto:40")

@@ -40,6 +40,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
     """Measure in name only; gives what the pass over each text asks, to know whether it may end."""
     directory = tiny.lora_null(tmp_path / "ft")
     (tmp_path / "text.txt").write_text(tiny.TEXT)
+    (tmp_path / "task.txt").write_text(f"{tiny.TEXT}.")
 
     def ask(**changes: Any) -> tuple[Settled, ...]:
         found: list[Settled] = []
@@ -72,7 +73,7 @@ def test_one_text_is_drawn_until_each_of_its_figures_is_certain(asked: Asked) ->
 
 def test_each_of_two_texts_is_drawn_until_what_is_judged_on_it_is_certain(asked: Asked) -> None:
     """What the update is for prolongs the task text's pass alone, what must survive the preserved text's alone."""
-    preserved, task = asked(task_dataset="text.txt")
+    preserved, task = asked(task_dataset="task.txt")
     assert preserved(layers())
     assert task(layers())
     for figure in ("preservation", "leakage"):
@@ -86,7 +87,7 @@ def test_each_of_two_texts_is_drawn_until_what_is_judged_on_it_is_certain(asked:
 def test_a_layer_that_no_row_reached_yet_is_not_settled(asked: Asked) -> None:
     """Its verdict would change with the first row, on either text, unless no row need reach it."""
     unreached = layers(rows=0, input_norm=math.nan, down_norm=math.nan, update_norm=math.nan)
-    for settled in (*asked(), *asked(task_dataset="text.txt")):
+    for settled in (*asked(), *asked(task_dataset="task.txt")):
         assert not settled(unreached)
     (settled,) = asked(allow_unreached=("layers.0",))
     assert settled(unreached)
@@ -110,7 +111,7 @@ def test_the_drift_is_settled_too_where_it_is_judged(sure: bool, asked: Asked, m
     margin = 0.0 if sure else 1.0
     near = TextDrift(480, 2.0, 2.01, 0.01, margin, margin)
     monkeypatch.setattr("pytest_nullspace.measuring.drift.Predictions.of", lambda *_: near)
-    preserved, task = asked(drift=True, task_dataset="text.txt")
+    preserved, task = asked(drift=True, task_dataset="task.txt")
     assert (preserved(layers()), task(layers())) == (sure, sure)
     (alone,) = asked(drift=True)
     assert alone(layers()) is sure

@@ -32,7 +32,7 @@ from tests.plain import read_text
 
 TAKES = (
     "It takes wikitext2, c4, ptb, triviaqa, nqopen, self, a file (.txt .md .jsonl .json .csv .parquet; FILE:column), "
-    "a folder of images or saved by datasets (DIR:split:column), or hub:owner/name[:config[:split[:column]]]."
+    "a folder of texts, of images or saved by datasets (DIR:split:column), or hub:owner/name[:config[:split[:column]]]."
 )
 
 
@@ -410,9 +410,37 @@ class TestFolders:
 
     def test_a_folder_of_other_things_is_refused(self, tmp_path: Path) -> None:
         """A folder that datasets did not save is refused in one line."""
+        (tmp_path / "notes.pdf").touch()
+        assert refused(lambda: read_text(FolderText(tmp_path))) == (
+            f"{tmp_path}: not a folder that save_to_disk of datasets wrote, and without .txt and .md files or images "
+            "in it; give a folder of one of these, or a file"
+        )
+        (tmp_path / "state.json").write_text("{")
         message = refused(lambda: read_text(FolderText(tmp_path)))
-        assert message.startswith(f"{tmp_path}: not a folder that save_to_disk of datasets wrote: Directory ")
+        assert message.startswith(f"{tmp_path}: not a folder that save_to_disk of datasets wrote: ")
         assert "\n" not in message
+
+    def test_a_folder_of_texts_is_read_in_the_order_of_its_paths(self, tmp_path: Path) -> None:
+        """Files in it and below, hidden ones left out, are one text; another folder in it is named as a split."""
+        (tmp_path / "texts" / "sub").mkdir(parents=True)
+        (tmp_path / "texts" / ".cache").mkdir()
+        for name in ("b.txt", "a.md", "sub/c.TXT", ".cache/d.txt", ".e.txt"):
+            (tmp_path / "texts" / name).write_text(f"of {name}")
+        (tmp_path / "texts" / "code.py").touch()
+        assert read_text(named("texts", tmp_path)) == "of a.md\n\nof b.txt\n\nof sub/c.TXT"
+        assert read_text(named("texts:sub", tmp_path)) == "of sub/c.TXT"
+        (tmp_path / "texts" / "a.md").write_bytes(b"\xff")
+        assert refused(lambda: read_text(named("texts", tmp_path))) == (
+            f"{tmp_path / 'texts' / 'a.md'}: not UTF-8 text (byte 0); save it as UTF-8"
+        )
+
+    def test_a_folder_of_texts_and_rows_is_refused(self, tmp_path: Path) -> None:
+        """Nothing is passed over that may be part of the text, as in a dataset's folder with its README."""
+        for name in ("README.md", "rows.jsonl"):
+            (tmp_path / name).write_text("{}")
+        assert refused(lambda: read_text(FolderText(tmp_path))) == (
+            f"{tmp_path}: holds rows.jsonl beside README.md; give that file, or a folder of .txt and .md files alone"
+        )
 
     def test_an_undecided_column_is_named_with_its_split(self, tmp_path: Path) -> None:
         """The form that the message recommends keeps the split."""
