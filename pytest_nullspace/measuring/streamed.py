@@ -21,7 +21,7 @@ from pytest_nullspace.measuring.halfway import Halfway, OfPart, Pass, holds_stan
 from pytest_nullspace.measuring.memory import give_back_freed_memory, keeping_little
 from pytest_nullspace.measuring.recorder import Recorder
 from pytest_nullspace.measuring.rows import Batch, Rows
-from pytest_nullspace.measuring.waiting import Waiting, asking
+from pytest_nullspace.measuring.waiting import Waiting, asking, tensors_in
 from pytest_nullspace.model import AdaptedModel
 from pytest_nullspace.model.ends import ends_of
 from pytest_nullspace.model.light import lighten
@@ -110,7 +110,7 @@ class Streaming:
         batches: The batch sizes, of which each but the first did not fit before it.
         progress: Told which share of a pass is done.
         starting: Told, once the first forward of a pass waits for a block, how many tokens all of them read, how many
-            bytes they will be between two blocks, and how many of these are no windows of a text.
+            more bytes they will be between two blocks, and how many of all these are no windows of a text.
         expecting: Called once all that the first pass needs is in memory, but for one of two blocks.
     """
 
@@ -240,6 +240,7 @@ class Streaming:
         """Run each up to the first block that is not done."""
         threads = torch.get_num_threads()
         answers, done.answers = done.answers or [None] * len(forwards), []
+        there = sum(of.nbytes for of in tensors_in(answers))  # what an earlier run left is in memory
         try:
             for forward, answer in zip(forwards, answers, strict=True):
                 forward.rows.start(forward.batch)
@@ -249,7 +250,7 @@ class Streaming:
                     each = forward.waiting.call.nbytes / forward.batch.tokens.numel()
                     tokens = sum(of.batch.tokens.numel() for of in forwards)
                     extra = sum(of.batch.tokens.numel() for of in forwards if of.of is None and of.predictions is None)
-                    self.starting(tokens, int(each * tokens), int(each * extra))
+                    self.starting(tokens, int(each * tokens) - there, int(each * extra))
                 for number in range(done.blocks):
                     _require_waiting([forward], self._shelf.blocks[number])
                     forward.waiting.go_on(answer if number == done.blocks - 1 else stand_ins(answer))

@@ -36,18 +36,18 @@ class Call(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Of all that the module is given, and once more of the first of it: what it gives is as large."""
-        given = list(_tensors([self.args, self.kwargs]))
+        given = list(tensors_in([self.args, self.kwargs]))
         held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in given}
         return sum(held.values()) + (given[0].nbytes if given else 0)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """All in it, whatever lists and dictionaries they lie in."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple):
         for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 class _LeftError(BaseException):

@@ -106,6 +106,21 @@ def test_a_run_goes_on_from_its_last_block(
         assert run.about["measured"]["batch_sizes"] == whole.about["measured"]["batch_sizes"]
 
 
+def test_what_an_earlier_run_left_is_not_wanted_twice(
+    measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states that came with the earlier run's file are in memory, and no room is asked for them again."""
+    asked = list[tuple[int, int]]()
+    monkeypatch.setattr("pytest_nullspace.measuring.measurement.require_room", lambda *of: asked.append(of[4:6]))
+    directory = made("LoRA-Null", tmp_path)
+    end_at(1, measured, directory)
+    _, left = go_on(measured, directory)
+    assert left == [1, 2]
+    (tokens, whole), (again, more) = asked
+    assert again == tokens
+    assert whole - more == tokens * 32 * 4  # float32, as wide as the model is
+
+
 def test_a_run_that_is_ended_again_and_again_comes_to_its_end(measured: Measured, tmp_path: Path) -> None:
     """One block at a time, and after the last one the head: what lies in the folder is one file, the newest."""
     directory = tiny.lora_null(tmp_path / "whole")
