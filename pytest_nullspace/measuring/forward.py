@@ -110,14 +110,16 @@ def _not_on_text(adapted: AdaptedModel, checkpoint: Checkpoint, reads: str, erro
     )
 
 
-def require_images_read(adapted: AdaptedModel, checkpoint: Checkpoint, sees: str, window: Sequence[int]) -> None:
-    """Refuse images for a model that takes none, or others than its processor makes.
+def require_images_read(
+    adapted: AdaptedModel, checkpoint: Checkpoint, sees: str, windows: Sequence[Sequence[int]]
+) -> None:
+    """Refuse images for a model that takes none, others than its processor makes, or such that it passes over.
 
     Args:
         adapted: The model.
         checkpoint: Of which it is.
         sees: The input that holds an image.
-        window: One with an image.
+        windows: Those of the text.
 
     Raises:
         CheckpointError: It is so.
@@ -128,7 +130,7 @@ def require_images_read(adapted: AdaptedModel, checkpoint: Checkpoint, sees: str
             f"{checkpoint.directory}: its base model is run as a {kind}, which takes no images; give text alone, of a "
             "table by the name of its column as in FILE:text"
         )
-    batch = Batch.of([window], adapted.device)
+    batch = Batch.of([telling(windows)], adapted.device)
     try:
         with adapted.without_grad():
             run(adapted.model, batch.tokens, batch.beside)
@@ -139,6 +141,17 @@ def require_images_read(adapted: AdaptedModel, checkpoint: Checkpoint, sees: str
             f"{checkpoint.directory}: its base model, a {kind}, cannot read what the processor makes of images: "
             f"{first_line(error)}; put the processor of the base model there, or give text alone"
         ) from error
+    # Others than BLIP-2 complain by themselves where fewer tokens stand for images than they make of them.
+    if (each := getattr(adapted.model.config, "num_query_tokens", None)) is None:
+        return
+    for shown in (window for window in windows if isinstance(window, Shown)):
+        wanted = each * sum(shape[0] for name, _, shape in shown.form if name == sees)
+        if (stand := sum(token in shown.unscored for token in shown)) != wanted:
+            raise CheckpointError(
+                f"{checkpoint.directory}: {shown.where}: {stand} tokens stand for images of which a {kind} makes "
+                f"{wanted}, and it would pass over the others; give rows of one image, and the processor of the base "
+                "model"
+            )
 
 
 class _PassedLastError(Exception):

@@ -146,11 +146,11 @@ def _require_known(
         with loaded.held_against.base() as plain:
             require_known_to_base(drawn.values(), plain, checkpoint)
     if read.processor is not None:
-        from pytest_nullspace.measuring.forward import require_images_read, telling
+        from pytest_nullspace.measuring.forward import require_images_read
 
         for what in read.images:
-            window = telling([window.tokens for window in drawn[what]])
-            require_images_read(loaded.adapted, checkpoint, read.processor.sees, window)
+            windows = [window.tokens for window in drawn[what]]
+            require_images_read(loaded.adapted, checkpoint, read.processor.sees, windows)
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """Rows of images and text: figures and predictions of the whole model, as PEFT's own forward has them."""
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
+import pyarrow
 import pytest
 import torch
 import transformers
+from pyarrow import parquet
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -137,6 +140,21 @@ def test_a_model_that_reads_no_text_without_an_image_is_gated_whole_on_images(tm
     report = gate(seeing(tmp_path, "blip_2"), str(gallery(tmp_path / "gallery")), calib_size=2)
     assert report.run.drift is not None
     assert all(layer.defect is None for layer in report.run.layers)
+
+
+@pytest.mark.parametrize(("queries", "count", "told"), [(4, 2, (4, 8)), (None, 1, (0, 4)), (2, 1, (2, 4))])
+def test_an_image_of_which_a_model_would_read_a_part_alone_is_refused(
+    queries: int | None, count: int, told: tuple[int, int], tmp_path: Path
+) -> None:
+    """BLIP-2 says nothing where fewer tokens stand for images than it makes of them: the row is told, not measured."""
+    directory = seeing(tmp_path, "blip_2")
+    (tmp_path / "base" / "processor_config.json").write_text(
+        json.dumps({"num_query_tokens": queries, "processor_class": "Blip2Processor"})
+    )
+    images = [[{"bytes": png(seed=seed), "path": None} for seed in range(count)] for _ in range(2)]
+    parquet.write_table(pyarrow.table({"images": images, "text": list(CAPTIONS[:2])}), tmp_path / "rows.parquet")
+    with pytest.raises(CheckpointError, match=r"row \d: {} tokens stand for images of .* makes {}, ".format(*told)):
+        gate(directory, tmp_path / "rows.parquet", calib_size=2)
 
 
 def _wing(name: str) -> str:
@@ -278,10 +296,10 @@ def test_a_model_that_takes_no_images_is_refused(tmp_path: Path) -> None:
     directory = adapter(tmp_path, tiny.llama(), r=4, target_modules=["q_proj"])
     checkpoint, adapted = opened(directory)
     with pytest.raises(CheckpointError, match="is run as a LlamaForCausalLM, which takes no images; give text alone"):
-        require_images_read(adapted, checkpoint, "pixel_values", case.shown[0])
+        require_images_read(adapted, checkpoint, "pixel_values", case.shown)
     other = Case(tmp_path / "other", "gemma3")
     with pytest.raises(CheckpointError, match="a LlavaForConditionalGeneration, cannot read what the processor makes"):
-        require_images_read(case.adapted, open_checkpoint(case.directory), "pixel_values", other.shown[0])
+        require_images_read(case.adapted, open_checkpoint(case.directory), "pixel_values", other.shown)
 
 
 def test_a_lost_first_token_is_looked_for_in_the_text_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
