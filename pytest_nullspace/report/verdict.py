@@ -30,7 +30,10 @@ def lines(decision: Decision, every: bool = False) -> Iterator[tuple[str, Tier |
 
 def _figure(reason: Reason) -> str:
     assert reason.finding is not None
-    return f"{in_short(reason.finding, reason.tier)}: {printable(reason.words, 1000)}"
+    words = reason.words
+    if reason.finding.threshold.figure == "loss-rise":  # told once of what it is, where the sentence above has no room
+        words = words.removeprefix("the ").replace(" is ", " ").replace(" likely", " likely a token")
+    return f"{in_short(reason.finding, reason.tier)}: {printable(words, 1000)}"
 
 
 def _group(reason: Reason) -> str:
