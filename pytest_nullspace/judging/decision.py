@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from pytest_nullspace.checkpoint import peft
+from pytest_nullspace.checkpoint.header import printable
 from pytest_nullspace.judging.evidence import Diagnosis
 from pytest_nullspace.judging.invariants import MODEL, Expectations, Stage, verdicts_of
 from pytest_nullspace.judging.scarce import short_texts
@@ -323,7 +324,7 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
     if absent:
         yield Reason(f"not measured: {', '.join(absent)}", Tier.WARN)
     if expectations.stage is Stage.TRAINED and not any(is_drift(verdict.subject) for verdict in verdicts):
-        why = " (--nullspace-drift)" if run.without_drift is None else f": {run.without_drift}"
+        why = " (--nullspace-drift)" if run.without_drift is None else f": {printable(run.without_drift, 1000)}"
         yield Reason(f"what it forgot was not judged{why}", Tier.WARN)
     elif expectations.stage is Stage.TRAINED and (run.drift is None or run.drift.task is None):
         yield Reason(f"{_kept_so_far(verdicts)}what it learned was not judged (--nullspace-task-dataset)", Tier.WARN)
@@ -332,7 +333,7 @@ def _doubts(run: RunStats, expectations: Expectations, verdicts: Sequence[Verdic
     lacking = frozenset[str]().union(*short.values())
     if 2 * len(lacking) > len(quiet - {MODEL}):
         named = run.on_further and all(short)  # else all of it is of the first one too, which nobody named
-        which = f" of the text{'s' * (len(short) > 1)} {' and '.join(short)}" if named else ""
+        which = f" of the text{'s' * (len(short) > 1)} {' and '.join(map(printable, short))}" if named else ""
         layers = f"{len(lacking):,} of {len(run.layers):,} layers"
         yield Reason(f"too few rows{which} to show a null space in {layers}", Tier.WARN)
     files = run.about.get("weights_sha256") if run.about.get("format") == peft.FORMAT else None

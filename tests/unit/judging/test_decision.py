@@ -151,6 +151,17 @@ def test_a_null_space_is_shown_on_every_preserved_text_or_it_is_one_to_look_at()
     assert verdict(dataclasses.replace(counted, about=about)).call is Call.LOOK
 
 
+def test_what_a_saved_run_tells_is_printable_wherever_the_verdict_is_shown() -> None:
+    """A reason or a text's name from a file brings no control character into a page, a property or a log."""
+    evil = "\x1b[2J\n::error::"
+    blind = dataclasses.replace(saved.run(), about={WITHOUT_DRIFT: evil})
+    layers = [dataclasses.replace(layer, distinct_rows=1) for layer in good().layers]
+    few = tuple(dataclasses.replace(of, further={"code": dataclasses.replace(of, task=None)}) for of in layers)
+    named = dataclasses.replace(good(), layers=few, about={"text": {"name": evil}})
+    for run in (blind, named):
+        assert r"\x1b[2J\n::error::" in verdict(run).sentence
+
+
 def test_an_adapter_in_files_that_peft_does_not_load_is_one_to_look_at() -> None:
     """PEFT opens one file by its name, so one in shards may be right and still not be what is deployed."""
 
