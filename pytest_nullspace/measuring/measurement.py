@@ -117,7 +117,7 @@ class Measurement:
         return f"{self.checkpoint.directory}: too little memory"
 
     def figures(self, layers: Collection[str]) -> tuple[Figures, list[int]]:
-        """Measure ``layers`` on each text; with the batch sizes, of which each but the first did not fit before it."""
+        """Measure ``layers`` on each text; with how many windows a forward began, and to how many it had to go back."""
         predicted = 0 if self.held_against is None else vocabulary(self.adapted.model) or 0
         batches = [self.settings.batch_size or suiting(self.adapted.device, self.seqlen, predicted)]
         tries = self.settings.batch_size is None
