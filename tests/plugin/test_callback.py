@@ -58,7 +58,8 @@ def test_training_is_the_same_with_the_gate_as_without_bit_for_bit(tmp_path: Pat
         ("without", []),
     ):
         (tmp_path / name).mkdir()
-        trained = trainer(tmp_path / name, *callbacks, gradient_checkpointing=True, weight_decay=0.1)
+        how = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        trained = trainer(tmp_path / name, *callbacks, **how, weight_decay=0.1)
         trained.train()
         plain = [entry for entry in trained.state.log_history if not any(key.startswith("null") for key in entry)]
         losses = [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in plain if "loss" in entry]

@@ -14,6 +14,7 @@ from pytest_nullspace import CheckpointError, OptionError, load_model, measure, 
 from pytest_nullspace.model import load_plain
 from tests import tiny
 from tests.adapters import adapter
+from tests.releases import five
 
 ROOT = Path(__file__).parents[2]
 IN_EVERY_ORDER = """
@@ -88,6 +89,7 @@ def test_each_public_function_is_called_in_a_fresh_process(name: str, ft: Path) 
     assert (done.stdout, done.stderr) == ("21\n", "")
 
 
+@five
 def test_the_document_shows_plain_python_that_runs() -> None:
     """The last code block of docs/python.md measures the shipped adapter: one line a layer, none of which fails."""
     *_, code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL)
@@ -141,6 +143,7 @@ def test_a_base_that_is_not_there_is_named(peft: Path) -> None:
             load_model(given)
 
 
+@five
 def test_loading_shows_nothing_of_the_libraries_and_leaves_them_as_they_were(
     peft: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

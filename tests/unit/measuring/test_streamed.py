@@ -23,6 +23,7 @@ from pytest_nullspace.settings import STREAM
 from tests import tiny
 from tests.adapters import adapter
 from tests.plugin.test_device_map import gpt2
+from tests.releases import five
 from tests.unit.measuring.conftest import Measured, figures
 from tests.unit.measuring.test_distributed import meet
 
@@ -281,6 +282,7 @@ def test_a_model_that_does_not_fit_is_streamed_by_itself(
     ]
 
 
+@five
 def test_hidden_states_that_do_not_fit_are_told_before_a_block_is_run(
     measured: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

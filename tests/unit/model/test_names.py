@@ -18,7 +18,7 @@ from pytest_nullspace.report.notes import outside
 from tests import tiny
 from tests.adapters import adapter, change
 from tests.families import llava, qwen2_5_vl
-from tests.releases import maps
+from tests.releases import five, maps
 from tests.unit.model.test_peft import WINDOWS, check_figures, opened
 
 # PEFT's own, while the tests make adapters with it.
@@ -81,6 +81,7 @@ def test_an_alpha_under_a_name_that_was_mapped_is_not_lost(tmp_path: Path) -> No
         load_model(directory)
 
 
+@five
 @pytest.mark.parametrize("target", [["o_proj"], r"model\.layers\.\d+\.self_attn\.o_proj"])
 def test_names_that_peft_does_not_map_are_refused_as_old(target: Any, tmp_path: Path) -> None:
     """PEFT would leave the base as it is; the reason is the version that saved it, never another architecture."""

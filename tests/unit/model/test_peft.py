@@ -805,6 +805,7 @@ def aria() -> Any:
     )
 
 
+@five
 def test_attention_that_is_computed_in_one_piece_is_outside_the_layers(tmp_path: Path) -> None:
     """PEFT adapts ``torch.nn.MultiheadAttention`` without calling its matrices: told as trained, with no test of it."""
     directory = adapter(tmp_path, aria(), r=4, target_modules=["v_proj", "multihead_attn"])
