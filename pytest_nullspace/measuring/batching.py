@@ -14,8 +14,8 @@ them little is gained (docs/cost.md); a GPU begins with more, as far as they fit
 PREDICTED = 1 << 28
 """Numbers that the predictions of the first forwards may be, where the base's are held against them."""
 
-LARGEST = 1 << 17
-"""Tokens of a forward beyond which none is tried."""
+LARGEST, MOST_PREDICTED = 1 << 17, 1 << 31
+"""Tokens of a forward, and numbers of its predictions where they are kept, beyond which none is tried."""
 
 GAIN = 1.05
 """How many times as many tokens a second twice as many windows must read to be worth their memory."""
@@ -44,20 +44,28 @@ class Batching:
         first: How many the first took.
     """
 
-    def __init__(self, size: int, clock: Callable[[], float] | None = None) -> None:
+    def __init__(self, size: int, clock: Callable[[], float] | None = None, largest: int = LARGEST) -> None:
         """Begin with so many windows.
 
         Args:
             size: They.
+            largest: Tokens beyond which no forward is tried.
             clock: Gives seconds, with all done that was given to the device before; None where the size is to stay.
         """
-        self.size, self.first, self._clock = size, size, clock
+        self.size, self.first, self._clock, self._largest = size, size, clock, largest
         self._is_warm, self._before = False, 0.0
 
     @classmethod
-    def trying(cls, size: int, device: "torch.device") -> "Batching":
-        """With so many windows at first, and on a card as many as gain."""
-        return cls(size, None if device.type == "cpu" else lambda: _seconds(device))
+    def trying(cls, size: int, device: "torch.device", predicted: int = 0) -> "Batching":
+        """With so many windows at first, and on a card as many as gain.
+
+        Args:
+            size: They.
+            device: Where the model runs.
+            predicted: As `suiting` takes it.
+        """
+        largest = min(LARGEST, MOST_PREDICTED // max(1, predicted))
+        return cls(size, None if device.type == "cpu" else lambda: _seconds(device), largest)
 
     def begin(self, windows: int) -> float | None:
         """When a forward of so many windows begins; None where it is not timed."""
@@ -81,7 +89,7 @@ class Batching:
         quick = tokens / max(self._clock() - began, 1e-9)
         if quick < GAIN * self._before:
             self.settle(self.size // 2)
-        elif 2 * tokens > LARGEST:
+        elif 2 * tokens > self._largest:
             self.settle(self.size)
         else:
             self.size, self._is_warm, self._before = 2 * self.size, False, quick

@@ -121,7 +121,7 @@ class Measurement:
         predicted = 0 if self.held_against is None else vocabulary(self.adapted.model) or 0
         batches = [self.settings.batch_size or suiting(self.adapted.device, self.seqlen, predicted)]
         tries = self.settings.batch_size is None
-        batching = Batching.trying(batches[0], self.adapted.device) if tries else Batching(batches[0])
+        batching = Batching.trying(batches[0], self.adapted.device, predicted) if tries else Batching(batches[0])
         of = partial(self._of, layers=layers, batches=batches, batching=batching)
 
         def short() -> str:

@@ -1,4 +1,4 @@
-"""Modules of a quarter of the usual size, of which a model whose blocks are streamed has all the time as many as ever."""
+"""Modules of a quarter of the usual size: a model whose blocks are streamed holds them all, all the time."""
 
 from collections import OrderedDict
 from typing import Any

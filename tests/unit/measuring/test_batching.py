@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pytest_nullspace.measuring.batching import GPU_TOKENS, LARGEST, PREDICTED, Batching, suiting
+from pytest_nullspace.measuring.batching import GPU_TOKENS, LARGEST, MOST_PREDICTED, PREDICTED, Batching, suiting
 from pytest_nullspace.measuring.streaming import measure
 from tests import tiny
 from tests.unit.measuring.test_measure import agree, load
@@ -56,6 +56,7 @@ def test_no_size_is_beyond_the_largest() -> None:
     """However much it would gain."""
     most = max(sizes(Card(10**9), 1, 4 * LARGEST // TOKENS))
     assert most * TOKENS == LARGEST
+    assert Batching.trying(1, torch.device("cuda"), 151_936)._largest * 151_936 <= MOST_PREDICTED
 
 
 def test_a_cpu_and_a_size_that_was_asked_for_stay() -> None:
