@@ -32,7 +32,7 @@ def _figure(reason: Reason) -> str:
     assert reason.finding is not None
     words = reason.words
     if reason.finding.threshold.figure == "loss-rise":  # told once of what it is, where the sentence above has no room
-        words = words.removeprefix("the ").replace(" is ", " ").replace(" likely", " likely a token")
+        words = words.removeprefix("the ").replace(" is ", " ").replace(" likely", " likely per token")
     return f"{in_short(reason.finding, reason.tier)}: {printable(words, 1000)}"
 
 
