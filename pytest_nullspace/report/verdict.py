@@ -31,8 +31,8 @@ def lines(decision: Decision, every: bool = False) -> Iterator[tuple[str, Tier |
 def _figure(reason: Reason) -> str:
     assert reason.finding is not None
     words = reason.words
-    if reason.finding.threshold.figure == "loss-rise":  # told once of what it is, where the sentence above has no room
-        words = words.removeprefix("the ").replace(" is ", " ").replace(" likely", " likely per token")
+    if reason.finding.threshold.figure == "loss-rise":  # per token, for which the verdict has no room
+        words = words.removeprefix("the ").replace(" text is ", " tokens ")
     return f"{in_short(reason.finding, reason.tier)}: {printable(words, 1000)}"
 
 

@@ -591,7 +591,7 @@ def test_a_red_adapter_of_green_layers_shows_its_largest_updates_and_a_next_step
     assert "next: --nullspace-suggest looks for a smaller scale that passes" in lines
     assert "more: pytest --nullspace-explain=loss-rise" in lines
     document = markdown.page(run, held, (), decide(run, held)).whole
-    assert "\n- ✗ loss-rise 0.4 ± 0.05 > 0.15: preserved text 33 % less likely per token\n" in document
+    assert "\n- ✗ loss-rise 0.4 ± 0.05 > 0.15: preserved tokens 33 % less likely\n" in document
     assert "\n- next: --nullspace-suggest looks for a smaller scale that passes\n" in document
     shown = [step.words for step in html.sheet("ft", run, held, decide(run, held)).remedy]
     assert shown == [line for line in lines if line.startswith(("more: ", "next: "))]
