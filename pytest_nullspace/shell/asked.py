@@ -1,7 +1,7 @@
 """From pytest's options and ini file to `Settings`, refused where they do not go together.
 
-The command line wins over ini, ini over the default. Paths on the command line are relative to the folder in which
-pytest was started, paths in an ini file to that file.
+The command line wins over ini, ini over the default; only ``self`` alone stands beside the ini's texts. Paths on the
+command line are relative to the folder in which pytest was started, paths in an ini file to that file.
 """
 
 import os
@@ -364,14 +364,21 @@ def require_gated(arguments: Sequence[str], folder: Path, settings: Settings, ga
 
 
 def _given(config: "pytest.Config", option: Option) -> list[values.Given]:
-    said = config.getoption(option.dest)
-    if said is not None:
-        folder = config.invocation_params.dir
-        return [values.Given(text, folder, False) for text in (said if option.repeatable else [said])]
-    said = config.getini(option.dest)
+    told = config.getini(option.dest)
     folder = config.inipath.parent if config.inipath is not None else config.rootpath
-    lines = said if isinstance(said, list) else [said] if said else []
-    return [values.Given(text, folder, True) for text in lines]
+    lines = told if isinstance(told, list) else [told] if told else []
+    of_ini = [values.Given(text, folder, True) for text in lines]
+    said = config.getoption(option.dest)
+    if said is None:
+        return of_ini
+    folder = config.invocation_params.dir
+    given = [values.Given(text, folder, False) for text in (said if option.repeatable else [said])]
+    if option.name == "calib-dataset":
+        from pytest_nullspace.text.sources import SELF
+
+        if said == [SELF]:  # what the base writes is asked beside a text, as the report advises, not in its place
+            return [*(text for text in of_ini if text.text != SELF), *given]
+    return given
 
 
 def _read(config: "pytest.Config", option: Option) -> Any:

@@ -96,7 +96,8 @@ OPTIONS = (
         "names both columns, `FILE:caption` reads the text alone. `self` is text that the base model, its adapter "
         "switched off, writes itself from the token that begins a text, at temperature 1, seeded by "
         "`--nullspace-seed`; it is kept in the user's cache folder by the base's digest and the settings, and the "
-        "saved run names the file, which is a text that can be given elsewhere. A file or folder of a name that stands "
+        "saved run names the file, which is a text that can be given elsewhere. Alone on the command line it stands "
+        "beside the texts of the ini file, as `x=self` in their place. A file or folder of a name that stands "
         "for a text is given as `./self`.",
         also=("preserved", "text", "data", "dataset", "calibration"),
     ),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fixtures.build import WORLD
+from pytest_nullspace.shell.asked import read_settings
 from tests import tiny
 from tests.adapters import adapter
 from tests.plugin.conftest import LOOSE, Gate
@@ -52,6 +53,19 @@ def test_two_runs_have_the_same_windows(checkpoint: Path, gate: Gate, pytester: 
     replayed = pytester.runpytest_subprocess("-p", "no:randomly", "--nullspace-stats=a.json", *LOOSE)
     replayed.assert_outcomes(passed=22)
     replayed.stdout.fnmatch_lines(["*text self*"])
+
+
+def test_self_alone_stands_beside_the_texts_of_the_ini_file(gate: Gate, pytester: pytest.Pytester) -> None:
+    """As the report advises it: what the base writes adds a text; any other on the command line takes their place."""
+    (pytester.path / "a.txt").write_text(tiny.TEXT, "utf-8")
+    for said, texts in ("", ("a.txt",)), ("self", ("a.txt", "self")):
+        pytester.makeini(f"[pytest]\nnullspace_calib_dataset =\n    a.txt\n    {said}\n")
+        for given, want in ((), texts), (("self",), ("a.txt", "self")), (("b=a.txt",), ("b",)), (("x=self",), ("x",)):
+            options = [f"--nullspace-calib-dataset={text}" for text in given]
+            config = pytester.parseconfig("--nullspace-model=ft", *options)
+            settings = read_settings(config)
+            assert settings is not None
+            assert tuple(text.name or text.spec for text in settings.preserved) == want
 
 
 def test_a_base_that_cannot_be_had_writes_nothing(gate: Gate, pytester: pytest.Pytester, cache: Path) -> None:
