@@ -243,7 +243,7 @@ class Recorder:
     def _take(self, watched: Watched, _: nn.Module, args: Any, output: Tensor) -> None:
         if self._is_silent:
             return
-        x, layer, change = args[0], watched.layer, []
+        x, layer = args[0], watched.layer
         if self._layout is None:
             self._unclear.add(layer.name)
             watched.seen.clear()
@@ -259,9 +259,9 @@ class Recorder:
             down = self._counted(x).double() @ layer.down_matrix().to(x.device).mT
         if watched.is_joined and self._outweighed.get(layer.base, False):
             alone = without_bias(layer.base, self._counted(x))
-            base, output = norms_of(alone), norms_of(alone + layer.scale * layer.up(watched.seen["down"]))
+            taken = [norms_of(alone), norms_of(alone + layer.scale * layer.up(watched.seen["down"]))]
         elif watched.is_joined:
-            base, output = watched.seen["joined"]
+            taken = [watched.seen["joined"]]
         elif watched.in_parts:
             # A bias can outweigh the output: adding the parts again is exact where subtracting it is not.
             update = watched.seen["update"] if layer.update is not None else layer.scale * watched.seen["up"]
@@ -271,12 +271,13 @@ class Recorder:
             if watched.moved is not None:
                 since, base = watched.moved.of(self._counted(x), down, base)
                 change = [since]
-            base = norms_of(base)
+            taken = [norms_of(base), output, *change]
         else:
-            base, output = watched.seen["base"], self._norms(output)
+            taken = [watched.seen["base"], self._norms(output)]
         watched.seen.clear()
         # An input may be seen before accelerate brings it to where its layer runs.
-        norms = [part.to(self._device)[None] for part in (self._input_norms, base, output, *change)]
+        norms = [part.to(self._device) for part in (self._input_norms, *taken)]
+        norms = [part if part.ndim == 2 else part[None] for part in norms]
         kept: Tensor | None = down
         if not kernels.at_hand(self._device):  # few operations on many rows: there is nothing to be put together
             exact = down.dtype == torch.float64
