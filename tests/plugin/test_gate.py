@@ -375,7 +375,7 @@ def test_what_is_no_checkpoint_is_a_usage_error(checkpoint: Path, gate: Gate, py
         ("calib-size=0", "--nullspace-calib-size: takes a whole number from 1*, not '0'"),
         ("seqlen=many", "--nullspace-seqlen: takes a whole number from 1, not 'many'"),
         ("device=gpu", "--nullspace-device: takes auto, cpu, cuda, cuda:N, xpu or xpu:N, not 'gpu'"),
-        ("device=mps", "xpu:N, not 'mps': an Apple GPU has no float64, in which sums are taken; choose cpu"),
+        ("device=mps", "*xpu:N, not 'mps': an Apple GPU has no float64, in which sums are taken; choose cpu"),
         ("dtype=int8", "--nullspace-dtype: takes auto, float32, float16 or bfloat16, not 'int8'"),
         ("stage=later", "--nullspace-stage: takes trained or init, not 'later'"),
         ("report=x.pdf", "--nullspace-report: takes a file that ends in .md, .html, .prom or .sarif, not 'x.pdf'"),
