@@ -1,7 +1,9 @@
 """What every test shares: pytester, hypothesis profiles, no network, and the device on which it runs."""
 
 import os
+from collections.abc import Callable, Iterator
 
+import _pytest.pytester
 import pytest
 from hypothesis import settings
 
@@ -66,3 +68,24 @@ def device(pytestconfig: pytest.Config) -> str:
     named = pytestconfig.getoption("--device")
     assert isinstance(named, str)
     return named
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_stay() -> Iterator[None]:
+    """What pytester's runs in this process import of libraries stays imported.
+
+    It forgets all that was, and a library that is imported once more has other classes than those that it kept.
+    """
+
+    def stays(name: str) -> bool:
+        return name.partition(".")[0] in ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors")
+
+    def snapshot(
+        preserve: Callable[[str], bool], taken: type = _pytest.pytester.SysModulesSnapshot
+    ) -> _pytest.pytester.SysModulesSnapshot:
+        found: _pytest.pytester.SysModulesSnapshot = taken(preserve=lambda name: stays(name) or preserve(name))
+        return found
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_pytest.pytester, "SysModulesSnapshot", snapshot)
+        yield
